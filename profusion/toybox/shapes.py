@@ -38,7 +38,8 @@ def ellipse(
     x: float, y: float, rx: float, ry: float, start: float = 0, end: float = 360, tilt: float = 0
 ) -> np.ndarray:
     """An ellipse, or its segment from `start` to `end` degrees (clockwise from the right), turned by `tilt`."""
-    turn = np.linspace(np.radians(start), np.radians(end), max(8, round(abs(end - start) / 9)))
+    closed = abs(end - start) == 360  # then the last point would repeat the first
+    turn = np.radians(np.linspace(start, end, max(8, round(abs(end - start) / 9)), endpoint=not closed))
     points = np.stack([rx * np.cos(turn), ry * np.sin(turn)], axis=1)
     c, s = np.cos(np.radians(tilt)), np.sin(np.radians(tilt))
     return points @ np.array([[c, s], [-s, c]]) + (x, y)
