@@ -1,0 +1,160 @@
+"""Tensor files that are written whole or not at all, and that notice when a bit of them has changed.
+
+The container is safetensors. Its metadata carries a checksum of the tensors and of the metadata written with them, so
+that a damaged file is refused rather than read wrong. The checksum is against damage, not against forgery: whoever
+reads a file still checks that its contents make sense. Nothing in a file is ever executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# Tensor name -> (type, shape, bytes), as the file has them.
+Contents = dict[str, tuple[str, list[int], bytes]]
+
+CHECKSUM = "checksum"
+MAX_HEADER_BYTES = 1 << 20
+MAX_DIMENSIONS = 8
+
+
+class FileFormatError(ValueError):
+    """The bytes are not a tensor file, or a damaged one. The message says which, of "it"."""
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` under a temporary name in the same folder, flush it to the disk, then rename it to `path`.
+
+    Whatever goes wrong, `path` holds either what it held before or all of `data`, and no temporary file is left.
+    Raises OSError as the system words it (no such folder, read-only, disk full).
+    """
+    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:  # an interrupt must not leave a temporary file behind either
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def tensors_to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with a checksum, the same bytes for the same contents.
+
+    Written by hand because the library puts the metadata in a random order. Tensors come widest type first, as the
+    library has it, which with the padded header keeps every tensor aligned.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    contents = {name: _content(tensors[name]) for name in order}
+    header: dict[str, object] = {"__metadata__": dict(metadata) | {CHECKSUM: _checksum(contents, metadata)}}
+    end = 0
+    for name, (dtype, shape, raw) in contents.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + len(raw)]}
+        end += len(raw)
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + b"".join(raw for _, _, raw in contents.values())
+
+
+def parse(data: bytes) -> tuple[Contents, dict[str, str]]:
+    """Take a safetensors file apart into its tensors, as bytes, and its metadata; every offset and size is checked.
+
+    Raises FileFormatError, which says what the bytes are instead where that can be told.
+    """
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > MAX_HEADER_BYTES:
+        raise FileFormatError(_what_it_is(data))
+    if len(data) < 8 + length:
+        raise FileFormatError(f"it is cut short, or its first bytes are damaged: the header takes {length} bytes, "
+                              f"the whole file has {len(data)}")
+    try:
+        entries = safetensors.deserialize(data)
+        header = json.loads(data[8 : 8 + length], object_pairs_hook=_without_duplicates)
+    except safetensors.SafetensorError as problem:
+        raise FileFormatError(f"it is cut short, damaged, or not a safetensors file at all ({problem})") from problem
+    except (ValueError, RecursionError) as problem:
+        raise FileFormatError(f"it has an invalid header ({problem})") from problem
+    contents = {name: (entry["dtype"], entry["shape"], entry["data"]) for name, entry in entries}
+    return contents, header.get("__metadata__") or {}
+
+
+def check_integrity(contents: Contents, metadata: Mapping[str, str], checked: Collection[str]) -> None:
+    """Compare the checksum of a parsed file with its contents. Raises FileFormatError where they differ.
+
+    checked: the names of the metadata entries it covers. Others, which some tool may have added since, are left out.
+    """
+    covered = {key: metadata[key] for key in checked if key in metadata}
+    if metadata.get(CHECKSUM) != _checksum(contents, covered):
+        raise FileFormatError("it is damaged: its contents do not match its checksum")
+
+
+def to_tensors(contents: Contents) -> dict[str, Tensor]:
+    """The tensors of a parsed file, each with memory of its own.
+
+    Raises FileFormatError for one that is empty or of a type that is not in DTYPES.
+    """
+    tensors = {}
+    for name, (dtype, shape, raw) in contents.items():
+        if dtype not in DTYPES or 0 in shape or len(shape) > MAX_DIMENSIONS:
+            raise FileFormatError(f"it holds a tensor of a kind unknown here: '{name:.80}', {dtype}, {shape!s:.80}")
+        tensors[name] = torch.frombuffer(bytearray(raw), dtype=DTYPES[dtype]).reshape(shape)
+    return tensors
+
+
+def _what_it_is(data: bytes) -> str:
+    """What a file that does not begin with a believable header length most likely is."""
+    if not data:
+        return "it is empty"
+    if data.startswith(b"PK\x03\x04"):
+        return "it is a zip archive, perhaps a PyTorch .pt file under another name, and not a safetensors file"
+    if data[:1] == b"\x80" and data[1:2] in b"\x02\x03\x04\x05":
+        return "it is a Python pickle under another name, which could run code and is never opened"
+    if data.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer and not the file itself, which was not downloaded"
+    if data[:64].lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "it is a web page: the download got an error page in place of the file"
+    return "it is not a safetensors file, or its first bytes are damaged"
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("a key appears twice")
+    return dict(pairs)
+
+
+def _checksum(contents: Contents, metadata: Mapping[str, str]) -> str:
+    """16 hexadecimal digits of SHA-256 over the metadata and the tensors, whatever their order in the file."""
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name, (dtype, shape, raw) in sorted(contents.items()):
+        digest.update(json.dumps([name, dtype, shape, len(raw)]).encode())
+        digest.update(raw)
+    return digest.hexdigest()[:16]
+
+
+def _content(tensor: Tensor) -> tuple[str, list[int], bytes]:
+    """A tensor as `parse` returns it. safetensors is little-endian, as is every platform that torch runs on."""
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return _DTYPE_NAMES[tensor.dtype], list(tensor.shape), raw
