@@ -1,0 +1,15 @@
+"""What Infusion learns of a concept, and the small file that keeps it."""
+
+from .concept import Residual, ResidualError, check_architecture
+from .file import PRECISIONS, SUFFIX, SavedResidual, load_residual, save_residual
+
+__all__ = [
+    "PRECISIONS",
+    "SUFFIX",
+    "Residual",
+    "ResidualError",
+    "SavedResidual",
+    "check_architecture",
+    "load_residual",
+    "save_residual",
+]
