@@ -1,0 +1,276 @@
+"""Infusion (arXiv 2404.14007): a concept moves what is drawn at its noun, and nothing decides anew where.
+
+Two streams of one frozen UNet see the same prompt. F, the foundation, is the plain model. C, the customised stream,
+has in every cross-attention layer i (Eq. 5-6, and Eq. 9 for several concepts)
+
+    out_C = softmax(Q_F K^T / sqrt(d)) V_bar        the map is F's: "where" is locked
+    V_bar = W_V (c + sum_k onehot(noun_k) delta_ki) only the nouns' values move: "what" is free
+
+K comes from the same prompt in both streams. Q is linear in the layer's input n, so giving C's rows F's n locks the
+map without ever holding one. Symbols: c context (L rows of D numbers), n the normed hidden state (T cells), delta_ki
+the residual of concept k in layer i.
+
+The patches have ComfyUI's signatures, `attn2_patch(n, context, value, extra_options) -> (n, context, value)` and
+`attn2_output_patch(n, extra_options) -> n`, and run unchanged in the host and in `profusion.models.unet`. A batch is
+a row of equal chunks, one for each entry of `extra_options["cond_or_uncond"]`.
+
+The streams are evaluated one after the other: F with `foundation_patches`, then C with `customised_patches`. In one
+batch, a matrix product of 2N rows would have to give the bits that N rows give, and it does not (on a CPU the output
+of a small UNet moves by 5e-6 at N = 1, 2 and 3). In two, F is the plain run, and memory is that of one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_TO_VALUE = re.compile(
+    r"(input|middle|output)_blocks?\.(\d+)\.(?:\d+\.)?transformer_blocks\.(\d+)\.attn2\.to_v\.weight"
+)
+_KINDS = ("input", "middle", "output")
+_ARCHITECTURES = {(16, 768): "SD 1.x", (16, 1024): "SD 2.x", (70, 2048): "SDXL", (10, 128): "Toybox"}
+
+ExtraOptions = Mapping[str, Any]
+Patches = dict[str, list[Callable]]
+QueryStore = MutableMapping[Hashable, Tensor]
+
+
+class UnsupportedModelError(ValueError):
+    """A model on which Infusion has nothing to act."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A cross-attention layer: its name ("input.1.0": block kind, block id, transformer index) and context width."""
+
+    name: str
+    context_dim: int
+
+
+def cross_attention_layers(parameters: Mapping[str, Tensor]) -> list[Layer]:
+    """Find a UNet's cross-attention layers, in forward order, from its named parameters (only shapes are read).
+
+    Raises UnsupportedModelError where there are none, as in transformers that attend to text and picture jointly.
+    """
+    found = []
+    for name, weight in parameters.items():
+        match = _TO_VALUE.search(name)
+        if match:
+            kind, block, index = match[1], int(match[2]), int(match[3])
+            # The middle block counts its parts where the others count blocks; at run time it is ("middle", 0).
+            block = 0 if kind == "middle" else block
+            found.append((_KINDS.index(kind), block, index, weight.shape[1]))
+    if not found:
+        raise UnsupportedModelError(
+            "the model has no cross-attention from picture to text, as SD 1.x, SD 2.x and SDXL have, so there is no "
+            "value of a noun that Infusion could move"
+        )
+    return [Layer(f"{_KINDS[kind]}.{block}.{index}", width) for kind, block, index, width in sorted(found)]
+
+
+def architecture_name(layers: Sequence[Layer]) -> str:
+    """What people call a UNet with these cross-attention layers."""
+    width = max((layer.context_dim for layer in layers), default=0)
+    return _ARCHITECTURES.get((len(layers), width), f"UNet with {len(layers)} cross-attentions of {width}")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One concept at one noun of one prompt.
+
+    delta: (layers, tokens, D), tokens being 1 or the number of `rows`; it may require grad.
+    layers: the name of each of delta's layers. Layers of the UNet that are not named stay as they are.
+    rows: the noun's rows in the prompt's context.
+    context_length: rows of the prompt's context; a longer one at run time repeats it (the host pads so). None: no
+    repeats.
+    sigma_start, sigma_end: the residual is added while sigma_end <= sigma <= sigma_start.
+    region: (H, W) or (B, H, W) in [0, 1] and of any size, where the concept may appear; None is everywhere.
+    """
+
+    delta: Tensor
+    layers: tuple[str, ...]
+    rows: tuple[int, ...]
+    strength: float = 1.0
+    sigma_start: float = math.inf
+    sigma_end: float = 0.0
+    context_length: int | None = None
+    region: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.delta.ndim != 3 or len(self.delta) != len(self.layers):
+            raise ValueError(
+                f"delta has shape {tuple(self.delta.shape)} for {len(self.layers)} layers; give (layers, tokens, width)"
+            )
+        if not self.rows or min(self.rows) < 0:
+            raise ValueError(f"rows={self.rows}; give at least one row of the context, counted from 0")
+        if self.delta.shape[1] not in (1, len(self.rows)):
+            raise ValueError(
+                f"delta has {self.delta.shape[1]} tokens for {len(self.rows)} rows; give 1 or one for each row"
+            )
+        if not math.isfinite(self.strength):
+            raise ValueError(f"strength={self.strength} is not a finite number")
+        if self.region is not None and self.region.ndim not in (2, 3):
+            raise ValueError(f"region has shape {tuple(self.region.shape)}; give (H, W) or (B, H, W)")
+
+    def is_active(self, sigma: float) -> bool:
+        return self.sigma_end <= sigma <= self.sigma_start
+
+    def add_to(self, value: Tensor, layer: str) -> Tensor:
+        """V_bar's input in a layer: value (N, L, D) with the residual at the noun, in every repeat of the prompt."""
+        if layer not in self.layers:
+            return value
+        length = value.shape[-2]
+        starts = range(0, length, self.context_length or length)
+        rows = [start + row for start in starts for row in self.rows]
+        return add_residual(value, self.strength * self.delta[self.layers.index(layer)], rows)
+
+
+PlacementsFor = Callable[[ExtraOptions, int], Sequence[Placement]]
+KeyFor = Callable[[ExtraOptions, int], Hashable]
+
+
+def add_residual(value: Tensor, residual: Tensor, rows: Sequence[int]) -> Tensor:
+    """c + onehot(noun) * delta (Eq. 6): value (..., L, D), residual (1 or len(rows), D) -> value's shape and dtype.
+
+    Differentiable in the residual; `value` is not written to.
+    """
+    index = torch.tensor(rows, device=value.device)
+    residual = residual.to(value).repeat(len(rows) // len(residual), 1)
+    return value + value.new_zeros(value.shape[-2:]).index_add(0, index, residual)
+
+
+def region_weights(region: Tensor, rows: int, size: Sequence[int]) -> Tensor:
+    """A region as weights of a layer's cells: (H, W) or (B, H, W) -> (rows, h * w, 1); row i takes mask i modulo B."""
+    masks = region.reshape(-1, 1, *region.shape[-2:]).float()
+    masks = F.interpolate(masks, size=tuple(size), mode="area").flatten(2).transpose(1, 2)  # (B, h * w, 1)
+    return masks[torch.arange(rows, device=masks.device) % len(masks)]
+
+
+def crop_region(region: Tensor, size: Sequence[int], area: Sequence[int]) -> Tensor:
+    """The part of a region that an area sees: (..., H, W) -> (B, h, w).
+
+    size: (height, width) of the whole latent. area: (height, width, top, left) in latent cells, cut off at its edges.
+    """
+    masks = region.reshape(-1, 1, *region.shape[-2:]).float()
+    masks = F.interpolate(masks, size=tuple(size), mode="bilinear", antialias=True)[:, 0]
+    height, width, top, left = area
+    return masks[:, top : top + height, left : left + width]
+
+
+def fold_regions(base: Tensor, alone: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """out_C = base + sum_k m_k (out_k - base): each concept changes the output inside its own region only.
+
+    base (N, T, C) without the concepts, `alone` (N, T, C) with each of them, `weights` (N, T, 1) of each.
+    """
+    return base + sum((weight.to(base) * (out - base) for out, weight in zip(alone, weights, strict=True)), start=0.0)
+
+
+def layer_name(extra_options: ExtraOptions) -> str:
+    """The name of the layer that is being evaluated."""
+    kind, block = extra_options["block"]
+    return f"{kind}.{block}.{extra_options['block_index']}"
+
+
+def chunk_index(extra_options: ExtraOptions, chunk: int) -> Hashable:
+    """The simplest identity of a chunk: its place in the batch."""
+    return chunk
+
+
+def on_conditional(placements: Sequence[Placement]) -> PlacementsFor:
+    """These placements for the chunks of the positive prompt (0 in `cond_or_uncond`), none for others."""
+
+    def placements_for(extra_options: ExtraOptions, chunk: int) -> Sequence[Placement]:
+        return placements if extra_options["cond_or_uncond"][chunk] == 0 else ()
+
+    return placements_for
+
+
+def foundation_patches(store: QueryStore, key_for: KeyFor = chunk_index) -> Patches:
+    """Patches for F's evaluation: F computes as it always does, and `store` remembers its n for C."""
+
+    def record(n: Tensor, context: Tensor, value: Tensor, extra_options: ExtraOptions):
+        layer = layer_name(extra_options)
+        for chunk, rows in enumerate(n.chunk(_chunks(extra_options))):
+            store[layer, key_for(extra_options, chunk)] = rows.detach()
+        return n, context, value
+
+    return {"attn2_patch": [record]}
+
+
+def customised_patches(store: QueryStore, placements_for: PlacementsFor, key_for: KeyFor = chunk_index) -> Patches:
+    """Patches for C's evaluation: F's recorded n for the queries, the placements' residuals on the values."""
+
+    def replay(n: Tensor, context: Tensor, value: Tensor, extra_options: ExtraOptions):
+        layer = layer_name(extra_options)
+        chunks = range(_chunks(extra_options))
+        recorded = [store.get((layer, key_for(extra_options, chunk))) for chunk in chunks]
+        if any(rows is None for rows in recorded):
+            raise RuntimeError(
+                f"the foundation stream left no queries for layer {layer}: was it evaluated before this one?"
+            )
+        locked = torch.cat(recorded).to(n)
+        if locked.shape != n.shape:
+            raise RuntimeError(
+                f"layer {layer} has shape {tuple(n.shape)} in this stream and {tuple(locked.shape)} in the foundation "
+                "stream: another patch treats them differently"
+            )
+        return locked, context, value
+
+    residuals = _residual_patches(placements_for)
+    return {**residuals, "attn2_patch": [replay, *residuals["attn2_patch"]]}
+
+
+def _chunks(extra_options: ExtraOptions) -> int:
+    return len(extra_options["cond_or_uncond"])
+
+
+def _residual_patches(placements_for: PlacementsFor) -> Patches:
+    """Add the residuals to each chunk's N rows.
+
+    A concept with a region is evaluated in N rows of its own, within the cross-attention only: base + its residual. So
+    that other packs still see equal chunks, every chunk grows by as many such sets as the one with the most regions.
+    """
+
+    def all_placements(extra_options: ExtraOptions) -> tuple[list[list[Placement]], list[list[Placement]], int]:
+        chunks = [placements_for(extra_options, chunk) for chunk in range(_chunks(extra_options))]
+        everywhere = [[placement for placement in chunk if placement.region is None] for chunk in chunks]
+        regional = [[placement for placement in chunk if placement.region is not None] for chunk in chunks]
+        return everywhere, regional, max(map(len, regional))
+
+    def place(n: Tensor, context: Tensor, value: Tensor, extra_options: ExtraOptions):
+        everywhere, regional, extra = all_placements(extra_options)
+        if not any(everywhere) and not extra:
+            return n, context, value
+        layer, values = layer_name(extra_options), []
+        for base, for_all, apart in zip(value.chunk(len(everywhere)), everywhere, regional, strict=True):
+            for placement in for_all:
+                base = placement.add_to(base, layer)
+            alone = [placement.add_to(base, layer) for placement in apart]
+            values += [base, *alone, *[base] * (extra - len(alone))]
+        n, context = (_repeat_chunks(x, len(regional), 1 + extra) for x in (n, context))
+        return n, context, torch.cat(values)
+
+    def fold(out: Tensor, extra_options: ExtraOptions):
+        _, regional, extra = all_placements(extra_options)
+        if not extra:
+            return out
+        size, folded = extra_options["activations_shape"][-2:], []
+        for rows, placements in zip(out.chunk(len(regional)), regional, strict=True):
+            base, *alone = rows.chunk(1 + extra)
+            weights = [region_weights(placement.region.to(out.device), len(base), size) for placement in placements]
+            folded.append(fold_regions(base, alone[: len(weights)], weights))
+        return torch.cat(folded)
+
+    return {"attn2_patch": [place], "attn2_output_patch": [fold]}
+
+
+def _repeat_chunks(x: Tensor, chunks: int, times: int) -> Tensor:
+    """Repeat every chunk's rows: (chunks * N, ...) -> (chunks * times * N, ...)."""
+    return x if times == 1 else x.unflatten(0, (chunks, 1, -1)).expand(-1, times, *(-1,) * x.ndim).flatten(0, 2)

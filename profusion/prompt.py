@@ -1,0 +1,66 @@
+"""Find a class noun in a tokenised prompt.
+
+CLIP's tokenizer lower-cases, splits a text into words and a word into sub-tokens; the last sub-token of a word says so
+(its text ends in "</w>"). "snowball" is "snow", "ball</w>" and holds no word "ball"; a plural is another word, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+OCCURRENCES = ("auto", "all", "first", "second", "third", "fourth", "last")
+
+Span = tuple[int, ...]
+Chunk = Sequence[tuple[Any, int]]
+
+
+class NounError(ValueError):
+    """A prompt has no place for a concept."""
+
+
+def find_noun(chunks: Sequence[Chunk], noun: Sequence[int], ends_word: Callable[[int], bool]) -> list[Span]:
+    """All places at which a prompt has a noun as whole words.
+
+    chunks: the prompt as (token, word id) pairs, chunk by chunk as the text encoder takes them. A word id of 0 marks
+    start,
+        end and padding, whatever else. A token may be an embedding instead of an id.
+    noun: the noun's token ids. `ends_word(token)`: whether a token's text ends a word. Returns the context rows of
+    each occurrence, in order; a word may be split between chunks. Occurrences do not overlap.
+    """
+    entries = [entry for chunk in chunks for entry in chunk]
+    words = [(row, token) for row, (token, word) in enumerate(entries) if word != 0]
+    # Embeddings match nothing and are words of their own.
+    tokens = [token if isinstance(token, int) else None for _, token in words]
+    spans, index, noun = [], 0, list(noun)
+    while noun and index + len(noun) <= len(words):
+        end = index + len(noun)
+        starts_word = index == 0 or tokens[index - 1] is None or ends_word(tokens[index - 1])
+        found = tokens[index:end] == noun and starts_word and ends_word(noun[-1])
+        if found:
+            spans.append(tuple(row for row, _ in words[index:end]))
+        index = end if found else index + 1
+    return spans
+
+
+def choose_spans(spans: Sequence[Span], occurrence: str, turn: int = 0, sharing: int = 1) -> list[Span]:
+    """The occurrences of a noun that one concept takes.
+
+    "auto": every one, but where `sharing` concepts have the same noun, they take one each in order, this concept the
+    one whose `turn` it is (0, 1, ...). "all", "last", or "first" to "fourth": just that. Raises NounError if there is
+    no such occurrence.
+    """
+    if occurrence not in OCCURRENCES:
+        raise ValueError(f"occurrence={occurrence!r}; choose one of {', '.join(OCCURRENCES)}")
+    chosen = list(spans)
+    if occurrence == "auto" and sharing > 1:
+        chosen = chosen[turn : turn + 1]
+        occurrence = f"number {turn + 1}"
+    elif occurrence == "last":
+        chosen = chosen[-1:]
+    elif occurrence not in ("auto", "all"):
+        index = OCCURRENCES.index(occurrence) - OCCURRENCES.index("first")
+        chosen = chosen[index : index + 1]
+    if not chosen:
+        raise NounError(f"occurrence {occurrence} was asked for, and there are {len(spans)}")
+    return chosen
