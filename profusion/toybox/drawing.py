@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from profusion.toybox.shapes import BODY, OUTLINE, OUTLINE_WIDTH, SHAPES
+from .shapes import BODY, OUTLINE, OUTLINE_WIDTH, SHAPES
 
 SIZE = 96
 SUPERSAMPLE = 3

@@ -11,18 +11,25 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from profusion.diffusion import eps_denoiser, sample_euler, sampling_sigmas
-from profusion.models.clip import TextModel, VisionModel
-from profusion.models.configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE, TOYBOX_VISION
-from profusion.models.tokenizer import tokenize
-from profusion.models.unet import UNet
-from profusion.models.vae import VAE
+from ..diffusion import eps_denoiser, sample_euler, sampling_sigmas, timestep_of
+from ..infusion import Patches, Placement, cross_attention_layers, on_conditional
+from ..models.clip import TextModel, VisionModel
+from ..models.configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE, TOYBOX_VISION
+from ..models.tokenizer import START, id_to_text, tokenize, words_to_ids
+from ..models.unet import UNet
+from ..models.vae import VAE
+from ..pictures import latent_masks
+from ..prompt import NounError, find_noun
+from ..residual import Residual
+from ..streams import Evaluate, two_stream_denoiser
+from ..training import PROMPTS, PredictNoise, Reference, ResidualTraining, TrainingOptions
 
 WEIGHTS = Path(__file__).with_name("weights")
 NETWORKS = ("unet", "vae", "text", "vision")
 SIZE = 96  # pixels a side
 GUIDANCE = 4.0
 STEPS = 30
+Callback = Callable[[int, Tensor], None]
 _TABLE = "text_model.embeddings.token_embedding.weight"
 _TOKENS = "token_ids"
 
@@ -95,6 +102,22 @@ class Toybox:
         """Prompts -> (B, 77, 128)."""
         return self.text(tokenize([prompts] if isinstance(prompts, str) else list(prompts)))
 
+    def evaluator(self, context: Tensor, guidance: float = GUIDANCE) -> Evaluate:
+        """The UNet under classifier-free guidance as `evaluate(x, sigma, patches) -> denoised`; context (B, 77, 128)."""
+        both_contexts = torch.cat([context, self.context("").expand_as(context)])
+
+        def evaluate(x: Tensor, sigma: Tensor, patches: Patches) -> Tensor:
+            options = {"patches": patches, "cond_or_uncond": [0, 1]}
+
+            def predict_noise(x: Tensor, t: Tensor) -> Tensor:
+                both = self.unet(torch.cat([x, x]), torch.cat([t, t]), both_contexts, transformer_options=options)
+                conditional, unconditional = both.chunk(2)
+                return unconditional + guidance * (conditional - unconditional)
+
+            return eps_denoiser(predict_noise)(x, sigma)
+
+        return evaluate
+
     @torch.no_grad()
     def generate(
         self,
@@ -102,17 +125,82 @@ class Toybox:
         generators: Sequence[torch.Generator],
         steps: int = STEPS,
         guidance: float = GUIDANCE,
-        callback: Callable[[int, Tensor], None] | None = None,
+        callback: Callback | None = None,
     ) -> Tensor:
-        """One picture a prompt, each from its own generator -> latents (B, 4, 12, 12). Classifier-free guidance."""
-        context, empty = self.context(prompts), self.context("").expand(len(prompts), -1, -1)
+        """One picture a prompt, each from its own generator -> latents (B, 4, 12, 12)."""
+        evaluate = self.evaluator(self.context(prompts), guidance)
+        noise = initial_noise(generators)
+        return sample_euler(lambda x, sigma: evaluate(x, sigma, {}), noise, sampling_sigmas(steps), callback)
 
-        def predict_noise(x: Tensor, t: Tensor) -> Tensor:
-            both = self.unet(torch.cat([x, x]), torch.cat([t, t]), torch.cat([context, empty]))
-            conditional, unconditional = both.chunk(2)
-            return unconditional + guidance * (conditional - unconditional)
+    @torch.no_grad()
+    def generate_customised(
+        self,
+        prompt: str,
+        residuals: Sequence[Residual],
+        generators: Sequence[torch.Generator],
+        steps: int = STEPS,
+        guidance: float = GUIDANCE,
+        strength: float = 1.0,
+        shared_latent: bool = False,
+        callback: Callback | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Both streams of a prompt, a picture a generator -> plain and customised latents, (B, 4, 12, 12) each."""
+        placements = [
+            Placement(item.delta, item.layers, noun_rows(prompt, item.noun), strength=strength) for item in residuals
+        ]
+        context = self.context(prompt).expand(len(generators), -1, -1)
+        denoise = two_stream_denoiser(self.evaluator(context, guidance), on_conditional(placements), shared_latent)
+        noise = initial_noise(generators)
+        plain, customised = sample_euler(
+            denoise, torch.cat([noise, noise]), sampling_sigmas(steps), callback
+        ).chunk(2)
+        return plain, customised
 
-        return sample_euler(eps_denoiser(predict_noise), initial_noise(generators), sampling_sigmas(steps), callback)
+    def noise_predictor(self, prompts: Sequence[str]) -> PredictNoise:
+        """How `ResidualTraining` evaluates Toybox with these prompts, whose contexts are made once."""
+        contexts = self.context(prompts)
+
+        def predict(x: Tensor, sigma: Tensor, prompt: int, patches: Patches) -> Tensor:
+            scaled = x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt()
+            context = contexts[prompt].expand(len(x), -1, -1)
+            options = {"patches": patches, "cond_or_uncond": [0]}
+            return self.unet(scaled, timestep_of(sigma), context, transformer_options=options)
+
+        return predict
+
+    def training(
+        self,
+        pictures: Tensor,
+        masks: Tensor,
+        noun: str,
+        options: TrainingOptions,
+        resume: Residual | None = None,
+    ) -> ResidualTraining:
+        """A residual's training on pictures (M, H, W, 3) in [0, 1] and masks (M, H, W); H and W multiples of 8."""
+        prompts = [prompt.format(noun) for prompt in PROMPTS]
+        sides = [self._references(pictures, masks)]
+        if options.flip:
+            sides.append(self._references(pictures.flip(2), masks.flip(2)))
+        layers = cross_attention_layers(dict(self.unet.named_parameters()))
+        rows = [noun_rows(prompt, noun) for prompt in prompts]
+        return ResidualTraining(
+            self.noise_predictor(prompts), sides[0], rows, layers, noun, options, sides[-1] if options.flip else (), resume
+        )
+
+    def _references(self, pictures: Tensor, masks: Tensor) -> list[Reference]:
+        latents = self.vae.latents(pictures)
+        weights = latent_masks(masks, latents.shape[-2:])
+        return [Reference(latent, weight) for latent, weight in zip(latents, weights, strict=True)]
+
+
+def noun_rows(prompt: str, noun: str) -> tuple[int, ...]:
+    """The context rows of a noun's first place in a prompt; NounError, which quotes the prompt, if it has none."""
+    ids, wanted = words_to_ids(prompt), words_to_ids(noun)
+    chunk = [(START, 0), *((token, 1) for token in ids)]
+    spans = find_noun([chunk], wanted, lambda token: id_to_text(token).endswith("</w>"))
+    if not spans:
+        raise NounError(f"the noun {noun!r} is not in the prompt {prompt!r}; write it there as a word of its own")
+    return spans[0]
 
 
 def initial_noise(generators: Sequence[torch.Generator], cells: int = SIZE // 8) -> Tensor:

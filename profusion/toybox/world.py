@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from profusion.toybox import drawing
-from profusion.toybox.drawing import BACKGROUNDS, PATTERNS, SIZE, Color
+from . import drawing
+from .drawing import BACKGROUNDS, PATTERNS, SIZE, Color
 
 PALETTE: dict[str, Color] = {
     "red": (216, 32, 36),

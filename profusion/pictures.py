@@ -1,0 +1,131 @@
+"""Pictures as tensors in the host's layouts, IMAGE (B, H, W, 3) and MASK (B, H, W) in [0, 1]: reading, grids, plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+INK, PAPER, ACCENT, FAINT = (40, 40, 48), (250, 249, 246), (214, 86, 48), (214, 212, 206)
+
+
+class PictureError(ValueError):
+    """Pictures that cannot be used. The message says which, why and what to do."""
+
+
+def latent_masks(masks: Tensor, cells: Sequence[int]) -> Tensor:
+    """Object masks (B, H, W) as weights of latent cells (B, h, w): the covered share of each cell."""
+    return F.interpolate(masks[:, None].float(), size=tuple(cells), mode="area")[:, 0]
+
+
+def read_pictures(folder: Path, size: int) -> tuple[Tensor, Tensor]:
+    """Every picture of a folder, by name -> IMAGE (M, size, size, 3) and MASK (M, size, size).
+
+    Centre-cropped to a square. An alpha channel is the object's mask; without one the whole picture counts.
+    Raises PictureError where there are none, or one cannot be read.
+    """
+    if not folder.is_dir():
+        raise PictureError(f"{folder} is not a folder; give one that holds pictures of the concept")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise PictureError(f"no pictures in {folder}: it holds no {', '.join(SUFFIXES)} file")
+    pictures, masks = zip(*(_read(path, size) for path in paths), strict=True)
+    return torch.stack(pictures), torch.stack(masks)
+
+
+def _read(path: Path, size: int) -> tuple[Tensor, Tensor]:
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file).convert("RGBA")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise PictureError(f"{path} cannot be read as a picture: {error}") from error
+    picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+    values = torch.from_numpy(np.asarray(picture).copy()).float() / 255
+    mask = values[..., 3]
+    if not mask.any():
+        raise PictureError(f"{path} is wholly transparent, so there is no object to learn")
+    # Grey under what is transparent: whatever colour hides there is not part of the picture.
+    return values[..., :3] * mask[..., None] + 0.5 * (1 - mask[..., None]), mask
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """(H, W, 3) in [0, 1] -> PIL."""
+    return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().cpu().numpy())
+
+
+def from_image(image: Image.Image) -> Tensor:
+    """PIL -> (H, W, 3) in [0, 1]."""
+    return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).float() / 255
+
+
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def grid(rows: Sequence[tuple[str, Sequence[Tensor]]], captions: Sequence[str] = (), scale: int = 2) -> Image.Image:
+    """Labelled rows of pictures, (H, W, 3) each; `captions` stand above the columns."""
+    height, width = rows[0][1][0].shape[:2]
+    cell, gap, margin, top = (width * scale, height * scale), 8, 132, 54 if captions else 12
+    columns = max(len(pictures) for _, pictures in rows)
+    sheet = Image.new("RGB", (margin + columns * (cell[0] + gap) + gap, top + len(rows) * (cell[1] + gap) + gap), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, caption in enumerate(captions):
+        centre = margin + column * (cell[0] + gap) + cell[0] / 2
+        text = _wrapped(draw, caption, cell[0])
+        draw.multiline_text((centre, top / 2), text, INK, _font(14), anchor="mm", align="center")
+    for index, (label, pictures) in enumerate(rows):
+        y = top + index * (cell[1] + gap)
+        draw.multiline_text((12, y + cell[1] / 2), _wrapped(draw, label, margin - 20), INK, _font(15), anchor="lm")
+        for column, picture in enumerate(pictures):
+            sheet.paste(to_image(picture).resize(cell, Image.Resampling.LANCZOS), (margin + column * (cell[0] + gap), y))
+    return sheet
+
+
+def _wrapped(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer, _font(14)) > width and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
+
+
+def loss_plot(losses: Sequence[float], steps: int | None = None, size: tuple[int, int] = (512, 288)) -> Image.Image:
+    """The loss of each step, and its running mean, from 0 to `steps` (default: as many as there are)."""
+    image = Image.new("RGB", size, PAPER)
+    draw, (width, height) = ImageDraw.Draw(image), size
+    left, right, top, bottom = 56, width - 14, 34, height - 34
+    draw.text((left, 10), "loss (eps error inside the mask)", INK, _font(14))
+    draw.line([(left, top), (left, bottom), (right, bottom)], INK)
+    last = max(steps or len(losses), 1)
+    draw.text((right, height - 12), f"step {last}", INK, _font(12), anchor="rm")
+    if not losses:
+        return image
+    values = np.asarray(losses, dtype=np.float64)
+    high = float(np.quantile(values, 0.99)) * 1.05 or 1.0
+    window = max(1, len(values) // 12)
+    mean = np.convolve(values, np.ones(window) / window, mode="valid")
+    for share in (0.0, 0.5, 1.0):
+        y = bottom - share * (bottom - top)
+        draw.text((left - 6, y), f"{share * high:.3f}", INK, _font(12), anchor="rm")
+        draw.line([(left + 1, y), (right, y)], FAINT)
+
+    def points(series: np.ndarray, first: int) -> list[tuple[float, float]]:
+        x = left + (right - left) * (np.arange(len(series)) + first) / last
+        y = bottom - (bottom - top) * np.clip(series / high, 0, 1)
+        return list(zip(x.tolist(), y.tolist(), strict=True))
+
+    if len(values) > 1:
+        draw.line(points(values, 1), FAINT, 1)
+    if len(mean) > 1:
+        draw.line(points(mean, window), ACCENT, 2)
+    draw.text((right, 10), f"{len(values)} steps, last {window}: {mean[-1]:.4f}", ACCENT, _font(14), anchor="ra")
+    return image

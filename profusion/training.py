@@ -1,0 +1,201 @@
+"""Train an Infusion residual (arXiv 2404.14007): one vector per cross-attention layer, nothing else moves.
+
+Each step noises the concept's latents, evaluates F without autograd and C with it on the same noisy latent, and
+minimises the eps-prediction error of C inside the concept's mask. Who evaluates the model is the caller's affair: the
+kernel's UNet and the host's model are trained by the same code and, from the same seed, to the same residual.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .diffusion import training_sigmas
+from .infusion import Layer, Patches, Placement, architecture_name, customised_patches, foundation_patches
+from .residual import Residual, ResidualError, check_architecture
+
+PROMPTS = ("a photo of a {}", "a picture of a {}", "a {}")
+
+PredictNoise = Callable[[Tensor, Tensor, int, Patches], Tensor]
+"""`predict_noise(x, sigma, prompt, patches) -> eps`: x = x0 + sigma * eps of (B, C, H, W), sigma (B,), the index of the
+prompt whose context all B rows take, and the attention patches to evaluate with."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot start or go on. The message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How a residual is trained. `steps` counts from nothing: a resumed training does what is left of them."""
+
+    steps: int = 300
+    learning_rate: float = 0.02
+    batch_size: int = 4
+    seed: int = 0
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps}: train at least one")
+        if not 0 < self.learning_rate <= 10:
+            raise ValueError(f"learning_rate={self.learning_rate} must lie in (0, 10]; 0.01 to 0.03 is usual")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One picture of the concept: latent (C, H, W), scaled as the UNet takes it, and weights of its cells (H, W)."""
+
+    latent: Tensor
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        if self.latent.ndim != 3 or self.mask.shape != self.latent.shape[-2:]:
+            raise ValueError(
+                f"a reference needs a latent (C, H, W) and a mask (H, W) of its size; got {tuple(self.latent.shape)} "
+                f"and {tuple(self.mask.shape)}"
+            )
+        if not torch.isfinite(self.latent).all():
+            raise TrainingError("a reference picture's latent is not finite: the VAE overflowed; run it in float32")
+        if not self.mask.sum() > 0:
+            raise TrainingError(
+                "a mask is empty, so nothing of its picture would be learned. Paint the object white, or leave masks out"
+            )
+
+
+def masked_noise_error(predicted: Tensor, noise: Tensor, mask: Tensor) -> Tensor:
+    """Mean of |eps_theta - eps|^2 over the mask: (B, C, H, W) twice, weights (B, H, W) -> scalar, float32."""
+    error = (predicted.float() - noise.float()) ** 2
+    weights = mask.float()[:, None].expand_as(error)
+    return (error * weights).sum() / weights.sum()
+
+
+class ResidualTraining:
+    """One training run: `steps()` does the work, `residual()` is what has been learned so far.
+
+    references: of one size. flipped: the same pictures mirrored *before* encoding, or empty. prompt_rows: for each
+    prompt that `predict_noise` knows, the noun's rows in its context. resume: a residual of the same model whose
+    `training_state` is kept, to go on from bit for bit.
+    """
+
+    def __init__(
+        self,
+        predict_noise: PredictNoise,
+        references: Sequence[Reference],
+        prompt_rows: Sequence[tuple[int, ...]],
+        layers: Sequence[Layer],
+        noun: str,
+        options: TrainingOptions,
+        flipped: Sequence[Reference] = (),
+        resume: Residual | None = None,
+    ):
+        if not references:
+            raise TrainingError("no pictures: connect one to five pictures of the concept")
+        sizes = {tuple(reference.latent.shape) for reference in (*references, *flipped)}
+        if len(sizes) > 1:
+            raise TrainingError(f"latents of different sizes, {sorted(sizes)}: resize the pictures to one size first")
+        if flipped and len(flipped) != len(references):
+            raise TrainingError(f"{len(flipped)} mirrored pictures for {len(references)} pictures; give one for each")
+        self._predict_noise, self._layers, self._noun = predict_noise, tuple(layers), noun
+        self._names = tuple(layer.name for layer in layers)
+        self._prompt_rows, self.options = list(prompt_rows), options
+        both = [references, flipped] if options.flip and flipped else [references]
+        device = references[0].latent.device
+        self._latents = torch.stack([torch.stack([item.latent for item in side]) for side in both])  # (1|2, M, C, H, W)
+        self._masks = torch.stack([torch.stack([item.mask for item in side]) for side in both]).to(device)
+        width = layers[0].context_dim
+        self.delta = torch.zeros(len(layers), 1, width, device=device, requires_grad=True)
+        self._optimizer = torch.optim.AdamW([self.delta], lr=options.learning_rate)
+        self.step = 0
+        self.losses: list[float] = []
+        if resume is not None:
+            self._resume(resume)
+
+    def _resume(self, residual: Residual) -> None:
+        check_architecture(residual, self._layers)
+        if residual.noun != self._noun:
+            raise ResidualError(f"the residual to resume is of the noun {residual.noun!r}, this training of {self._noun!r}")
+        if residual.seed != self.options.seed:
+            raise ResidualError(
+                f"the residual to resume was trained with seed {residual.seed}, not {self.options.seed}: set that seed, "
+                "or it would not be the same training"
+            )
+        with torch.no_grad():
+            self.delta.copy_(residual.delta)
+        self.step = residual.steps
+        state = residual.training_state
+        if state is None or {"exp_avg", "exp_avg_sq"} - set(state):
+            if residual.steps:
+                raise ResidualError(
+                    "the residual to resume was saved without its training state; save it in float32 with the training "
+                    "state to go on later"
+                )
+            return
+        moments = {name: state[name].to(self.delta.device) for name in ("exp_avg", "exp_avg_sq")}
+        self._optimizer.state[self.delta] = {"step": torch.tensor(float(self.step)), **moments}
+
+    def steps(self) -> Iterator[float]:
+        """Train to the end, yielding each step's loss; stop asking and the training stops after the last whole step.
+
+        Raises TrainingError on a loss that is not finite; what was learned before it is still in `residual()`.
+        """
+        while self.step < self.options.steps:
+            yield self._one_step()
+
+    def _one_step(self) -> float:
+        # Autograd must be on even inside a host that runs its nodes in inference mode.
+        with torch.inference_mode(False), torch.enable_grad():
+            loss = self._loss(torch.Generator().manual_seed(self.options.seed * 1_000_003 + self.step))
+            value = loss.item()
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the loss is {value} at step {self.step}. Lower the learning rate ({self.options.learning_rate}), "
+                    "or use a model in float32 or bfloat16"
+                )
+            self._optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if not torch.isfinite(self.delta.grad).all():
+                raise TrainingError(f"the gradient overflowed at step {self.step}: use a model in float32 or bfloat16")
+            self._optimizer.step()
+        self.step += 1
+        self.losses.append(value)
+        return value
+
+    def _loss(self, generator: torch.Generator) -> Tensor:
+        count, device = self.options.batch_size, self._latents.device
+        picture = torch.randint(self._latents.shape[1], (count,), generator=generator)
+        side = torch.randint(self._latents.shape[0], (count,), generator=generator)
+        prompt = int(torch.randint(len(self._prompt_rows), (), generator=generator))
+        timesteps = torch.randint(1000, (count,), generator=generator)
+        clean, mask = self._latents[side, picture], self._masks[side, picture]
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        sigma = training_sigmas()[timesteps].to(device)
+        noisy = clean + sigma.view(-1, 1, 1, 1) * noise
+
+        placement = Placement(self.delta, self._names, self._prompt_rows[prompt])
+        queries: dict = {}
+        with torch.no_grad():  # F needs no gradient: its queries are constants of the loss
+            self._predict_noise(noisy, sigma, prompt, foundation_patches(queries))
+        patches = customised_patches(queries, lambda options, chunk: (placement,))
+        predicted = self._predict_noise(noisy, sigma, prompt, patches)
+        return masked_noise_error(predicted, noise, mask)
+
+    def residual(self) -> Residual:
+        """What has been learned so far, with the optimizer's state, so that it can be resumed."""
+        state = self._optimizer.state.get(self.delta)
+        moments = {name: state[name] for name in ("exp_avg", "exp_avg_sq")} if state else None
+        return Residual(
+            delta=self.delta.detach().clone(),
+            noun=self._noun,
+            layers=self._names,
+            architecture=architecture_name(self._layers),
+            steps=self.step,
+            seed=self.options.seed,
+            training_state=moments,
+        )
