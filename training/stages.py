@@ -11,6 +11,8 @@ from typing import Callable
 import torch
 from torch import Tensor, nn
 
+from .muon import Muon
+
 
 @dataclass
 class Stage:
@@ -20,8 +22,9 @@ class Stage:
     modules: nn.ModuleDict
     steps: int
     path: Path
-    learning_rate: float = 1e-3
-    warmup: int = 100
+    learning_rate: float = 2e-3
+    matrix_rate: float = 0.02
+    warmup: int = 30
     weight_decay: float = 0.01
     ema_decay: float = 0.999
     save_seconds: float = 120.0
@@ -29,8 +32,12 @@ class Stage:
     ema: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        trainable = [p for p in self.modules.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trainable, lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=self.weight_decay)
+        named = [(name, value) for name, value in self.modules.named_parameters() if value.requires_grad]
+        matrices = [value for name, value in named if value.ndim >= 2 and "embedding" not in name]
+        others = [value for name, value in named if value.ndim < 2 or "embedding" in name]
+        adam = torch.optim.AdamW(others, lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=self.weight_decay)
+        self.optimizers = [Muon(matrices, lr=self.matrix_rate, weight_decay=self.weight_decay), adam]
+        self._peaks = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
         self.ema = {name: value.detach().clone() for name, value in self.modules.state_dict().items()}
 
     def rate(self, step: int) -> float:
@@ -43,16 +50,16 @@ class Stage:
         step, started, saved = self._resume(), time.monotonic(), time.monotonic()
         first, totals = step, {}
         while step < self.steps:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate * self.rate(step)
+            for group, peak in zip(self._groups(), self._peaks, strict=True):
+                group["lr"] = peak * self.rate(step)
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
             loss, parts = loss_of(step, generator)
             if not torch.isfinite(loss):
                 raise RuntimeError(f"{self.name}: loss is {loss.item()} at step {step}; the last checkpoint is {self.path}")
-            self.optimizer.zero_grad(set_to_none=True)
+            self.modules.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             step += 1
             self._update_ema(step)
             for key, value in {"loss": loss.item(), **parts}.items():
@@ -68,6 +75,9 @@ class Stage:
             self._save(step)
         self.modules.load_state_dict(self.ema)
 
+    def _groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
     @torch.no_grad()
     def _update_ema(self, step: int) -> None:
         decay = min(self.ema_decay, (1 + step) / (10 + step))
@@ -77,7 +87,7 @@ class Stage:
 
     def _save(self, step: int) -> None:
         temporary = self.path.with_suffix(".partial")
-        state = {"step": step, "modules": self.modules.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema}
+        state = {"step": step, "modules": self.modules.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers], "ema": self.ema}
         torch.save(state, temporary)
         temporary.replace(self.path)
 
@@ -86,6 +96,7 @@ class Stage:
             return 0
         state = torch.load(self.path, weights_only=True)
         self.modules.load_state_dict(state["modules"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.ema = state["ema"]
         return state["step"]
