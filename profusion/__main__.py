@@ -1,0 +1,53 @@
+"""`python -m profusion demo --out DIR [--images DIR --noun NOUN]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from . import demo
+from .pictures import PictureError
+from .prompt import NounError
+from .residual import ResidualError
+from .toybox import world
+from .training import TrainingError, TrainingOptions
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m profusion", description="Customised text-to-image, without a host.")
+    commands = top.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("demo", help="learn a concept on Toybox and draw it in new places")
+    one.add_argument("--out", type=Path, required=True, help="folder for grid.png, residual.safetensors and report.json")
+    one.add_argument("--concept", choices=list(world.CONCEPTS), default=demo.CONCEPT, help="a concept to be drawn and learned")
+    one.add_argument("--images", type=Path, help="learn from the pictures in this folder instead; alpha is the object's mask")
+    one.add_argument("--noun", choices=world.NOUNS, help="what the pictures in --images show")
+    one.add_argument("--steps", type=int, default=200, help="training steps (default: %(default)s)")
+    one.add_argument("--learning-rate", type=float, default=0.02, help="AdamW's (default: %(default)s)")
+    one.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    command_line = parser()
+    options = command_line.parse_args(arguments)
+    if (options.images is None) != (options.noun is None):
+        command_line.error("--images and --noun go together: whose pictures, and what is in them")
+    try:
+        training = TrainingOptions(steps=options.steps, learning_rate=options.learning_rate, seed=options.seed)
+        if options.images is None:
+            concept = demo.drawn_concept(options.concept)
+        else:
+            concept = demo.own_concept(options.images, options.noun)
+        report = demo.run(options.out, concept, training)
+    except (PictureError, NounError, ResidualError, TrainingError, ValueError, OSError) as error:
+        print(f"profusion: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(report, indent=2))
+    print(f"\nLook at {options.out / 'grid.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
