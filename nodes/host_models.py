@@ -1,0 +1,114 @@
+"""Toybox in the host's own classes: its UNet as a MODEL, its text tower as a CLIP, its VAE, its image tower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.clip_vision
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models
+import comfy.supported_models_base
+import torch
+
+from ..profusion.models.configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE
+from ..profusion.toybox.pipeline import WEIGHTS, load_network
+
+VISION_CONFIG = WEIGHTS / "clip_vision_config.json"  # the host reads the tower's sizes from such a file
+
+
+class Toybox(comfy.supported_models.SD15):
+    """SD 1.5 in every respect but its sizes."""
+
+    unet_config = {}
+    unet_extra_config = {"num_heads": TOYBOX.num_heads, "num_head_channels": -1}
+
+
+def _unet_config() -> dict[str, Any]:
+    blocks = [depth for depth in TOYBOX.transformer_depth for _ in range(TOYBOX.num_res_blocks)]
+    outputs = [depth for depth in TOYBOX.transformer_depth for _ in range(TOYBOX.num_res_blocks + 1)]
+    return {
+        "image_size": 32,
+        "in_channels": TOYBOX.in_channels,
+        "out_channels": TOYBOX.out_channels,
+        "model_channels": TOYBOX.model_channels,
+        "channel_mult": list(TOYBOX.channel_mult),
+        "num_res_blocks": [TOYBOX.num_res_blocks] * len(TOYBOX.channel_mult),
+        "transformer_depth": blocks,
+        "transformer_depth_output": outputs,
+        "transformer_depth_middle": TOYBOX.middle_depth,
+        "context_dim": TOYBOX.context_dim,
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": TOYBOX.use_linear,
+        "adm_in_channels": None,
+        "legacy": False,
+        "dtype": torch.float32,
+    }
+
+
+def load_model(folder: Path | None = None) -> comfy.model_patcher.ModelPatcher:
+    """The UNet as a MODEL."""
+    device = comfy.model_management.get_torch_device()
+    config = Toybox(_unet_config())
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, device=comfy.model_management.unet_offload_device())
+    model.diffusion_model.load_state_dict(load_network("unet", folder), strict=True)
+    return comfy.model_patcher.ModelPatcher(
+        model, load_device=device, offload_device=comfy.model_management.unet_offload_device()
+    )
+
+
+def load_clip(embedding_directory: list[str] | None = None, folder: Path | None = None) -> comfy.sd.CLIP:
+    """The text tower as a CLIP, with the host's own tokenizer."""
+    sizes = {
+        "hidden_size": TOYBOX_TEXT.width,
+        "num_hidden_layers": TOYBOX_TEXT.layers,
+        "num_attention_heads": TOYBOX_TEXT.heads,
+        "intermediate_size": TOYBOX_TEXT.intermediate,
+    }
+    target = comfy.supported_models_base.ClipTarget(_tokenizer, comfy.sd1_clip.SD1ClipModel)
+    clip = comfy.sd.CLIP(
+        target, embedding_directory=embedding_directory, model_options={"clip_l_model_config": sizes}
+    )
+    clip.cond_stage_model.clip_l.transformer.load_state_dict(load_network("text", folder), strict=True)
+    return clip
+
+
+def _tokenizer(embedding_directory=None, tokenizer_data=None) -> comfy.sd1_clip.SD1Tokenizer:
+    tokenizer = comfy.sd1_clip.SD1Tokenizer(embedding_directory, tokenizer_data or {})
+    tokenizer.clip_l.embedding_size = TOYBOX_TEXT.width  # of the textual inversions that `embedding:` may name
+    return tokenizer
+
+
+def load_vae(folder: Path | None = None) -> comfy.sd.VAE:
+    """The autoencoder as a VAE."""
+    sizes = {
+        "double_z": True,
+        "z_channels": TOYBOX_VAE.latent_channels,
+        "resolution": 96,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": TOYBOX_VAE.channels,
+        "ch_mult": list(TOYBOX_VAE.channel_mult),
+        "num_res_blocks": TOYBOX_VAE.num_res_blocks,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    state = load_network("vae", folder)
+    vae = comfy.sd.VAE(
+        sd=dict(state),
+        dtype=torch.float32,
+        config={"params": {"ddconfig": sizes, "embed_dim": TOYBOX_VAE.latent_channels}},
+    )
+    vae.first_stage_model.load_state_dict(state, strict=True)
+    return vae
+
+
+def load_clip_vision(folder: Path | None = None) -> comfy.clip_vision.ClipVisionModel:
+    """The image tower as a CLIP_VISION."""
+    vision = comfy.clip_vision.ClipVisionModel(VISION_CONFIG)
+    vision.model.load_state_dict(load_network("vision", folder), strict=True)
+    return vision
