@@ -72,6 +72,13 @@ def test_a_residual_keeps_a_copy_in_float32():
     assert residual.context_dim == 768
 
 
+def test_a_residual_made_or_loaded_in_inference_mode_may_be_trained_on(tmp_path):
+    with torch.inference_mode():
+        path = save_residual(make_residual(training_state=training_state()), tmp_path / "a.safetensors", "float32").path
+        loaded = load_residual(path)
+    assert not any(tensor.is_inference() for tensor in (loaded.delta, *loaded.training_state.values()))
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -1,10 +1,11 @@
 """What Infusion learns of a concept, and the small file that keeps it."""
 
 from .concept import Residual, ResidualError, check_architecture
-from .file import PRECISIONS, SUFFIX, SavedResidual, load_residual, save_residual
+from .file import PRECISIONS, PREVIEW_SUFFIX, SUFFIX, SavedResidual, load_residual, save_residual
 
 __all__ = [
     "PRECISIONS",
+    "PREVIEW_SUFFIX",
     "SUFFIX",
     "Residual",
     "ResidualError",

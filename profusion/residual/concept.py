@@ -111,7 +111,7 @@ def checked_delta(delta: Tensor, layers: tuple[str, ...]) -> Tensor:
         raise ResidualError(f"delta must be a floating-point tensor; found {getattr(delta, 'dtype', type(delta))}")
     if delta.ndim != 3 or delta.shape[:2] != (len(layers), 1) or delta.shape[2] < 1:
         raise ResidualError(f"delta must have the shape ({len(layers)}, 1, context_dim); found {tuple(delta.shape)}")
-    delta = delta.detach().to("cpu", torch.float32, copy=True).contiguous()
+    delta = _copy(delta, torch.float32)
     bad = [name for name, row in zip(layers, delta, strict=True) if not torch.isfinite(row).all()]
     if bad:
         raise ResidualError(f"delta must be finite; found NaN or infinity in {some(bad)}")
@@ -129,7 +129,13 @@ def checked_training_state(state: Mapping[str, Tensor] | None) -> dict[str, Tens
             raise ResidualError(f"training_state['{name}'] must be a tensor that is not empty, of {', '.join(DTYPES)}")
         if not torch.isfinite(tensor).all():
             raise ResidualError(f"training_state['{name}'] must be finite; found NaN or infinity")
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+    return {name: _copy(tensor, tensor.dtype) for name, tensor in state.items()}
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy on the CPU, usable in training even if made in inference mode, as the host's nodes are run."""
+    with torch.inference_mode(False):
+        return tensor.detach().to("cpu", dtype, copy=True).contiguous()
 
 
 def _checked_text(field: str, text: str) -> str:

@@ -1,0 +1,64 @@
+"""Where residuals are on disk: models/profusion_residuals, and the folders that extra_model_paths.yaml adds to it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePath
+
+import folder_paths
+
+from ..profusion.residual import PREVIEW_SUFFIX, SUFFIX, ResidualError
+
+RESIDUALS = "profusion_residuals"
+
+
+def register_residuals() -> None:
+    """Tell the host of the folder. Paths that extra_model_paths.yaml added before stay, after the host's own as usual.
+
+    The host's `add_model_folder_path` would list files of every kind in it.
+    """
+    own = str(Path(folder_paths.models_dir) / RESIDUALS)
+    known, _ = folder_paths.folder_names_and_paths.get(RESIDUALS, ([], set()))
+    folder_paths.folder_names_and_paths[RESIDUALS] = ([own, *[path for path in known if path != own]], {SUFFIX})
+
+
+def residual_names() -> list[str]:
+    """The residuals on disk, as the loader lists them."""
+    return folder_paths.get_filename_list(RESIDUALS)
+
+
+def find_residual(name: str) -> Path:
+    """The path of a listed residual. Raises ResidualError, which says where it was looked for and what is there."""
+    path = folder_paths.get_full_path(RESIDUALS, name)
+    if path is not None:
+        return Path(path)
+    names = residual_names()
+    found = f"{', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}" or "no residual"
+    searched = " and ".join(folder_paths.get_folder_paths(RESIDUALS))
+    raise ResidualError(
+        f"There is no residual '{name}'. Searched: {searched}. Found: {found}. Choose one of these, put the file there and "
+        f"refresh the node definitions (R), or make one with Residual Trainer and Residual Saver."
+    )
+
+
+def next_residual_path(prefix: str, noun: str) -> Path:
+    """A path no file has yet, `<prefix>_<number>_.safetensors` as the host numbers pictures, in the first of the folders.
+
+    The prefix may hold subfolders, the host's %year% etc., and %noun%. Raises ResidualError for one that leads elsewhere.
+    """
+    folder = folder_paths.get_folder_paths(RESIDUALS)[0]
+    prefix = prefix.replace("%noun%", re.sub(r"\W+", "_", noun))
+    if not prefix.strip(" ./\\") or PurePath(prefix).is_absolute() or ".." in re.split(r"[/\\]", prefix):
+        raise ResidualError(f"filename_prefix '{prefix}' is no name within {folder}: use one such as 'pets/cat'.")
+    try:
+        subfolder, stem, number, _, _ = folder_paths.get_save_image_path(prefix, folder)
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        raise ResidualError(
+            f"The folder {folder} cannot be used for '{prefix}': {reason}. Check that it may be written to."
+        ) from problem
+    while True:
+        path = Path(subfolder) / f"{stem}_{number:05}_{SUFFIX}"
+        if not path.exists() and not path.with_suffix(PREVIEW_SUFFIX).exists():
+            return path
+        number += 1
