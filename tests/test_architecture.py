@@ -1,0 +1,95 @@
+"""The structure that everything else leans on: one direction of imports, and nothing in the archive that a scan flags."""
+
+import ast
+import fnmatch
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+IGNORED = [line for line in (ROOT / ".comfyignore").read_text().split() if line]
+HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "execution", "server", "node_helpers"}
+SHIPPED_WITH_THE_HOST = {"torch", "torchvision", "numpy", "PIL", "safetensors", "tokenizers", "einops", "scipy"}
+
+
+def shipped() -> list[Path]:
+    """The Python files that the Registry would pack."""
+    files = []
+    for path in ROOT.rglob("*.py"):
+        relative = path.relative_to(ROOT).as_posix()
+        hidden = relative.startswith(".") or any(
+            relative.startswith(rule) or fnmatch.fnmatch(relative, rule) for rule in IGNORED
+        )
+        if not hidden:
+            files.append(path)
+    return files
+
+
+def imports(path: Path) -> set[tuple[int, str]]:
+    """(level, module) of each import of a file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {(0, alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.level, node.module or ""))
+    return found
+
+
+def test_the_archive_holds_the_pack_and_no_tests():
+    names = {path.relative_to(ROOT).as_posix() for path in shipped()}
+    assert {"__init__.py", "nodes/infusion.py", "profusion/infusion.py"} <= names
+    assert not any(name.startswith(("tests/", "training/", "benchmarks/")) for name in names)
+
+
+def test_the_kernel_never_imports_the_host_or_the_nodes():
+    for path in (ROOT / "profusion").rglob("*.py"):
+        depth = len(path.relative_to(ROOT / "profusion").parts)
+        for level, module in imports(path):
+            top = module.split(".")[0]
+            assert level or top not in HOST | {"nodes"}, f"{path} imports {module}"
+            assert level or top != "profusion", f"{path} imports {module} absolutely: in a host it has another name"
+            assert level <= depth, f"{path} reaches out of the kernel"
+
+
+def test_nothing_is_required_that_the_host_does_not_ship():
+    for path in shipped():
+        for level, module in imports(path):
+            top = module.split(".")[0]
+            known = level or top in SHIPPED_WITH_THE_HOST | HOST or top in __import__("sys").stdlib_module_names
+            assert known, f"{path} imports {module}"
+
+
+FLAGGED = (
+    r"\bos\.environ\b|\bgetenv\b",
+    r"\bsubprocess\b|\bos\.system\b|\bpopen\b",
+    r"\bimportlib\b|\b__import__\b",
+    r"(?<![\w.])(eval|exec)\(",
+    r"(?<![\w.])compile\(",
+    r"\bpickle\b|\btorch\.load\b|\bmarshal\b",
+    r"\bctypes\b",
+    r"\b(requests|urllib|http\.client|socket|aiohttp)\b\.",
+)
+
+
+@pytest.mark.parametrize("pattern", FLAGGED)
+def test_nothing_that_the_registrys_scan_flags(pattern):
+    for path in shipped():
+        code = ast.unparse(_without_docstrings(ast.parse(path.read_text())))
+        match = re.search(pattern, code)
+        assert match is None, f"{path}: {match and match.group()}"
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            node.body = body[1:] or [ast.Pass()]
+    return tree
+
+
+def test_the_version_has_one_value():
+    project = (ROOT / "pyproject.toml").read_text()
+    kernel = (ROOT / "profusion" / "__init__.py").read_text()
+    assert re.search(r'^version = "(.+)"', project, re.M)[1] == re.search(r'__version__ = "(.+)"', kernel)[1]

@@ -1,0 +1,56 @@
+"""The schedule against its definition, and the sampler on a model whose answer is known."""
+
+import math
+
+import pytest
+import torch
+
+from profusion.diffusion import alphas_cumprod, eps_denoiser, sample_euler, sampling_sigmas, timestep_of, training_sigmas
+
+
+def test_schedule_is_sds():
+    beta = [(0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * i / 999) ** 2 for i in range(1000)]
+    assert math.isclose(alphas_cumprod()[0].item(), 1 - beta[0], rel_tol=1e-6)
+    assert math.isclose(alphas_cumprod()[999].item(), math.prod(1 - b for b in beta), rel_tol=1e-4)
+    assert math.isclose(training_sigmas()[-1].item(), 14.6146, rel_tol=1e-4)
+
+
+def test_every_timestep_is_found_again():
+    assert torch.equal(timestep_of(training_sigmas()), torch.arange(1000))
+
+
+def test_sampling_starts_at_the_highest_noise_and_ends_at_none():
+    sigmas = sampling_sigmas(30)
+    assert len(sigmas) == 31 and sigmas[0] == training_sigmas()[-1] and sigmas[-1] == 0
+    assert (sigmas.diff() < 0).all()
+    with pytest.raises(ValueError, match="steps=0"):
+        sampling_sigmas(0)
+
+
+def test_euler_lands_on_the_mean_of_a_gaussian():
+    """For data N(mu, s^2) the ideal denoiser is linear; the probability flow maps noise z to mu + s * z."""
+    mu, s = 3.0, 0.5
+
+    def ideal(x, sigma):
+        sigma = sigma.view(-1, 1, 1, 1)
+        return mu + (x - mu) * s**2 / (s**2 + sigma**2)
+
+    noise = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    seen = []
+    x = sample_euler(ideal, noise, sampling_sigmas(400), lambda step, denoised: seen.append(step))
+    assert torch.allclose(x, mu + s * noise, atol=0.15)
+    assert seen == list(range(400))
+
+
+def test_eps_denoiser_undoes_the_scaling():
+    clean, noise = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    sigma = training_sigmas()[torch.tensor([100, 800])]
+    x = clean + sigma.view(-1, 1, 1, 1) * noise
+    alpha_bar = alphas_cumprod()[torch.tensor([100, 800])].view(-1, 1, 1, 1)
+
+    def predict_noise(scaled, t):
+        assert t.tolist() == [100, 800]
+        assert torch.allclose(scaled, alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise, atol=1e-5)
+        return noise
+
+    assert torch.allclose(eps_denoiser(predict_noise)(x, sigma), clean, atol=1e-5)
