@@ -1,0 +1,106 @@
+"""Toybox in the host's own classes: the same files, loaded strictly, give the kernel's numbers to 1e-4."""
+
+import pytest
+import torch
+
+pytest.importorskip("comfy.samplers", reason="no ComfyUI found: Toybox in the host is not tested")
+
+from profusion.models.configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE, TOYBOX_VISION
+from profusion.models.tokenizer import tokenize
+from profusion.models.clip import TextModel, VisionModel
+from profusion.models.unet import UNet
+from profusion.models.vae import VAE
+from profusion.toybox.pipeline import WEIGHTS, Toybox, save_weights
+
+PROMPT = "a photo of a red and white striped ball by a brick wall"
+
+
+@pytest.fixture(scope="module", params=["random", "shipped"])
+def folder(request, tmp_path_factory):
+    if request.param == "shipped":
+        if not (WEIGHTS / "toybox_unet.safetensors").exists():
+            pytest.skip("no Toybox weights are shipped yet")
+        return None
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("toybox")
+    networks = {"unet": UNet(TOYBOX), "vae": VAE(TOYBOX_VAE), "text": TextModel(TOYBOX_TEXT), "vision": VisionModel(TOYBOX_VISION)}
+    save_weights(folder, **networks, tokens=torch.unique(tokenize(PROMPT)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kernel(folder):
+    return Toybox.load(folder)
+
+
+@pytest.fixture(scope="module")
+def models(pack):
+    from profusion_pack.nodes import host_models
+
+    return host_models
+
+
+def close(ours, theirs):
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+def test_unet(models, kernel, folder):
+    model = models.load_model(folder).model
+    x, t, context = torch.randn(2, 4, 12, 12), torch.tensor([30, 900]), kernel.context([PROMPT, ""])
+    close(kernel.unet(x, t, context), model.diffusion_model(x, t, context))
+
+
+@torch.no_grad()
+def test_text_tower_and_tokenizer(models, kernel, folder):
+    clip = models.load_clip(folder=folder)
+    context, extras = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))[0]
+    close(kernel.context(PROMPT), context)
+    projected = torch.nn.functional.normalize(kernel.text.text_projection(extras["pooled_output"]), dim=-1)
+    close(kernel.text.embed(tokenize(PROMPT)), projected)
+
+
+@torch.no_grad()
+def test_vae(models, kernel, folder):
+    vae = models.load_vae(folder)
+    pictures = torch.rand(2, 96, 64, 3)
+    latents = vae.encode(pictures)
+    close(kernel.vae.latents(pictures), latents * TOYBOX_VAE.scale_factor)
+    close(kernel.vae.pictures(latents * TOYBOX_VAE.scale_factor), vae.decode(latents))
+
+
+@torch.no_grad()
+def test_image_tower(models, kernel, folder):
+    vision = models.load_clip_vision(folder)
+    for size in (96, 130):
+        pictures = torch.rand(2, size, size + 20, 3)
+        encoded = vision.encode_image(pictures)
+        pixels = kernel.vision.preprocess(pictures)
+        close(kernel.vision(pixels), encoded["last_hidden_state"])
+        close(kernel.vision.embed(pixels), torch.nn.functional.normalize(encoded["image_embeds"], dim=-1))
+
+
+@torch.no_grad()
+def test_a_whole_picture(models, kernel, folder):
+    """The host's euler on its "simple" schedule draws the kernel's picture."""
+    import comfy.sample
+    from profusion.toybox.pipeline import initial_noise, seeded
+
+    model, clip = models.load_model(folder), models.load_clip(folder=folder)
+    positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (PROMPT, ""))
+    noise = initial_noise(seeded(5))
+    theirs = comfy.sample.sample(
+        model, noise, 6, 4.0, "euler", "simple", positive, negative, torch.zeros_like(noise), seed=0, disable_pbar=True
+    )
+    ours = kernel.generate([PROMPT], seeded(5), steps=6, guidance=4.0) / TOYBOX_VAE.scale_factor
+    assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max()
+
+
+def test_the_loader_node_gives_all_four(pack):
+    if not (WEIGHTS / "toybox_unet.safetensors").exists():
+        pytest.skip("no Toybox weights are shipped yet")
+    from profusion_pack.nodes.toybox import ToyboxLoader
+
+    model, clip, vae, vision = ToyboxLoader.execute().result
+    assert model.model.diffusion_model is not None and clip.tokenizer and vae.downscale_ratio == 8 and vision.image_size == 96
