@@ -1,0 +1,1 @@
+"""Developer scripts that make what ships. Not part of the pack that ComfyUI Manager installs."""
