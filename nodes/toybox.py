@@ -1,10 +1,12 @@
-"""ProFusion_ToyboxLoader: the embedded model, so that everything can be tried without a download."""
+"""ProFusion_ToyboxLoader: the embedded model, and pictures to try it with, so that nothing need be downloaded."""
 
 from __future__ import annotations
 
 import folder_paths
 from comfy_api.latest import io
 
+from ..profusion.demo import CONCEPT, PICTURES, drawn_concept
+from ..profusion.toybox.world import BACKGROUNDS, CONCEPTS
 from . import host_models
 
 
@@ -17,24 +19,45 @@ class ToyboxLoader(io.ComfyNode):
             category="ProFusion",
             description=(
                 "A tiny text-to-image model that ships with this pack: 96x96 pictures of toys, in seconds and on a CPU. "
-                "It has the shape of Stable Diffusion 1.5, so every node that works with that works with it."
+                "It has the shape of Stable Diffusion 1.5, so every node that works with that works with it. With it come "
+                "pictures of a toy that it has never seen, to learn from."
             ),
-            inputs=[],
+            inputs=[
+                io.Combo.Input(
+                    "toy",
+                    options=list(CONCEPTS),
+                    default=CONCEPT,
+                    tooltip="Which toy the pictures show. The model was never shown any of these.",
+                ),
+                io.Int.Input(
+                    "count", default=PICTURES, min=1, max=len(BACKGROUNDS), tooltip="How many pictures of the toy to draw."
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=2**31 - 1, tooltip="Decides places and poses in the toy's pictures."
+                ),
+            ],
             outputs=[
                 io.Model.Output(tooltip="The UNet, for any sampler. Use latents of 96x96 pixels."),
                 io.Clip.Output(tooltip="The text encoder. It knows thirteen nouns, eight colours and six places."),
                 io.Vae.Output(tooltip="The autoencoder, 8 pixels a latent cell as in Stable Diffusion."),
                 io.ClipVision.Output(tooltip="The image encoder that was trained against the text encoder."),
+                io.Image.Output(display_name="pictures", tooltip="Pictures of the toy, for Residual Trainer."),
+                io.Mask.Output(display_name="masks", tooltip="Where the toy is in each picture."),
+                io.String.Output(display_name="noun", tooltip="The toy's class noun."),
             ],
         )
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
+    def execute(cls, toy, count, seed) -> io.NodeOutput:
+        drawn = drawn_concept(toy, count, seed)
         return io.NodeOutput(
             host_models.load_model(),
             host_models.load_clip(folder_paths.get_folder_paths("embeddings")),
             host_models.load_vae(),
             host_models.load_clip_vision(),
+            drawn.pictures,
+            drawn.masks,
+            drawn.noun,
         )
 
 

@@ -102,5 +102,6 @@ def test_the_loader_node_gives_all_four(pack):
         pytest.skip("no Toybox weights are shipped yet")
     from profusion_pack.nodes.toybox import ToyboxLoader
 
-    model, clip, vae, vision = ToyboxLoader.execute().result
+    model, clip, vae, vision, pictures, masks, noun = ToyboxLoader.execute("gold and navy cup", 3, 0).result
+    assert pictures.shape == (3, 96, 96, 3) and masks.shape == (3, 96, 96) and noun == "cup"
     assert model.model.diffusion_model is not None and clip.tokenizer and vae.downscale_ratio == 8 and vision.image_size == 96
