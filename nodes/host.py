@@ -1,0 +1,345 @@
+"""The one file that touches ComfyUI's internals: its text encoders, its model's parameters and its sampling run.
+
+Infusion is two wrappers on the MODEL, both under one key, and nothing else. SAMPLER_SAMPLE runs the sampler for F and
+for C in step; CALC_COND_BATCH evaluates each stream with its patches. What a concept does, and where, travels in the
+CONDITIONING.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import comfy.model_patcher
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ..profusion.coroutine import Coroutine
+from ..profusion.infusion import (
+    Layer,
+    Patches,
+    Placement,
+    UnsupportedModelError,
+    crop_region,
+    cross_attention_layers,
+    customised_patches,
+    foundation_patches,
+)
+from ..profusion.prompt import Span, find_noun
+
+KEY = "profusion_infusion"
+
+
+@dataclass(frozen=True)
+class PlacedConcept:
+    """What a CONDITIONING carries under KEY for each concept. Percents become sigmas once it is sampled with a model."""
+
+    placement: Placement
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+
+
+def model_layers(model: Any) -> list[Layer]:
+    """The cross-attention layers of a MODEL. A model that has none is refused by name."""
+    network = model.get_model_object("diffusion_model")
+    try:
+        return cross_attention_layers(dict(network.named_parameters()))
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"{type(model.model).__name__} ({type(network).__name__}) is not supported: {error}"
+        ) from None
+
+
+def noun_spans(clip: Any, text: str, noun: str) -> list[Span]:
+    """The context rows of each occurrence of a noun in a prompt, as this CLIP tokenises both."""
+
+    def ends_word(token: int) -> bool:
+        return clip.tokenizer.untokenize([(token, 1.0)])[0][1].endswith("</w>")
+
+    prompt = clip.tokenize(text, return_word_ids=True)
+    nouns = clip.tokenize(noun, return_word_ids=True, disable_weights=True)
+    found = []
+    for encoder, chunks in prompt.items():
+        words = [[(token, word) for token, _, word in chunk] for chunk in chunks]
+        noun_tokens = [token for chunk in nouns[encoder] for token, _, word in chunk if word != 0]
+        if not ends_word(noun_tokens[-1]):
+            raise UnsupportedModelError(
+                f"Infusion finds nouns in CLIP's tokens, and text encoder {encoder!r} is not CLIP"
+            )
+        found.append(find_noun(words, noun_tokens, ends_word))
+    if any(spans != found[0] for spans in found):
+        raise ValueError(f"the text encoders {', '.join(prompt)} disagree on where {noun!r} is in the prompt {text!r}")
+    return found[0]
+
+
+def encode_prompt(clip: Any, text: str, concepts: Sequence[PlacedConcept]) -> list:
+    """A CONDITIONING of the prompt that carries these concepts."""
+    encoded = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    return [[context, {**extras, KEY: tuple(concepts)}] for context, extras in encoded]
+
+
+def add_streams(
+    model: Any, layers: Sequence[Layer], shared_latent: bool, on_foundation: Callable[[Tensor], None] | None = None
+) -> Any:
+    """A clone of MODEL that draws the concepts that conditionings carry; a run without any is the plain run.
+
+    shared_latent: F looks at C's latent instead of following its own trajectory. A model that has the streams already
+    gets these in their place. `on_foundation`, for whoever wants to see the plain picture too, is given F's finished
+    latent (own trajectory only).
+    """
+    names = tuple(layer.name for layer in layers)
+    patched = model.clone()
+    wrappers = {
+        WrappersMP.SAMPLER_SAMPLE: _sampler_wrapper(names, shared_latent, on_foundation),
+        WrappersMP.CALC_COND_BATCH: _evaluate_stream,
+    }
+    for kind, wrapper in wrappers.items():
+        patched.remove_wrappers_with_key(kind, KEY)
+        patched.add_wrapper_with_key(kind, KEY, wrapper)
+    return patched
+
+
+def _sampler_wrapper(layers: tuple[str, ...], shared_latent: bool, on_foundation: Callable | None) -> Callable:
+    def sample(
+        executor,
+        guider,
+        sigmas,
+        extra_args,
+        callback,
+        noise,
+        latent_image=None,
+        denoise_mask=None,
+        disable_pbar=False,
+        **kwargs,
+    ):
+        def run(extra_args: dict, callback, noise: Tensor, silent: bool) -> Tensor:
+            return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, silent, **kwargs)
+
+        if not any(cond.get(KEY) for group in guider.conds.values() for cond in group):
+            return run(extra_args, callback, noise, disable_pbar)
+
+        streams = _Streams(layers)
+        if shared_latent:
+            return run(_with_stream(extra_args, streams.evaluate_both), callback, noise, disable_pbar)
+
+        def foundation_run(ask: Callable) -> Tensor:
+            return run(_with_stream(extra_args, streams.asking_foundation(ask)), None, noise.clone(), True)
+
+        foundation = _InStep(foundation_run, noise.device)
+        try:
+            customised = _with_stream(_separate_state(extra_args), streams.following(foundation))
+            samples = run(customised, callback, noise, disable_pbar)
+            if on_foundation is not None:
+                on_foundation(foundation.finish())
+            return samples
+        finally:
+            foundation.close()
+
+    return sample
+
+
+def _evaluate_stream(executor, model, conds, x, sigma, model_options, *args, **kwargs):
+    """CALC_COND_BATCH: let the stream that is sampling do the evaluation."""
+    stream = model_options.get("transformer_options", {}).get(KEY)
+    if stream is None:
+        return executor(model, conds, x, sigma, model_options, *args, **kwargs)
+
+    def evaluate(conds: list, patches: Patches) -> list[Tensor]:
+        return executor(model, conds, x, sigma, _with_patches(model_options, patches), *args, **kwargs)
+
+    return stream(evaluate, model, conds, x, float(sigma.flatten()[0]))
+
+
+class _Streams:
+    """How the two streams of one sampling run are evaluated, and what they share: F's queries."""
+
+    def __init__(self, layers: tuple[str, ...]):
+        self._layers = layers
+        self._queries: dict = {}
+        self._placements: dict = {}
+
+    def asking_foundation(self, ask: Callable) -> Callable:
+        """F, sampled in step: has its evaluations done by whoever answers."""
+
+        def stream(evaluate, model, conds, x, sigma):
+            return ask(lambda: self._foundation(evaluate, conds))
+
+        return stream
+
+    def following(self, foundation: _InStep) -> Callable:
+        """C on its own trajectory: before each of its evaluations, F does one."""
+
+        def stream(evaluate, model, conds, x, sigma):
+            foundation.step()
+            return self._customised(evaluate, model, conds, x, sigma)
+
+        return stream
+
+    def evaluate_both(self, evaluate, model, conds, x, sigma):
+        """C on a shared latent: F looks at it first."""
+        self._foundation(evaluate, conds)
+        return self._customised(evaluate, model, conds, x, sigma)
+
+    def _foundation(self, evaluate, conds):
+        return evaluate(conds, foundation_patches(self._queries, _foundation_key))
+
+    def _customised(self, evaluate, model, conds, x, sigma):
+        placements = {}
+        for index, group in enumerate(conds):
+            for cond in group or ():
+                placements[index, cond["uuid"]] = [p for p in self._of(index, cond, model, x) if p.is_active(sigma)]
+        # Packs that keep something for each conditioning must not mistake C's for F's.
+        conds = [group and [{**cond, "uuid": _customised_id(cond["uuid"])} for cond in group] for group in conds]
+        patches = customised_patches(
+            self._queries, lambda options, chunk: placements.get(_customised_key(options, chunk), ()), _customised_key
+        )
+        return evaluate(conds, patches)
+
+    def _of(self, index: int, cond: dict, model: Any, x: Tensor) -> list[Placement]:
+        key = index, cond["uuid"]
+        if key not in self._placements:
+            concepts = cond.get(KEY, ()) if _attends_to_own_text(cond) else ()
+            placed = [_resolve(concept, cond, model, x, self._layers) for concept in concepts]
+            self._placements[key] = [placement for placement in placed if placement is not None]
+        return self._placements[key]
+
+
+def _foundation_key(extra_options: dict, chunk: int) -> tuple:
+    return extra_options["cond_or_uncond"][chunk], extra_options["uuids"][chunk]
+
+
+def _customised_id(uuid: Any) -> tuple:
+    return "customised", uuid
+
+
+def _customised_key(extra_options: dict, chunk: int) -> tuple:
+    """The key under which F's evaluation of the same conditioning is known."""
+    index, (_, uuid) = _foundation_key(extra_options, chunk)
+    return index, uuid
+
+
+def _attends_to_own_text(cond: dict) -> bool:
+    """Whether a cond is evaluated with the text that it was placed in.
+
+    Where a conditioning has an area, the host copies it, id and all, into the other conditionings, with their text.
+    """
+    own, attended = cond.get("cross_attn"), cond["model_conds"].get("c_crossattn")
+    if own is None or attended is None:
+        return False
+    attended = attended.cond
+    return attended is own or (attended.shape == own.shape and torch.equal(attended.to(own), own))
+
+
+def _resolve(concept: PlacedConcept, cond: dict, model: Any, x: Tensor, layers: tuple[str, ...]) -> Placement | None:
+    """A concept's placement in the run at hand; None where it would do nothing."""
+    placement, text = concept.placement, cond["cross_attn"]
+    if placement.layers != layers:
+        raise ValueError(
+            f"the conditioning's residual has {len(placement.layers)} layers, {placement.layers[0]} to "
+            f"{placement.layers[-1]}, and the sampling model has {len(layers)}: their architectures differ"
+        )
+    if not text[:, list(placement.rows)].any():
+        return None  # a zeroed-out conditioning, as made for negatives, has no noun any more
+    region = placement.region
+    if region is not None:
+        if placement.strength == 0 or not placement.delta.any():
+            return None  # it would only cost rows, and equality with the plain run
+        region = crop_region(region.to(x.device), x.shape[-2:], cond["area"]) if "area" in cond else region.to(x.device)
+    sampling = model.model_sampling
+    return replace(
+        placement,
+        delta=placement.delta.to(x.device),
+        sigma_start=float(sampling.percent_to_sigma(concept.start_percent)),
+        sigma_end=float(sampling.percent_to_sigma(concept.end_percent)),
+        context_length=text.shape[1],
+        region=region,
+    )
+
+
+class _InStep:
+    """The foundation's sampler, run one evaluation at a time.
+
+    It is the plain run, call for call: any sampler, with noise from the same generators in the same order. What it
+    draws from the global generators it draws from its own copy of them, so that C then draws the same.
+    """
+
+    def __init__(self, run: Callable[[Callable], Tensor], device: torch.device):
+        inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+        def in_same_mode(ask: Callable) -> Tensor:  # the modes belong to a thread
+            with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+                return run(ask)
+
+        self._coroutine = Coroutine(in_same_mode)
+        self._answer: Any = None
+        self._device = device
+        self._random_state = _random_state(device)
+
+    def step(self) -> None:
+        """Go on to the next evaluation and do it, in the caller's thread. Once the sampler is done, nothing."""
+        with self._own_random_state():
+            evaluate = self._coroutine.resume(self._answer)
+            self._answer = None if evaluate is None else evaluate()
+
+    def finish(self) -> Tensor:
+        """Go on to the end; returns the sampler's result."""
+        while not self._coroutine.finished:
+            self.step()
+        return self._coroutine.result
+
+    def close(self) -> None:
+        self._coroutine.close()
+
+    @contextmanager
+    def _own_random_state(self) -> Iterator[None]:
+        outer = _random_state(self._device)
+        _set_random_state(self._device, self._random_state)
+        try:
+            yield
+        finally:
+            self._random_state = _random_state(self._device)
+            _set_random_state(self._device, outer)
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    own = getattr(torch, device.type) if device.type in ("cuda", "xpu") else None
+    return torch.get_rng_state(), own and own.get_rng_state(device)
+
+
+def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        getattr(torch, device.type).set_rng_state(state[1], device)
+
+
+def _with_stream(extra_args: dict, stream: Callable) -> dict:
+    """A sampler's arguments with which its evaluations are this stream's."""
+    options = extra_args["model_options"]
+    transformer_options = {**options.get("transformer_options", {}), KEY: stream}
+    return {**extra_args, "model_options": {**options, "transformer_options": transformer_options}}
+
+
+def _separate_state(extra_args: dict) -> dict:
+    """A sampler's arguments in which the objects where packs keep a run's state, as step caches do, are copies."""
+    options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
+    shared = options.get("transformer_options", {})
+    for name, value in shared.items():
+        if hasattr(value, "__dict__") and not callable(value):
+            shared[name] = copy.copy(value)
+    return {**extra_args, "model_options": options}
+
+
+def _with_patches(model_options: dict, patches: Patches) -> dict:
+    """Model options with these patches: closest to the attention, so that other packs' see nothing unusual."""
+    options = {**model_options, "transformer_options": {**model_options["transformer_options"]}}
+    theirs = options["transformer_options"].get("patches", {})
+    options["transformer_options"]["patches"] = {
+        **theirs,
+        "attn2_patch": [*theirs.get("attn2_patch", ()), *patches.get("attn2_patch", ())],
+        "attn2_output_patch": [*patches.get("attn2_output_patch", ()), *theirs.get("attn2_output_patch", ())],
+    }
+    return options
