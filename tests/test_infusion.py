@@ -105,6 +105,15 @@ def test_a_repeated_prompt_has_its_noun_repeated():
     assert torch.equal(placement.add_to(torch.zeros(1, 12, 3), "input.1.0"), torch.zeros(1, 12, 3))
 
 
+def test_repeating_the_prompt_changes_nothing(generator):
+    attention = CrossAttention(32, 24, heads=2)
+    n, context = torch.randn(1, 48, 32, generator=generator), torch.randn(1, 5, 24, generator=generator)
+    placement = Placement(torch.randn(1, 1, 24, generator=generator), ("middle.0.0",), (3,), context_length=5)
+    once = attention(n, context, placement.add_to(context, "middle.0.0"))
+    twice = context.repeat(1, 2, 1)
+    torch.testing.assert_close(attention(n, twice, placement.add_to(twice, "middle.0.0")), once)
+
+
 def test_the_cross_attention_is_the_papers(generator):
     """Eq. 5-6 written out with the map held, against the patches around the fused layer."""
     attention = CrossAttention(32, SMALL.context_dim, heads=2)

@@ -1,0 +1,59 @@
+"""Tests against a real ComfyUI: at $COMFYUI_PATH, around the pack if it is installed in one, or at ~/comfy/ComfyUI.
+
+Every test module here starts with `pytest.importorskip("comfy.samplers", reason=...)`, so that without a host
+each is skipped by name.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def find_host() -> Path | None:
+    named = os.environ.get("COMFYUI_PATH")
+    candidates = [Path(named)] if named else [*REPOSITORY.parents, Path.home() / "comfy" / "ComfyUI"]
+    return next((path for path in candidates if (path / "comfy" / "samplers.py").is_file()), None)
+
+
+HOST = find_host()
+if HOST is not None:
+    # Before the repository, whose nodes/ would hide the host's nodes.py.
+    sys.path.insert(0, str(HOST))
+    sys.path.append(str(Path(__file__).parent))
+    import torch
+    from comfy.cli_args import args
+
+    args.cpu = not torch.cuda.is_available()
+
+
+def pytest_terminal_summary(terminalreporter):
+    if HOST is None:
+        terminalreporter.section("ComfyUI not found")
+        terminalreporter.write_line(
+            "The tests in tests/host were SKIPPED. Set COMFYUI_PATH to a ComfyUI checkout to run them."
+        )
+
+
+@pytest.fixture(scope="session")
+def pack():
+    """The pack, loaded as the host loads it: under a name that is not importable otherwise."""
+    if "profusion_pack" not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            "profusion_pack", REPOSITORY / "__init__.py", submodule_search_locations=[str(REPOSITORY)]
+        )
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["profusion_pack"] = module
+        spec.loader.exec_module(module)
+    return sys.modules["profusion_pack"]
+
+
+@pytest.fixture(scope="session")
+def infused(pack):
+    from infused import Infused
+
+    return Infused(pack)

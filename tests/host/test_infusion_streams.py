@@ -1,0 +1,216 @@
+"""The two streams in the host's own samplers: F is the plain run bit for bit, and so is C with nothing to add."""
+
+import threading
+
+import pytest
+import torch
+
+samplers = pytest.importorskip("comfy.samplers", reason="no ComfyUI: set COMFYUI_PATH to a checkout")
+
+import tiny  # noqa: E402
+from infused import PROMPT  # noqa: E402
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLER_NAMES)
+def test_every_sampler_is_exact(infused, sampler):
+    infused.assert_node_exact(sampler=sampler)
+
+
+@pytest.mark.parametrize("scheduler", samplers.SCHEDULER_NAMES)
+def test_every_scheduler_is_exact(infused, scheduler):
+    infused.assert_node_exact(scheduler=scheduler)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde", "euler_ancestral"])
+@pytest.mark.parametrize(
+    "options", [{"batch": 3}, {"cfg": 1.0}, {"batch": 2, "cfg": 1.0}, {"size": (13, 11)}, {"steps": 1}], ids=str
+)
+def test_batches_guidance_and_sizes_are_exact(infused, sampler, options):
+    infused.assert_node_exact(sampler=sampler, **options)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "ddim", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("masks", [0, 1, 2])
+def test_image_to_image_and_inpainting_are_exact(infused, sampler, masks):
+    latent = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros(masks, 1, 64, 64) if masks else None
+    if masks:
+        mask[0, :, 32:], mask[-1, :, :, :40] = 1, 1
+    infused.assert_node_exact(sampler=sampler, latent=latent, denoise=0.6, mask=mask)
+
+
+def test_inpainting_keeps_what_is_masked_out(infused):
+    latent, mask = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.zeros(1, 1, 8, 8)
+    mask[..., 4:] = 1
+    customised = infused.run(*infused.patch(infused.residual()), latent=latent, mask=mask)
+    torch.testing.assert_close(customised[..., :4], latent[..., :4])
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m_sde"])
+def test_a_shared_latent(infused, sampler):
+    plain = infused.run(infused.model, infused.positive, sampler=sampler)
+    zero, positive = infused.patch(infused.residual(0.0), stream="shared latent")
+    assert torch.equal(infused.run(zero, positive, sampler=sampler), plain)
+    shared, positive = infused.patch(infused.residual(), stream="shared latent")
+    customised = infused.run(shared, positive, sampler=sampler)
+    assert torch.equal(infused.run(shared, positive, sampler=sampler), customised)
+    own, positive = infused.patch(infused.residual())
+    assert not torch.equal(customised, plain)
+    assert not torch.equal(customised, infused.run(own, positive, sampler=sampler))
+
+
+def test_noise_from_the_global_generator_is_the_same_for_both(infused):
+    """Some samplers of other packs draw so; here the host's euler with churn does."""
+    import comfy.k_diffusion.sampling
+    import comfy.sample
+
+    sampler = samplers.KSAMPLER(comfy.k_diffusion.sampling.sample_euler, {"s_churn": 2.0, "s_tmax": 1e9})
+    sigmas = samplers.calculate_sigmas(infused.model.get_model_object("model_sampling"), "normal", 4)
+
+    def run(model, positive):
+        latent = torch.zeros(1, 4, 8, 8)
+        noise = comfy.sample.prepare_noise(latent, 3)
+        with torch.inference_mode():
+            return comfy.sample.sample_custom(
+                model, noise, 5.0, sampler, sigmas, positive, infused.negative, latent, disable_pbar=True, seed=3
+            )
+
+    plain, after = run(infused.model, infused.positive), torch.get_rng_state()
+    assert torch.equal(run(*infused.patch(infused.residual(0.0))), plain)
+    run(*infused.patch(infused.residual()))
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_strength_scales_the_effect(infused):
+    plain = infused.run(infused.model, infused.positive)
+    moved = [
+        (infused.run(*infused.patch(infused.residual(), strength=strength)) - plain).norm()
+        for strength in (0.0, 0.01, 0.1, 1.0)
+    ]
+    assert moved[0] == 0 and moved[0] < moved[1] < moved[2] < moved[3]
+
+
+def test_the_window_of_sampling(infused):
+    """Until a concept becomes active the customised latent is the plain one; a window that no step falls in is none."""
+    latents = {}
+
+    def steps(name, model, positive):
+        seen = []
+        infused.run(model, positive, steps=4, callback=lambda step, x0, x, total: seen.append(x.clone()))
+        latents[name] = seen
+
+    steps("plain", infused.model, infused.positive)
+    steps("late", *infused.patch(infused.residual(), start_percent=0.5))
+    same = [torch.equal(x, y) for x, y in zip(latents["plain"], latents["late"], strict=True)]
+    assert same[0] and same[1] and not same[-1]
+    steps("early", *infused.patch(infused.residual(), end_percent=0.3))
+    steps("whole", *infused.patch(infused.residual()))
+    assert torch.equal(latents["early"][1], latents["whole"][1])
+    assert not torch.equal(latents["early"][-1], latents["whole"][-1])
+    steps("never", *infused.patch(infused.residual(), start_percent=0.40, end_percent=0.41))
+    assert all(torch.equal(x, y) for x, y in zip(latents["plain"], latents["never"], strict=True))
+
+
+def test_previews_show_the_customised_picture(infused):
+    calls = []
+    model, positive = infused.patch(infused.residual())
+    final = infused.run(
+        model, positive, batch=2, callback=lambda step, x0, x, total: calls.append((step, x0, x, total))
+    )
+    assert [(step, total) for step, _, _, total in calls] == [(0, 3), (1, 3), (2, 3)]
+    assert {x0.shape for _, x0, _, _ in calls} == {x.shape for _, _, x, _ in calls} == {final.shape}
+    torch.testing.assert_close(model.model.process_latent_out(calls[-1][1].float()), final)
+
+
+def test_nothing_is_left_on_the_model(infused):
+    model = tiny.model()
+    plain = infused.run(model, infused.positive)
+    before = repr(model.model_options), repr(model.wrappers), dict(model.object_patches)
+    patched, positive = infused.patch(infused.residual(), model)
+    infused.run(patched, positive)
+    assert (repr(model.model_options), repr(model.wrappers), dict(model.object_patches)) == before
+    assert torch.equal(infused.run(model, infused.positive), plain)
+    infused.run(patched, positive)
+    assert torch.equal(infused.run(model, infused.positive), plain)
+
+
+def test_a_conditioning_without_concepts_makes_a_plain_run(infused):
+    """At the plain run's cost, too."""
+    calls = []
+    model, positive = infused.patch(infused.residual())
+    model.set_model_unet_function_wrapper(
+        lambda apply, args: calls.append(1) or apply(args["input"], args["timestep"], **args["c"])
+    )
+    assert torch.equal(infused.run(model, infused.positive), infused.run(infused.model, infused.positive))
+    assert len(calls) == 3
+    infused.run(model, positive)
+    assert len(calls) == 3 + 2 * 3
+
+
+def test_a_conditioning_with_concepts_does_nothing_on_a_plain_model(infused):
+    _, positive = infused.patch(infused.residual())
+    assert torch.equal(infused.run(infused.model, positive), infused.run(infused.model, infused.positive))
+
+
+def test_a_second_node_on_the_model_takes_the_first_ones_place(infused):
+    first, positive = infused.patch(infused.residual(), stream="shared latent")
+    second, second_positive = infused.patch(infused.residual(seed=6), first, text="the ball")
+    assert [len(callables) for group in second.wrappers.values() for callables in group.values()] == [1, 1]
+    alone, _ = infused.patch(infused.residual())
+    assert torch.equal(infused.run(second, positive), infused.run(alone, positive))
+    alone, alone_positive = infused.patch(infused.residual(seed=6), text="the ball")
+    assert torch.equal(infused.run(second, second_positive), infused.run(alone, alone_positive))
+
+
+@pytest.mark.parametrize("stream", ["own trajectory", "shared latent"])
+def test_an_interrupt_at_any_step_leaves_nothing_behind(infused, stream):
+    import comfy.model_management
+
+    model, positive = infused.patch(infused.residual(), stream=stream)
+    whole, threads = infused.run(model, positive), threading.active_count()
+    for last in range(3):
+
+        def interrupt(step, *_, last=last):
+            if step == last:
+                raise comfy.model_management.InterruptProcessingException
+
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            infused.run(model, positive, callback=interrupt)
+        assert threading.active_count() == threads
+    assert torch.equal(infused.run(model, positive), whole)
+
+
+@pytest.mark.parametrize("failing", range(6))
+def test_an_error_in_either_stream_is_the_callers(infused, failing):
+    """The model is called for F and C in turn; each call fails once."""
+    model, positive = infused.patch(infused.residual())
+    calls, threads = [], threading.active_count()
+
+    def fail(apply, args):
+        calls.append(1)
+        if len(calls) == failing + 1:
+            raise RuntimeError("out of memory, say")
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    broken = model.clone()
+    broken.set_model_unet_function_wrapper(fail)
+    with pytest.raises(RuntimeError, match="out of memory, say"):
+        infused.run(broken, positive)
+    assert len(calls) == failing + 1 and threading.active_count() == threads
+
+
+def test_the_model_is_always_called_in_the_callers_thread(infused):
+    """Compiled models and device streams belong to a thread."""
+    threads = set()
+    model, positive = infused.patch(infused.residual())
+    model.set_model_unet_function_wrapper(
+        lambda apply, args: threads.add(threading.get_ident()) or apply(args["input"], args["timestep"], **args["c"])
+    )
+    infused.run(model, positive)
+    assert threads == {threading.get_ident()}
+
+
+def test_the_prompt_is_the_hosts(infused):
+    _, positive = infused.patch(infused.residual())
+    assert torch.equal(positive[0][0], infused.encode(PROMPT)[0][0])
+    assert torch.equal(positive[0][1]["pooled_output"], infused.encode(PROMPT)[0][1]["pooled_output"])
