@@ -50,8 +50,82 @@ def _read(path: Path, size: int) -> tuple[Tensor, Tensor]:
     mask = values[..., 3]
     if not mask.any():
         raise PictureError(f"{path} is wholly transparent, so there is no object to learn")
-    # Grey under what is transparent: whatever colour hides there is not part of the picture.
-    return values[..., :3] * mask[..., None] + 0.5 * (1 - mask[..., None]), mask
+    return _over_grey(values[..., :3], mask), mask
+
+
+def _over_grey(colours: Tensor, alpha: Tensor) -> Tensor:
+    """Grey under what is transparent: whatever colour hides there is not part of the picture."""
+    return colours * alpha[..., None] + 0.5 * (1 - alpha[..., None])
+
+
+def concept_pictures(images: Tensor, masks: Tensor | None = None, multiple: int = 8) -> tuple[Tensor, Tensor]:
+    """A host's IMAGE (M, H, W, C) and MASK as training takes them: pictures (M, h, w, 3), object masks (M, h, w).
+
+    C is 1 (grey), 2 (grey, alpha), 3 or 4 (RGB, alpha); alpha is a mask too. `masks`, (N, H, W) or (H, W), are white at
+    the object: one for each picture or one for all, of any size with the pictures' proportions. Both are cropped at the
+    centre to multiples of `multiple` pixels, as encoders do. Raises PictureError, which says what is wrong with which.
+    """
+    images = _checked_images(images, multiple)
+    channels = images.shape[-1]
+    colours = images[..., : channels - (channels % 2 == 0)].expand(*images.shape[:3], 3)
+    weights = torch.ones_like(images[..., 0]) if channels % 2 else images[..., -1]
+    colours = _over_grey(colours, weights)
+    if masks is not None:
+        weights = weights * _fitting_masks(masks, images.shape[:3], multiple).to(weights)
+    colours, weights = _cropped(colours, multiple), _cropped(weights, multiple)
+    empty = [index for index, weight in enumerate(weights, start=1) if not weight.any()]
+    if empty:
+        raise PictureError(f"picture {empty[0]} has nothing to learn: no pixel of it is both opaque and inside its mask")
+    return colours, weights
+
+
+def _checked_images(images: Tensor, multiple: int) -> Tensor:
+    """IMAGE (M, H, W, C) in [0, 1], float32."""
+    images = images[None] if images.ndim == 3 else images
+    if images.ndim != 4 or not 1 <= images.shape[-1] <= 4:
+        raise PictureError(f"pictures of shape {tuple(images.shape)}: give (pictures, height, width, 1 to 4 channels)")
+    if not len(images):
+        raise PictureError("no pictures: connect one to five pictures of the concept")
+    if min(images.shape[1:3]) < multiple:
+        height, width = images.shape[1:3]
+        raise PictureError(f"pictures of {width}x{height} pixels are too small to encode; give at least {multiple}x{multiple}")
+    bad = [index for index, image in enumerate(images, start=1) if not torch.isfinite(image).all()]
+    if bad:
+        raise PictureError(f"picture {bad[0]} has values that are not numbers: the node that made it overflowed")
+    return images.float().clamp(0, 1)
+
+
+def _fitting_masks(masks: Tensor, shape: Sequence[int], multiple: int) -> Tensor:
+    """Masks in [0, 1] of pictures of this shape (M, H, W): one for each, or one for all."""
+    count, height, width = shape
+    masks = masks.reshape(-1, *masks.shape[-2:]).float()
+    if len(masks) not in (1, count):
+        raise PictureError(f"{len(masks)} masks for {count} pictures: give one for each, or one for all")
+    if not torch.isfinite(masks).all():
+        raise PictureError("a mask has values that are not numbers: the node that made it overflowed")
+    masks = masks.clamp(0, 1)
+    black = [index for index, mask in enumerate(masks, start=1) if not mask.any()]
+    if black:
+        raise PictureError(
+            f"mask {black[0]} is all black, so nothing of its picture would be learned. Paint the object white in it, or "
+            "connect no mask"
+        )
+    masks = masks.expand(count, -1, -1)
+    high, wide = masks.shape[1:]
+    if (high, wide) == (height, width):
+        return masks
+    same_proportions = abs(high * width - wide * height) <= 0.05 * max(high * width, wide * height)
+    if high < height // multiple or wide < width // multiple or not same_proportions:
+        raise PictureError(f"a mask of {wide}x{high} pixels does not fit pictures of {width}x{height}: give one of their size")
+    return F.interpolate(masks[:, None], size=(height, width), mode="bilinear", antialias=True)[:, 0]
+
+
+def _cropped(pictures: Tensor, multiple: int) -> Tensor:
+    """The centre of (M, H, W, ...) whose sides are multiples of this."""
+    for axis in (1, 2):
+        excess = pictures.shape[axis] % multiple
+        pictures = pictures.narrow(axis, excess // 2, pictures.shape[axis] - excess)
+    return pictures
 
 
 def to_image(picture: Tensor) -> Image.Image:
@@ -98,14 +172,26 @@ def _wrapped(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def loss_plot(losses: Sequence[float], steps: int | None = None, size: tuple[int, int] = (512, 288)) -> Image.Image:
-    """The loss of each step, and its running mean, from 0 to `steps` (default: as many as there are)."""
+def stacked(images: Sequence[Image.Image]) -> Image.Image:
+    """Pictures one under the other, all as wide as the last."""
+    width = images[-1].width
+    images = [image.resize((width, max(1, round(image.height * width / image.width)))) for image in images]
+    sheet = Image.new("RGB", (width, sum(image.height for image in images)), PAPER)
+    for index, image in enumerate(images):
+        sheet.paste(image, (0, sum(above.height for above in images[:index])))
+    return sheet
+
+
+def loss_plot(
+    losses: Sequence[float], steps: int | None = None, size: tuple[int, int] = (512, 288), start: int = 0
+) -> Image.Image:
+    """The loss of each step after `start`, and its running mean, from 0 to `steps` (default: as many as there are)."""
     image = Image.new("RGB", size, PAPER)
     draw, (width, height) = ImageDraw.Draw(image), size
     left, right, top, bottom = 56, width - 14, 34, height - 34
     draw.text((left, 10), "loss (eps error inside the mask)", INK, _font(14))
     draw.line([(left, top), (left, bottom), (right, bottom)], INK)
-    last = max(steps or len(losses), 1)
+    last = max(steps or start + len(losses), 1)
     draw.text((right, height - 12), f"step {last}", INK, _font(12), anchor="rm")
     if not losses:
         return image
@@ -119,7 +205,7 @@ def loss_plot(losses: Sequence[float], steps: int | None = None, size: tuple[int
         draw.line([(left + 1, y), (right, y)], FAINT)
 
     def points(series: np.ndarray, first: int) -> list[tuple[float, float]]:
-        x = left + (right - left) * (np.arange(len(series)) + first) / last
+        x = left + (right - left) * (np.arange(len(series)) + start + first) / last
         y = bottom - (bottom - top) * np.clip(series / high, 0, 1)
         return list(zip(x.tolist(), y.tolist(), strict=True))
 

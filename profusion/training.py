@@ -76,12 +76,33 @@ def masked_noise_error(predicted: Tensor, noise: Tensor, mask: Tensor) -> Tensor
     return (error * weights).sum() / weights.sum()
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """noisy = clean + sigma * noise and noise (B, C, H, W), sigma (B,), mask (B, H, W), and the prompt of all rows."""
+
+    noisy: Tensor
+    noise: Tensor
+    sigma: Tensor
+    mask: Tensor
+    prompt: int
+
+
+class _TakenOnce(dict):
+    """F's queries, each handed out once: C needs none twice, and while it is evaluated memory is dear."""
+
+    def get(self, key, default=None):
+        return self.pop(key, default)
+
+
 class ResidualTraining:
     """One training run: `steps()` does the work, `residual()` is what has been learned so far.
 
     references: of one size. flipped: the same pictures mirrored *before* encoding, or empty. prompt_rows: for each
     prompt that `predict_noise` knows, the noun's rows in its context. resume: a residual of the same model whose
-    `training_state` is kept, to go on from bit for bit.
+    `training_state` is kept, to go on from bit for bit. sigmas: the noise levels of the model's timesteps (n,), each
+    as likely to be drawn; default Stable Diffusion's.
+
+    The residual, the loss and the optimizer are float32, whatever `predict_noise` computes in.
     """
 
     def __init__(
@@ -94,6 +115,7 @@ class ResidualTraining:
         options: TrainingOptions,
         flipped: Sequence[Reference] = (),
         resume: Residual | None = None,
+        sigmas: Tensor | None = None,
     ):
         if not references:
             raise TrainingError("no pictures: connect one to five pictures of the concept")
@@ -107,11 +129,14 @@ class ResidualTraining:
         self._prompt_rows, self.options = list(prompt_rows), options
         both = [references, flipped] if options.flip and flipped else [references]
         device = references[0].latent.device
-        self._latents = torch.stack([torch.stack([item.latent for item in side]) for side in both])  # (1|2, M, C, H, W)
-        self._masks = torch.stack([torch.stack([item.mask for item in side]) for side in both]).to(device)
-        width = layers[0].context_dim
-        self.delta = torch.zeros(len(layers), 1, width, device=device, requires_grad=True)
-        self._optimizer = torch.optim.AdamW([self.delta], lr=options.learning_rate)
+        with torch.inference_mode(False):  # a host may call in inference mode, whose tensors autograd does not take
+            self._latents = torch.stack([torch.stack([item.latent for item in side]) for side in both]).float()
+            self._masks = torch.stack([torch.stack([item.mask for item in side]) for side in both]).float().to(device)
+            self._sigmas = (training_sigmas() if sigmas is None else sigmas).to("cpu", torch.float32, copy=True)
+            self.delta = torch.zeros(len(layers), 1, layers[0].context_dim, device=device, requires_grad=True)
+            self._optimizer = torch.optim.AdamW([self.delta], lr=options.learning_rate)
+        # latents (1|2, M, C, H, W), masks (1|2, M, H, W); the gradient of a mean is this much smaller than of a sum
+        self._loss_scale = 2.0 ** math.floor(math.log2(options.batch_size * self._latents[0, 0].numel()))
         self.step = 0
         self.losses: list[float] = []
         if resume is not None:
@@ -126,19 +151,30 @@ class ResidualTraining:
                 f"the residual to resume was trained with seed {residual.seed}, not {self.options.seed}: set that seed, "
                 "or it would not be the same training"
             )
-        with torch.no_grad():
-            self.delta.copy_(residual.delta)
+        if residual.steps >= self.options.steps:
+            raise ResidualError(
+                f"the residual to resume has {residual.steps} steps already, and steps={self.options.steps} counts from "
+                "the first: raise steps to train it further"
+            )
+        state = residual.training_state or {}
+        if residual.steps and {"exp_avg", "exp_avg_sq"} - set(state):
+            raise ResidualError(
+                "the residual to resume was saved without its training state; save it in float32 with the training "
+                "state to go on later"
+            )
         self.step = residual.steps
-        state = residual.training_state
-        if state is None or {"exp_avg", "exp_avg_sq"} - set(state):
-            if residual.steps:
-                raise ResidualError(
-                    "the residual to resume was saved without its training state; save it in float32 with the training "
-                    "state to go on later"
-                )
-            return
-        moments = {name: state[name].to(self.delta.device) for name in ("exp_avg", "exp_avg_sq")}
-        self._optimizer.state[self.delta] = {"step": torch.tensor(float(self.step)), **moments}
+        with torch.inference_mode(False), torch.no_grad():
+            self.delta.copy_(residual.delta)
+            if self.step:
+                moments = {name: state[name].to(self.delta, copy=True) for name in ("exp_avg", "exp_avg_sq")}
+                self._optimizer.state[self.delta] = {"step": torch.tensor(float(self.step)), **moments}
+            if "loss_scale" in state:
+                self._loss_scale = state["loss_scale"].item()
+
+    @property
+    def latent_size(self) -> tuple[int, int, int]:
+        """(C, H, W) of the references."""
+        return tuple(self._latents.shape[2:])
 
     def steps(self) -> Iterator[float]:
         """Train to the end, yielding each step's loss; stop asking and the training stops after the last whole step.
@@ -151,7 +187,32 @@ class ResidualTraining:
     def _one_step(self) -> float:
         # Autograd must be on even inside a host that runs its nodes in inference mode.
         with torch.inference_mode(False), torch.enable_grad():
-            loss = self._loss(torch.Generator().manual_seed(self.options.seed * 1_000_003 + self.step))
+            value = self._differentiate(self._draw())
+            self._optimizer.step()
+        self.step += 1
+        self.losses.append(value)
+        return value
+
+    def _draw(self) -> _Batch:
+        """What this step trains on. It depends on the seed and the step only, so that a resumed training draws alike."""
+        count, device = self.options.batch_size, self._latents.device
+        generator = torch.Generator().manual_seed((self.options.seed * 1_000_003 + self.step) % 2**63)
+        picture = torch.randint(self._latents.shape[1], (count,), generator=generator)
+        side = torch.randint(self._latents.shape[0], (count,), generator=generator)
+        prompt = int(torch.randint(len(self._prompt_rows), (), generator=generator))
+        sigma = self._sigmas[torch.randint(len(self._sigmas), (count,), generator=generator)].to(device)
+        clean = self._latents[side, picture]
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        return _Batch(clean + sigma.view(-1, 1, 1, 1) * noise, noise, sigma, self._masks[side, picture], prompt)
+
+    def _differentiate(self, batch: _Batch) -> float:
+        """Leave the loss's gradient in `delta.grad`; returns the loss.
+
+        A float16 model would round the gradient of a mean over so many cells to zero, so the loss is multiplied by a
+        power of two on the way back, which in float32 changes no bit. Where that overflows, a smaller one is taken.
+        """
+        while True:
+            loss = self._loss(batch)
             value = loss.item()
             if not math.isfinite(value):
                 raise TrainingError(
@@ -159,37 +220,34 @@ class ResidualTraining:
                     "or use a model in float32 or bfloat16"
                 )
             self._optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if not torch.isfinite(self.delta.grad).all():
+            if loss.requires_grad:
+                (loss * self._loss_scale).backward()
+            if self.delta.grad is None or not self.delta.grad.any():
+                raise TrainingError(
+                    "no gradient reaches the residual: something on the model computes its attention without one, as "
+                    "SageAttention and other kernels made for inference do. Connect the model as it was before that"
+                )
+            if torch.isfinite(self.delta.grad).all():
+                self.delta.grad /= self._loss_scale
+                return value
+            if self._loss_scale <= 2**-16:
                 raise TrainingError(f"the gradient overflowed at step {self.step}: use a model in float32 or bfloat16")
-            self._optimizer.step()
-        self.step += 1
-        self.losses.append(value)
-        return value
+            self._loss_scale /= 16
 
-    def _loss(self, generator: torch.Generator) -> Tensor:
-        count, device = self.options.batch_size, self._latents.device
-        picture = torch.randint(self._latents.shape[1], (count,), generator=generator)
-        side = torch.randint(self._latents.shape[0], (count,), generator=generator)
-        prompt = int(torch.randint(len(self._prompt_rows), (), generator=generator))
-        timesteps = torch.randint(1000, (count,), generator=generator)
-        clean, mask = self._latents[side, picture], self._masks[side, picture]
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        sigma = training_sigmas()[timesteps].to(device)
-        noisy = clean + sigma.view(-1, 1, 1, 1) * noise
-
-        placement = Placement(self.delta, self._names, self._prompt_rows[prompt])
-        queries: dict = {}
+    def _loss(self, batch: _Batch) -> Tensor:
+        queries = _TakenOnce()
         with torch.no_grad():  # F needs no gradient: its queries are constants of the loss
-            self._predict_noise(noisy, sigma, prompt, foundation_patches(queries))
+            self._predict_noise(batch.noisy, batch.sigma, batch.prompt, foundation_patches(queries))
+        placement = Placement(self.delta, self._names, self._prompt_rows[batch.prompt])
         patches = customised_patches(queries, lambda options, chunk: (placement,))
-        predicted = self._predict_noise(noisy, sigma, prompt, patches)
-        return masked_noise_error(predicted, noise, mask)
+        predicted = self._predict_noise(batch.noisy, batch.sigma, batch.prompt, patches)
+        return masked_noise_error(predicted, batch.noise, batch.mask)
 
     def residual(self) -> Residual:
         """What has been learned so far, with the optimizer's state, so that it can be resumed."""
         state = self._optimizer.state.get(self.delta)
-        moments = {name: state[name] for name in ("exp_avg", "exp_avg_sq")} if state else None
+        scale = torch.tensor([self._loss_scale])
+        kept = {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"], "loss_scale": scale} if state else None
         return Residual(
             delta=self.delta.detach().clone(),
             noun=self._noun,
@@ -197,5 +255,5 @@ class ResidualTraining:
             architecture=architecture_name(self._layers),
             steps=self.step,
             seed=self.options.seed,
-            training_state=moments,
+            training_state=kept,
         )

@@ -4,7 +4,17 @@ import pytest
 import torch
 from PIL import Image
 
-from profusion.pictures import PictureError, from_image, grid, latent_masks, loss_plot, read_pictures, to_image
+from profusion.pictures import (
+    PictureError,
+    concept_pictures,
+    from_image,
+    grid,
+    latent_masks,
+    loss_plot,
+    read_pictures,
+    stacked,
+    to_image,
+)
 
 
 def test_pictures_are_read_by_name_with_alpha_as_mask(tmp_path):
@@ -58,3 +68,85 @@ def test_grids_and_plots_show_what_they_are_given():
     empty, full = loss_plot([]), loss_plot([1.0, 0.5, 0.25] * 10, steps=60)
     assert empty.size == full.size and empty.tobytes() != full.tobytes()
     loss_plot([0.0])
+
+
+def test_a_plot_starts_where_the_training_did():
+    assert loss_plot([1.0] * 5, 40).tobytes() != loss_plot([1.0] * 5, 40, start=20).tobytes()
+    assert loss_plot([1.0, 0.5], start=20).size == (512, 288)
+
+
+def test_stacked_pictures_are_as_wide_as_the_last():
+    sheet = stacked([Image.new("RGB", (10, 20), "red"), Image.new("RGB", (40, 8), "blue")])
+    assert sheet.size == (40, 88)
+    assert sheet.getpixel((20, 79)) == (255, 0, 0) and sheet.getpixel((20, 80)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_pictures_of_any_channels_become_rgb_and_a_mask(channels):
+    images = torch.rand(2, 16, 24, channels)
+    alpha = images[..., -1] if channels in (2, 4) else torch.ones(2, 16, 24)
+    colours = images[..., :1].expand(2, 16, 24, 3) if channels < 3 else images[..., :3]
+    pictures, masks = concept_pictures(images)
+    torch.testing.assert_close(masks, alpha)
+    torch.testing.assert_close(pictures, colours * alpha[..., None] + 0.5 * (1 - alpha[..., None]))
+
+
+def test_one_picture_without_a_batch_is_one_picture():
+    assert concept_pictures(torch.rand(16, 16, 3))[0].shape == (1, 16, 16, 3)
+
+
+def test_pictures_and_masks_lose_the_same_pixels_at_their_edges():
+    images, masks = torch.rand(1, 21, 19, 3), torch.rand(1, 21, 19)
+    pictures, weights = concept_pictures(images, masks)
+    assert torch.equal(pictures, images[:, 2:18, 1:17]) and torch.equal(weights, masks[:, 2:18, 1:17])
+
+
+def test_one_mask_serves_all_pictures_and_any_size_is_fitted():
+    images, mask = torch.rand(3, 32, 48, 3), torch.zeros(1, 64, 96)
+    mask[:, :32] = 1
+    _, weights = concept_pictures(images, mask)
+    assert weights.shape == (3, 32, 48)
+    assert weights[:, :15].min() > 0.99 and weights[:, 17:].max() < 0.01
+    assert torch.equal(concept_pictures(images, mask[0])[1], weights)
+    assert torch.equal(concept_pictures(images, mask * 9 - 4)[1], weights), "values are cut off at 0 and 1"
+
+
+def test_alpha_and_mask_both_count():
+    images, mask = torch.ones(1, 16, 16, 4), torch.ones(1, 16, 16)
+    images[:, :8, :, 3] = 0
+    mask[:, :, :8] = 0
+    assert concept_pictures(images, mask)[1].sum() == 64
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "message"),
+    [
+        ((0, 16, 16, 3), None, "no pictures"),
+        ((1, 1, 1, 3), None, "pictures of 1x1 pixels are too small to encode; give at least 8x8"),
+        ((1, 16, 16, 5), None, "1 to 4 channels"),
+        ((1, 2, 16, 16, 3), None, "1 to 4 channels"),
+        ((3, 16, 16, 3), (2, 16, 16), "2 masks for 3 pictures"),
+        ((1, 16, 16, 3), (1, 1, 1), "a mask of 1x1 pixels does not fit pictures of 16x16"),
+        ((1, 16, 32, 3), (1, 16, 16), "a mask of 16x16 pixels does not fit pictures of 32x16"),
+    ],
+)
+def test_pictures_and_masks_that_make_no_sense_are_named(images, masks, message):
+    with pytest.raises(PictureError, match=message):
+        concept_pictures(torch.ones(images), masks and torch.ones(masks))
+
+
+def test_what_holds_nothing_to_learn_is_named():
+    images = torch.ones(2, 64, 96, 3)
+    with pytest.raises(PictureError, match="mask 1 is all black.*connect no mask"):
+        concept_pictures(images, torch.zeros(1, 64, 64))  # what the host gives for a picture without transparency
+    masks = torch.ones(2, 64, 96)
+    masks[1] = 0
+    with pytest.raises(PictureError, match="mask 2 is all black"):
+        concept_pictures(images, masks)
+    with pytest.raises(PictureError, match="picture 2 has nothing to learn"):
+        concept_pictures(torch.cat([images, masks[..., None]], -1))
+    images[1, 0, 0, 0] = torch.nan
+    with pytest.raises(PictureError, match="picture 2 has values that are not numbers"):
+        concept_pictures(images)
+    with pytest.raises(PictureError, match="a mask has values that are not numbers"):
+        concept_pictures(images[:1], torch.full((1, 64, 96), torch.nan))

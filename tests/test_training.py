@@ -1,0 +1,361 @@
+"""The residual trainer: what it learns, how it resumes, what it refuses, and what it costs."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from profusion.diffusion import timestep_of, training_sigmas
+from profusion.infusion import Placement, cross_attention_layers, customised_patches, on_conditional
+from profusion.models.configs import UNetConfig
+from profusion.models.unet import UNet
+from profusion.residual import Residual, ResidualError, load_residual, save_residual
+from profusion.training import Reference, ResidualTraining, TrainingError, TrainingOptions, masked_noise_error
+
+SMALL = UNetConfig(32, (1, 2), 1, (1, 1), 1, 24, num_heads=2)
+LENGTH, ROWS = 11, ((4,), (5, 6))
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(3)
+    return UNet(SMALL).eval().requires_grad_(False)
+
+
+def predictor(unet, note=lambda *_: None):
+    """The UNet as a training sees it, with two prompts."""
+    contexts = torch.randn(2, LENGTH, SMALL.context_dim, generator=torch.Generator().manual_seed(1))
+
+    def predict(x, sigma, prompt, patches):
+        note(x, sigma, prompt, patches)
+        scaled = x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt()
+        options = {"patches": patches, "cond_or_uncond": [0]}
+        return unet(scaled, timestep_of(sigma), contexts[prompt].expand(len(x), -1, -1), transformer_options=options)
+
+    return predict
+
+
+def references(count=2, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    return [Reference(torch.randn(4, 8, 8, generator=generator), torch.ones(8, 8)) for _ in range(count)]
+
+
+def training(unet, options=None, predict=None, **inputs):
+    layers = cross_attention_layers(dict(unet.named_parameters()))
+    inputs = {"references": references(), "flipped": references(seed=3), **inputs}
+    arguments = inputs.pop("references"), ROWS, layers, "ball", options or TrainingOptions(steps=4, batch_size=2)
+    return ResidualTraining(predict or predictor(unet), *arguments, **inputs)
+
+
+def trained(unet, steps, **options):
+    run = training(unet, TrainingOptions(steps=steps, batch_size=2, **options))
+    return run, list(run.steps())
+
+
+def same(one, other):
+    assert torch.equal(one.delta, other.delta) and one.steps == other.steps
+    assert one.training_state.keys() == other.training_state.keys()
+    for name, value in one.training_state.items():
+        assert torch.equal(value, other.training_state[name])
+
+
+# What is learned
+
+
+def test_the_loss_is_the_mean_over_the_mask():
+    predicted, noise = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
+    mask = torch.zeros(2, 3, 5)
+    mask[0, 1, 2], mask[1, 0, 0] = 1.0, 0.5
+    square = ((predicted - noise) ** 2).sum(1)
+    expected = (square[0, 1, 2] + 0.5 * square[1, 0, 0]) / (4 * 1.5)
+    torch.testing.assert_close(masked_noise_error(predicted, noise, mask), expected)
+    torch.testing.assert_close(masked_noise_error(predicted, noise, torch.ones(2, 3, 5)), square.sum() / square.numel() / 4)
+
+
+def test_only_the_residual_learns_and_the_loss_falls(unet):
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    run = training(unet, TrainingOptions(steps=60, batch_size=4, learning_rate=0.03), flipped=())
+    fixed = run._draw()
+    first = run._loss(fixed).item()
+    losses = list(run.steps())
+    assert len(losses) == 60 and all(math.isfinite(loss) for loss in losses)
+    assert run._loss(fixed).item() < first
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+    assert all(parameter.grad is None for parameter in unet.parameters())
+    residual = run.residual()
+    assert (residual.noun, residual.steps, residual.seed) == ("ball", 60, 0) and residual.delta.abs().min(-1).values.any()
+
+
+def test_a_step_is_adamw_on_the_gradient_of_the_infused_prediction(unet):
+    """The naive way: both streams by hand, plain backward, the optimizer's formula."""
+    run = training(unet)
+    batch = run._draw()
+    delta = torch.zeros_like(run.delta, requires_grad=True)
+    store, predict = {}, predictor(unet)
+    names = tuple(layer.name for layer in cross_attention_layers(dict(unet.named_parameters())))
+
+    def record(n, context, value, options):
+        store[".".join(map(str, (*options["block"], options["block_index"]))), 0] = n
+        return n, context, value
+
+    predict(batch.noisy, batch.sigma, batch.prompt, {"attn2_patch": [record]})
+    placement = Placement(delta, names, ROWS[batch.prompt])
+    predicted = predict(
+        batch.noisy, batch.sigma, batch.prompt, customised_patches(store, on_conditional([placement]))
+    )
+    ((predicted - batch.noise) ** 2).mean().backward()
+    expected = -0.02 * delta.grad / (delta.grad.abs() + 1e-8)  # AdamW's first step
+    next(run.steps())
+    torch.testing.assert_close(run.residual().delta, expected.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_masks_and_flips_decide_what_is_learned(unet):
+    def delta(**inputs):
+        run = training(unet, TrainingOptions(steps=1, batch_size=4, flip=inputs.pop("flip", True)), **inputs)
+        list(run.steps())
+        return run.residual().delta
+
+    half = torch.ones(8, 8)
+    half[:, :4] = 0
+    masked = [Reference(reference.latent, half) for reference in references()]
+    everything = delta(flip=False)
+    assert not torch.equal(everything, delta(references=masked, flip=False))
+    assert not torch.equal(everything, delta())
+    assert torch.equal(everything, delta(flipped=())), "without mirrored pictures there is nothing to flip"
+
+
+def test_noise_levels_are_the_model_s_own(unet):
+    seen = []
+    sigmas = torch.tensor([0.5, 2.0, 7.0])
+    list(training(unet, predict=predictor(unet, lambda x, sigma, *_: seen.extend(sigma.tolist())), sigmas=sigmas).steps())
+    assert set(seen) <= set(sigmas.tolist()) and len(set(seen)) > 1
+    seen.clear()
+    list(training(unet, predict=predictor(unet, lambda x, sigma, *_: seen.extend(sigma.tolist()))).steps())
+    assert set(seen) <= set(training_sigmas().tolist())
+
+
+# Seeds, stopping and resuming
+
+
+def test_the_seed_decides_everything(unet):
+    residuals = [trained(unet, 2, seed=seed)[0].residual() for seed in (0, 0, 1, 2**64 - 1)]
+    same(residuals[0], residuals[1])
+    assert len({residual.delta.sum().item() for residual in residuals}) == 3
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    same(trained(unet, 2)[0].residual(), residuals[0])
+    assert torch.equal(torch.get_rng_state(), state), "the global generator is nobody's business"
+
+
+def test_a_resumed_training_goes_on_bit_for_bit_through_a_file(unet, tmp_path):
+    whole, losses = trained(unet, 6)
+    for stop in (1, 3, 5):
+        partial = training(unet, TrainingOptions(steps=6, batch_size=2))
+        some = [next(partial.steps()) for _ in range(stop)]
+        save_residual(partial.residual(), tmp_path / "partial.safetensors", "float32")
+        resumed = training(
+            unet, TrainingOptions(steps=6, batch_size=2), resume=load_residual(tmp_path / "partial.safetensors")
+        )
+        assert some + list(resumed.steps()) == losses
+        same(resumed.residual(), whole.residual())
+
+
+def test_a_residual_of_no_steps_resumes_as_a_start(unet):
+    nothing = training(unet).residual()
+    run = training(unet, TrainingOptions(steps=2, batch_size=2), resume=nothing)
+    list(run.steps())
+    same(run.residual(), trained(unet, 2)[0].residual())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"noun": "cat"}, "of the noun 'cat'"),
+        ({"seed": 5}, "trained with seed 5, not 0"),
+        ({"training_state": None}, "without its training state"),
+        ({"steps": 4}, "has 4 steps already, and steps=4"),
+        ({"steps": 9}, "has 9 steps already"),
+    ],
+)
+def test_what_cannot_be_resumed_is_refused(unet, change, message):
+    residual = trained(unet, 2)[0].residual()
+    fields = {name: getattr(residual, name) for name in residual.__dataclass_fields__}
+    with pytest.raises(ResidualError, match=message):
+        training(unet, resume=Residual(**{**fields, **change}))
+
+
+def test_another_model_s_residual_is_refused(unet):
+    other = Residual(torch.zeros(1, 1, 24), "ball", ("input.1.0",), "another")
+    with pytest.raises(ResidualError, match="was trained on another"):
+        training(unet, resume=other)
+
+
+# Precision
+
+
+def test_small_gradients_survive_float16_on_the_way_back(unet):
+    """d loss / d eps of a mean over many cells is below what float16 can tell from zero."""
+    plain = training(unet, predict=tiny_effect(torch.float32))
+    half = training(unet, predict=tiny_effect(torch.float16))
+    next(plain.steps())
+    next(half.steps())
+    assert (plain.residual().delta != 0).any()
+    torch.testing.assert_close(half.residual().delta, plain.residual().delta, rtol=1e-2, atol=1e-3)
+
+
+def tiny_effect(dtype):
+    """A model on whose output the residual has a small effect, computed in this dtype."""
+
+    def predict(x, sigma, prompt, patches):
+        context = torch.zeros(len(x), LENGTH, SMALL.context_dim, dtype=dtype)
+        n, value = context, context
+        options = {"block": ("input", 1), "block_index": 0, "cond_or_uncond": [0]}
+        for patch in patches["attn2_patch"]:
+            n, _, value = patch(n, context, value, options)
+        return (x.to(dtype) * 0.1 + 1e-3 * value.sum((1, 2)).view(-1, 1, 1, 1)).float()
+
+    return predict
+
+
+def test_a_gradient_that_overflows_is_tried_smaller_and_the_scale_is_kept(unet):
+    def steep(limit):
+        class Steep(torch.autograd.Function):
+            @staticmethod
+            def forward(context, value):
+                return value
+
+            @staticmethod
+            def backward(context, gradient):
+                return torch.where(gradient.abs().max() > limit, torch.inf, gradient)
+
+        return lambda *inputs: Steep.apply(predictor(unet)(*inputs))
+
+    run = training(unet, predict=steep(1e-3))
+    start = run._loss_scale
+    list(run.steps())
+    assert run._loss_scale < start
+    torch.testing.assert_close(run.residual().delta, trained(unet, 4)[0].residual().delta, rtol=1e-5, atol=1e-7)
+    assert run.residual().training_state["loss_scale"].item() == run._loss_scale
+    resumed = training(unet, TrainingOptions(steps=5, batch_size=2), resume=run.residual())
+    assert resumed._loss_scale == run._loss_scale
+    hopeless = training(unet, predict=steep(-1.0))
+    with pytest.raises(TrainingError, match="the gradient overflowed at step 0: use a model in float32 or bfloat16"):
+        next(hopeless.steps())
+    assert hopeless.step == 0 and not hopeless.residual().delta.any()
+
+
+def test_a_loss_that_is_not_finite_stops_the_training_and_what_was_learned_stays(unet):
+    calls = []
+
+    def explode(*inputs):
+        calls.append(0)
+        return predictor(unet)(*inputs) * (torch.inf if len(calls) > 4 else 1.0)
+
+    run = training(unet, predict=explode)
+    with pytest.raises(TrainingError, match=r"the loss is (inf|nan) at step 2. Lower the learning rate \(0.02\)"):
+        list(run.steps())
+    same(run.residual(), trained(unet, 2)[0].residual())
+
+
+def test_a_model_without_gradients_is_an_error_not_a_residual_of_zeros(unet):
+    def detached(*inputs):
+        return predictor(unet)(*inputs).detach()
+
+    with pytest.raises(TrainingError, match="no gradient reaches the residual"):
+        list(training(unet, predict=detached).steps())
+
+
+def test_it_trains_where_inference_mode_is_on(unet):
+    expected = trained(unet, 2)[0].residual()
+    with torch.inference_mode():
+        inputs = references(), references(seed=3)
+        assert inputs[0][0].latent.is_inference()
+        run = training(unet, TrainingOptions(steps=2, batch_size=2), references=inputs[0], flipped=inputs[1])
+        list(run.steps())
+        same(run.residual(), expected)
+        resumed = training(unet, TrainingOptions(steps=3, batch_size=2), resume=run.residual())
+        list(resumed.steps())
+    same(resumed.residual(), trained(unet, 3)[0].residual())
+
+
+# Cost
+
+
+def test_f_runs_without_autograd_and_the_residual_alone_is_extra_memory(unet):
+    """What is saved for the backward pass, beside a backward pass of the plain model from the same context."""
+    grad = []
+    run = training(unet, predict=predictor(unet, lambda *_: grad.append(torch.is_grad_enabled())))
+    ours = saved_bytes(lambda: run._loss(run._draw()))
+    assert grad == [False, True]
+
+    def plain():
+        batch = run._draw()
+        delta = torch.zeros_like(run.delta, requires_grad=True)
+        names = tuple(layer.name for layer in cross_attention_layers(dict(unet.named_parameters())))
+        placement = Placement(delta, names, ROWS[batch.prompt])
+        residuals = customised_patches({}, on_conditional([placement]))["attn2_patch"][1:]  # own queries
+        return masked_noise_error(predictor(unet)(batch.noisy, batch.sigma, batch.prompt, {"attn2_patch": residuals}),
+                                  batch.noise, batch.mask)
+
+    assert ours <= saved_bytes(plain) + run.delta.numel() * run.delta.element_size()
+
+
+def saved_bytes(work):
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = work()
+    assert kept.requires_grad
+    return sum(storages.values())
+
+
+def test_f_s_queries_are_let_go_as_c_takes_them(unet):
+    left = []
+
+    def note(x, sigma, prompt, patches):
+        if len(patches["attn2_patch"]) > 1:  # C
+            replay = patches["attn2_patch"][0]
+            store = next(cell.cell_contents for cell in replay.__closure__ if isinstance(cell.cell_contents, dict))
+            left.append((len(store), store))
+
+    run = training(unet, predict=predictor(unet, note))
+    next(run.steps())
+    assert left[0][0] == len(run.delta) and not left[0][1]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0"),
+        ({"learning_rate": math.nan}, "learning_rate=nan"),
+        ({"batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingOptions(**options)
+
+
+def test_references_are_checked(unet):
+    latent = torch.zeros(4, 8, 8)
+    with pytest.raises(TrainingError, match="no pictures"):
+        training(unet, references=[])
+    with pytest.raises(TrainingError, match="of different sizes"):
+        training(unet, references=[*references(), Reference(torch.zeros(4, 8, 6), torch.ones(8, 6))])
+    with pytest.raises(TrainingError, match="1 mirrored pictures for 2"):
+        training(unet, flipped=references(1))
+    with pytest.raises(TrainingError, match="a mask is empty"):
+        Reference(latent, torch.zeros(8, 8))
+    with pytest.raises(TrainingError, match="not finite"):
+        Reference(latent + torch.nan, torch.ones(8, 8))
+    with pytest.raises(ValueError, match="needs a latent"):
+        Reference(latent, torch.ones(7, 8))
