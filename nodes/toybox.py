@@ -33,7 +33,12 @@ class ToyboxLoader(io.ComfyNode):
                     "count", default=PICTURES, min=1, max=len(BACKGROUNDS), tooltip="How many pictures of the toy to draw."
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=2**31 - 1, tooltip="Decides places and poses in the toy's pictures."
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**31 - 1,
+                    control_after_generate=False,
+                    tooltip="Decides places and poses in the toy's pictures.",
                 ),
             ],
             outputs=[

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+HOST_VERSION = "0.3.64"
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
-ROW, WIDGET, HEADER, TEXT_BOX, PREVIEW = 22, 26, 40, 110, 260
+ROW, WIDGET, HEADER, TEXT_BOX = 22, 26, 40, 110
 
 
 @dataclass
@@ -22,7 +23,6 @@ class Node:
     title: str | None
     size: tuple[int, int]
     properties: dict[str, Any]
-    color: tuple[str, str] | None = None
 
     def __getitem__(self, output: str | int) -> tuple[Node, int]:
         """An output by name (or place), to be connected."""
@@ -40,7 +40,16 @@ class Graph:
     notes: list[dict] = field(default_factory=list)
     groups: list[dict] = field(default_factory=list)
 
-    def add(self, type: str, at: tuple[int, int], title: str | None = None, width: int = 300, ours: bool | None = None, tall: int = 0, properties: dict | None = None, **values: Any) -> Node:
+    def add(
+        self,
+        type: str,
+        at: tuple[int, int],
+        title: str | None = None,
+        wide: int = 300,
+        tall: int = 0,
+        properties: dict | None = None,
+        **values: Any,
+    ) -> Node:
         """Place a node. A value is a widget's value, or `node["OUTPUT"]` to connect it."""
         definition = self.definitions[type]
         known = {name for name, *_ in inputs_of(definition)}
@@ -50,9 +59,10 @@ class Graph:
         for name, kind, options in inputs_of(definition):
             if is_widget(kind, options) and not isinstance(values.get(name), tuple):
                 height += TEXT_BOX if options.get("multiline") else WIDGET
-        mine = type.startswith("ProFusion_") if ours is None else ours
-        origin = {"cnr_id": "profusion", "ver": self.version} if mine else {"cnr_id": "comfy-core", "ver": "0.3.64"}
-        node = Node(len(self.nodes) + 1, type, definition, at, values, title, (width, height), {"Node name for S&R": type, **origin, **(properties or {})})
+        ours = type.startswith("ProFusion_")
+        origin = {"cnr_id": "profusion", "ver": self.version} if ours else {"cnr_id": "comfy-core", "ver": HOST_VERSION}
+        properties = {"Node name for S&R": type, **origin, **(properties or {})}
+        node = Node(len(self.nodes) + 1, type, definition, at, values, title, (wide, height), properties)
         self.nodes.append(node)
         return node
 
@@ -60,7 +70,10 @@ class Graph:
         self.notes.append({"text": text, "at": at, "size": size})
 
     def group(self, title: str, x: int, y: int, width: int, height: int, color: str = "#3f789e") -> None:
-        self.groups.append({"id": len(self.groups) + 1, "title": title, "bounding": [x, y, width, height], "color": color, "font_size": 24, "flags": {}})
+        bounds = [x, y, width, height]
+        self.groups.append(
+            {"id": len(self.groups) + 1, "title": title, "bounding": bounds, "color": color, "font_size": 24, "flags": {}}
+        )
 
     def to_workflow(self) -> dict:
         links, outgoing = [], {}
@@ -154,7 +167,7 @@ class Graph:
                 continue
             value = node.values.get(name, _default(kind, options))
             values.append(_default(kind, options) if isinstance(value, tuple) else value)
-            if options.get("control_after_generate") or (kind == "INT" and name in ("seed", "noise_seed")):
+            if options.get("control_after_generate", kind == "INT" and name in ("seed", "noise_seed")):
                 values.append("fixed")
             if options.get("image_upload"):
                 values.append("image")

@@ -1,0 +1,140 @@
+"""Make the shipped workflows: `COMFYUI_PATH=... python -m tools.workflows`. Needs a host, whose node definitions it reads."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tools.graph import Graph, Node
+
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "workflows"
+SD15 = {
+    "name": "v1-5-pruned-emaonly-fp16.safetensors",
+    "url": "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/v1-5-pruned-emaonly-fp16.safetensors",
+    "directory": "checkpoints",
+}
+
+
+def definitions(host: Path) -> tuple[dict[str, Any], str]:
+    """The host's nodes with ours among them, as the host itself loads them, and our version."""
+    sys.path.insert(0, str(host))
+    sys.argv = [sys.argv[0], "--cpu"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import nodes
+
+    asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
+    spec = importlib.util.spec_from_file_location("profusion_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    pack = importlib.util.module_from_spec(spec)
+    sys.modules["profusion_pack"] = pack
+    spec.loader.exec_module(pack)
+    ours = {node.GET_SCHEMA().node_id: node for node in pack.NODES}
+    return {**nodes.NODE_CLASS_MAPPINGS, **ours}, sys.modules["profusion_pack.profusion"].__version__
+
+
+def concept(graph: Graph, y: int, base: Node, pictures: tuple, masks: tuple | None, noun: tuple | str, steps: int, cfg: float) -> Node:
+    """Pictures into a residual, with its plot, samples and file."""
+    linked = {"masks": masks} if masks else {}
+    trainer = graph.add(
+        "ProFusion_ResidualTrainer", (420, y), wide=340, model=base["MODEL"], clip=base["CLIP"], vae=base["VAE"],
+        images=pictures, noun=noun, steps=steps, sample_cfg=cfg, **linked,
+    )  # fmt: skip
+    graph.add("PreviewImage", (800, y), "Loss", wide=300, tall=200, images=trainer["loss_plot"])
+    graph.add("PreviewImage", (800, y + 300), "Samples while training", wide=300, tall=200, images=trainer["samples"])
+    graph.add("ProFusion_ResidualSaver", (420, y + 520), wide=340, residual=trainer["RESIDUAL"], preview=trainer["samples"])
+    return trainer
+
+
+def generate(graph: Graph, x: int, y: int, base: Node, text: str, residuals: list[tuple], size: int, steps: int, cfg: float) -> None:
+    """The same prompt and seed twice: the plain picture and the one with the concepts."""
+    prompt = graph.add("PrimitiveStringMultiline", (x, y), "Prompt", wide=340, value=text)
+    more = {f"residual_{number}": residual for number, residual in enumerate(residuals[1:], 2)}
+    patch = graph.add(
+        "ProFusion_InfusionAttentionPatch", (x, y + 190), wide=340, model=base["MODEL"], clip=base["CLIP"],
+        text=prompt["STRING"], residual=residuals[0], **more,
+    )  # fmt: skip
+    positive = graph.add("CLIPTextEncode", (x + 380, y), "Plain prompt", wide=280, clip=base["CLIP"], text=prompt["STRING"])
+    negative = graph.add("CLIPTextEncode", (x + 380, y + 230), "Negative prompt", wide=280, clip=base["CLIP"], text="")
+    latent = graph.add("EmptyLatentImage", (x + 380, y + 440), wide=280, width=size, height=size, batch_size=4)
+    for row, (title, model, condition) in enumerate(
+        (("With the concept", patch["MODEL"], patch["CONDITIONING"]), ("Plain, same seed", base["MODEL"], positive["CONDITIONING"]))
+    ):
+        top = y + row * 420
+        sampler = graph.add(
+            "KSampler", (x + 700, top), title, wide=280, model=model, positive=condition, negative=negative["CONDITIONING"],
+            latent_image=latent["LATENT"], seed=1, steps=steps, cfg=cfg, sampler_name="euler", scheduler="simple",
+        )  # fmt: skip
+        picture = graph.add("VAEDecode", (x + 1020, top), wide=180, samples=sampler["LATENT"], vae=base["VAE"])
+        kind, options = ("SaveImage", {"filename_prefix": "infusion"}) if row == 0 else ("PreviewImage", {})
+        graph.add(kind, (x + 1020, top + 80), title, wide=340, tall=260, images=picture["IMAGE"], **options)
+
+
+def train_and_generate(graph: Graph) -> None:
+    graph.note(
+        "### Infusion on Toybox\nPress *Run*. It learns a toy that the model has never seen from four pictures, then draws "
+        "it in a new place, beside the plain picture of the same seed. About two minutes on a CPU.\n\nChange the **Prompt**: "
+        "it needs the toy's noun. The other words, the layout and the background stay the plain model's.",
+        (0, 420), (380, 240),
+    )  # fmt: skip
+    base = graph.add("ProFusion_ToyboxLoader", (0, 0), wide=380)
+    graph.add("PreviewImage", (0, 700), "Pictures to learn from", wide=380, tall=200, images=base["pictures"])
+    trained = concept(graph, 0, base, base["pictures"], base["masks"], base["noun"], 200, 4.0)
+    generate(graph, 1140, 0, base, "a photo of a ball on snow", [trained["RESIDUAL"]], 96, 25, 4.0)
+
+
+def two_concepts(graph: Graph) -> None:
+    graph.note(
+        "### Two concepts in one prompt\nEach is learned apart, from its own pictures, and drawn at its own noun. Their "
+        "number costs nothing in sampling.",
+        (0, 840), (380, 160),
+    )  # fmt: skip
+    base = graph.add("ProFusion_ToyboxLoader", (0, 0), wide=380, toy="teal and coral ball")
+    other = graph.add("ProFusion_ToyboxLoader", (0, 420), "Pictures of another toy", wide=380, toy="gold and navy cup")
+    first = concept(graph, 0, base, base["pictures"], base["masks"], base["noun"], 200, 4.0)
+    second = concept(graph, 760, base, other["pictures"], other["masks"], other["noun"], 200, 4.0)
+    generate(
+        graph, 1140, 0, base, "a photo of a ball and a cup on grass", [first["RESIDUAL"], second["RESIDUAL"]], 96, 25, 4.0
+    )
+
+
+def sd15(graph: Graph) -> None:
+    graph.note(
+        "### Infusion on Stable Diffusion 1.5\n1. Choose your checkpoint.\n2. Load three pictures of your thing, of one size "
+        "(up to five: add Load Image and Batch Images). Paint masks in the mask editor, or leave them out.\n3. Write its "
+        "class noun (*cat*, *backpack*, *car*) into the trainer, and a prompt that has the noun.",
+        (0, 1080), (380, 260),
+    )  # fmt: skip
+    base = graph.add("CheckpointLoaderSimple", (0, 0), wide=380, ckpt_name=SD15["name"], properties={"models": [SD15]})
+    loads = [graph.add("LoadImage", (0, 140 + 310 * i), f"Picture {i + 1}", wide=180, tall=200) for i in range(3)]
+    pair = graph.add("ImageBatch", (200, 200), wide=180, image1=loads[0]["IMAGE"], image2=loads[1]["IMAGE"])
+    batch = graph.add("ImageBatch", (200, 300), wide=180, image1=pair["IMAGE"], image2=loads[2]["IMAGE"])
+    trained = concept(graph, 0, base, batch["IMAGE"], None, "cat", 300, 7.0)
+    generate(graph, 1140, 0, base, "a photo of a cat in the snow, detailed", [trained["RESIDUAL"]], 512, 30, 7.0)
+
+
+WORKFLOWS = {
+    "infusion_train_and_generate": train_and_generate,
+    "infusion_two_concepts": two_concepts,
+    "infusion_sd15": sd15,
+}
+
+
+def main() -> None:
+    host = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
+    known, version = definitions(host)
+    OUT.mkdir(exist_ok=True)
+    for name, draw in WORKFLOWS.items():
+        graph = Graph(known, version)
+        draw(graph)
+        graph.save(OUT / f"{name}.json")
+        print(OUT / f"{name}.json")
+
+
+if __name__ == "__main__":
+    main()
