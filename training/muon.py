@@ -13,14 +13,21 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """The nearest matrix with all singular values about 1, by a quintic Newton-Schulz iteration: (m, n) -> (m, n)."""
+    """The nearest matrix with all singular values about 1, by a quintic Newton-Schulz iteration: (m, n) -> (m, n).
+
+    The iteration X <- (a + b A + c A^2) X with A = X X^T is run on the polynomial P of the Gram matrix G in X = P X_0,
+    which is min(m, n) square, so the long side is met twice only.
+    """
     a, b, c = NEWTON_SCHULZ
     x = matrix / (matrix.norm() + 1e-7)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
+    gram = x @ x.T
+    polynomial = torch.eye(len(gram), dtype=x.dtype, device=x.device)
     for _ in range(iterations):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        current = polynomial @ gram @ polynomial
+        polynomial = a * polynomial + (b * current + c * current @ current) @ polynomial
+    x = polynomial @ x
     return x.T if tall else x
 
 
