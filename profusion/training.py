@@ -151,7 +151,7 @@ class ResidualTraining:
                 f"the residual to resume was trained with seed {residual.seed}, not {self.options.seed}: set that seed, "
                 "or it would not be the same training"
             )
-        if residual.steps >= self.options.steps:
+        if residual.steps > self.options.steps:
             raise ResidualError(
                 f"the residual to resume has {residual.steps} steps already, and steps={self.options.steps} counts from "
                 "the first: raise steps to train it further"

@@ -75,16 +75,16 @@ def test_the_loss_is_the_mean_over_the_mask():
 
 def test_only_the_residual_learns_and_the_loss_falls(unet):
     before = {name: value.clone() for name, value in unet.state_dict().items()}
-    run = training(unet, TrainingOptions(steps=60, batch_size=4, learning_rate=0.03), flipped=())
+    run = training(unet, TrainingOptions(steps=30, batch_size=2, learning_rate=0.03), flipped=())
     fixed = run._draw()
     first = run._loss(fixed).item()
     losses = list(run.steps())
-    assert len(losses) == 60 and all(math.isfinite(loss) for loss in losses)
+    assert len(losses) == 30 and all(math.isfinite(loss) for loss in losses)
     assert run._loss(fixed).item() < first
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
     assert all(parameter.grad is None for parameter in unet.parameters())
     residual = run.residual()
-    assert (residual.noun, residual.steps, residual.seed) == ("ball", 60, 0) and residual.delta.abs().min(-1).values.any()
+    assert (residual.noun, residual.steps, residual.seed) == ("ball", 30, 0) and residual.delta.abs().min(-1).values.any()
 
 
 def test_a_step_is_adamw_on_the_gradient_of_the_infused_prediction(unet):
@@ -174,8 +174,7 @@ def test_a_residual_of_no_steps_resumes_as_a_start(unet):
         ({"noun": "cat"}, "of the noun 'cat'"),
         ({"seed": 5}, "trained with seed 5, not 0"),
         ({"training_state": None}, "without its training state"),
-        ({"steps": 4}, "has 4 steps already, and steps=4"),
-        ({"steps": 9}, "has 9 steps already"),
+        ({"steps": 9}, "has 9 steps already, and steps=4"),
     ],
 )
 def test_what_cannot_be_resumed_is_refused(unet, change, message):
