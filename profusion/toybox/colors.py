@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .similarity import blur_inside
 from .world import PALETTE, Appearance, nearest_color
@@ -26,15 +25,15 @@ def palette_shares(pictures: Tensor, masks: Tensor) -> Tensor:
     pixels weigh more where they differ from their neighbourhood (as the middle of a dot does) and less where they are far
     from every colour. All zeros where a mask is empty.
     """
-    inside = (masks > 0.5).to(pictures)
-    nearest = torch.from_numpy(nearest_color(255 * pictures.cpu().numpy(), _COLORS)).to(pictures.device)
-    nearest = F.one_hot(nearest, len(_COLORS)).to(pictures)
-    difference = 255 * pictures - nearest @ torch.from_numpy(_COLORS).to(pictures)
-    difference = difference - 0.5 * difference.mean(dim=-1, keepdim=True)  # as nearest_color does: objects are shaded
-    pure = torch.exp(-0.5 * (difference.norm(dim=-1) / _PURITY) ** 2)
-    unlike = (pictures - blur_inside(pictures, inside, _NEIGHBOURHOOD)).norm(dim=-1)
-    weights = inside * pure * (_EVEN + unlike)
-    shares = (nearest * weights[..., None]).sum(dim=(1, 2))
+    inside = masks > 0.5
+    pixels, picture = pictures[inside], inside.nonzero()[:, 0]  # (n, 3), (n,)
+    nearest = torch.from_numpy(nearest_color(255 * pixels.cpu().numpy(), _COLORS)).to(pictures.device)
+    difference = 255 * pixels - torch.from_numpy(_COLORS).to(pictures)[nearest]
+    difference = difference - 0.5 * difference.mean(dim=1, keepdim=True)  # as nearest_color does: objects are shaded
+    pure = torch.exp(-0.5 * (difference.norm(dim=1) / _PURITY) ** 2)
+    unlike = (pixels - blur_inside(pictures, inside.to(pictures), _NEIGHBOURHOOD)[inside]).norm(dim=1)
+    shares = pictures.new_zeros(len(pictures), len(_COLORS))
+    shares.index_put_((picture, nearest), pure * (_EVEN + unlike), accumulate=True)
     return shares / shares.sum(dim=1, keepdim=True).clamp(min=1e-9)
 
 
