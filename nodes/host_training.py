@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 Interrupted = comfy.model_management.InterruptProcessingException
 
-# What the backward pass keeps of a UNet, in multiples of what the host reckons its inference to need.
-BACKWARD_MEMORY = 40
+# What a step needs, in multiples of what the host reckons for inference: 10,500 numbers a latent cell on SD 1.5, where
+# the backward pass keeps 90,000 (benchmarks/training_memory.py) and needs some more while it runs.
+BACKWARD_MEMORY = 12
 
 
 class TrainedModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from comfy_api.latest import io
@@ -19,6 +19,9 @@ from .folders import next_residual_path
 from .host import model_layers
 from .host_training import Interrupted, Progress, SamplePictures, TrainedModel, encode_prompts, encode_references
 from .messages import show
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 FOLDER = "training"
 PREVIEW_EVERY = 10
@@ -62,21 +65,22 @@ class _Run:
             if stop == options.steps:
                 self.saved = _save(self.training.residual(), f"{stop}_steps")
             self.pictures.insert(0, self._samples.draw(self.training.residual()))
-        self._progress.report(options.steps, self._preview())
+            self._progress.report(stop, self._preview())
 
     def _train_until(self, stop: int) -> None:
         for _ in self.training.steps():
             done = self.training.step
-            show_it = done % PREVIEW_EVERY == 0 or done == stop
-            self._progress.report(done, self._preview() if show_it else None)
+            worth_showing = done % PREVIEW_EVERY == 0 or done in (self.first_step + 1, stop)
+            self._progress.report(done, self._preview() if worth_showing else None)
             if done == stop:
                 return
 
-    def _preview(self):
+    def _preview(self) -> Image.Image:
+        """The newest sample above the plot so far."""
         sample = [to_image(picture[0]) for picture in self.pictures[:1]]
         return stacked([*sample, self.plot()])
 
-    def plot(self):
+    def plot(self) -> Image.Image:
         return loss_plot(self.training.losses, self.training.options.steps, start=self.first_step)
 
     def samples(self) -> Tensor:
@@ -88,11 +92,11 @@ class _Run:
         training, done = self.training, self.training.step
         if self.saved is not None:
             return f"The training is finished, and saved as {self.saved.path}"
-        if done == self.first_step:
+        if done == self.first_step and self._identity not in _unsaved:
             return "Nothing had been learned yet."
         try:
             path = _save(training.residual(), f"partial_{done}_steps").path
-        except ResidualError as error:
+        except (ResidualError, OSError) as error:
             _unsaved.clear()
             _unsaved[self._identity] = training.residual()
             return (
