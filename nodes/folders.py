@@ -36,15 +36,15 @@ def find_residual(name: str) -> Path:
     found = f"{', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}" or "no residual"
     searched = " and ".join(folder_paths.get_folder_paths(RESIDUALS))
     raise ResidualError(
-        f"There is no residual '{name}'. Searched: {searched}. Found: {found}. Choose one of these, put the file there and "
-        f"refresh the node definitions (R), or make one with Residual Trainer and Residual Saver."
+        f"There is no residual '{name}'. Searched: {searched}. Found: {found}. Choose one of these, put the file there "
+        f"and refresh the node definitions (R), or make one with Residual Trainer and Residual Saver."
     )
 
 
 def next_residual_path(prefix: str, noun: str) -> Path:
-    """A path no file has yet, `<prefix>_<number>_.safetensors` as the host numbers pictures, in the first of the folders.
+    """A path no file has yet: `<prefix>_<number>_.safetensors`, as the host numbers pictures, in the first folder.
 
-    The prefix may hold subfolders, the host's %year% etc., and %noun%. Raises ResidualError for one that leads elsewhere.
+    The prefix may hold subfolders, the host's %year% etc., and %noun%. Raises ResidualError where it leads elsewhere.
     """
     folder = folder_paths.get_folder_paths(RESIDUALS)[0]
     prefix = prefix.replace("%noun%", re.sub(r"\W+", "_", noun))

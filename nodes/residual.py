@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from comfy_api.latest import io
-from PIL import Image
+from PIL.Image import Image
 
+from ..profusion.pictures import to_image
 from ..profusion.residual import PRECISIONS, ResidualError, load_residual, save_residual
 from .folders import find_residual, next_residual_path, register_residuals, residual_names
 from .messages import show
@@ -19,7 +20,7 @@ class ResidualLoader(io.ComfyNode):
             node_id="ProFusion_ResidualLoader",
             display_name="Residual Loader",
             category="ProFusion",
-            description="Loads a learned concept from models/profusion_residuals. The file is checked and never executed.",
+            description="Loads a learned concept from models/profusion_residuals. The file is checked, never executed.",
             inputs=[
                 io.Combo.Input(
                     "residual",
@@ -30,7 +31,7 @@ class ResidualLoader(io.ComfyNode):
             outputs=[
                 io.Custom("RESIDUAL").Output(tooltip="The concept, for Infusion Attention Patch or to train on."),
                 io.String.Output(
-                    display_name="noun", tooltip="The class noun that the concept goes with; the prompt must have this word."
+                    display_name="noun", tooltip="The class noun that the concept goes with; the prompt must have it."
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -69,8 +70,8 @@ class ResidualSaver(io.ComfyNode):
             display_name="Residual Saver",
             category="ProFusion",
             description=(
-                "Saves a learned concept in models/profusion_residuals, about 10 KB for SD 1.5. Files are numbered: none is "
-                "ever overwritten."
+                "Saves a learned concept in models/profusion_residuals, about 10 KB for SD 1.5. Files are numbered: "
+                "none is ever overwritten."
             ),
             inputs=[
                 io.Custom("RESIDUAL").Input("residual", tooltip="The concept, from Residual Trainer."),
@@ -78,8 +79,8 @@ class ResidualSaver(io.ComfyNode):
                     "filename_prefix",
                     default="%noun%",
                     tooltip=(
-                        "The file's name; a number is added. %noun% becomes the class noun, %year%, %month%, %day% and so "
-                        "on the date, and 'pets/cat' makes a subfolder."
+                        "The file's name; a number is added. %noun% becomes the class noun, %year%, %month%, %day% and "
+                        "so on the date, and 'pets/cat' makes a subfolder."
                     ),
                 ),
                 io.Combo.Input(
@@ -87,8 +88,8 @@ class ResidualSaver(io.ComfyNode):
                     options=list(PRECISIONS),
                     default=PRECISIONS[0],
                     tooltip=(
-                        "int6: the smallest, 2 % off, which pictures do not show. float16: 2.4 times as large. float32: "
-                        "exact, and keeps what is needed to resume training where it stopped."
+                        "int6: the smallest, 2 % off, which pictures do not show. float16: 2.4 times as large. "
+                        "float32: exact, and keeps what is needed to resume training where it stopped."
                     ),
                 ),
                 io.Image.Input(
@@ -113,12 +114,11 @@ class ResidualSaver(io.ComfyNode):
         return io.NodeOutput(residual, str(saved.path), ui=show(cls, text))
 
 
-def _picture(images) -> Image.Image | None:
+def _picture(images) -> Image | None:
     """The first of a batch of the host's pictures, (B, H, W, C) in [0, 1]; None for none."""
     if images is None or not len(images):
         return None
-    pixels = images[0, :, :, :3].float().nan_to_num().clamp(0, 1).mul(255).round().byte()
-    return Image.fromarray(pixels.expand(-1, -1, 3).cpu().numpy())
+    return to_image(images[0, :, :, :3].float().nan_to_num().expand(-1, -1, 3))
 
 
 NODES = [ResidualLoader, ResidualSaver]

@@ -5,8 +5,8 @@ x = x0 + sigma * eps throughout (k-diffusion's units); sigma^2 = (1 - alpha_bar)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Callable
 
 import torch
 from torch import Tensor

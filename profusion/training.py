@@ -134,7 +134,7 @@ class ResidualTraining:
             self._masks = torch.stack([torch.stack([item.mask for item in side]) for side in both]).float().to(device)
             self._sigmas = (training_sigmas() if sigmas is None else sigmas).to("cpu", torch.float32, copy=True)
             self.delta = torch.zeros(len(layers), 1, layers[0].context_dim, device=device, requires_grad=True)
-            self._optimizer = torch.optim.AdamW([self.delta], lr=options.learning_rate)
+            self._optimizer = torch.optim.AdamW([self.delta], lr=options.learning_rate, weight_decay=0.0)
         # latents (1|2, M, C, H, W), masks (1|2, M, H, W); the gradient of a mean is this much smaller than of a sum
         self._loss_scale = 2.0 ** math.floor(math.log2(options.batch_size * self._latents[0, 0].numel()))
         self.step = 0

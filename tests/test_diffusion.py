@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from profusion.diffusion import alphas_cumprod, eps_denoiser, sample_euler, sampling_sigmas, timestep_of, training_sigmas
+from profusion.diffusion import (
+    alphas_cumprod,
+    eps_denoiser,
+    sample_euler,
+    sampling_sigmas,
+    timestep_of,
+    training_sigmas,
+)
 
 
 def test_schedule_is_sds():

@@ -446,7 +446,7 @@ def test_what_is_no_file_is_refused(tmp_path):
             load_residual(tmp_path / "pipe.safetensors")
 
 
-def test_a_file_too_large_for_a_residual_is_not_read_whole(tmp_path):
+def test_a_file_too_large_for_a_residual_is_not_read(tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     with path.open("wb") as file:
         file.truncate(100 << 30)  # sparse: takes no room

@@ -78,7 +78,7 @@ class Graph:
     def to_workflow(self) -> dict:
         links, outgoing = [], {}
         for node in self.nodes:
-            for slot, (name, kind, _) in enumerate(self._linked(node)):
+            for slot, (name, _, _) in enumerate(self._linked(node)):
                 value = node.values.get(name)
                 if isinstance(value, tuple):
                     source, output = value

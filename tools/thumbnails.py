@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from profusion import demo
-from profusion.pictures import PAPER, INK, to_image
+from profusion.pictures import INK, PAPER, to_image
 from profusion.residual import Residual
 from profusion.toybox.pipeline import Toybox, seeded
 from profusion.training import TrainingOptions

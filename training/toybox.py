@@ -128,7 +128,7 @@ def _attributes(scene: world.Scene, caption: world.Caption) -> list[list[int]]:
     words = caption.text.split()
     colors, patterns = list(world.PALETTE), list(world.PATTERNS)
     rows = []
-    for item, mentioned in zip(scene.objects, caption.attribute_words):
+    for item, mentioned in zip(scene.objects, caption.attribute_words, strict=True):
         names = [words[i] for i in mentioned]
         named = [colors.index(name) + 1 for name in names if name in colors] + [0, 0]
         pattern = [patterns.index(name) + 1 for name in names if name in patterns] + [0]
@@ -155,7 +155,7 @@ def train_text(recipe: Recipe, data: DataSet, work: Path) -> TextModel:
         batch = Captions.of(captions)
         hidden = encode_text(text, batch.tokens, int(batch.lengths.max()) + 1)
         rows, targets, places, answers = [], [], [], []
-        for b, (i, caption) in enumerate(zip(indices, captions)):
+        for b, (i, caption) in enumerate(zip(indices, captions, strict=True)):
             for k, labels in enumerate(_attributes(data.scenes[i], caption)):
                 rows.append(hidden[b, batch.nouns[b, k]])
                 targets.append(labels)
@@ -246,7 +246,7 @@ def train_unet(recipe: Recipe, data: DataSet, latents: Tensor, text: TextModel, 
         told = (torch.rand(recipe.batch, generator=generator) >= 0.1).float()
         captions = [world.caption(data.scenes[i], rng) for i in indices.tolist()]
         silent = world.Caption("", (), (), ())
-        batch = Captions.of([caption if keep else silent for caption, keep in zip(captions, told.tolist())])
+        batch = Captions.of([caption if keep else silent for caption, keep in zip(captions, told.tolist(), strict=True)])
         context = context_of(text, batch, keep_padding=bool(rng.random() < 0.1))
         clean, masks = latents[indices], data.masks[indices]
         t = sample_timesteps(recipe.batch, generator)

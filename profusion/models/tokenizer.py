@@ -58,7 +58,7 @@ def tokenize(texts: str | list[str]) -> Tensor:
     """Prompts -> ids (B, 77) with start, end and end-padding. Longer prompts are cut: the kernel has no chunks."""
     texts = [texts] if isinstance(texts, str) else texts
     rows = torch.full((len(texts), LENGTH), END, dtype=torch.long)
-    for row, text in zip(rows, texts):
+    for row, text in zip(rows, texts, strict=True):
         ids = [START, *words_to_ids(text)[: LENGTH - 2]]
         row[: len(ids)] = torch.tensor(ids)
     return rows

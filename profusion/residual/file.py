@@ -138,11 +138,9 @@ def _read(path: Path) -> bytes:
     """All of a file, unless it is a device or far too large for a residual."""
     if path.exists() and not path.is_file():
         raise ResidualError("it is a folder or a device, not a file")
-    with path.open("rb") as file:
-        data = file.read(MAX_FILE_BYTES + 1)
-    if len(data) > MAX_FILE_BYTES:
+    if path.stat().st_size > MAX_FILE_BYTES:
         raise ResidualError(f"it is larger than {MAX_FILE_BYTES >> 20} MiB, so it must be another kind of model")
-    return data
+    return path.read_bytes()
 
 
 def _decode(data: bytes) -> Residual:

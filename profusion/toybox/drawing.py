@@ -218,7 +218,7 @@ def _snow(rng):
     image = _gradient((160, 188, 216), (208, 222, 236), horizon)
     for x in (rng.uniform(3, 20), rng.uniform(76, 93)):
         top = horizon - 20
-        tree = np.clip(0.42 * (_Y - top) - np.abs(_X - x) + 0.5, 0, 1) * (_Y < horizon + 6)
+        tree = np.clip(0.42 * (_Y - top) - np.abs(_X - x) + 0.5, 0, 1) * (horizon + 6 > _Y)
         image = _blend(image, (92, 132, 128), tree)
     drift = _gradient((240, 245, 252), (222, 232, 246)) + 5 * _noise(rng, 6, 6)[..., None]
     image = _blend(image, drift, _below(rng, horizon + 3, 3))

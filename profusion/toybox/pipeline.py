@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Sequence
 
 import torch
 from safetensors import safe_open
@@ -68,7 +68,7 @@ def save_weights(
     folder = Path(folder or WEIGHTS)
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {}
-    for network, module in zip(NETWORKS, (unet, vae, text, vision)):
+    for network, module in zip(NETWORKS, (unet, vae, text, vision), strict=True):
         state = {name: value.detach().half().contiguous() for name, value in module.state_dict().items()}
         if network == "text":
             state[_TABLE] = state[_TABLE][tokens].contiguous()
@@ -92,7 +92,7 @@ class Toybox:
     def load(cls, folder: Path | None = None) -> Toybox:
         """Load the shipped weights, or those of another folder; RuntimeError if a file does not fit its network."""
         networks = (UNet(TOYBOX), VAE(TOYBOX_VAE), TextModel(TOYBOX_TEXT), VisionModel(TOYBOX_VISION))
-        for name, network in zip(NETWORKS, networks):
+        for name, network in zip(NETWORKS, networks, strict=True):
             network.load_state_dict(load_network(name, folder), strict=True)
             network.eval().requires_grad_(False)
         return cls(*networks)
@@ -194,13 +194,13 @@ class Toybox:
 
 
 def noun_rows(prompt: str, noun: str) -> tuple[int, ...]:
-    """The context rows of a noun's first place in a prompt; NounError, which quotes the prompt, if it has none."""
+    """The context rows of a noun's last place in a prompt ("a photo of a photo"); NounError, which quotes the prompt, if it has none."""
     ids, wanted = words_to_ids(prompt), words_to_ids(noun)
     chunk = [(START, 0), *((token, 1) for token in ids)]
     spans = find_noun([chunk], wanted, lambda token: id_to_text(token).endswith("</w>"))
     if not spans:
         raise NounError(f"the noun {noun!r} is not in the prompt {prompt!r}; write it there as a word of its own")
-    return spans[0]
+    return spans[-1]
 
 
 def initial_noise(generators: Sequence[torch.Generator], cells: int = SIZE // 8) -> Tensor:

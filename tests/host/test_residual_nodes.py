@@ -1,4 +1,4 @@
-"""Residual Loader and Residual Saver in a real ComfyUI: their folder, their schemas, and graphs through its executor."""
+"""Residual Loader and Saver in a real ComfyUI: their folder, their schemas, and graphs through its executor."""
 
 import errno
 import os

@@ -5,9 +5,9 @@ import torch
 
 pytest.importorskip("comfy.samplers", reason="no ComfyUI found: Toybox in the host is not tested")
 
+from profusion.models.clip import TextModel, VisionModel
 from profusion.models.configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE, TOYBOX_VISION
 from profusion.models.tokenizer import tokenize
-from profusion.models.clip import TextModel, VisionModel
 from profusion.models.unet import UNet
 from profusion.models.vae import VAE
 from profusion.toybox.pipeline import WEIGHTS, Toybox, save_weights
@@ -85,6 +85,7 @@ def test_image_tower(models, kernel, folder):
 def test_a_whole_picture(models, kernel, folder):
     """The host's euler on its "simple" schedule draws the kernel's picture."""
     import comfy.sample
+
     from profusion.toybox.pipeline import initial_noise, seeded
 
     model, clip = models.load_model(folder), models.load_clip(folder=folder)
