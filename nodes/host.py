@@ -149,7 +149,7 @@ def _evaluate_stream(executor, model, conds, x, sigma, model_options, *args, **k
         return executor(model, conds, x, sigma, model_options, *args, **kwargs)
 
     def evaluate(conds: list, patches: Patches) -> list[Tensor]:
-        return executor(model, conds, x, sigma, _with_patches(model_options, patches), *args, **kwargs)
+        return executor(model, conds, x, sigma, with_patches(model_options, patches), *args, **kwargs)
 
     return stream(evaluate, model, conds, x, float(sigma.flatten()[0]))
 
@@ -333,7 +333,7 @@ def _separate_state(extra_args: dict) -> dict:
     return {**extra_args, "model_options": options}
 
 
-def _with_patches(model_options: dict, patches: Patches) -> dict:
+def with_patches(model_options: dict, patches: Patches) -> dict:
     """Model options with these patches: closest to the attention, so that other packs' see nothing unusual."""
     options = {**model_options, "transformer_options": {**model_options["transformer_options"]}}
     theirs = options["transformer_options"].get("patches", {})

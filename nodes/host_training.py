@@ -21,7 +21,7 @@ from ..profusion.pictures import latent_masks
 from ..profusion.prompt import NounError, Span
 from ..profusion.residual import Residual
 from ..profusion.training import PROMPTS, Reference, TrainingError
-from .host import KEY, _with_patches, add_streams, encode_prompt, model_layers, noun_spans
+from .host import KEY, with_patches, add_streams, encode_prompt, model_layers, noun_spans
 from .infusion import ConceptInput, place_concepts
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class TrainedModel:
         network = guider.inner_model
 
         def evaluate(x: Tensor, sigma: Tensor, prompt: int, patches: Patches) -> Tensor:
-            patched = _with_patches(options, patches)
+            patched = with_patches(options, patches)
             return comfy.samplers.calc_cond_batch(network, [prompts[prompt]], x, sigma, patched)[0]
 
         self._evaluate = evaluate
