@@ -131,7 +131,7 @@ def _what_it_is(data: bytes) -> str:
     if data.startswith(b"PK\x03\x04"):
         return "it is a zip archive, perhaps a PyTorch .pt file under another name, and not a safetensors file"
     if data[:1] == b"\x80" and data[1:2] in b"\x02\x03\x04\x05":
-        return "it is a Python pickle under another name, which could run code and is never opened"
+        return "it is a PyTorch checkpoint under another name, which could run code and is never opened"
     if data.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer and not the file itself, which was not downloaded"
     if data[:64].lstrip().lower().startswith((b"<!doctype", b"<html")):

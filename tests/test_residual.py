@@ -366,7 +366,7 @@ BAD_FILES = {
     "three bytes": (lambda: b"abc", "not a safetensors file"),
     "text": (lambda: b"hello, I am not a model\n" * 10, "not a safetensors file"),
     "zip": (a_zip, "zip archive, perhaps a PyTorch"),
-    "pickle": (lambda: b"\x80\x04\x95" + bytes(100), "pickle.*never opened"),
+    "pickle": (lambda: b"\x80\x04\x95" + bytes(100), "PyTorch checkpoint.*never opened"),
     "old pickle": (lambda: b"cposix\nsystem\n(S'touch pwned'\ntR.", "not a safetensors file"),
     "LFS pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
     "web page": (lambda: b"\n<!DOCTYPE html><html>", "web page"),
