@@ -21,7 +21,7 @@ from ..profusion.pictures import latent_masks
 from ..profusion.prompt import NounError, Span
 from ..profusion.residual import Residual
 from ..profusion.training import PROMPTS, Reference, TrainingError
-from .host import KEY, with_patches, add_streams, encode_prompt, model_layers, noun_spans
+from .host import KEY, add_streams, encode_prompt, model_layers, noun_spans, with_patches
 from .infusion import ConceptInput, place_concepts
 
 if TYPE_CHECKING:

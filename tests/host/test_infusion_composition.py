@@ -104,7 +104,7 @@ def test_a_negative_longer_than_the_prompt(infused, additions, monkeypatch):
     assert {tuple(rows) for _, rows in additions} == {(5, 5 + 77)}
     # Where memory is short the host evaluates them apart, and nothing is repeated.
     additions.clear()
-    monkeypatch.setattr(samplers.model_management, "get_free_memory", lambda *args, **kwargs: 0)
+    monkeypatch.setattr(infused.model.model, "memory_required", lambda *args, **kwargs: 1e30)
     apart = infused.run(model, positive, negative)
     assert {tuple(rows) for _, rows in additions} == {(5,)}
     torch.testing.assert_close(apart, customised, rtol=1e-3, atol=1e-2 * customised.std().item())
