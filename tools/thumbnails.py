@@ -16,7 +16,7 @@ from profusion.toybox.pipeline import Toybox, seeded
 from profusion.training import TrainingOptions
 
 ROOT = Path(__file__).parents[1]
-CONCEPTS = ("teal and coral ball", "gold and navy cup")
+CONCEPTS = ("slate and apricot mushroom", "gold and navy cup")
 SIDE, GAP = 160, 8
 
 
@@ -40,14 +40,14 @@ def board(left: Sequence[Tensor], right: Sequence[Tensor], label: str) -> Image.
 def main() -> None:
     toybox = Toybox.load()
     concepts = [demo.drawn_concept(name) for name in CONCEPTS]
-    residuals: list[Residual] = [demo.train(toybox, concept, TrainingOptions(steps=200), print)[0] for concept in concepts]
+    residuals: list[Residual] = [demo.train(toybox, concept, TrainingOptions(steps=250, learning_rate=0.01), print)[0] for concept in concepts]
 
     def drawn(prompt: str, chosen: Sequence[Residual], seed: int) -> list[Tensor]:
-        _, customised = toybox.generate_customised(prompt, chosen, seeded(seed))
+        _, customised = toybox.generate_customised(prompt, chosen, seeded(seed), guidance=demo.GUIDANCE)
         return list(toybox.vae.pictures(customised))
 
-    single = drawn("a photo of a ball on snow", residuals[:1], 1)
-    both = drawn("a photo of a ball and a cup on grass", residuals, 1)
+    single = drawn("a photo of a mushroom on snow", residuals[:1], 2)
+    both = drawn("a photo of a mushroom and a cup on grass", residuals, 2)
     first, mixed = concepts[0].pictures, torch.cat([concepts[0].pictures[:2], concepts[1].pictures[:2]])
     folder = ROOT / "workflows"
     board(first, single, "learn it, draw it anywhere").save(folder / "infusion_train_and_generate.jpg", quality=90)
