@@ -1,46 +1,72 @@
-"""Which of the palette's colours an object wears, counted without a network."""
+"""Which of the palette's colours an object wears, found without a network.
+
+Blur mixes colours: the edge between red and yellow is orange, and to count each pixel for its nearest colour would see an
+orange that nobody painted. So a colour and each pair of colours a, b is tried as the explanation of all pixels x: with
+
+    t = clamp(<x - a, b - a> / |b - a|^2, 0, 1)                     how far x lies from a towards b
+    cost = mean |x - a - t (b - a)|^2 + MIXING t (1 - t) |b - a|^2   off the line, and a mixture rather than a or b
+
+(t = 0 for a single colour a), in RGB where a difference in brightness counts half, because objects are shaded.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .similarity import blur_inside
-from .world import PALETTE, Appearance, nearest_color
+from .world import PALETTE, Appearance
 
-LEAST_SHARE = 0.15  # of the object, for a colour to count as one of its two
-_NEIGHBOURHOOD = 4.0  # pixels
-_EVEN = 0.05  # the weight of a pixel like those around it
-_PURITY = 40.0  # RGB distance from the palette at which a pixel is taken for a mixture
-_COLORS = np.array(list(PALETTE.values()))
+LEAST_SHARE = 0.15  # of the object, for a colour to be one of its two
+MIXING = 0.2
+SECOND_COLOR = 0.6  # a second colour must bring the cost below this share of what the best single one leaves
+_PAIRS = torch.tensor(list(combinations(range(len(PALETTE)), 2)))  # (28, 2)
+
+
+def _shaded(colors: Tensor) -> Tensor:
+    """Colours (..., 3), 0..1, with half of their brightness."""
+    return colors - 0.5 * colors.mean(dim=-1, keepdim=True)
 
 
 def palette_shares(pictures: Tensor, masks: Tensor) -> Tensor:
-    """The share of each colour of PALETTE in what pictures show inside masks: (B, H, W, 3), (B, H, W) -> (B, 8), sums 1.
+    """The share that each colour of PALETTE, one or two of them, has in the objects of pictures.
 
-    Each pixel counts for its nearest colour. A blurred edge between red and yellow is orange, and so is no object's colour:
-    pixels weigh more where they differ from their neighbourhood (as the middle of a dot does) and less where they are far
-    from every colour. All zeros where a mask is empty.
+    pictures (B, H, W, 3) in [0, 1], masks (B, H, W) of the objects' bodies -> (B, 8), sums 1, at most two numbers not 0.
+    All zeros where a mask is empty.
     """
-    inside = masks > 0.5
-    pixels, picture = pictures[inside], inside.nonzero()[:, 0]  # (n, 3), (n,)
-    nearest = torch.from_numpy(nearest_color(255 * pixels.cpu().numpy(), _COLORS)).to(pictures.device)
-    difference = 255 * pixels - torch.from_numpy(_COLORS).to(pictures)[nearest]
-    difference = difference - 0.5 * difference.mean(dim=1, keepdim=True)  # as nearest_color does: objects are shaded
-    pure = torch.exp(-0.5 * (difference.norm(dim=1) / _PURITY) ** 2)
-    unlike = (pixels - blur_inside(pictures, inside.to(pictures), _NEIGHBOURHOOD)[inside]).norm(dim=1)
-    shares = pictures.new_zeros(len(pictures), len(_COLORS))
-    shares.index_put_((picture, nearest), pure * (_EVEN + unlike), accumulate=True)
-    return shares / shares.sum(dim=1, keepdim=True).clamp(min=1e-9)
+    palette = _shaded(pictures.new_tensor(list(PALETTE.values())) / 255)
+    return torch.stack([
+        _shares(_shaded(picture[mask > 0.5]), palette) for picture, mask in zip(pictures, masks, strict=True)
+    ])  # fmt: skip
+
+
+def _shares(pixels: Tensor, palette: Tensor) -> Tensor:
+    """Pixels (n, 3) of one object -> (8,)."""
+    shares = palette.new_zeros(len(palette))
+    if not len(pixels):
+        return shares
+    single_costs = torch.cdist(pixels, palette).square().mean(dim=0)  # (8,)
+    start, along = palette[_PAIRS[:, 0]], palette[_PAIRS[:, 1]] - palette[_PAIRS[:, 0]]  # (28, 3)
+    length = along.square().sum(dim=1)
+    offset = pixels[:, None] - start  # (n, 28, 3)
+    t = ((offset * along).sum(dim=2) / length).clamp(0, 1)  # (n, 28)
+    costs = ((offset - t[..., None] * along).square().sum(dim=2) + MIXING * t * (1 - t) * length).mean(dim=0)
+    second = t.mean(dim=0)
+    costs[torch.minimum(second, 1 - second) < LEAST_SHARE] = torch.inf
+    best = int(costs.argmin())
+    if costs[best] < SECOND_COLOR * single_costs.min():
+        shares[_PAIRS[best]] = torch.stack([1 - second[best], second[best]])
+    else:
+        shares[single_costs.argmin()] = 1.0
+    return shares
 
 
 def color_names(shares: Sequence[float]) -> tuple[str, ...]:
-    """The one or two colours an object wears, the larger first: those of the two largest shares that reach LEAST_SHARE."""
-    order = sorted(range(len(shares)), key=lambda i: -shares[i])[:2]
-    return tuple(list(PALETTE)[i] for i in order if shares[i] >= LEAST_SHARE)
+    """The one or two colours with a share, the larger first."""
+    present = [index for index, share in enumerate(shares) if share > 0]
+    return tuple(list(PALETTE)[index] for index in sorted(present, key=lambda index: -shares[index]))
 
 
 def wears(shares: Sequence[float], look: Appearance) -> bool:
