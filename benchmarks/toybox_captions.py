@@ -1,8 +1,9 @@
 """Does Toybox follow captions? `python -m benchmarks.toybox_captions`: unseen ones, scored by the judge.
 
 Three sets: `unseen`, the held-out combinations of colours, pattern, noun and background, in full; `own appearance`, the nouns
-that have one (a lemon); `pairs`, two objects side by side. The judge has seen drawn pictures only. Colours are counted
-inside the object that it finds: the one colour of a plain object, the two of any other.
+that have one (a lemon); `pairs`, two objects side by side. What the autoencoder alone costs is told by `through the VAE`: the
+`unseen` scenes as drawn, encoded and decoded. The judge has learnt from drawn pictures only. A picture has the right colours
+if the object that it finds wears the one colour of a plain look, or the two of any other.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from profusion.toybox.judge import Judge, halves
 from profusion.toybox.pipeline import GUIDANCE, STEPS, Toybox, seeded
 
 GOALS = {"noun": 0.90, "background": 0.95, "color": 0.85}  # on `unseen`
+
+CEILING_SCENES = 128
 
 Outcome = dict[str, list[bool]]
 """For each of "noun", "background", "color" and "pattern" that a scene asks for: whether the picture has it."""
@@ -106,6 +109,12 @@ def generate(toybox: Toybox, prompts: Prompts, steps: int, guidance: float, batc
     return torch.cat(pictures)
 
 
+def through_the_vae(toybox: Toybox, scenes: Sequence[world.Scene]) -> Tensor:
+    """Drawn pictures of scenes, encoded and decoded: the best that the UNet could do."""
+    drawn = torch.from_numpy(np.stack([world.render(scene).image for scene in scenes])).float() / 255
+    return torch.cat([toybox.vae.pictures(toybox.vae.latents(some)) for some in drawn.split(16)])
+
+
 def rates(found: Sequence[Outcome]) -> dict[str, Rate]:
     """How often each part of the captions was followed."""
     every = {key: [right for outcome in found for right in outcome[key]] for key in ("noun", "background", "color", "pattern")}
@@ -167,6 +176,9 @@ def main() -> None:
         found = outcomes(judge, pictures, prompts.scenes)
         measured[prompts.name] = rates(found)
         kept = options.shown if prompts.name == "unseen" else options.shown // 3
+        if prompts.name == "unseen":
+            scenes = prompts.scenes[:CEILING_SCENES]
+            measured["through the VAE"] = rates(outcomes(judge, through_the_vae(toybox, scenes), scenes))
         shown += zip(pictures[:kept], prompts.captions, found, strict=False)
     print(report(measured))
     if options.json:
