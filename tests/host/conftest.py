@@ -54,6 +54,16 @@ def pack():
 
 @pytest.fixture(scope="session")
 def infused(pack):
+    """The node on a tiny random model."""
     from infused import Infused
 
     return Infused(pack)
+
+
+@pytest.fixture(scope="session")
+def infused_toybox(pack):
+    """The node on Toybox, as the pack loads it."""
+    from infused import Infused
+
+    models = sys.modules[f"{pack.__name__}.nodes.host_models"]
+    return Infused(pack, models.load_model(), models.load_clip())

@@ -1,4 +1,4 @@
-"""One tiny model, one CLIP and the node, with the few ways in which the tests use them."""
+"""One model, one CLIP and the node, with the few ways in which the tests use them."""
 
 import tiny
 import torch
@@ -10,10 +10,10 @@ NEGATIVE = "blurry"
 class Infused:
     """`run` samples; `run_both` returns C's latent and F's."""
 
-    def __init__(self, pack, model=None):
+    def __init__(self, pack, model=None, clip=None):
         self.pack = pack
         self.model = tiny.model() if model is None else model
-        self.clip = tiny.clip()
+        self.clip = tiny.clip() if clip is None else clip
         self.positive, self.negative = self.encode(PROMPT), self.encode(NEGATIVE)
         self.layers = pack.nodes.host.model_layers(self.model)
         self.node = pack.nodes.infusion.InfusionAttentionPatch
@@ -23,7 +23,7 @@ class Infused:
 
     def residual(self, size=3.0, noun="ball", seed=5):
         generator = torch.Generator().manual_seed(seed)
-        delta = size * torch.randn(len(self.layers), 1, tiny.CONTEXT, generator=generator)
+        delta = size * torch.randn(len(self.layers), 1, self.layers[0].context_dim, generator=generator)
         names = tuple(layer.name for layer in self.layers)
         architecture = self.pack.profusion.infusion.architecture_name(self.layers)
         return self.pack.profusion.residual.Residual(delta, noun, names, architecture)

@@ -21,6 +21,16 @@ def test_every_scheduler_is_exact(infused, scheduler):
     infused.assert_node_exact(scheduler=scheduler)
 
 
+@pytest.mark.parametrize("sampler", samplers.SAMPLER_NAMES)
+def test_every_sampler_is_exact_on_toybox(infused_toybox, sampler):
+    infused_toybox.assert_node_exact(sampler=sampler, size=(12, 12))
+
+
+@pytest.mark.parametrize("scheduler", samplers.SCHEDULER_NAMES)
+def test_every_scheduler_is_exact_on_toybox(infused_toybox, scheduler):
+    infused_toybox.assert_node_exact(scheduler=scheduler, size=(12, 12))
+
+
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde", "euler_ancestral"])
 @pytest.mark.parametrize(
     "options", [{"batch": 3}, {"cfg": 1.0}, {"batch": 2, "cfg": 1.0}, {"size": (13, 11)}, {"steps": 1}], ids=str
