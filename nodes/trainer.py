@@ -227,6 +227,15 @@ class ResidualTrainer(io.ComfyNode):
                     default=True,
                     tooltip="Train on mirrored pictures too. Turn it off for what has a left and a right, such as writing.",
                 ),
+                io.Float.Input(
+                    "preserve",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="How much what is around the concept must stay as the plain model draws it. It needs masks. "
+                    "0: no matter, as in the paper. More than 1: an even calmer background, a weaker concept.",
+                ),
                 io.Int.Input(
                     "sample_every",
                     default=100,
@@ -287,6 +296,7 @@ class ResidualTrainer(io.ComfyNode):
         batch_size,
         seed,
         flip,
+        preserve,
         sample_every,
         sample_prompt,
         sample_steps,
@@ -294,7 +304,7 @@ class ResidualTrainer(io.ComfyNode):
         masks=None,
         resume=None,
     ) -> io.NodeOutput:
-        options = TrainingOptions(steps, learning_rate, batch_size, seed, flip)
+        options = TrainingOptions(steps, learning_rate, batch_size, seed, flip, preserve)
         sample = sample_prompt, sample_steps, sample_cfg
         run = _prepare(model, clip, vae, images, masks, noun.strip(), options, resume, sample)
         try:

@@ -1,7 +1,7 @@
 """Train an Infusion residual (arXiv 2404.14007): one vector per cross-attention layer, nothing else moves.
 
 Each step noises the concept's latents, evaluates F without autograd and C with it on the same noisy latent, and
-minimises the eps-prediction error of C inside the concept's mask. Who evaluates the model is the caller's affair: the
+minimises the eps-prediction error of C inside the concept's mask, and its distance from F outside. Who evaluates the model is the caller's affair: the
 kernel's UNet and the host's model are trained by the same code and, from the same seed, to the same residual.
 """
 
@@ -31,13 +31,17 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How a residual is trained. `steps` counts from nothing: a resumed training does what is left of them."""
+    """How a residual is trained. `steps` counts from nothing: a resumed training does what is left of them.
+
+    preserve: how much C is held to F's own prediction outside the concept's mask; 0 is the paper's loss.
+    """
 
     steps: int = 300
     learning_rate: float = 0.02
     batch_size: int = 4
     seed: int = 0
     flip: bool = True
+    preserve: float = 1.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -46,6 +50,8 @@ class TrainingOptions:
             raise ValueError(f"learning_rate={self.learning_rate} must lie in (0, 10]; 0.01 to 0.03 is usual")
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+        if not 0 <= self.preserve <= 100:
+            raise ValueError(f"preserve={self.preserve} must lie in [0, 100]: 1 is usual, 0 leaves what is around the concept free")
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,20 @@ class Reference:
             raise TrainingError(
                 "a mask is empty, so nothing of its picture would be learned. Paint the object white, or leave masks out"
             )
+
+
+def residual_loss(predicted: Tensor, noise: Tensor, plain: Tensor, mask: Tensor, preserve: float) -> Tensor:
+    """Inside the mask the noise that was added, outside it what F predicts: scalar, float32.
+
+    predicted (C's), noise and plain (F's prediction): (B, C, H, W); mask (B, H, W). The paper's loss (arXiv 2404.14007,
+    section 5.1) is the first part alone. It leaves a residual free to do anything around the concept, and some of every map
+    falls there. What should stay as it was is known, F has just been evaluated, so the second part costs nothing.
+    """
+    loss = masked_noise_error(predicted, noise, mask)
+    outside = 1 - mask
+    if preserve and outside.any():
+        loss = loss + preserve * masked_noise_error(predicted, plain, outside)
+    return loss
 
 
 def masked_noise_error(predicted: Tensor, noise: Tensor, mask: Tensor) -> Tensor:
@@ -237,11 +257,11 @@ class ResidualTraining:
     def _loss(self, batch: _Batch) -> Tensor:
         queries = _TakenOnce()
         with torch.no_grad():  # F needs no gradient: its queries are constants of the loss
-            self._predict_noise(batch.noisy, batch.sigma, batch.prompt, foundation_patches(queries))
+            plain = self._predict_noise(batch.noisy, batch.sigma, batch.prompt, foundation_patches(queries))
         placement = Placement(self.delta, self._names, self._prompt_rows[batch.prompt])
         patches = customised_patches(queries, lambda options, chunk: (placement,))
         predicted = self._predict_noise(batch.noisy, batch.sigma, batch.prompt, patches)
-        return masked_noise_error(predicted, batch.noise, batch.mask)
+        return residual_loss(predicted, batch.noise, plain, batch.mask, self.options.preserve)
 
     def residual(self) -> Residual:
         """What has been learned so far, with the optimizer's state, so that it can be resumed."""

@@ -7,11 +7,24 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from profusion.diffusion import timestep_of, training_sigmas
-from profusion.infusion import Placement, cross_attention_layers, customised_patches, on_conditional
+from profusion.infusion import (
+    Placement,
+    cross_attention_layers,
+    customised_patches,
+    foundation_patches,
+    on_conditional,
+)
 from profusion.models.configs import UNetConfig
 from profusion.models.unet import UNet
 from profusion.residual import Residual, ResidualError, load_residual, save_residual
-from profusion.training import Reference, ResidualTraining, TrainingError, TrainingOptions, masked_noise_error
+from profusion.training import (
+    Reference,
+    ResidualTraining,
+    TrainingError,
+    TrainingOptions,
+    masked_noise_error,
+    residual_loss,
+)
 
 SMALL = UNetConfig(32, (1, 2), 1, (1, 1), 1, 24, num_heads=2)
 LENGTH, ROWS = 11, ((4,), (5, 6))
@@ -71,6 +84,40 @@ def test_the_loss_is_the_mean_over_the_mask():
     expected = (square[0, 1, 2] + 0.5 * square[1, 0, 0]) / (4 * 1.5)
     torch.testing.assert_close(masked_noise_error(predicted, noise, mask), expected)
     torch.testing.assert_close(masked_noise_error(predicted, noise, torch.ones(2, 3, 5)), square.sum() / square.numel() / 4)
+
+
+def test_outside_the_mask_the_target_is_what_the_plain_model_predicts(generator):
+    predicted, noise, plain = torch.randn(3, 2, 4, 3, 5, generator=generator)
+    mask = torch.zeros(2, 3, 5)
+    mask[:, :, :2] = 1
+    inside = ((predicted - noise)[..., :2] ** 2).mean()
+    outside = ((predicted - plain)[..., 2:] ** 2).mean()
+    torch.testing.assert_close(residual_loss(predicted, noise, plain, mask, 0.5), inside + 0.5 * outside)
+    torch.testing.assert_close(residual_loss(predicted, noise, plain, mask, 0.0), inside)
+    everywhere = torch.ones_like(mask)  # nothing is outside: no division by zero
+    torch.testing.assert_close(residual_loss(predicted, noise, plain, everywhere, 0.5), ((predicted - noise) ** 2).mean())
+
+
+def test_preserving_keeps_the_prediction_outside_the_mask_nearer_to_the_plain_one(unet):
+    """Same seed, same steps: how far C is from F around the concept. (Of a random UNet C moves by 1e-5 only: hence 100.)"""
+    mask = torch.zeros(8, 8)
+    mask[:, :4] = 1
+    half = [Reference(item.latent, mask) for item in references()]
+
+    def change(preserve):
+        options = TrainingOptions(steps=30, batch_size=2, learning_rate=0.03, preserve=preserve)
+        run = training(unet, options, references=half, flipped=())
+        list(run.steps())
+        plain, batch = predictor(unet), run._draw()
+        queries = {}
+        foundation = plain(batch.noisy, batch.sigma, batch.prompt, foundation_patches(queries))
+        placement = Placement(run.delta.detach(), run._names, ROWS[batch.prompt])
+        customised = plain(
+            batch.noisy, batch.sigma, batch.prompt, customised_patches(queries, on_conditional([placement]))
+        )
+        return masked_noise_error(customised, foundation, 1 - batch.mask).item()
+
+    assert change(100.0) < 0.7 * change(0.0)
 
 
 def test_only_the_residual_learns_and_the_loss_falls(unet):
@@ -337,6 +384,7 @@ def test_f_s_queries_are_let_go_as_c_takes_them(unet):
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
         ({"learning_rate": math.nan}, "learning_rate=nan"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"preserve": -1.0}, "preserve=-1.0"),
     ],
 )
 def test_options_are_checked(options, message):

@@ -61,7 +61,7 @@ def train(host, clip, folder):
 
 
 def defaults():
-    options = {"noun": "ball", "steps": 2, "learning_rate": 0.02, "batch_size": 2, "seed": 0, "flip": True}
+    options = {"noun": "ball", "steps": 2, "learning_rate": 0.02, "batch_size": 2, "seed": 0, "flip": True, "preserve": 1.0}
     samples = {"sample_every": 0, "sample_prompt": "a photo of a %noun% on grass", "sample_steps": 1, "sample_cfg": 2.0}
     return {"images": pictures(), **options, **samples}
 
@@ -107,7 +107,7 @@ def test_the_schema_is_frozen_and_explained(host):
     assert schema.node_id == "ProFusion_ResidualTrainer"
     assert [f"{entry.id}:{entry.get_io_type()}" for entry in schema.inputs] == [
         "model:MODEL", "clip:CLIP", "vae:VAE", "images:IMAGE", "noun:STRING", "steps:INT", "learning_rate:FLOAT",
-        "batch_size:INT", "seed:INT", "flip:BOOLEAN", "sample_every:INT", "sample_prompt:STRING", "sample_steps:INT",
+        "batch_size:INT", "seed:INT", "flip:BOOLEAN", "preserve:FLOAT", "sample_every:INT", "sample_prompt:STRING", "sample_steps:INT",
         "sample_cfg:FLOAT", "masks:MASK", "resume:RESIDUAL",
     ]  # fmt: skip
     assert [output.io_type for output in schema.outputs] == ["RESIDUAL", "IMAGE", "IMAGE"]
