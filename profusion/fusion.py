@@ -1,0 +1,188 @@
+"""Fusion Sampling (ProFusion, arXiv 2305.13579, section 3.2): two stages at every noise level.
+
+The fusion stage swaps a part of the predicted noise for fresh noise at the same noise level, m times, so that what the
+conditions ask for can settle before the level is left. The refinement stage is an ordinary step of any sampler.
+
+Written with x = alpha * x0 + sigma * eps. k-diffusion has alpha = 1, variance-preserving models alpha^2 + sigma^2 = 1,
+flow models alpha = 1 - sigma; the stage is the same for all, since it sees only eps and the level sigma.
+In the paper's symbols, with a_t and a_p = alpha-bar at t and at the step before it (p = t - 1),
+
+    s^2 = eta^2 (1 - a_p) / (1 - a_t) (1 - a_t / a_p),
+    x  <-  x - s^2 sqrt(1 - a_t) / (1 - a_p) eps  +  s sqrt((1 - a_t) (2 - 2 a_p - s^2)) / (1 - a_p) z.
+
+With r = s^2 / (1 - a_p) = eta^2 (1 - (sigma_p / sigma_t)^2), sigma here in k-diffusion's units, that is
+
+    x  <-  x - r sigma eps + sigma sqrt(r (2 - r)) z,      (1 - r)^2 + r (2 - r) = 1:
+
+the noise keeps its variance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .diffusion import Denoiser
+
+Stage = Literal["fusion", "refinement"]
+GuidedDenoiser = Callable[[Tensor, Tensor, Stage], Tensor]
+"""`model(x, sigma, stage) -> denoised`: each stage has a guidance and a scale of S* of its own."""
+
+
+@dataclass(frozen=True)
+class FusionOptions:
+    """How strong the fusion stage is, and where it acts.
+
+    repeats: m, the fusion steps at each noise level. eta: 0..1, how much noise is swapped; 1 swaps what an ancestral step
+    would. sigma_start, sigma_end: only levels with sigma_end <= sigma <= sigma_start have the stage.
+    """
+
+    repeats: int = 1
+    eta: float = 1.0
+    sigma_start: float = math.inf
+    sigma_end: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.repeats < 0:
+            raise ValueError(f"repeats={self.repeats}: give 0 (no fusion stage) or more")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta={self.eta} must lie in [0, 1]: the share of the noise that may be swapped")
+        if not self.sigma_end <= self.sigma_start:
+            raise ValueError(f"the fusion stage would start at sigma {self.sigma_start} and end before, at {self.sigma_end}")
+
+    def repeats_at(self, sigma: float, sigma_next: float) -> int:
+        """Fusion steps before the step from sigma to sigma_next; none where there is no noise to swap."""
+        active = self.eta > 0 and self.sigma_end <= sigma <= self.sigma_start and sigma_next < sigma
+        return self.repeats if active else 0
+
+
+def swap_share(ratio: float | Tensor, eta: float) -> float | Tensor:
+    """r = eta^2 (1 - ratio^2): the part of the predicted noise that a fusion step removes.
+
+    ratio: the next noise level over this one, 0..1, both as noise-to-signal ratios (k-diffusion's sigma; sigma / (1 - sigma)
+    of a flow model). arXiv 2305.13579, the update of the fusion stage, rewritten (see the module).
+    """
+    return eta**2 * (1 - ratio**2)
+
+
+def swap_noise(x: Tensor, eps: Tensor, fresh: Tensor, sigma: float | Tensor, share: float | Tensor) -> Tensor:
+    """x - r sigma eps + sigma sqrt(r (2 - r)) z: one fusion step.
+
+    x, the predicted noise eps and the fresh noise z: (B, C, H, W). sigma: the noise's standard deviation in x. share: r, 0..1.
+    """
+    return x - share * sigma * eps + sigma * (share * (2 - share)) ** 0.5 * fresh
+
+
+def mean_prediction(predictions: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """sum_i w_i e_i / sum_i w_i, the one prediction that stands for several conditions.
+
+    Guided by a scale s, e0 + s (mean - e0) = e0 + sum_i (s w_i / sum w) (e_i - e0): the paper's sum over independent
+    conditions, and over (S*, C) and C where they are dependent (Eq. 7 and 8). A single prediction comes back to the bit.
+    Raises ValueError if there is nothing to average.
+    """
+    total = total_weight(weights)
+    if len(predictions) != len(weights):
+        raise ValueError(f"{len(predictions)} predictions and {len(weights)} weights: give each a weight")
+    shares = [weight / total for weight in weights]
+    mean = predictions[0] if shares[0] == 1 else shares[0] * predictions[0]
+    for prediction, share in zip(predictions[1:], shares[1:], strict=True):
+        mean = mean + share * prediction
+    return mean
+
+
+def total_weight(weights: Sequence[float]) -> float:
+    """The sum of weights; ValueError where it cannot be divided by."""
+    total = math.fsum(weights)
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"weights {list(weights)} are not all finite numbers")
+    if abs(total) < 1e-6:
+        raise ValueError(
+            f"the weights {list(weights)} sum to {total:g}, so that their mean means nothing: raise one of them, or give fewer terms"
+        )
+    return total
+
+
+def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance, e0 + s (e - e0) (arXiv 2207.12598), of noise or of denoised pictures alike."""
+    return unconditional + (conditional - unconditional) * scale
+
+
+def fusion_stage(
+    model: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    sigma: Tensor,
+    sigma_next: Tensor,
+    options: FusionOptions,
+    fresh_noise: Callable[[], Tensor],
+    flow: bool = False,
+) -> Tensor:
+    """The fusion stage of one noise level: x (B, C, H, W) -> x of the same level.
+
+    model: `model(x, sigma (B,)) -> denoised` under the stage's guidance. sigma, sigma_next: scalars, this level and the next.
+    fresh_noise: unit noise of x's shape, new at each call. flow: x = (1 - sigma) x0 + sigma eps instead of x0 + sigma eps.
+    """
+    repeats = options.repeats_at(float(sigma), float(sigma_next))
+    if not repeats:
+        return x
+    alpha = 1 - sigma if flow else torch.ones_like(sigma)
+    ratio = sigma_next / sigma * (alpha / (1 - sigma_next)) if flow else sigma_next / sigma
+    share = swap_share(ratio, options.eta)
+    for _ in range(repeats):
+        denoised = model(x, sigma.expand(len(x)))
+        eps = (x - alpha * denoised) / sigma
+        x = swap_noise(x, eps, fresh_noise(), sigma, share)
+    return x
+
+
+def segments(sigmas: Sequence[float], options: FusionOptions) -> list[tuple[int, int, bool]]:
+    """Cut a run into the stretches that the refinement's sampler does in one go: (first step, last step + 1, fused).
+
+    A step that a fusion stage precedes stands alone, since the fresh noise makes earlier predictions stale; the others, from
+    one such step to the next, are left whole, so that samplers with a memory keep it.
+    """
+    cuts: list[tuple[int, int, bool]] = []
+    for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+        fused = options.repeats_at(float(sigma), float(sigma_next)) > 0
+        if fused or not cuts or cuts[-1][2]:
+            cuts.append((step, step + 1, fused))
+        else:
+            cuts[-1] = (cuts[-1][0], step + 1, False)
+    return cuts
+
+
+def sample_fusion(
+    model: GuidedDenoiser,
+    refine: Callable[[Denoiser, Tensor, Tensor], Tensor],
+    x: Tensor,
+    sigmas: Tensor,
+    options: FusionOptions,
+    generator: torch.Generator,
+    flow: bool = False,
+) -> Tensor:
+    """Fusion Sampling with any sampler as the refinement (arXiv 2305.13579, Algorithm 1).
+
+    x (B, C, H, W): the noisy start, at sigmas[0]. refine: `refine(denoise, x, sigmas) -> x`, a sampler over a part of the
+    levels. The fresh noise is drawn from `generator`, on its device. Without fusion steps this is `refine` alone, to the bit.
+    """
+
+    def fresh_noise() -> Tensor:
+        return torch.randn(x.shape, generator=generator, device=generator.device).to(x)
+
+    for first, last, fused in segments(sigmas.tolist(), options):
+        if fused:
+            x = fusion_stage(
+                lambda x, sigma: model(x, sigma, "fusion"), x, sigmas[first], sigmas[first + 1], options, fresh_noise, flow
+            )
+        x = refine(lambda x, sigma: model(x, sigma, "refinement"), x, sigmas[first : last + 1])
+    return x
+
+
+def expected_calls(sigmas: Sequence[float], options: FusionOptions) -> tuple[int, int]:
+    """Evaluations that a run needs with a sampler of one evaluation a step: (in the fusion stage, in the refinement)."""
+    steps = list(zip(sigmas, sigmas[1:], strict=False))
+    return sum(options.repeats_at(float(sigma), float(after)) for sigma, after in steps), len(steps)

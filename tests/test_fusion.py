@@ -1,0 +1,214 @@
+"""Fusion Sampling: the paper's update restated in its own symbols, in float64, and what must hold for any sampler."""
+
+import math
+
+import pytest
+import torch
+
+from profusion.diffusion import _alphas_cumprod, sample_euler, sampling_sigmas
+from profusion.fusion import (
+    FusionOptions,
+    expected_calls,
+    fusion_stage,
+    guide,
+    mean_prediction,
+    sample_fusion,
+    segments,
+    swap_noise,
+    swap_share,
+)
+
+ALPHA_BAR = _alphas_cumprod()
+
+
+class ToyModel:
+    """eps(x, t, c) in float64 that depends on everything: x in the variance-preserving form, c a condition vector."""
+
+    def __init__(self, generator):
+        self.mix = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+        self.word, self.text = torch.randn(2, 4, generator=generator, dtype=torch.float64)
+
+    def eps(self, x, t, condition):
+        shift = condition.view(1, 4, 1, 1)
+        return torch.tanh(torch.einsum("ij,bjhw->bihw", self.mix, x) + shift) * (1 + t / 1000)
+
+
+def papers_fusion_stage(model, x, t, eta, m, weights, gamma, scale, noises):
+    """Section 3.2 of arXiv 2305.13579, in its symbols."""
+    a_t, a_p = ALPHA_BAR[t], ALPHA_BAR[t - 1]
+    s = (eta**2 * (1 - a_p) / (1 - a_t) * (1 - a_t / a_p)).sqrt()
+    for _ in range(m):
+        nothing = model.eps(x, t, torch.zeros(4, dtype=torch.float64))
+        both = model.eps(x, t, gamma * model.word + model.text)
+        text = model.eps(x, t, model.text)
+        share = [weight / sum(weights) for weight in weights]
+        eps = nothing + scale * share[0] * (both - nothing) + scale * share[1] * (text - nothing)
+        x = x - s**2 * (1 - a_t).sqrt() / (1 - a_p) * eps
+        x = x + s * ((1 - a_t) * (2 - 2 * a_p - s**2)).sqrt() / (1 - a_p) * noises.pop(0)
+    return x
+
+
+def test_the_fusion_stage_is_the_papers_at_every_timestep(generator):
+    """float64, 1e-12, random eta, m, weights, gamma and guidance at each of t = 1..999."""
+    model = ToyModel(generator)
+    for t in range(1, 1000):
+        eta, first, second, gamma, scale = (0.05 + 0.95 * torch.rand(5, generator=generator)).tolist()
+        m = int(torch.randint(1, 4, (), generator=generator))
+        noises = list(torch.randn(m, 2, 4, 3, 3, generator=generator, dtype=torch.float64))
+        x = torch.randn(2, 4, 3, 3, generator=generator, dtype=torch.float64)
+        expected = papers_fusion_stage(model, x, t, eta, m, (first, second), gamma, 5 * scale, list(noises))
+        sigma, sigma_next = (((1 - a) / a).sqrt() for a in (ALPHA_BAR[t], ALPHA_BAR[t - 1]))
+        to_signal = (sigma**2 + 1).sqrt()  # k-diffusion's x over the variance-preserving one
+
+        def denoise(x, at, t=t, gamma=gamma, scale=scale, weights=(first, second), to_signal=to_signal):
+            nothing, both, text = (
+                x - at.view(-1, 1, 1, 1) * model.eps(x / to_signal, t, condition)
+                for condition in (torch.zeros_like(model.text), gamma * model.word + model.text, model.text)
+            )
+            return guide(nothing, mean_prediction([both, text], weights), 5 * scale)
+
+        options = FusionOptions(repeats=m, eta=eta)
+        actual = fusion_stage(denoise, x * to_signal, sigma, sigma_next, options, iter(noises).__next__)
+        torch.testing.assert_close(actual / to_signal, expected, rtol=0, atol=1e-12)
+
+
+def test_at_the_last_timestep_the_papers_limit_holds():
+    """t = 0: a_p = 1, where the paper's fraction is 0 / 0; s^2 / (1 - a_p) goes to eta^2, so all noise may be swapped."""
+    assert swap_share(0.0, 0.7) == pytest.approx(0.49)
+    x, fresh = torch.tensor([2.0]), torch.tensor([3.0])
+    clean = torch.tensor([1.0])
+    swapped = fusion_stage(
+        lambda x, sigma: clean.view(1, 1, 1, 1), x.view(1, 1, 1, 1), torch.tensor(0.5), torch.tensor(0.0),
+        FusionOptions(eta=1.0), lambda: fresh.view(1, 1, 1, 1),
+    )  # fmt: skip
+    torch.testing.assert_close(swapped.flatten(), clean + 0.5 * fresh)
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_a_right_prediction_swaps_noise_at_the_same_level(flow, generator):
+    """x = alpha x0 + sigma eps becomes alpha x0 + sigma eps' with eps' = (1 - r) eps + sqrt(r (2 - r)) z of unit variance."""
+    clean, eps, fresh = torch.randn(3, 1, 4, 5, 5, generator=generator, dtype=torch.float64)
+    sigma, sigma_next = torch.tensor([0.8, 0.7], dtype=torch.float64)
+    alpha = 1 - sigma if flow else torch.ones_like(sigma)
+    ratio = (sigma_next / (1 - sigma_next)) / (sigma / (1 - sigma)) if flow else sigma_next / sigma
+    share = swap_share(ratio, 0.9)
+    assert 0 < share < 1
+    result = fusion_stage(
+        lambda x, at: clean, alpha * clean + sigma * eps, sigma, sigma_next, FusionOptions(eta=0.9), lambda: fresh, flow
+    )
+    mixed = (1 - share) * eps + (share * (2 - share)).sqrt() * fresh
+    torch.testing.assert_close(result, alpha * clean + sigma * mixed)
+    assert (1 - share) ** 2 + share * (2 - share) == pytest.approx(1)
+
+
+def test_a_flow_model_may_start_from_pure_noise(generator):
+    """sigma = 1: no signal, a noise-to-signal ratio without end; the stage stays finite and swaps eta^2 of the noise."""
+    x, fresh = torch.randn(2, 1, 4, 2, 2, generator=generator)
+    result = fusion_stage(
+        lambda x, at: torch.zeros_like(x), x, torch.tensor(1.0), torch.tensor(0.9), FusionOptions(eta=0.5), lambda: fresh, True
+    )
+    torch.testing.assert_close(result, swap_noise(x, x, fresh, 1.0, 0.25))
+
+
+def euler(denoise, x, sigmas):
+    """`sample_euler` from a noisy start."""
+    return sample_euler(denoise, x / (sigmas[0] ** 2 + 1).sqrt(), sigmas)
+
+
+def test_without_fusion_steps_the_sampler_runs_alone_and_whole(generator):
+    sigmas, x = sampling_sigmas(6), torch.randn(2, 4, 3, 3, generator=generator)
+    calls = []
+
+    def refine(denoise, x, part):
+        calls.append(len(part))
+        return euler(denoise, x, part)
+
+    def model(x, sigma, stage):
+        assert stage == "refinement"
+        return x / (1 + sigma.view(-1, 1, 1, 1))
+
+    for options in (FusionOptions(repeats=0), FusionOptions(eta=0.0), FusionOptions(sigma_start=1e-6)):
+        result = sample_fusion(model, refine, x, sigmas, options, torch.Generator().manual_seed(1))
+        assert torch.equal(result, euler(lambda x, sigma: model(x, sigma, "refinement"), x, sigmas))
+    assert calls == [7, 7, 7]
+
+
+def test_the_run_is_the_papers_algorithm(generator):
+    """Both stages at every level, against a straight loop in alpha-bar form, float64: DDIM (eta 0) as the refinement."""
+    model, steps, m, eta, gamma = ToyModel(generator), 8, 2, 0.8, 0.6
+    levels = list(range(999, 0, -999 // steps))[:steps] + [None]
+    alpha_bar = [ALPHA_BAR[t] if t is not None else torch.tensor(1.0, dtype=torch.float64) for t in levels]
+    sigmas = torch.stack([((1 - a) / a).sqrt() for a in alpha_bar])
+    start = torch.randn(2, 4, 3, 3, generator=generator, dtype=torch.float64)
+
+    x, noises = start.clone(), torch.Generator().manual_seed(5)
+    for i in range(steps):
+        t, a_t, a_p = levels[i], alpha_bar[i], alpha_bar[i + 1]
+        share = eta**2 * (1 - a_t / a_p) / (1 - a_t)  # s^2 / (1 - a_p), which has a value at a_p = 1 too
+        for _ in range(m):
+            eps = guided(model, x, t, gamma, 3.0)
+            fresh = torch.randn(x.shape, generator=noises).to(x)
+            x = x - share * (1 - a_t).sqrt() * eps + ((1 - a_t) * share * (2 - share)).sqrt() * fresh
+        eps = guided(model, x, t, 1.0, 6.0)
+        x = a_p.sqrt() * (x - (1 - a_t).sqrt() * eps) / a_t.sqrt() + (1 - a_p).sqrt() * eps
+
+    def denoiser(x, sigma, stage):
+        t = levels[int((sigmas - sigma[0]).abs().argmin())]
+        eps = guided(model, x / (sigma[0] ** 2 + 1).sqrt(), t, *((gamma, 3.0) if stage == "fusion" else (1.0, 6.0)))
+        return x - sigma[0] * eps
+
+    result = sample_fusion(
+        denoiser, euler, start * (sigmas[0] ** 2 + 1).sqrt(), sigmas, FusionOptions(m, eta), torch.Generator().manual_seed(5)
+    )
+    torch.testing.assert_close(result, x, rtol=0, atol=1e-10)
+
+
+def guided(model, x, t, gamma, scale):
+    nothing = model.eps(x, t, torch.zeros_like(model.text))
+    return nothing + scale * (model.eps(x, t, gamma * model.word + model.text) - nothing)
+
+
+def test_the_fresh_noise_comes_from_the_generator(generator):
+    sigmas, x = sampling_sigmas(3), torch.randn(1, 4, 3, 3, generator=generator)
+
+    def run(seed):
+        noises = torch.Generator().manual_seed(seed)
+        return sample_fusion(lambda x, sigma, stage: 0.5 * x, euler, x, sigmas, FusionOptions(), noises)
+
+    assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
+
+
+def test_only_the_window_is_cut_into_single_steps():
+    sigmas = [10.0, 8.0, 6.0, 4.0, 2.0, 1.0, 0.0]
+    options = FusionOptions(repeats=2, sigma_start=8.0, sigma_end=4.0)
+    assert segments(sigmas, options) == [(0, 1, False), (1, 2, True), (2, 3, True), (3, 4, True), (4, 6, False)]
+    assert expected_calls(sigmas, options) == (6, 6)
+    assert segments(sigmas, FusionOptions(repeats=0)) == [(0, 6, False)]
+    assert segments([4.0, 4.0, 2.0], FusionOptions()) == [(0, 1, False), (1, 2, True)]  # no level is left: nothing to swap
+
+
+def test_a_single_term_comes_back_to_the_bit(generator):
+    prediction = torch.randn(2, 4, 3, 3, generator=generator)
+    assert torch.equal(mean_prediction([prediction], [0.3]), prediction)
+    first, second = torch.randn(2, 2, 4, 3, 3, generator=generator)
+    nothing = torch.randn(2, 4, 3, 3, generator=generator)
+    expected = nothing + 6 * 0.75 * (first - nothing) + 6 * 0.25 * (second - nothing)
+    torch.testing.assert_close(guide(nothing, mean_prediction([first, second], [3, 1]), 6.0), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"repeats": -1}, "repeats=-1"), ({"eta": 1.2}, "eta=1.2"), ({"eta": -0.1}, "eta=-0.1"), ({"eta": math.nan}, "eta=nan"),
+     ({"sigma_start": 1.0, "sigma_end": 2.0}, "start at sigma 1.0")],
+)  # fmt: skip
+def test_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        FusionOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"), [([1.0, -1.0], "sum to 0"), ([math.inf, 1.0], "finite"), ([1.0], "2 predictions and 1 weights")]
+)
+def test_weights_are_checked(weights, message):
+    with pytest.raises(ValueError, match=message):
+        mean_prediction([torch.zeros(1), torch.zeros(1)], weights)
