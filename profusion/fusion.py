@@ -56,8 +56,12 @@ class FusionOptions:
             raise ValueError(f"the fusion stage would start at sigma {self.sigma_start} and end before, at {self.sigma_end}")
 
     def repeats_at(self, sigma: float, sigma_next: float) -> int:
-        """Fusion steps before the step from sigma to sigma_next; none where there is no noise to swap."""
-        active = self.eta > 0 and self.sigma_end <= sigma <= self.sigma_start and sigma_next < sigma
+        """Fusion steps before the step from sigma to sigma_next.
+
+        None where no level is left, and none before the last step, to 0: it would swap eta^2 of what little noise there is
+        for noise that only one step can still take out. (The paper's code ends at alpha-bar of t = 0, where r is about 0.)
+        """
+        active = self.eta > 0 and self.sigma_end <= sigma <= self.sigma_start and 0 < sigma_next < sigma
         return self.repeats if active else 0
 
 
@@ -142,16 +146,16 @@ def fusion_stage(
 def segments(sigmas: Sequence[float], options: FusionOptions) -> list[tuple[int, int, bool]]:
     """Cut a run into the stretches that the refinement's sampler does in one go: (first step, last step + 1, fused).
 
-    A step that a fusion stage precedes stands alone, since the fresh noise makes earlier predictions stale; the others, from
-    one such step to the next, are left whole, so that samplers with a memory keep it.
+    The fresh noise of a fusion stage makes earlier predictions stale, so a stretch begins at every level that has one; until
+    the next such level the sampler is left alone, and keeps its memory if it has one.
     """
     cuts: list[tuple[int, int, bool]] = []
     for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
         fused = options.repeats_at(float(sigma), float(sigma_next)) > 0
-        if fused or not cuts or cuts[-1][2]:
+        if fused or not cuts:
             cuts.append((step, step + 1, fused))
         else:
-            cuts[-1] = (cuts[-1][0], step + 1, False)
+            cuts[-1] = (cuts[-1][0], step + 1, cuts[-1][2])
     return cuts
 
 

@@ -75,13 +75,9 @@ def test_the_fusion_stage_is_the_papers_at_every_timestep(generator):
 def test_at_the_last_timestep_the_papers_limit_holds():
     """t = 0: a_p = 1, where the paper's fraction is 0 / 0; s^2 / (1 - a_p) goes to eta^2, so all noise may be swapped."""
     assert swap_share(0.0, 0.7) == pytest.approx(0.49)
-    x, fresh = torch.tensor([2.0]), torch.tensor([3.0])
-    clean = torch.tensor([1.0])
-    swapped = fusion_stage(
-        lambda x, sigma: clean.view(1, 1, 1, 1), x.view(1, 1, 1, 1), torch.tensor(0.5), torch.tensor(0.0),
-        FusionOptions(eta=1.0), lambda: fresh.view(1, 1, 1, 1),
-    )  # fmt: skip
-    torch.testing.assert_close(swapped.flatten(), clean + 0.5 * fresh)
+    x, eps, fresh = torch.tensor([2.0]), torch.tensor([1.5]), torch.tensor([3.0])
+    torch.testing.assert_close(swap_noise(x, eps, fresh, 0.5, swap_share(0.0, 1.0)), x - 0.5 * eps + 0.5 * fresh)
+    assert FusionOptions().repeats_at(0.03, 0.0) == 0  # and yet no sampler is asked to take it out in one step
 
 
 @pytest.mark.parametrize("flow", [False, True])
@@ -144,8 +140,8 @@ def test_the_run_is_the_papers_algorithm(generator):
     x, noises = start.clone(), torch.Generator().manual_seed(5)
     for i in range(steps):
         t, a_t, a_p = levels[i], alpha_bar[i], alpha_bar[i + 1]
-        share = eta**2 * (1 - a_t / a_p) / (1 - a_t)  # s^2 / (1 - a_p), which has a value at a_p = 1 too
-        for _ in range(m):
+        share = eta**2 * (1 - a_t / a_p) / (1 - a_t)  # s^2 / (1 - a_p)
+        for _ in range(m if a_p < 1 else 0):
             eps = guided(model, x, t, gamma, 3.0)
             fresh = torch.randn(x.shape, generator=noises).to(x)
             x = x - share * (1 - a_t).sqrt() * eps + ((1 - a_t) * share * (2 - share)).sqrt() * fresh
@@ -178,10 +174,10 @@ def test_the_fresh_noise_comes_from_the_generator(generator):
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
 
 
-def test_only_the_window_is_cut_into_single_steps():
+def test_a_stretch_begins_at_every_level_with_a_fusion_stage():
     sigmas = [10.0, 8.0, 6.0, 4.0, 2.0, 1.0, 0.0]
     options = FusionOptions(repeats=2, sigma_start=8.0, sigma_end=4.0)
-    assert segments(sigmas, options) == [(0, 1, False), (1, 2, True), (2, 3, True), (3, 4, True), (4, 6, False)]
+    assert segments(sigmas, options) == [(0, 1, False), (1, 2, True), (2, 3, True), (3, 6, True)]
     assert expected_calls(sigmas, options) == (6, 6)
     assert segments(sigmas, FusionOptions(repeats=0)) == [(0, 6, False)]
     assert segments([4.0, 4.0, 2.0], FusionOptions()) == [(0, 1, False), (1, 2, True)]  # no level is left: nothing to swap
