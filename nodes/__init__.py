@@ -1,5 +1,5 @@
 """The pack's nodes: schemas and host glue, no mathematics."""
 
-from . import infusion, residual, toybox, trainer
+from . import fusion, infusion, residual, toybox, trainer
 
-NODES = [*toybox.NODES, *trainer.NODES, *residual.NODES, *infusion.NODES]
+NODES = [*toybox.NODES, *trainer.NODES, *residual.NODES, *infusion.NODES, *fusion.NODES]

@@ -1,0 +1,200 @@
+"""Fusion Sampling in the host: a guider that weighs several conditionings, and a sampler with a fusion stage.
+
+Each is useful alone. The guider with any sampler of the host is plain guidance over several conditionings; the sampler with
+any guider has the fusion stage under that guider's own guidance. Together they are the paper's method (arXiv 2305.13579).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import comfy.conds
+import comfy.model_management
+import comfy.model_sampling
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ..profusion.fusion import FusionOptions, fusion_stage, mean_prediction, segments, total_weight
+
+WORD = "profusion_word"
+STAGE = "profusion_stage"
+Mode = Literal["dependent", "independent"]
+
+_SEED_STRIDE = 1_000_003
+_SEEDS = 2**63
+
+
+class Word(Protocol):
+    """What a CONDITIONING made with S* carries under WORD."""
+
+    rows: tuple[int, ...]
+    """The rows of S* in the context."""
+
+    def contexts(self, model_sampling: Any, sigmas: Tensor, alone: bool) -> Callable[[Tensor, float], Tensor]:
+        """How the context depends on the noise: (x, sigma) -> (1 or B, L, D). Asked once a run, for the run's levels.
+        alone: of the prompt that has S* and nothing else."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the terms are weighed. cfg: of the refinement stage, and of all there is without a FusionSampler. fusion_cfg and
+    gamma (what S*'s rows are multiplied by): of the fusion stage. independent: S* is evaluated in a prompt of its own."""
+
+    weights: tuple[float, ...]
+    cfg: float = 6.0
+    fusion_cfg: float = 3.0
+    gamma: float = 0.8
+    mode: Mode = "dependent"
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise ValueError("no conditioning: connect at least one")
+        total_weight(self.weights)
+        for name in ("cfg", "fusion_cfg", "gamma"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} is not a finite number")
+
+
+class FusionGuider(comfy.samplers.CFGGuider):
+    """e0 + s sum_i w_i (e_i - e0) / sum_i w_i, all terms of a step in one batched call.
+
+    What the plain guider does, for one term and no S*: to the bit. `rows` counts the UNet rows that a run evaluated, a
+    latent under one conditioning each; `calls` the batches.
+    """
+
+    def set_terms(self, terms: Sequence[list], negative: list, guidance: Guidance) -> None:
+        if len(terms) != len(guidance.weights):
+            raise ValueError(f"{len(terms)} conditionings and {len(guidance.weights)} weights: give each a weight")
+        self.guidance = guidance
+        self.set_cfg(guidance.cfg)
+        # The host's own names: packs look for "positive", which is 0 in cond_or_uncond, and "negative", which is 1.
+        self._names = ["positive", *(f"term_{index}" for index in range(2, len(terms) + 1))]
+        groups = {"positive": terms[0], "negative": negative, **dict(zip(self._names[1:], terms[1:], strict=True))}
+        self.inner_set_conds(groups)
+        for name in self._names[1:]:
+            for cond in self.original_conds[name]:
+                cond.setdefault("prompt_type", "positive")
+        self._contexts: dict[int, Callable] = {}
+        self.rows = self.calls = 0
+
+    def sample(self, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        self.rows = self.calls = 0
+        sampling = self.model_patcher.get_model_object("model_sampling")
+        alone = self.guidance.mode == "independent"
+        words = {id(cond[WORD]): cond[WORD] for name in self._names for cond in self.original_conds[name] if WORD in cond}
+        # Before the model is loaded, so that the text encoder and PromptNet have the memory to themselves.
+        self._contexts = {key: word.contexts(sampling, sigmas, alone) for key, word in words.items()}
+        try:
+            return super().sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        finally:
+            self._contexts = {}
+
+    def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006 (the host's own signature)
+        fusing = model_options.get("transformer_options", {}).get(STAGE) == "fusion"
+        cfg = self.guidance.fusion_cfg if fusing else self.cfg
+        gamma = self.guidance.gamma if fusing else 1.0
+        used = [(name, weight) for name, weight in zip(self._names, self.guidance.weights, strict=True) if weight]
+        terms = [self._at(self.conds[name], x, float(timestep.flatten()[0]), gamma) for name, _ in used]
+        unneeded = math.isclose(cfg, 1.0) and not model_options.get("disable_cfg1_optimization", False)
+        negative = None if unneeded else self.conds.get("negative")
+        conds = [terms[0], negative, *terms[1:]]
+        self.rows += len(x) * sum(len(group) for group in conds if group)
+        self.calls += 1
+        predicted = _calc_conds(self.inner_model, conds, x, timestep, model_options)
+        for function in model_options.get("sampler_pre_cfg_function", []):
+            predicted = function(
+                {"conds": conds, "conds_out": predicted, "cond_scale": cfg, "timestep": timestep, "input": x,
+                 "sigma": timestep, "model": self.inner_model, "model_options": model_options}
+            )  # fmt: skip
+        mean = mean_prediction([predicted[0], *predicted[2:]], [weight for _, weight in used])
+        return comfy.samplers.cfg_function(
+            self.inner_model, mean, predicted[1], cfg, x, timestep, model_options=model_options, cond=terms[0], uncond=negative
+        )
+
+    def _at(self, conds: list[dict], x: Tensor, sigma: float, gamma: float) -> list[dict]:
+        """The conds of a term as they are at this noise level."""
+        return [self._word_at(cond, x, sigma, gamma) if WORD in cond else cond for cond in conds]
+
+    def _word_at(self, cond: dict, x: Tensor, sigma: float, gamma: float) -> dict:
+        word, entry = cond[WORD], cond["model_conds"].get("c_crossattn")
+        if entry is None:
+            return cond
+        context = self._contexts[id(word)](x, sigma).to(entry.cond)
+        if gamma != 1.0:
+            context = context.clone()
+            context[:, list(word.rows)] *= gamma
+        model_conds = {**cond["model_conds"], "c_crossattn": comfy.conds.CONDCrossAttn(context)}
+        return {**cond, "cross_attn": context, "model_conds": model_conds}
+
+
+def _calc_conds(model: Any, conds: list, x: Tensor, timestep: Tensor, model_options: dict) -> list[Tensor]:
+    """One batched evaluation, as the host's own `sampling_function` does it."""
+    if "sampler_calc_cond_batch_function" in model_options:
+        arguments = {"conds": conds, "input": x, "sigma": timestep, "model": model, "model_options": model_options}
+        return model_options["sampler_calc_cond_batch_function"](arguments)
+    return comfy.samplers.calc_cond_batch(model, conds, x, timestep, model_options)
+
+
+class FusionSampling(comfy.samplers.KSAMPLER):
+    """A fusion stage at every noise level of a window, and another sampler of the host as the refinement stage.
+
+    Without fusion steps it is that sampler, to the bit. start_percent, end_percent: the window, as shares of sampling.
+    """
+
+    def __init__(self, inner: Any, options: FusionOptions, start_percent: float = 0.0, end_percent: float = 1.0):
+        if not hasattr(inner, "sampler_function"):
+            raise ValueError(
+                f"{type(inner).__name__} is no sampler of the kind that ComfyUI's KSamplerSelect gives: it has no function "
+                "that a fusion stage could be put before"
+            )
+        if start_percent > end_percent:
+            raise ValueError(f"start_percent={start_percent} is after end_percent={end_percent}: the stage would never act")
+        super().__init__(self._sample, {}, inner.inpaint_options)
+        self._inner, self._options, self._window = inner, options, (start_percent, end_percent)
+
+    def _sample(self, model, x, sigmas, extra_args=None, callback=None, disable=None):
+        sampling = model.inner_model.inner_model.model_sampling
+        options = self._options
+        if options.repeats:
+            start, end = (float(sampling.percent_to_sigma(percent)) for percent in self._window)
+            options = replace(options, sigma_start=start, sigma_end=end)
+        flow = isinstance(sampling, comfy.model_sampling.CONST)
+        seed = extra_args.get("seed") or 0
+        generator = torch.Generator().manual_seed((seed + 271_828_182_845) % _SEEDS)  # not the first noise over again
+        for first, last, fused in segments(sigmas.tolist(), options):
+            if fused:
+                x = fusion_stage(
+                    _under_stage(model, extra_args), x, sigmas[first], sigmas[first + 1], options,
+                    lambda x=x: torch.randn(x.shape, generator=generator).to(x), flow,
+                )  # fmt: skip
+            x = self._refine(model, x, sigmas, first, last, extra_args, callback, disable)
+        return x
+
+    def _refine(self, model, x, sigmas, first, last, extra_args, callback, disable):
+        """The inner sampler over the levels first..last."""
+        arguments = {**extra_args}  # samplers change it
+        if first and arguments.get("seed") is not None:
+            # Samplers seed their noise at the start: from the same seed each stretch would draw the same noise.
+            arguments["seed"] = (arguments["seed"] + _SEED_STRIDE * first) % _SEEDS
+        report = callback and (lambda state: callback({**state, "i": state["i"] + first}))
+        part = sigmas[first : last + 1].clone()  # and these
+        return self._inner.sampler_function(
+            model, x, part, extra_args=arguments, callback=report, disable=disable, **self._inner.extra_options
+        )
+
+
+def _under_stage(model: Callable, extra_args: dict) -> Callable[[Tensor, Tensor], Tensor]:
+    """The model as the fusion stage evaluates it."""
+    options = extra_args.get("model_options", {})
+    transformer_options = {**options.get("transformer_options", {}), STAGE: "fusion"}
+    arguments = {**extra_args, "model_options": {**options, "transformer_options": transformer_options}}
+
+    def evaluate(x: Tensor, sigma: Tensor) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return model(x, sigma, **arguments)
+
+    return evaluate

@@ -1,0 +1,247 @@
+"""Fusion Sampling in the host: nothing changes where nothing is asked for, and any sampler can refine."""
+
+import pytest
+import torch
+
+comfy_samplers = pytest.importorskip("comfy.samplers", reason="ComfyUI was not found: set COMFYUI_PATH")
+
+import comfy.model_management  # noqa: E402
+import comfy.sample  # noqa: E402
+import tiny  # noqa: E402
+
+NEGATIVE, PROMPTS = "blurry", ("a photo of a ball on grass", "a star")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model()
+
+
+@pytest.fixture(scope="module")
+def texts():
+    clip = tiny.clip()
+    return [tiny.encode(clip, text) for text in (*PROMPTS, NEGATIVE)]
+
+
+@pytest.fixture(scope="module")
+def node(pack):
+    def run(model, positive, negative, **inputs):
+        defaults = {
+            "seed": 7, "steps": 4, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0,
+            "latent_image": {"samples": torch.zeros(1, 4, 8, 8)}, "fusion_steps": 1, "eta": 1.0, "fusion_start": 0.0,
+            "fusion_end": 1.0, "fusion_cfg": 3.0, "gamma": 0.8, "mode": "dependent",
+        }  # fmt: skip
+        with torch.inference_mode():
+            output = pack.nodes.fusion.FusionKSampler.execute(model, positive=positive, negative=negative, **{**defaults, **inputs})
+        return output.args[0]["samples"]
+
+    return run
+
+
+class Counted:
+    """A model that notes what each call of its network was given: rows, cond_or_uncond and stage."""
+
+    def __init__(self, model, stage_key):
+        self.model, self.calls = model.clone(), []
+
+        def wrapper(apply_model, arguments):
+            options = arguments["c"]["transformer_options"]
+            self.calls.append((len(arguments["input"]), tuple(arguments["cond_or_uncond"]), options.get(stage_key)))
+            return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+
+        self.model.set_model_unet_function_wrapper(wrapper)
+
+
+@pytest.fixture
+def counted(model, pack):
+    return Counted(model, pack.nodes.host_fusion.STAGE)
+
+
+def test_the_schemas_are_valid(pack):
+    for node in pack.nodes.fusion.NODES:
+        schema = node.GET_SCHEMA()
+        assert schema.node_id in ("ProFusion_FusionGuider", "ProFusion_FusionSampler", "ProFusion_FusionKSampler")
+        assert all(entry.tooltip for entry in (*schema.inputs, *schema.outputs))
+
+
+@pytest.mark.parametrize("sampler", comfy_samplers.KSampler.SAMPLERS)
+def test_without_fusion_steps_and_further_terms_it_is_ksampler_bit_for_bit(node, model, texts, sampler):
+    positive, _, negative = texts
+    for inputs in ({"fusion_steps": 0}, {"eta": 0.0}):
+        same = node(model, positive, negative, sampler_name=sampler, **inputs)
+        assert torch.equal(same, tiny.sample(model, positive, negative, sampler, steps=4))
+
+
+@pytest.mark.parametrize("options", [{"cfg": 1.0}, {"denoise": 0.6, "latent": True}, {"mask": True, "latent": True}, {"batch": 3}])
+def test_the_plain_run_is_ksamplers_in_every_mode_of_use(node, model, texts, options, generator):
+    positive, _, negative = texts
+    latent = torch.randn(options.pop("batch", 1), 4, 8, 8, generator=generator)
+    latent = latent if options.pop("latent", False) else torch.zeros_like(latent)
+    inputs = {"samples": latent}
+    if options.pop("mask", False):
+        options["mask"] = inputs["noise_mask"] = (torch.rand(1, 64, 64, generator=generator) > 0.5).float()
+    expected = tiny.sample(model, positive, negative, steps=4, latent=latent, **options)
+    options.pop("mask", None)
+    assert torch.equal(node(model, positive, negative, latent_image=inputs, fusion_steps=0, **options), expected)
+
+
+@pytest.mark.parametrize("sampler", comfy_samplers.KSampler.SAMPLERS)
+def test_every_sampler_refines(node, model, texts, sampler):
+    """Finite, the same twice, and not the plain run."""
+    positive, text, negative = texts
+    inputs = {"sampler_name": sampler, "text": text, "fusion_end": 0.8}
+    one = node(model, positive, negative, **inputs)
+    assert one.isfinite().all()
+    assert torch.equal(one, node(model, positive, negative, **inputs))
+    assert not torch.equal(one, node(model, positive, negative, **{**inputs, "fusion_steps": 0}))
+
+
+def test_all_terms_of_a_step_are_one_batch_and_are_counted(node, counted, texts, pack, monkeypatch):
+    positive, text, negative = texts
+    shown = []
+    monkeypatch.setattr(pack.nodes.fusion, "show", lambda cls, text: shown.append(text))
+    node(counted.model, positive, negative, text=text, latent_image={"samples": torch.zeros(2, 4, 8, 8)})
+    stages = [stage for _, _, stage in counted.calls]
+    assert stages == ["fusion", None] * 3 + [None]  # none before the last step
+    assert all((rows, sorted(which)) == (6, [0, 1, 2]) for rows, which, _ in counted.calls)
+    assert shown == ["5.25 UNet rows a step and picture (plain guidance: 2)"]  # 7 calls of 3, in 4 steps
+
+
+def test_the_stages_are_the_kernels(node, model, texts, pack):
+    """The node's run against the kernel's `sample_fusion` on the same model, guidance and noise."""
+    positive, text, negative = texts
+    fusion, glue = pack.profusion.fusion, pack.nodes.host_fusion
+    result = node(model, positive, negative, text=text, text_weight=0.5, fusion_steps=2, eta=0.7, fusion_end=0.6)
+
+    guider = comfy_samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": positive, "negative": negative, "text": text})
+    sigmas = comfy_samplers.KSampler(model, 4, model.load_device, "euler", "normal").sigmas
+
+    class Straight(comfy_samplers.Sampler):
+        def sample(self, model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs):
+            network, sampling = model_wrap.inner_model, model_wrap.inner_model.model_sampling
+
+            def denoise(x, sigma, stage):
+                conds = [guider.conds[name] for name in ("positive", "negative", "text")]
+                word, nothing, text = comfy_samplers.calc_cond_batch(network, conds, x, sigma, {"transformer_options": {}})
+                return fusion.guide(nothing, (word + 0.5 * text) / 1.5, 3.0 if stage == "fusion" else 5.0)
+
+            def refine(denoise, x, sigmas):
+                for sigma, after in zip(sigmas, sigmas[1:], strict=False):
+                    denoised = denoise(x, sigma.expand(len(x)))
+                    x = denoised + (x - denoised) * (after / sigma)
+                return x
+
+            start = sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise), self.max_denoise(model_wrap, sigmas))
+            options = fusion.FusionOptions(2, 0.7, sigma_end=float(sampling.percent_to_sigma(0.6)))
+            fresh = torch.Generator().manual_seed(7 + 271_828_182_845)
+            return fusion.sample_fusion(denoise, refine, start, sigmas, options, fresh)
+
+    zeros = torch.zeros(1, 4, 8, 8)
+    with torch.inference_mode():
+        expected = guider.sample(comfy.sample.prepare_noise(zeros, 7), zeros, Straight(), sigmas, disable_pbar=True, seed=7)
+    assert glue.FusionSampling.__mro__[1] is comfy_samplers.KSAMPLER
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+
+
+def test_a_window_limits_the_cost(node, counted, texts):
+    positive, _, negative = texts
+    node(counted.model, positive, negative, steps=10, fusion_start=0.2, fusion_end=0.5)
+    stages = [stage for _, _, stage in counted.calls]
+    assert 2 <= stages.count("fusion") <= 4 and stages.count(None) == 10
+    assert stages[0] is None and stages[-1] is None
+
+
+def test_progress_goes_on_over_the_stretches(node, model, texts, pack, monkeypatch):
+    positive, _, negative = texts
+    seen = []
+    monkeypatch.setattr(pack.nodes.fusion.latent_preview, "prepare_callback",
+                        lambda model, steps, *_: lambda step, denoised, x, total: seen.append((step, total, steps)))
+    node(model, positive, negative, sampler_name="dpmpp_2m")
+    assert seen == [(0, 4, 4), (1, 4, 4), (2, 4, 4), (3, 4, 4)]
+
+
+def test_stochastic_samplers_draw_new_noise_in_every_stretch(model, texts, pack):
+    """From one seed each stretch would begin the same stream again."""
+    seeds = []
+
+    def inner(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        seeds.append(extra_args["seed"])
+        return x
+
+    sampling = pack.nodes.host_fusion.FusionSampling(comfy_samplers.KSAMPLER(inner), pack.profusion.fusion.FusionOptions())
+    guider = comfy_samplers.CFGGuider(model)
+    guider.set_conds(texts[0], texts[2])
+    sigmas, zeros = torch.tensor([9.0, 5.0, 2.0, 0.0]), torch.zeros(1, 4, 8, 8)
+    with torch.inference_mode():
+        guider.sample(zeros + 1, zeros, sampling, sigmas, disable_pbar=True, seed=7)
+    assert len(seeds) == 2 and seeds[0] == 7 and len(set(seeds)) == 2
+
+
+def test_cancel_acts_within_the_fusion_stage(node, model, texts, monkeypatch):
+    positive, _, negative = texts
+    asked = []
+
+    def cancel():
+        asked.append(1)
+        if len(asked) == 3:
+            raise comfy.model_management.InterruptProcessingException()
+
+    monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", cancel)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        node(model, positive, negative, fusion_steps=5)
+    monkeypatch.undo()
+    plain = node(model, positive, negative, fusion_steps=0)
+    assert torch.equal(plain, tiny.sample(model, positive, negative, steps=4))  # nothing is left behind
+
+
+def test_a_flow_model_works_unchanged(node, texts):
+    """Random weights; x = (1 - sigma) x0 + sigma eps."""
+    import comfy.model_sampling
+
+    class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+        pass
+
+    flow = tiny.model().clone()
+    flow.add_object_patch("model_sampling", Flow(flow.model.model_config))
+    positive, text, negative = texts
+    plain = tiny.sample(flow, positive, negative, steps=4, scheduler="simple")
+    assert torch.equal(node(flow, positive, negative, fusion_steps=0, scheduler="simple"), plain)
+    fused = node(flow, positive, negative, text=text, scheduler="simple")
+    assert fused.isfinite().all() and not torch.equal(fused, plain)
+    assert 0.3 < fused.std() / plain.std() < 3  # the noise level is kept: nothing explodes
+
+
+def test_the_guider_and_the_sampler_compose_with_the_hosts_own(pack, model, texts):
+    positive, text, negative = texts
+    inner = comfy_samplers.sampler_object("euler")
+    sampler = pack.nodes.fusion.FusionSamplerNode.execute(inner, 1, 1.0, 0.0, 1.0).args[0]
+    guider = pack.nodes.fusion.FusionGuiderNode.execute(
+        model, positive, 1.0, negative, 5.0, 3.0, 0.8, "dependent", conditioning_2=text, weight_2=0.5
+    ).args[0]
+    plain_guider = comfy_samplers.CFGGuider(model)
+    plain_guider.set_conds(positive, negative)
+    plain_guider.set_cfg(5.0)
+    sigmas, zeros = torch.tensor([9.0, 5.0, 2.0, 0.0]), torch.zeros(1, 4, 8, 8)
+    noise, results = comfy.sample.prepare_noise(zeros, 7), []
+    for one, other in ((guider, inner), (guider, sampler), (plain_guider, sampler)):
+        with torch.inference_mode():
+            results.append(one.sample(noise, zeros, other, sigmas, disable_pbar=True, seed=7))
+    assert all(result.isfinite().all() for result in results)
+    assert not torch.equal(results[0], results[1]) and not torch.equal(results[1], results[2])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [({"eta": 1.5}, "eta=1.5"), ({"text_weight": -1.0}, "sum to 0"), ({"fusion_start": 0.6, "fusion_end": 0.3}, "never act")],
+)
+def test_bad_inputs_are_explained(node, model, texts, inputs, message):
+    positive, text, negative = texts
+    with pytest.raises(ValueError, match=message):
+        node(model, positive, negative, text=text, **inputs)
+
+
+def test_a_term_of_weight_zero_costs_nothing(node, counted, texts):
+    positive, text, negative = texts
+    node(counted.model, positive, negative, text=text, text_weight=0.0, fusion_steps=0)
+    assert all(rows == 2 for rows, _, _ in counted.calls)
