@@ -1,5 +1,5 @@
 """The pack's nodes: schemas and host glue, no mathematics."""
 
-from . import fusion, infusion, residual, toybox, trainer
+from . import fusion, infusion, promptnet, residual, toybox, trainer
 
-NODES = [*toybox.NODES, *trainer.NODES, *residual.NODES, *infusion.NODES, *fusion.NODES]
+NODES = [*toybox.NODES, *trainer.NODES, *residual.NODES, *infusion.NODES, *promptnet.NODES, *fusion.NODES]

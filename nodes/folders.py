@@ -1,4 +1,4 @@
-"""Where residuals are on disk: models/profusion_residuals, and the folders that extra_model_paths.yaml adds to it."""
+"""Where residuals and PromptNets are on disk: in folders of models/, and those that extra_model_paths.yaml adds to them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import folder_paths
 from ..profusion.residual import PREVIEW_SUFFIX, SUFFIX, ResidualError
 
 RESIDUALS = "profusion_residuals"
+PROMPTNETS = "profusion_promptnets"
 
 
-def register_residuals() -> None:
-    """Tell the host of the folder. Paths that extra_model_paths.yaml added before stay, after the host's own as usual.
+def register(folder: str) -> None:
+    """Tell the host of a folder. Paths that extra_model_paths.yaml added before stay, after the host's own as usual.
 
     The host's `add_model_folder_path` would list files of every kind in it.
     """
-    own = str(Path(folder_paths.models_dir) / RESIDUALS)
-    known, _ = folder_paths.folder_names_and_paths.get(RESIDUALS, ([], set()))
-    folder_paths.folder_names_and_paths[RESIDUALS] = ([own, *[path for path in known if path != own]], {SUFFIX})
+    own = str(Path(folder_paths.models_dir) / folder)
+    known, _ = folder_paths.folder_names_and_paths.get(folder, ([], set()))
+    folder_paths.folder_names_and_paths[folder] = ([own, *[path for path in known if path != own]], {SUFFIX})
 
 
 def residual_names() -> list[str]:

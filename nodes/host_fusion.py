@@ -31,6 +31,9 @@ _SEEDS = 2**63
 class Word(Protocol):
     """What a CONDITIONING made with S* carries under WORD."""
 
+    context: Tensor
+    """What the CONDITIONING was made with, (1, L, D). Where another is attended to, S* is left alone."""
+
     rows: tuple[int, ...]
     """The rows of S* in the context."""
 
@@ -79,6 +82,7 @@ class FusionGuider(comfy.samplers.CFGGuider):
             for cond in self.original_conds[name]:
                 cond.setdefault("prompt_type", "positive")
         self._contexts: dict[int, Callable] = {}
+        self._own: dict[int, bool] = {}
         self.rows = self.calls = 0
 
     def sample(self, noise, latent_image, sampler, sigmas, *args, **kwargs):
@@ -91,7 +95,7 @@ class FusionGuider(comfy.samplers.CFGGuider):
         try:
             return super().sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
-            self._contexts = {}
+            self._contexts, self._own = {}, {}
 
     def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006 (the host's own signature)
         fusing = model_options.get("transformer_options", {}).get(STAGE) == "fusion"
@@ -123,6 +127,11 @@ class FusionGuider(comfy.samplers.CFGGuider):
         word, entry = cond[WORD], cond["model_conds"].get("c_crossattn")
         if entry is None:
             return cond
+        key = id(cond)
+        if key not in self._own:
+            self._own[key] = entry.cond.shape == word.context.shape and torch.equal(entry.cond, word.context.to(entry.cond))
+        if not self._own[key]:
+            return cond  # zeroed out, averaged, or another's text that the host evaluates in this one's area
         context = self._contexts[id(word)](x, sigma).to(entry.cond)
         if gamma != 1.0:
             context = context.clone()

@@ -7,10 +7,10 @@ from PIL.Image import Image
 
 from ..profusion.pictures import to_image
 from ..profusion.residual import PRECISIONS, ResidualError, load_residual, save_residual
-from .folders import find_residual, next_residual_path, register_residuals, residual_names
+from .folders import RESIDUALS, find_residual, next_residual_path, register, residual_names
 from .messages import show
 
-register_residuals()
+register(RESIDUALS)
 
 
 class ResidualLoader(io.ComfyNode):

@@ -109,7 +109,7 @@ def test_the_folder_is_in_models_lists_safetensors_and_keeps_added_paths(host, m
     assert table["profusion_residuals"][0][0] == own
     monkeypatch.setitem(table, "profusion_residuals", ([str(tmp_path)], set()))  # as extra_model_paths.yaml leaves it
     for _ in range(2):
-        host.folders.register_residuals()
+        host.folders.register(host.folders.RESIDUALS)
         assert table["profusion_residuals"] == ([own, str(tmp_path)], {".safetensors"})
 
 

@@ -1,0 +1,181 @@
+"""PromptNet in the host: pictures into S*, and S* into a prompt as this CLIP encodes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.latent_formats
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from torch import Tensor
+
+from ..profusion.diffusion import alphas_cumprod
+from ..profusion.promptnet.file import load_promptnet
+from ..profusion.promptnet.network import PromptNet, PromptNetConfig, PromptNetError, check_fits, merged, parts
+from ..profusion.promptnet.pseudo_word import PLACEHOLDER, placed, with_stand_in, without_position
+from .host_fusion import WORD
+
+ALONE = f"a photo of {PLACEHOLDER}"
+STATIC_TIMESTEPS = 8  # over which the S* of an ordinary CONDITIONING is averaged
+TIMESTEPS = 1000
+
+
+@dataclass(frozen=True)
+class LoadedPromptNet:
+    """A PROMPTNET: the network, and the host's handle by which it comes to the device and leaves it."""
+
+    network: PromptNet
+    patcher: Any
+    name: str
+
+    @property
+    def config(self) -> PromptNetConfig:
+        return self.network.config
+
+
+def load(path: Path) -> LoadedPromptNet:
+    """Read a PromptNet's file, in half precision where the host would run a UNet so."""
+    device = comfy.model_management.get_torch_device()
+    half = comfy.model_management.should_use_fp16(device, prioritize_performance=False)
+    network = load_promptnet(path, torch.float16 if half else torch.float32)
+    offload = comfy.model_management.unet_offload_device()
+    return LoadedPromptNet(network, comfy.model_patcher.ModelPatcher(network, device, offload), path.stem)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Pictures of one thing as a PromptNet takes them: latents (P, C, h, w), image tokens (P, L, width) and, where some
+    pictures count more, weights."""
+
+    latents: Tensor
+    image_tokens: Tensor
+    weights: tuple[float, ...] | None = None
+
+
+def encode_pictures(promptnet: LoadedPromptNet, vae: Any, clip_vision: Any, pictures: Tensor) -> Reference:
+    """Pictures (P, H, W, 3) in [0, 1]; H and W multiples of the VAE's. Raises PromptNetError where something does not fit."""
+    tokens = clip_vision.encode_image(pictures)["last_hidden_state"]
+    check_fits(promptnet.config, image_width=tokens.shape[-1])
+    scale = comfy.latent_formats.SDXL if promptnet.config.architecture == "SDXL" else comfy.latent_formats.SD15
+    latents = scale().process_in(vae.encode(pictures).float())
+    if latents.ndim != 4 or latents.shape[1] != promptnet.config.unet.in_channels:
+        raise PromptNetError(
+            f"the VAE makes latents of shape {tuple(latents.shape[1:])} and the PromptNet, of {promptnet.config.architecture}, "
+            f"takes {promptnet.config.unet.in_channels} channels: load the VAE of the model that it was trained for"
+        )
+    return Reference(latents, tokens)
+
+
+class WordInPrompt:
+    """A prompt with S*, which a CONDITIONING carries so that a FusionGuider can make S* anew for each noise level."""
+
+    def __init__(self, promptnet: LoadedPromptNet, clip: Any, reference: Reference, prompt: str):
+        self._promptnet, self._clip, self._reference, self._prompt = promptnet, clip, reference, prompt
+        check_fits(promptnet.config, text_widths=_text_widths(clip, prompt))
+        spread = torch.linspace(0, TIMESTEPS - 1, STATIC_TIMESTEPS)
+        word = self._words(spread).mean(dim=0, keepdim=True)
+        self.context, self.pooled, self.rows = self._encode(prompt, word)
+
+    def conditioning(self) -> list:
+        """A CONDITIONING for any sampler: its S* is the mean over the timesteps."""
+        return [[self.context, {"pooled_output": self.pooled, WORD: self}]]
+
+    def contexts(self, model_sampling: Any, sigmas: Tensor, alone: bool) -> Callable[[Tensor, float], Tensor]:
+        """See `host_fusion.Word`. S* of all levels in one batch; one that looks at the noisy latent, at every call."""
+        prompt = ALONE if alone else self._prompt
+        if self._promptnet.config.with_noise:
+            return lambda x, sigma: self._encode(prompt, self._live_words(model_sampling, x, sigma))[0]
+        levels = sigmas[sigmas > 0].float().cpu()
+        if not len(levels):
+            return lambda x, sigma: self.context
+        words = self._words(model_sampling.timestep(levels).cpu())
+        table, logarithms = self._encode(prompt, words)[0], levels.log()
+
+        def nearest(x: Tensor, sigma: float) -> Tensor:
+            index = int((logarithms - torch.tensor(sigma).log()).abs().argmin())
+            return table[index : index + 1]
+
+        return nearest
+
+    @torch.no_grad()
+    def _words(self, timesteps: Tensor) -> Tensor:
+        """S* at timesteps (T,): (T, tokens, width), on the CPU. A network that looks at the noisy latent is shown the
+        reference with noise of each level."""
+        network, device = self._on_device()
+        words = []
+        for latent, tokens in zip(self._reference.latents.split(1), self._reference.image_tokens.split(1), strict=True):
+            latent, tokens = latent.to(device, network.start.dtype), tokens.to(device, network.start.dtype)
+            if network.config.with_noise:
+                noisy = _noised(latent, timesteps.to(device))
+                rows = latent.expand(len(noisy), -1, -1, -1), timesteps.to(device), tokens.expand(len(noisy), -1, -1)
+                words.append(network(*rows, noisy))
+            else:
+                words.append(network.embed_all(latent, tokens, timesteps.to(device)))
+        return merged(words, self._reference.weights).float().cpu()
+
+    @torch.no_grad()
+    def _live_words(self, model_sampling: Any, x: Tensor, sigma: float) -> Tensor:
+        """S* for each row of the latent being denoised, x (B, C, H, W) in the sampler's units."""
+        network, device = self._on_device()
+        level = x.new_full((len(x),), sigma)
+        noisy = model_sampling.calculate_input(level, x).to(device, network.start.dtype)
+        timesteps = model_sampling.timestep(level).to(device)
+        words = []
+        for latent, tokens in zip(self._reference.latents.split(1), self._reference.image_tokens.split(1), strict=True):
+            latent, tokens = (part.to(device, network.start.dtype).expand(len(x), *part.shape[1:]) for part in (latent, tokens))
+            words.append(network(latent, timesteps, tokens, noisy))
+        return merged(words, self._reference.weights).float().cpu()
+
+    def _on_device(self) -> tuple[PromptNet, torch.device]:
+        comfy.model_management.load_model_gpu(self._promptnet.patcher)
+        return self._promptnet.network, self._promptnet.patcher.load_device
+
+    def _encode(self, prompt: str, words: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        """The prompt with each S* of words (T, tokens, width): contexts (T, L, D), the first one's pooled vector, S*'s rows."""
+        config = self._promptnet.config
+        text, stand_in = with_stand_in(prompt, config.tokens)
+        tokenized, rows = self._clip.tokenize(text), ()
+        encoders = _encoders(tokenized)
+        for encoder, part in zip(encoders, parts(words, config.text_widths), strict=True):
+            chunks = tokenized[encoder]
+            starts = [sum(map(len, chunks[:index])) for index in range(len(chunks))]
+            places = placed(chunks, stand_in, part[0])[1]
+            if config.holds_position:
+                positions = _tower(self._clip, encoder).text_model.embeddings.position_embedding.weight.float().cpu()
+                part = without_position(part, positions, [row for _, row in places])
+            tokenized[encoder] = [chunk for word in part for chunk in placed(chunks, stand_in, word)[0]]
+            rows = tuple(starts[chunk] + row for chunk, row in places)
+        context, pooled = self._clip.encode_from_tokens(tokenized, return_pooled=True)
+        return context.unflatten(1, (len(words), -1))[0], pooled, rows
+
+
+def _noised(latent: Tensor, timesteps: Tensor) -> Tensor:
+    """The reference at each level, with one and the same noise: (1, C, H, W), (T,) -> (T, C, H, W)."""
+    signal = alphas_cumprod().to(latent)[timesteps.long()].view(-1, 1, 1, 1)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0)).to(latent)
+    return signal.sqrt() * latent + (1 - signal).sqrt() * noise
+
+
+def _encoders(tokenized: Any) -> list[str]:
+    """The text encoders' names in the order of their numbers in the context: SDXL has l, then g."""
+    return sorted(tokenized, key=lambda name: (name != "l", name))
+
+
+def _tower(clip: Any, encoder: str) -> Any:
+    return getattr(clip.cond_stage_model, f"clip_{encoder}").transformer
+
+
+def _text_widths(clip: Any, prompt: str) -> Sequence[int]:
+    """Widths of the word embeddings of each text encoder."""
+    widths = []
+    for encoder in _encoders(clip.tokenize(prompt)):
+        if not hasattr(clip.cond_stage_model, f"clip_{encoder}"):
+            raise PromptNetError(
+                f"text encoder {encoder!r} is no CLIP, and S* is a word of CLIP's: load the CLIP of SD 1.x, SD 2.x or SDXL"
+            )
+        widths.append(_tower(clip, encoder).get_input_embeddings().weight.shape[-1])
+    return widths

@@ -1,0 +1,132 @@
+"""ProFusion_PromptNetLoader and ProFusion_PromptNetEncode: one picture into a word of a prompt."""
+
+from __future__ import annotations
+
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..profusion.pictures import concept_pictures
+from ..profusion.promptnet.network import PromptNetError
+from ..profusion.promptnet.pseudo_word import PLACEHOLDER, with_noun
+from ..profusion.toybox.pipeline import WEIGHTS
+from .folders import PROMPTNETS, register
+from .host_promptnet import LoadedPromptNet, WordInPrompt, encode_pictures, load
+from .messages import show
+
+TOYBOX = "Toybox"
+_TOYBOX_FILE = WEIGHTS / "toybox_promptnet.safetensors"
+
+register(PROMPTNETS)
+
+
+def promptnet_names() -> list[str]:
+    """The embedded one, if it is there, and those in models/profusion_promptnets."""
+    return [*([TOYBOX] if _TOYBOX_FILE.is_file() else []), *folder_paths.get_filename_list(PROMPTNETS)]
+
+
+def find_promptnet(name: str):
+    """The path of a listed PromptNet. Raises PromptNetError, which says where it was looked for."""
+    if name == TOYBOX and _TOYBOX_FILE.is_file():
+        return _TOYBOX_FILE
+    path = folder_paths.get_full_path(PROMPTNETS, name)
+    if path is None:
+        searched = " and ".join(folder_paths.get_folder_paths(PROMPTNETS))
+        raise PromptNetError(
+            f"There is no PromptNet '{name}'. Searched: {searched}. Found: {', '.join(promptnet_names()) or 'none'}. Choose one "
+            "of these, or put the file there and refresh the node definitions (R)."
+        )
+    return path
+
+
+class PromptNetLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ProFusion_PromptNetLoader",
+            display_name="PromptNet Loader",
+            category="ProFusion",
+            description=(
+                "Loads a PromptNet, which turns a picture into the pseudo-word S* (ProFusion, arXiv 2305.13579): Toybox's own, "
+                "or a file in models/profusion_promptnets, in this pack's layout or in that of the authors' release."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "promptnet", options=promptnet_names(),
+                    tooltip="Toybox's, or a file in models/profusion_promptnets. Press R to list new files.",
+                ),
+            ],
+            outputs=[io.Custom("PROMPTNET").Output(tooltip="For PromptNet Encode.")],
+            hidden=[io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, promptnet=None) -> bool | str:
+        """Replaces the host's check of the list, whose message does not say where the list comes from."""
+        try:
+            if promptnet is not None:  # it is None where the name comes from another node
+                find_promptnet(promptnet)
+        except PromptNetError as problem:
+            return str(problem)
+        return True
+
+    @classmethod
+    def execute(cls, promptnet) -> io.NodeOutput:
+        loaded = load(find_promptnet(promptnet))
+        kind = "made at every step" if loaded.config.with_noise else "made once a run"
+        words = f"{loaded.config.tokens} pseudo-word{'s' * (loaded.config.tokens > 1)}"
+        return io.NodeOutput(loaded, ui=show(cls, f"{loaded.config.architecture}: {words}, {kind}"))
+
+
+class PromptNetEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ProFusion_PromptNetEncode",
+            display_name="PromptNet Encode",
+            category="ProFusion",
+            description=(
+                "Writes what pictures show into a prompt, as the pseudo-word S* (ProFusion, arXiv 2305.13579). The conditioning "
+                "goes into any sampler; Fusion KSampler and Fusion Guider make its S* anew for each step."
+            ),
+            inputs=[
+                io.Custom("PROMPTNET").Input("promptnet", tooltip="From PromptNet Loader."),
+                io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
+                io.ClipVision.Input("clip_vision", tooltip="The image encoder that the PromptNet was trained with."),
+                io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
+                io.Image.Input(
+                    "images",
+                    tooltip="The picture, or several of the same thing, of which the mean counts. What is transparent is grey.",
+                ),
+                io.String.Input(
+                    "text", multiline=True, dynamic_prompts=True, default=f"a photo of {PLACEHOLDER}",
+                    tooltip=f"The prompt, with {PLACEHOLDER} once, where the thing from the picture belongs.",
+                ),
+                io.String.Input(
+                    "noun", default="",
+                    tooltip=f"What it is, such as cat: in the plain prompt this takes the place of {PLACEHOLDER}.",
+                ),
+                io.Mask.Input(
+                    "masks", optional=True, tooltip="White where the thing is, one for each picture or one for all; the rest is grey."
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="with_word", tooltip=f"The prompt with {PLACEHOLDER}."),
+                io.Conditioning.Output(display_name="plain_text", tooltip="The prompt in plain words, for Fusion KSampler's text."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, promptnet: LoadedPromptNet, clip, clip_vision, vae, images, text, noun, masks=None) -> io.NodeOutput:
+        for name, part in (("clip", clip), ("clip_vision", clip_vision), ("vae", vae)):
+            if part is None:
+                raise ValueError(f"{name} is None: the checkpoint that was loaded has none")
+        plain = with_noun(text, noun)
+        pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
+        if masks is not None:
+            pictures = torch.lerp(torch.full_like(pictures, 0.5), pictures, weights[..., None])
+        word = WordInPrompt(promptnet, clip, encode_pictures(promptnet, vae, clip_vision, pictures), text)
+        return io.NodeOutput(word.conditioning(), clip.encode_from_tokens_scheduled(clip.tokenize(plain)))
+
+
+NODES = [PromptNetLoader, PromptNetEncode]
