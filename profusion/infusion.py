@@ -77,8 +77,14 @@ def cross_attention_layers(parameters: Mapping[str, Tensor]) -> list[Layer]:
 
 def architecture_name(layers: Sequence[Layer]) -> str:
     """What people call a UNet with these cross-attention layers."""
-    width = max((layer.context_dim for layer in layers), default=0)
-    return _ARCHITECTURES.get((len(layers), width), f"UNet with {len(layers)} cross-attentions of {width}")
+    return name_of_unet(len(layers), max((layer.context_dim for layer in layers), default=0))
+
+
+def name_of_unet(cross_attentions: int, context_dim: int) -> str:
+    """What people call a UNet with so many cross-attention layers over a context of this width."""
+    return _ARCHITECTURES.get(
+        (cross_attentions, context_dim), f"UNet with {cross_attentions} cross-attentions of {context_dim}"
+    )
 
 
 @dataclass(frozen=True)

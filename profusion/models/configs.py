@@ -37,6 +37,11 @@ class UNetConfig:
         """Attention heads of a layer of this width."""
         return self.num_heads or channels // self.head_channels
 
+    @property
+    def cross_attentions(self) -> int:
+        """How many cross-attention layers the UNet has."""
+        return self.middle_depth + (2 * self.num_res_blocks + 1) * sum(self.transformer_depth)
+
 
 @dataclass(frozen=True)
 class VAEConfig:

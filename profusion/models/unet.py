@@ -182,32 +182,29 @@ class Stage(nn.Sequential):
         return x
 
 
-class UNet(nn.Module):
-    """eps_theta(x_t, t, c). Build under `torch.device("meta")` to have the shapes without the memory."""
+class UNetEncoder(nn.Module):
+    """The encoder half and the middle of the UNet, which PromptNet has too."""
 
-    def __init__(self, config: UNetConfig):
+    def __init__(self, config: UNetConfig, adm_channels: int | None):
         super().__init__()
-        self.config = config
         width = config.model_channels
-        embedding = width * 4
+        self.width, embedding = width, width * 4
         self.time_embed = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
-        if config.adm_channels:
-            adm = nn.Sequential(nn.Linear(config.adm_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        if adm_channels:
+            adm = nn.Sequential(nn.Linear(adm_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
             self.label_emb = nn.Sequential(adm)
-        self.input_blocks, skips, channels = self._encoder(config, embedding)
+        self.input_blocks, self.skip_channels, channels = self._encoder(config, embedding)
         self.middle_block = Stage(
             ResBlock(channels, embedding, channels),
             self._transformer(config, channels, config.middle_depth),
             ResBlock(channels, embedding, channels),
         )
-        self.output_blocks = self._decoder(config, embedding, skips, channels)
-        self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, config.out_channels, 3, padding=1))
 
     @staticmethod
     def _transformer(config: UNetConfig, channels: int, depth: int) -> SpatialTransformer:
         return SpatialTransformer(channels, config.heads(channels), depth, config.context_dim, config.use_linear)
 
-    def _encoder(self, config: UNetConfig, embedding: int) -> tuple[nn.ModuleList, list[int], int]:
+    def _encoder(self, config: UNetConfig, embedding: int) -> tuple[nn.ModuleList, tuple[int, ...], int]:
         channels = config.model_channels
         blocks, skips = [Stage(nn.Conv2d(config.in_channels, channels, 3, padding=1))], [channels]
         for level, mult in enumerate(config.channel_mult):
@@ -221,10 +218,43 @@ class UNet(nn.Module):
             if level != len(config.channel_mult) - 1:
                 blocks.append(Stage(Downsample(channels)))
                 skips.append(channels)
-        return nn.ModuleList(blocks), skips, channels
+        return nn.ModuleList(blocks), tuple(skips), channels
 
-    def _decoder(self, config: UNetConfig, embedding: int, skips: list[int], channels: int) -> nn.ModuleList:
-        blocks = []
+    def embed_timesteps(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B,) -> (B, 4 * model_channels)."""
+        return self.time_embed(timestep_embedding(timesteps, self.width).to(dtype))
+
+    def encode(
+        self, x: Tensor, embedding: Tensor, context: Tensor, options: dict[str, Any], added: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """The output of every input block, and that of the middle block.
+
+        x (B, C, H, W), embedding of the timesteps, context (B, L, D); `added` (B, model_channels, H, W) joins the
+        output of the first block, which is x after one convolution.
+        """
+        h, outputs = x, []
+        for index, block in enumerate(self.input_blocks):
+            options["block"] = ("input", index)
+            h = block(h, embedding, context, options)
+            if added is not None and index == 0:
+                h = h + added
+            outputs.append(h)
+        options["block"] = ("middle", 0)
+        return outputs, self.middle_block(h, embedding, context, options)
+
+
+class UNet(UNetEncoder):
+    """eps_theta(x_t, t, c). Build under `torch.device("meta")` to have the shapes without the memory."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__(config, config.adm_channels)
+        self.config = config
+        width = config.model_channels
+        self.output_blocks = self._decoder(config, width * 4, list(self.skip_channels))
+        self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, config.out_channels, 3, padding=1))
+
+    def _decoder(self, config: UNetConfig, embedding: int, skips: list[int]) -> nn.ModuleList:
+        blocks, channels = [], skips[-1]
         for level, mult in reversed(list(enumerate(config.channel_mult))):
             for index in range(config.num_res_blocks + 1):
                 layers = [ResBlock(channels + skips.pop(), embedding, mult * config.model_channels)]
@@ -252,18 +282,12 @@ class UNet(nn.Module):
         """
         options = dict(transformer_options or {})
         options["original_shape"] = list(x.shape)
-        embedding = self.time_embed(timestep_embedding(timesteps, self.config.model_channels).to(x.dtype))
+        embedding = self.embed_timesteps(timesteps, x.dtype)
         if self.config.adm_channels:
             if y is None:
                 raise ValueError(f"this UNet takes a pooled vector y of {self.config.adm_channels} numbers; none was given")
             embedding = embedding + self.label_emb(y)
-        h, skips = x, []
-        for index, block in enumerate(self.input_blocks):
-            options["block"] = ("input", index)
-            h = block(h, embedding, context, options)
-            skips.append(h)
-        options["block"] = ("middle", 0)
-        h = self.middle_block(h, embedding, context, options)
+        skips, h = self.encode(x, embedding, context, options)
         for index, block in enumerate(self.output_blocks):
             options["block"] = ("output", index)
             h = torch.cat([h, skips.pop()], dim=1)
