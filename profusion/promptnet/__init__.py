@@ -1,0 +1,5 @@
+"""PromptNet: a pseudo-word S* from one picture (ProFusion, arXiv 2305.13579)."""
+
+from .network import PromptNet, PromptNetConfig, PromptNetError, check_fits, merged
+
+__all__ = ["PromptNet", "PromptNetConfig", "PromptNetError", "check_fits", "merged"]
