@@ -8,11 +8,12 @@ reads a file still checks that its contents make sense. Nothing in a file is eve
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import safetensors
@@ -36,14 +37,16 @@ Contents = dict[str, tuple[str, list[int], bytes]]
 CHECKSUM = "checksum"
 MAX_HEADER_BYTES = 1 << 20
 MAX_DIMENSIONS = 8
+_DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 class FileFormatError(ValueError):
     """The bytes are not a tensor file, or a damaged one. The message says which, of "it"."""
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` under a temporary name in the same folder, flush it to the disk, then rename it to `path`.
+def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write `data`, whole or in pieces, under a temporary name in the same folder, flush it to the disk, then rename it.
 
     Whatever goes wrong, `path` holds either what it held before or all of `data`, and no temporary file is left.
     Raises OSError as the system words it (no such folder, read-only, disk full).
@@ -51,7 +54,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{uuid.uuid4().hex[:12]}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            for piece in [data] if isinstance(data, bytes) else data:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -61,22 +65,40 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
+def why_not_written(problem: Exception) -> str:
+    """Why a file could not be written, and what to do."""
+    code = getattr(problem, "errno", None)
+    if code in _DISK_FULL:
+        return "the disk is full. Make room and save again; what was there before is untouched."
+    if code in _NOT_ALLOWED:
+        return "the folder is read-only, or not yours to write to. Change its permissions or choose another one."
+    return f"{getattr(problem, 'strerror', None) or problem}. Check the name and the folder."
+
+
 def tensors_to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file with a checksum, the same bytes for the same contents.
+    """A safetensors file with a checksum, the same bytes for the same contents."""
+    return b"".join(tensor_pieces(tensors, metadata))
+
+
+def tensor_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes]:
+    """The same file in pieces, the header and then tensor by tensor, for networks that should not be in memory twice.
 
     Written by hand because the library puts the metadata in a random order. Tensors come widest type first, as the
     library has it, which with the padded header keeps every tensor aligned.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    contents = {name: _content(tensors[name]) for name in order}
-    header: dict[str, object] = {"__metadata__": dict(metadata) | {CHECKSUM: _checksum(contents, metadata)}}
+    checksum = _checksum(((name, *_content(tensors[name])) for name in sorted(tensors)), metadata)
+    header: dict[str, object] = {"__metadata__": dict(metadata) | {CHECKSUM: checksum}}
     end = 0
-    for name, (dtype, shape, raw) in contents.items():
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + len(raw)]}
-        end += len(raw)
+    for name in order:
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        dtype, shape = _DTYPE_NAMES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + b"".join(raw for _, _, raw in contents.values())
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        yield _content(tensors[name])[2]
 
 
 def parse(data: bytes) -> tuple[Contents, dict[str, str]]:
@@ -106,6 +128,34 @@ def check_integrity(contents: Contents, metadata: Mapping[str, str], checked: Co
 
     checked: the names of the metadata entries it covers. Others, which some tool may have added since, are left out.
     """
+    _compare(metadata, checked, ((name, *content) for name, content in sorted(contents.items())))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a large safetensors file, which stay on the disk until they are used, and its metadata.
+
+    Raises FileFormatError, which says what the file is instead where that can be told, and OSError.
+    """
+    with path.open("rb") as file:
+        beginning = file.read(64)
+    if len(beginning) < 8 or int.from_bytes(beginning[:8], "little") > MAX_HEADER_BYTES:
+        raise FileFormatError(_what_it_is(beginning))
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except safetensors.SafetensorError as problem:
+        raise FileFormatError(f"it is cut short, damaged, or not a safetensors file at all ({problem})") from problem
+
+
+def check_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], checked: Collection[str]) -> None:
+    """`check_integrity` for what `read_tensors` returned."""
+    strange = [name for name, tensor in tensors.items() if tensor.dtype not in _DTYPE_NAMES]
+    if strange:
+        raise FileFormatError(f"it holds a tensor of a kind unknown here: '{strange[0]:.80}', {tensors[strange[0]].dtype}")
+    _compare(metadata, checked, ((name, *_content(tensors[name])) for name in sorted(tensors)))
+
+
+def _compare(metadata: Mapping[str, str], checked: Collection[str], contents: Iterable[tuple]) -> None:
     covered = {key: metadata[key] for key in checked if key in metadata}
     if metadata.get(CHECKSUM) != _checksum(contents, covered):
         raise FileFormatError("it is damaged: its contents do not match its checksum")
@@ -145,10 +195,10 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return dict(pairs)
 
 
-def _checksum(contents: Contents, metadata: Mapping[str, str]) -> str:
-    """16 hexadecimal digits of SHA-256 over the metadata and the tensors, whatever their order in the file."""
+def _checksum(contents: Iterable[tuple[str, str, list[int], bytes]], metadata: Mapping[str, str]) -> str:
+    """16 hexadecimal digits of SHA-256 over the metadata and the tensors: (name, type, shape, bytes), by name."""
     digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
-    for name, (dtype, shape, raw) in sorted(contents.items()):
+    for name, dtype, shape, raw in contents:
         digest.update(json.dumps([name, dtype, shape, len(raw)]).encode())
         digest.update(raw)
     return digest.hexdigest()[:16]

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import re
 from collections.abc import Mapping
@@ -37,8 +36,6 @@ _FORMAT = "profusion.residual"
 _FORMAT_VERSION = "1"
 _FIELDS = ("format", "format_version", "architecture", "layers", "width", "noun", "steps", "seed", "precision")
 _TRAINING = "training."
-_DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @dataclass(frozen=True)
@@ -73,13 +70,13 @@ def save_residual(
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(path, data)
     except (OSError, ValueError) as problem:
-        raise ResidualError(f"The residual could not be saved as '{path}': {_why_not_written(problem)}") from problem
+        raise ResidualError(f"The residual could not be saved as '{path}': {files.why_not_written(problem)}") from problem
     if preview is None:
         return SavedResidual(path, len(data))
     try:
         return SavedResidual(path, len(data), preview=_write_preview(preview, path.with_suffix(PREVIEW_SUFFIX)))
     except (OSError, ValueError) as problem:
-        return SavedResidual(path, len(data), warning=f"No preview picture could be saved: {_why_not_written(problem)}")
+        return SavedResidual(path, len(data), warning=f"No preview picture could be saved: {files.why_not_written(problem)}")
 
 
 def load_residual(path: str | Path) -> Residual:
@@ -204,13 +201,3 @@ def _write_preview(preview: Image, path: Path) -> Path:
     small.save(png, format="PNG", optimize=True)
     files.write_atomically(path, png.getvalue())
     return path
-
-
-def _why_not_written(problem: Exception) -> str:
-    """Why a file could not be written, and what to do."""
-    code = getattr(problem, "errno", None)
-    if code in _DISK_FULL:
-        return "the disk is full. Make room and save again; what was there before is untouched."
-    if code in _NOT_ALLOWED:
-        return "the folder is read-only, or not yours to write to. Change its permissions or choose another one."
-    return f"{getattr(problem, 'strerror', None) or problem}. Check the name and the folder."
