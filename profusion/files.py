@@ -80,15 +80,18 @@ def tensors_to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     return b"".join(tensor_pieces(tensors, metadata))
 
 
-def tensor_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes]:
+def tensor_pieces(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], unchecked: Mapping[str, str] | None = None
+) -> Iterator[bytes]:
     """The same file in pieces, the header and then tensor by tensor, for networks that should not be in memory twice.
 
-    Written by hand because the library puts the metadata in a random order. Tensors come widest type first, as the
-    library has it, which with the padded header keeps every tensor aligned.
+    unchecked: more metadata, which the checksum does not cover. Written by hand because the library puts the metadata
+    in a random order. Tensors come widest type first, as the library has it, which with the padded header keeps every
+    tensor aligned.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     checksum = _checksum(((name, *_content(tensors[name])) for name in sorted(tensors)), metadata)
-    header: dict[str, object] = {"__metadata__": dict(metadata) | {CHECKSUM: checksum}}
+    header: dict[str, object] = {"__metadata__": {**(unchecked or {}), **metadata, CHECKSUM: checksum}}
     end = 0
     for name in order:
         start, end = end, end + tensors[name].numel() * tensors[name].element_size()
