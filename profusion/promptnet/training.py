@@ -1,0 +1,291 @@
+"""Train PromptNet on pictures alone (ProFusion, arXiv 2305.13579, section 3.1): no captions, no regularisation.
+
+    min_PromptNet  E || eps_theta(x_t, t, text("a photo of S*(z, c, t[, x_t])")) - eps ||^2
+
+The UNet and the text encoder are frozen; gradients pass through both. Who evaluates them is the caller's affair, so
+that the kernel's networks and a host's are trained by the same code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion import timestep_of, training_sigmas
+from ..training import TrainingError
+from .file import load_training, save_promptnet
+from .network import PromptNet
+from .pseudo_word import PLACEHOLDER, split_prompt
+
+PROMPTS = (f"a photo of {PLACEHOLDER}", f"a picture of {PLACEHOLDER}", PLACEHOLDER)
+
+PredictNoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`predict_noise(x, sigma, context) -> eps`: x = x0 + sigma * eps of (B, C, H, W), sigma (B,), context (B, L, D)."""
+
+EncodeWord = Callable[[int, Tensor], Tensor]
+"""`encode_word(prompt, pseudo_word) -> context` (B, L, D) of the prompt of this index with S* (B, tokens, width) in it."""
+
+
+@dataclass(frozen=True)
+class PromptNetOptions:
+    """How a PromptNet is trained. `steps` counts from nothing: a resumed training does what is left of them.
+
+    learning_rate: AdamW's, the paper's by default. warmup: steps over which it rises. cosine: whether it then falls to
+    nothing at the last step. clip: largest norm of the gradient. weight_cap: rows weigh min(1 + sigma^2, this), which
+    is min(1 / alpha_bar, this); 1 is the paper's loss, and more of it attends to the noise at which a word matters most.
+    """
+
+    steps: int = 2000
+    learning_rate: float = 2e-5
+    batch_size: int = 8
+    seed: int = 0
+    prompts: tuple[str, ...] = PROMPTS
+    warmup: int = 0
+    cosine: bool = False
+    clip: float = 1.0
+    weight_cap: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise ValueError(f"steps={self.steps} and batch_size={self.batch_size} must both be at least 1")
+        if not 0 < self.learning_rate <= 1:
+            raise ValueError(f"learning_rate={self.learning_rate} must lie in (0, 1]; 1e-5 to 1e-3 is usual")
+        if self.warmup < 0 or not self.clip > 0 or not self.weight_cap >= 1:
+            raise ValueError(
+                f"warmup={self.warmup} must not be negative, clip={self.clip} must be above 0 and "
+                f"weight_cap={self.weight_cap} at least 1"
+            )
+        if not self.prompts:
+            raise ValueError(f"prompts: give at least one that has {PLACEHOLDER} in it")
+        for prompt in self.prompts:
+            split_prompt(prompt)
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """Pictures as PromptNet takes them: latents (N, C, H, W), scaled as the UNet's, and image_tokens (N, L, width)."""
+
+    latents: Tensor
+    image_tokens: Tensor
+
+    def __post_init__(self) -> None:
+        if self.latents.ndim != 4 or self.image_tokens.ndim != 3 or len(self.latents) != len(self.image_tokens):
+            raise ValueError(
+                f"latents {tuple(self.latents.shape)} and image tokens {tuple(self.image_tokens.shape)} must be "
+                "(N, C, H, W) and (N, L, width) of the same pictures"
+            )
+        if not len(self.latents):
+            raise TrainingError("no pictures to train on")
+        if not (torch.isfinite(self.latents).all() and torch.isfinite(self.image_tokens).all()):
+            raise TrainingError("a picture's latent or image tokens are not finite: run the VAE and CLIP vision in float32")
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def fingerprint(self) -> str:
+        """Says whether two sets are the same pictures."""
+        data = self.latents.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        return f"{len(self)} pictures {hashlib.sha256(data).hexdigest()[:16]}"
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Row indices of the pictures (B,), noise (B, C, H, W), sigma (B,), and the prompt of all rows."""
+
+    rows: Tensor
+    noise: Tensor
+    sigma: Tensor
+    prompt: int
+
+
+def noise_weight(sigma: Tensor, cap: float) -> Tensor:
+    """min(1 / alpha_bar, cap) = min(1 + sigma^2, cap) of each row: (B,) -> (B,)."""
+    return (1 + sigma.float() ** 2).clamp_max(cap)
+
+
+def weighted_noise_error(predicted: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
+    """Mean over rows of weight * mean|eps_theta - eps|^2: (B, C, H, W) twice, (B,) -> scalar, float32."""
+    return (weight * ((predicted.float() - noise.float()) ** 2).mean(dim=(1, 2, 3))).mean()
+
+
+def learning_rate_at(step: int, options: PromptNetOptions) -> float:
+    """The learning rate of a step, counted from 0: a linear rise, then constant or half a cosine."""
+    rise = min(1.0, (step + 1) / options.warmup) if options.warmup else 1.0
+    if not options.cosine or step < options.warmup:
+        return options.learning_rate * rise
+    share = (step - options.warmup) / max(1, options.steps - options.warmup)
+    return options.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+class PromptNetTraining:
+    """One training run: `steps()` does the work on `network`, `save` and `resume` interrupt it without a trace.
+
+    pictures: each is its own reference. timesteps: the model's timestep of a sigma (B,) -> (B,); sigmas: its noise
+    levels (n,), each as likely to be drawn; both default to Stable Diffusion's. trained: what learns, by name; default
+    all of the network. The network, the loss and the optimizer are float32, whatever the model computes in.
+    """
+
+    def __init__(
+        self,
+        network: PromptNet,
+        predict_noise: PredictNoise,
+        encode_word: EncodeWord,
+        pictures: PictureSet,
+        options: PromptNetOptions,
+        timesteps: Callable[[Tensor], Tensor] = timestep_of,
+        sigmas: Tensor | None = None,
+        trained: Mapping[str, nn.Parameter] | None = None,
+    ):
+        self.network, self.pictures, self.options = network, pictures, options
+        self._predict_noise, self._encode_word, self._timesteps = predict_noise, encode_word, timesteps
+        self._trained = dict(network.named_parameters() if trained is None else trained)
+        self._device = network.start.device
+        with torch.inference_mode(False):  # a host may call in inference mode, whose tensors autograd does not take
+            self._sigmas = (training_sigmas() if sigmas is None else sigmas).to("cpu", torch.float32, copy=True)
+            for parameter in self._trained.values():
+                parameter.requires_grad_(True)
+            self._optimizer = torch.optim.AdamW(self._trained.values(), lr=options.learning_rate, weight_decay=0.0)
+        # The gradient of a mean is this much smaller than of a sum, which float16 would round to nothing.
+        self._loss_scale = 2.0 ** math.floor(math.log2(options.batch_size * pictures.latents[0].numel()))
+        self.step = 0
+        self.losses: list[float] = []
+
+    def steps(self) -> Iterator[float]:
+        """Train to the end, yielding each step's loss; stop asking and the training stops after the last whole step.
+
+        Raises TrainingError on a loss that is not finite; what was learned before it is still in the network.
+        """
+        while self.step < self.options.steps:
+            yield self._one_step()
+
+    def _one_step(self) -> float:
+        # Autograd must be on even inside a host that runs its nodes in inference mode.
+        with torch.inference_mode(False), torch.enable_grad():
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate_at(self.step, self.options)
+            value = self._differentiate(self._draw(self.options.seed * 1_000_003 + self.step, len(self.pictures)))
+            self._optimizer.step()
+        self.step += 1
+        self.losses.append(value)
+        return value
+
+    def _draw(self, seed: int, pictures: int) -> _Batch:
+        """What a step trains on. It depends on the seed and the step only, so that a resumed training draws alike."""
+        count, generator = self.options.batch_size, torch.Generator().manual_seed(seed % 2**63)
+        rows = torch.randint(pictures, (count,), generator=generator)
+        prompt = int(torch.randint(len(self.options.prompts), (), generator=generator))
+        sigma = self._sigmas[torch.randint(len(self._sigmas), (count,), generator=generator)]
+        noise = torch.randn((count, *self.pictures.latents.shape[1:]), generator=generator)
+        return _Batch(rows, noise.to(self._device), sigma.to(self._device), prompt)
+
+    def _loss(self, pictures: PictureSet, batch: _Batch, word: Tensor | None = None) -> Tensor:
+        """The loss of a batch; `word` (tokens, width) takes the place of every S*."""
+        clean = pictures.latents[batch.rows].to(self._device, torch.float32)
+        scale = batch.sigma.view(-1, 1, 1, 1)
+        noisy = clean + scale * batch.noise
+        if word is None:
+            image_tokens = pictures.image_tokens[batch.rows].to(self._device, torch.float32)
+            seen = noisy / (scale**2 + 1).sqrt() if self.network.config.with_noise else None
+            pseudo_word = self.network(clean, self._timesteps(batch.sigma), image_tokens, seen)
+        else:
+            pseudo_word = word.to(self._device).expand(len(clean), -1, -1)
+        predicted = self._predict_noise(noisy, batch.sigma, self._encode_word(batch.prompt, pseudo_word))
+        return weighted_noise_error(predicted, batch.noise, noise_weight(batch.sigma, self.options.weight_cap))
+
+    @torch.no_grad()
+    def loss_on(self, pictures: PictureSet, batches: int = 4, word: Tensor | None = None) -> float:
+        """The mean loss on pictures, kept from training perhaps, always at the same noise; with `word` for every S*."""
+        draws = [self._draw(-1 - index, len(pictures)) for index in range(batches)]
+        return sum(self._loss(pictures, draw, word).item() for draw in draws) / batches
+
+    def _differentiate(self, batch: _Batch) -> float:
+        """Leave the loss's gradient, clipped, in the parameters; returns the loss.
+
+        On the way back the loss is multiplied by a power of two, which changes no bit in float32 and keeps a float16
+        model's gradient from vanishing. Where that overflows, a smaller one is taken.
+        """
+        while True:
+            loss = self._loss(self.pictures, batch)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the loss is {value} at step {self.step}. Lower the learning rate ({self.options.learning_rate}), "
+                    "or use a model in float32 or bfloat16"
+                )
+            self._optimizer.zero_grad(set_to_none=True)
+            if loss.requires_grad:
+                (loss * self._loss_scale).backward()
+            gradients = [item.grad for item in self._trained.values() if item.grad is not None]
+            norm = math.hypot(*(gradient.norm().item() for gradient in gradients)) / self._loss_scale
+            if norm == 0:
+                raise TrainingError(
+                    "no gradient reaches PromptNet: something on the model or in the text encoder computes without one, "
+                    "as kernels made for inference do. Use the model as it was before that"
+                )
+            if math.isfinite(norm):
+                for gradient in gradients:
+                    gradient.mul_(min(1.0, self.options.clip / norm) / self._loss_scale)
+                return value
+            if self._loss_scale <= 2**-16:
+                raise TrainingError(f"the gradient overflowed at step {self.step}: use a model in float32 or bfloat16")
+            self._loss_scale /= 16
+
+    def state(self) -> dict[str, Tensor]:
+        """The optimizer's tensors and the course so far: with the parameters, all that the next step depends on."""
+        kept = {"loss_scale": torch.tensor([self._loss_scale], dtype=torch.float64), "step": torch.tensor([self.step])}
+        if self.losses:
+            kept["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        for name, parameter in self._trained.items():
+            moments = self._optimizer.state.get(parameter, {})
+            kept |= {f"{kind}.{name}": moments[kind].detach().cpu() for kind in ("exp_avg", "exp_avg_sq") if moments}
+        return kept
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state()` was taken; the parameters must be those of that moment."""
+        self.step = int(state["step"])
+        self._loss_scale = state["loss_scale"].item()
+        self.losses = state["losses"].tolist() if "losses" in state else []
+        with torch.inference_mode(False):
+            for name, parameter in self._trained.items():
+                moments = {kind: state.get(f"{kind}.{name}") for kind in ("exp_avg", "exp_avg_sq")}
+                if moments["exp_avg"] is not None:
+                    moments = {kind: value.to(parameter, copy=True) for kind, value in moments.items()}
+                    self._optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
+
+    def save(self, path: str | Path) -> int:
+        """Write a checkpoint, from which `resume` goes on bit for bit; returns its bytes. Raises PromptNetError."""
+        notes = {"options": json.dumps(asdict(self.options)), "pictures": self.pictures.fingerprint()}
+        return save_promptnet(self.network, path, "float32", notes, self.state())
+
+    def resume(self, path: str | Path) -> None:
+        """Go on from a checkpoint of the same training. Raises PromptNetError for its file, TrainingError for another's."""
+        network, state, notes = load_training(path)
+        self._check_same_training(network, notes)
+        with torch.inference_mode(False), torch.no_grad():
+            for name, value in self.network.state_dict().items():
+                value.copy_(network.state_dict()[name])
+        self.restore(state)
+
+    def _check_same_training(self, network: PromptNet, notes: Mapping[str, str]) -> None:
+        here = json.loads(json.dumps(asdict(self.options)))
+        there = json.loads(notes.get("options", "{}"))
+        free = () if self.options.cosine else ("steps",)  # more steps of a constant rate are the same training
+        differing = [name for name in here if name not in free and here[name] != there.get(name)]
+        advice = "Give what it was trained with, or begin anew in another file"
+        if differing:
+            name = differing[0]
+            raise TrainingError(f"the checkpoint was trained with {name}={there.get(name)}, not {here[name]}. {advice}")
+        if notes.get("pictures") != self.pictures.fingerprint():
+            raise TrainingError(
+                f"the checkpoint was trained on other pictures ({notes.get('pictures')}, here "
+                f"{self.pictures.fingerprint()}). {advice}"
+            )
+        if network.config != self.network.config:
+            raise TrainingError(f"the checkpoint is of a PromptNet of another size ({network.config}). {advice}")
