@@ -142,7 +142,7 @@ def test_the_stages_are_the_kernels(node, model, texts, pack):
     with torch.inference_mode():
         expected = guider.sample(comfy.sample.prepare_noise(zeros, 7), zeros, Straight(), sigmas, disable_pbar=True, seed=7)
     assert glue.FusionSampling.__mro__[1] is comfy_samplers.KSAMPLER
-    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
 def test_a_window_limits_the_cost(node, counted, texts):

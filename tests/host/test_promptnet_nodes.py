@@ -1,0 +1,237 @@
+"""PromptNet in the host, on Toybox's own models in the host's classes: S* in a prompt, anew for each step, and bad input."""
+
+import sys
+
+import pytest
+import torch
+
+comfy_samplers = pytest.importorskip("comfy.samplers", reason="ComfyUI was not found: set COMFYUI_PATH")
+
+import comfy.model_patcher  # noqa: E402
+import tiny  # noqa: E402
+
+TEXT = "a photo of S* on snow"
+
+
+def modules(pack):
+    return {name: sys.modules[f"{pack.__name__}.{name}"] for name in (
+        "nodes.host_models", "nodes.host_promptnet", "nodes.promptnet", "nodes.host_fusion", "nodes.fusion",
+        "profusion.promptnet.network", "profusion.promptnet.pseudo_word", "profusion.toybox.pipeline")}  # fmt: skip
+
+
+class Studio:
+    """Toybox and a random PromptNet that serves it, and the nodes on them."""
+
+    def __init__(self, pack, second_latent="none"):
+        from dataclasses import replace
+
+        self.pack, self.modules = pack, modules(pack)
+        models, network = self.modules["nodes.host_models"], self.modules["profusion.promptnet.network"]
+        self.model, self.clip = models.load_model(), models.load_clip()
+        self.vae, self.clip_vision = models.load_vae(), models.load_clip_vision()
+        config = replace(network.TOYBOX_PROMPTNET, second_latent=second_latent)
+        self.promptnet = self.random_promptnet(config)
+
+    def random_promptnet(self, config):
+        network = self.modules["profusion.promptnet.network"]
+        built = tiny.randomise(network.PromptNet(config), seed=4).eval().requires_grad_(False)
+        patcher = comfy.model_patcher.ModelPatcher(built, torch.device("cpu"), torch.device("cpu"))
+        return self.modules["nodes.host_promptnet"].LoadedPromptNet(built, patcher, "random")
+
+    def encode(self, text=TEXT, noun="cat", pictures=None, **inputs):
+        pictures = self.pictures() if pictures is None else pictures
+        arguments = {"promptnet": self.promptnet, "clip": self.clip, "clip_vision": self.clip_vision, "vae": self.vae}
+        with torch.inference_mode():
+            node = self.modules["nodes.promptnet"].PromptNetEncode
+            return node.execute(**{**arguments, "images": pictures, "text": text, "noun": noun, **inputs}).args
+
+    def pictures(self, count=1, size=96, channels=3, seed=0):
+        return torch.rand(count, size, size, channels, generator=torch.Generator().manual_seed(seed))
+
+    def draw(self, positive, model=None, **inputs):
+        defaults = {
+            "seed": 7, "steps": 4, "cfg": 4.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0,
+            "latent_image": {"samples": torch.zeros(1, 4, 12, 12)}, "fusion_steps": 1, "eta": 1.0, "fusion_start": 0.0,
+            "fusion_end": 1.0, "fusion_cfg": 3.0, "gamma": 0.8, "mode": "dependent",
+        }  # fmt: skip
+        negative = tiny.encode(self.clip, "")
+        with torch.inference_mode():
+            node = self.modules["nodes.fusion"].FusionKSampler
+            arguments = {**defaults, "positive": positive, "negative": negative, **inputs}
+            return node.execute(self.model if model is None else model, **arguments).args[0]["samples"]
+
+    def watched(self, seen):
+        """The model, noting each evaluation's (sigma, stage, contexts by cond_or_uncond)."""
+        model, stage = self.model.clone(), self.modules["nodes.host_fusion"].STAGE
+
+        def wrapper(apply_model, arguments):
+            options, which = arguments["c"]["transformer_options"], arguments["cond_or_uncond"]
+            contexts = arguments["c"]["c_crossattn"].chunk(len(which))
+            seen.append((float(arguments["timestep"][0]), options.get(stage), dict(zip(which, contexts, strict=True))))
+            return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+
+        model.set_model_unet_function_wrapper(wrapper)
+        return model
+
+
+@pytest.fixture(scope="module")
+def studio(pack):
+    return Studio(pack)
+
+
+def test_the_conditioning_is_the_kernels(studio):
+    """The node's static context against the kernel's own networks on the same picture: 1e-4."""
+    positive, plain = studio.encode()
+    toybox = studio.modules["profusion.toybox.pipeline"].Toybox.load()
+    picture, network = studio.pictures(), studio.promptnet.network
+    latent, tokens = toybox.vae.latents(picture), toybox.vision(toybox.vision.preprocess(picture))
+    words = network.embed_all(latent, tokens, torch.linspace(0, 999, 8))
+    expected = studio.modules["profusion.promptnet.pseudo_word"].encode(toybox.text, TEXT, words.mean(0, keepdim=True))
+    torch.testing.assert_close(positive[0][0], expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(plain[0][0], toybox.context("a photo of cat on snow"), rtol=0, atol=1e-4)
+
+
+def test_the_conditioning_works_in_any_sampler(studio):
+    positive, plain = studio.encode()
+    negative = tiny.encode(studio.clip, "")
+    drawn = [tiny.sample(studio.model, one, negative, size=(12, 12)) for one in (positive, plain)]
+    assert drawn[0].isfinite().all() and not torch.equal(*drawn)
+
+
+def test_s_is_made_anew_for_each_level_and_scaled_in_the_fusion_stage(studio):
+    positive, plain = studio.encode()
+    seen = []
+    studio.draw(positive, studio.watched(seen), text=plain, gamma=0.5)
+    word = positive[0][1][studio.modules["nodes.host_fusion"].WORD]
+    sampling = studio.model.get_model_object("model_sampling")
+    sigmas = comfy_samplers.KSampler(studio.model, 4, torch.device("cpu"), "euler", "simple").sigmas
+    at = word.contexts(sampling, sigmas, False)
+    rows = list(word.rows)
+    assert [stage for _, stage, _ in seen] == ["fusion", None] * 3 + [None]
+    for sigma, stage, contexts in seen:
+        expected = at(None, sigma).clone()
+        expected[:, rows] *= 0.5 if stage == "fusion" else 1.0
+        assert torch.equal(contexts[0], expected)
+        assert torch.equal(contexts[2], plain[0][0])  # the plain text stays what it is
+    assert not torch.equal(seen[1][2][0], seen[3][2][0])
+
+
+def test_independent_mode_evaluates_s_in_a_prompt_of_its_own(studio):
+    seen = []
+    positive, plain = studio.encode()
+    studio.draw(positive, studio.watched(seen), text=plain, mode="independent", fusion_steps=0)
+    alone, _ = studio.encode("a photo of S*")
+    word = alone[0][1][studio.modules["nodes.host_fusion"].WORD]
+    sigmas = comfy_samplers.KSampler(studio.model, 4, torch.device("cpu"), "euler", "simple").sigmas
+    at = word.contexts(studio.model.get_model_object("model_sampling"), sigmas, False)
+    for sigma, _, contexts in seen:
+        torch.testing.assert_close(contexts[0], at(None, sigma), rtol=0, atol=1e-5)
+
+
+def test_a_promptnet_that_looks_at_the_noisy_latent_is_asked_at_every_call(pack):
+    studio = Studio(pack, "noisy")
+    positive, plain = studio.encode()
+    seen = []
+    drawn = studio.draw(positive, studio.watched(seen), text=plain, latent_image={"samples": torch.zeros(2, 4, 12, 12)})
+    assert drawn.isfinite().all()
+    contexts = [contexts[0] for _, _, contexts in seen]
+    assert all(not torch.equal(one, other) for one, other in zip(contexts, contexts[1:], strict=False))
+    assert not torch.equal(contexts[0][0], contexts[0][1])  # two latents, two words
+
+
+def test_several_pictures_of_one_thing_give_the_mean_word(studio):
+    both = torch.cat([studio.pictures(seed=1), studio.pictures(seed=2)])
+    glue = studio.modules["nodes.host_promptnet"]
+    words = []
+    for pictures in (both[:1], both[1:], both):
+        reference = glue.encode_pictures(studio.promptnet, studio.vae, studio.clip_vision, pictures)
+        word = glue.WordInPrompt(studio.promptnet, studio.clip, reference, TEXT)
+        words.append(word._words(torch.tensor([500.0])))
+    torch.testing.assert_close(words[2], (words[0] + words[1]) / 2, rtol=0, atol=1e-4)
+
+
+def test_weights_and_long_prompts_keep_s_in_its_place(studio):
+    plain_rows = studio.encode()[0][0][1]["profusion_word"].rows
+    weighted, _ = studio.encode("a photo of (S*:1.4) on snow")
+    assert weighted[0][1]["profusion_word"].rows == plain_rows
+    assert not torch.equal(weighted[0][0], studio.encode()[0][0][0])
+    long, _ = studio.encode("a photo of snow, " * 25 + "S* on grass")
+    assert long[0][0].shape[1] == 154 and long[0][1]["profusion_word"].rows[0] > 77
+    assert studio.draw(long, fusion_steps=0, steps=2).isfinite().all()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_grey_and_transparent_pictures_are_taken(studio, channels):
+    assert studio.encode(pictures=studio.pictures(channels=channels))[0][0][0].isfinite().all()
+
+
+def test_masks_make_the_rest_grey(studio):
+    mask = torch.zeros(1, 96, 96)
+    mask[:, 20:70, 20:70] = 1
+    one, other = studio.pictures(seed=1), studio.pictures(seed=1)
+    other[:, :10] = 0.9  # outside the mask
+    contexts = [studio.encode(pictures=picture, masks=mask)[0][0][0] for picture in (one, other)]
+    torch.testing.assert_close(*contexts, rtol=0, atol=1e-5)
+    assert not torch.allclose(studio.encode(pictures=one)[0][0][0], contexts[0], rtol=0, atol=1e-4)
+
+
+def test_a_conditioning_that_was_zeroed_out_stays_so(studio):
+    seen = []
+    positive, _ = studio.encode()
+    zeroed = [[torch.zeros_like(context), dict(extras)] for context, extras in positive]
+    studio.draw(zeroed, studio.watched(seen), fusion_steps=0, steps=2)
+    assert all(not contexts[0].any() for _, _, contexts in seen)
+
+
+def test_residuals_and_s_meet_in_one_graph(studio, infused_toybox):
+    """Infusion's two streams under Fusion Sampling: F is the run without residuals, bit for bit."""
+    residual = infused_toybox.residual(size=2.0, noun="snow")
+    positive, plain = studio.encode()
+    expected = studio.draw(positive, text=plain)
+    patched, placed = infused_toybox.patch(residual, model=studio.model, text="a photo of cat on snow")
+    foundations = []
+    watched = studio.pack.nodes.host.add_streams(patched, infused_toybox.layers, False, foundations.append)
+    customised = studio.draw(positive, watched, text=placed)
+    assert torch.equal(studio.model.model.process_latent_out(foundations[0].float()), expected)
+    assert customised.isfinite().all() and not torch.equal(customised, expected)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"text": "a photo of a cat"}, r"no S\* in the prompt 'a photo of a cat'"),
+        ({"text": "S* and S*"}, r"S\* is 2 times in the prompt"),
+        ({"text": ""}, r"no S\* in the prompt"),
+        ({"noun": " "}, "no class noun"),
+        ({"pictures": torch.rand(1, 3, 3, 3)}, "3"),
+        ({"pictures": torch.rand(0, 96, 96, 3)}, "no picture"),
+        ({"clip": None}, "clip is None"),
+        ({"clip_vision": None}, "clip_vision is None"),
+        ({"vae": None}, "vae is None"),
+    ],
+)
+def test_bad_inputs_are_explained(studio, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        studio.encode(**inputs)
+
+
+def test_a_promptnet_of_another_width_is_refused_by_both_widths(studio):
+    from dataclasses import replace
+
+    config = studio.modules["profusion.promptnet.network"].TOYBOX_PROMPTNET
+    with pytest.raises(ValueError, match=r"width 96 .*width 128"):
+        studio.encode(promptnet=studio.random_promptnet(replace(config, text_widths=(96,))))
+    with pytest.raises(ValueError, match=r"width 64.*width 128"):
+        studio.encode(promptnet=studio.random_promptnet(replace(config, image_width=64)))
+
+
+def test_the_loader_says_what_is_missing(pack, tmp_path):
+    loader = modules(pack)["nodes.promptnet"].PromptNetLoader
+    assert "There is no PromptNet 'nothing.safetensors'" in loader.validate_inputs("nothing.safetensors")
+    assert loader.validate_inputs(None) is True
+
+
+def test_the_schemas_are_valid(pack):
+    for node in modules(pack)["nodes.promptnet"].NODES:
+        schema = node.GET_SCHEMA()
+        assert all(entry.tooltip for entry in (*schema.inputs, *schema.outputs))
