@@ -10,8 +10,8 @@ import comfy.utils
 import latent_preview
 from comfy_api.latest import io
 
-from ..profusion.fusion import FusionOptions
-from .host_fusion import FusionGuider, FusionSampling, Guidance
+from ..profusion.fusion import FusionOptions, Guidance
+from .host_fusion import FusionGuider, FusionSampling
 from .messages import show
 
 MORE_TERMS = ("_2", "_3", "_4")

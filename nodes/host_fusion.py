@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import comfy.conds
 import comfy.model_management
@@ -18,11 +18,10 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..profusion.fusion import FusionOptions, fusion_stage, mean_prediction, segments, total_weight
+from ..profusion.fusion import FusionOptions, Guidance, fusion_stage, mean_prediction, segments
 
 WORD = "profusion_word"
 STAGE = "profusion_stage"
-Mode = Literal["dependent", "independent"]
 
 _SEED_STRIDE = 1_000_003
 _SEEDS = 2**63
@@ -40,26 +39,6 @@ class Word(Protocol):
     def contexts(self, model_sampling: Any, sigmas: Tensor, alone: bool) -> Callable[[Tensor, float], Tensor]:
         """How the context depends on the noise: (x, sigma) -> (1 or B, L, D). Asked once a run, for the run's levels.
         alone: of the prompt that has S* and nothing else."""
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """How the terms are weighed. cfg: of the refinement stage, and of all there is without a FusionSampler. fusion_cfg and
-    gamma (what S*'s rows are multiplied by): of the fusion stage. independent: S* is evaluated in a prompt of its own."""
-
-    weights: tuple[float, ...]
-    cfg: float = 6.0
-    fusion_cfg: float = 3.0
-    gamma: float = 0.8
-    mode: Mode = "dependent"
-
-    def __post_init__(self) -> None:
-        if not self.weights:
-            raise ValueError("no conditioning: connect at least one")
-        total_weight(self.weights)
-        for name in ("cfg", "fusion_cfg", "gamma"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)} is not a finite number")
 
 
 class FusionGuider(comfy.samplers.CFGGuider):

@@ -30,6 +30,7 @@ from torch import Tensor
 from .diffusion import Denoiser
 
 Stage = Literal["fusion", "refinement"]
+Mode = Literal["dependent", "independent"]
 GuidedDenoiser = Callable[[Tensor, Tensor, Stage], Tensor]
 """`model(x, sigma, stage) -> denoised`: each stage has a guidance and a scale of S* of its own."""
 
@@ -63,6 +64,32 @@ class FusionOptions:
         """
         active = self.eta > 0 and self.sigma_end <= sigma <= self.sigma_start and 0 < sigma_next < sigma
         return self.repeats if active else 0
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the conditions of a step are weighed: e0 + scale * sum_i w_i (e_i - e0) / sum_i w_i.
+
+    weights: of each condition. cfg: the scale in the refinement stage. fusion_cfg and gamma: the scale, and the factor of
+    S*'s rows in the context, in the fusion stage (the authors' code: 3 and 0.8). mode: "dependent" evaluates S* within its
+    prompt, e(S*, C); "independent" in a prompt of its own, e(S*), so that only the other conditions say the text.
+    """
+
+    weights: tuple[float, ...]
+    cfg: float = 6.0
+    fusion_cfg: float = 3.0
+    gamma: float = 0.8
+    mode: Mode = "dependent"
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise ValueError("no conditioning: connect at least one")
+        total_weight(self.weights)
+        if self.mode not in ("dependent", "independent"):
+            raise ValueError(f"mode={self.mode!r}: choose dependent or independent")
+        for name in ("cfg", "fusion_cfg", "gamma"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} is not a finite number")
 
 
 def swap_share(ratio: float | Tensor, eta: float) -> float | Tensor:

@@ -1,0 +1,92 @@
+"""Fusion Sampling on Toybox without a host: a picture's S* and any text (arXiv 2305.13579)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..diffusion import eps_denoiser, sample_euler, sampling_sigmas, timestep_of
+from ..fusion import FusionOptions, Guidance, Stage, guide, mean_prediction, sample_fusion
+from ..promptnet.network import PromptNet, merged
+from ..promptnet.pseudo_word import PLACEHOLDER, encode_tokens, prompt_tokens, with_noun
+from .pipeline import STEPS, Toybox, initial_noise
+
+ALONE = f"a photo of {PLACEHOLDER}"
+
+
+@dataclass
+class FusedToybox:
+    """Toybox and its PromptNet (one that does not look at the noisy latent). `rows` counts UNet rows evaluated so far."""
+
+    toybox: Toybox
+    promptnet: PromptNet
+    rows: int = 0
+
+    @torch.no_grad()
+    def words(self, pictures: Tensor, timesteps: Tensor) -> Tensor:
+        """S* of pictures (P, 96, 96, 3) of one thing, at timesteps (T,): (T, tokens, width), the mean over pictures."""
+        latents = self.toybox.vae.latents(pictures)
+        tokens = self.toybox.vision(self.toybox.vision.preprocess(pictures))
+        pairs = zip(latents.split(1), tokens.split(1), strict=True)
+        return merged([self.promptnet.embed_all(latent, token, timesteps) for latent, token in pairs])
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: str,
+        noun: str,
+        pictures: Sequence[Tensor],
+        generators: Sequence[torch.Generator],
+        guidance: Guidance,
+        options: FusionOptions,
+        steps: int = STEPS,
+        fresh: torch.Generator | None = None,
+    ) -> Tensor:
+        """One latent for each of `pictures` (each (P, 96, 96, 3), of one thing) and its generator: (B, 4, 12, 12).
+
+        prompt: with S* once. noun: stands for S* in the plain text, which is the second of guidance.weights if there are two.
+        fresh: of the fusion stage's noise; needed where that has steps.
+        """
+        sigmas = sampling_sigmas(steps)
+        levels = sigmas[:-1]
+        spoken = ALONE if guidance.mode == "independent" else prompt
+        words = torch.stack([self.words(some, timestep_of(levels)) for some in pictures], dim=1)  # (T, B, tokens, width)
+        encoded = {1.0: self._contexts(spoken, words, 1.0)}
+        if options.repeats:
+            encoded[guidance.gamma] = self._contexts(spoken, words, guidance.gamma)
+        count = len(pictures)
+        text = self.toybox.context(with_noun(prompt, noun)).expand(count, -1, -1)
+        nothing = self.toybox.context("").expand(count, -1, -1)
+
+        def denoise(x: Tensor, sigma: Tensor, stage: Stage) -> Tensor:
+            fusing = stage == "fusion"
+            step = int((levels - sigma[0]).abs().argmin())
+            conditions = [encoded[guidance.gamma if fusing else 1.0][step], text]
+            used = [(one, weight) for one, weight in zip(conditions, guidance.weights, strict=False) if weight]
+            contexts = torch.cat([*(one for one, _ in used), nothing])
+            repeat = len(used) + 1
+            self.rows += repeat * count
+
+            def predict(x: Tensor, t: Tensor) -> Tensor:
+                eps = self.toybox.unet(x.repeat(repeat, 1, 1, 1), t.repeat(repeat), contexts).chunk(repeat)
+                mean = mean_prediction(eps[:-1], [weight for _, weight in used])
+                return guide(eps[-1], mean, guidance.fusion_cfg if fusing else guidance.cfg)
+
+            return eps_denoiser(predict)(x, sigma)
+
+        def refine(model, x: Tensor, part: Tensor) -> Tensor:
+            return sample_euler(model, x / (part[0] ** 2 + 1).sqrt(), part)
+
+        start = initial_noise(generators) * (sigmas[0] ** 2 + 1).sqrt()
+        fresh = fresh or torch.Generator()
+        return sample_fusion(denoise, refine, start, sigmas, options, fresh)
+
+    def _contexts(self, prompt: str, words: Tensor, gamma: float) -> Tensor:
+        """words (T, B, tokens, width) -> (T, B, 77, width)."""
+        ids, rows = prompt_tokens(prompt, words.shape[2])
+        config = self.promptnet.config
+        contexts = encode_tokens(self.toybox.text, ids, rows, words.flatten(0, 1), gamma, config.holds_position)
+        return contexts.unflatten(0, words.shape[:2])

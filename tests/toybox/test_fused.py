@@ -1,0 +1,89 @@
+"""Fusion Sampling on Toybox itself, against the paper's algorithm written straight down in its own symbols."""
+
+import pytest
+import torch
+
+from profusion.diffusion import alphas_cumprod, sampling_sigmas, timestep_of
+from profusion.fusion import FusionOptions, Guidance
+from profusion.promptnet.network import TOYBOX_PROMPTNET, PromptNet
+from profusion.promptnet.pseudo_word import encode
+from profusion.toybox.fused import FusedToybox
+from profusion.toybox.pipeline import NETWORKS, WEIGHTS, Toybox, initial_noise, seeded
+
+pytestmark = pytest.mark.skipif(
+    not all((WEIGHTS / f"toybox_{name}.safetensors").is_file() for name in NETWORKS),
+    reason="Toybox's weights are not there: train them with `python -m training.toybox`",
+)
+STEPS, M, ETA, GAMMA, FUSION_CFG, CFG = 5, 2, 0.9, 0.7, 3.0, 5.0
+
+
+@pytest.fixture(scope="module")
+def fused():
+    torch.manual_seed(0)
+    network = PromptNet(TOYBOX_PROMPTNET).eval().requires_grad_(False)
+    return FusedToybox(Toybox.load(), network)
+
+
+def pictures(seed, count=1):
+    return torch.rand(count, 96, 96, 3, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def straight(fused, picture, weights, generator, noises):
+    """The paper's Algorithm 1, one picture, alpha-bar form: m fusion steps and a DDIM step at each timestep."""
+    toybox, levels = fused.toybox, sampling_sigmas(STEPS)[:-1]
+    times = timestep_of(levels).tolist()
+    bars = [*alphas_cumprod()[times].double().tolist(), 1.0]
+    plain, nothing = toybox.context("a photo of a ball on snow"), toybox.context("")
+    x = initial_noise([generator])
+    for t, a_t, a_p in zip(times, bars, bars[1:], strict=False):
+        word = fused.words(picture, torch.tensor([t]))
+
+        def guided(x, gamma, scale, t=t, word=word):
+            contexts = (encode(toybox.text, "a photo of a S* on snow", word, gamma), plain, nothing)
+            both, text, empty = (toybox.unet(x, torch.tensor([t]), context) for context in contexts)
+            total = sum(weights)
+            return empty + scale * weights[0] / total * (both - empty) + scale * weights[1] / total * (text - empty)
+
+        for _ in range(M if a_p < 1 else 0):
+            s2 = ETA**2 * (1 - a_p) / (1 - a_t) * (1 - a_t / a_p)
+            eps, z = guided(x, GAMMA, FUSION_CFG), torch.randn(x.shape, generator=noises)
+            x = x - s2 * (1 - a_t) ** 0.5 / (1 - a_p) * eps
+            x = x + s2**0.5 * ((1 - a_t) * (2 - 2 * a_p - s2)) ** 0.5 / (1 - a_p) * z
+        eps = guided(x, 1.0, CFG)
+        x = a_p**0.5 * (x - (1 - a_t) ** 0.5 * eps) / a_t**0.5 + (1 - a_p) ** 0.5 * eps
+    return x
+
+
+def test_the_two_stage_loop_is_the_papers_algorithm(fused):
+    guidance = Guidance((1.0, 0.5), CFG, FUSION_CFG, GAMMA)
+    noises = torch.Generator().manual_seed(9)
+    result = fused.generate(
+        "a photo of a S* on snow", "ball", [pictures(1)], seeded(3), guidance, FusionOptions(M, ETA), STEPS, noises
+    )
+    expected = straight(fused, pictures(1), (1.0, 0.5), *seeded(3), torch.Generator().manual_seed(9))
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_each_row_has_its_own_picture(fused):
+    guidance = Guidance((1.0, 0.0), CFG)
+    both = fused.generate("a S*", "ball", [pictures(1), pictures(2)], seeded(3, 4), guidance, FusionOptions(0), 3)
+    alone = fused.generate("a S*", "ball", [pictures(2)], seeded(4), guidance, FusionOptions(0), 3)
+    torch.testing.assert_close(both[1:], alone, rtol=0, atol=1e-4)
+    assert not torch.allclose(both[0], both[1], atol=1e-2)
+
+
+def test_rows_are_counted(fused):
+    before = fused.rows
+    fused.generate("a S*", "ball", [pictures(1)] * 2, seeded(1, 2), Guidance((1.0, 0.5)), FusionOptions(1), 4, seeded(0)[0])
+    assert fused.rows - before == (3 + 4) * 3 * 2  # no fusion stage before the last step; three conditions; two pictures
+
+
+def test_s_alone_says_nothing_of_the_prompt(fused):
+    """independent: the rest of the prompt reaches the picture through the plain text only, which has no weight here."""
+    guidance = Guidance((1.0, 0.0), CFG, mode="independent")
+    drawn = [
+        fused.generate(prompt, "ball", [pictures(1)], seeded(1), guidance, FusionOptions(0), 2)
+        for prompt in ("a S* on snow", "a S* at night")
+    ]
+    assert torch.equal(*drawn)
