@@ -35,7 +35,7 @@ class Recipe:
     pictures: int = 20_000
     vae_steps: int = 2500
     text_steps: int = 300
-    unet_steps: int = 3600
+    unet_steps: int = 3000
     vision_steps: int = 500
     decoder_steps: int = 400
     batch: int = 32
