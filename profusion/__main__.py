@@ -1,4 +1,4 @@
-"""`python -m profusion demo --out DIR [--images DIR --noun NOUN]`."""
+"""`python -m profusion demo --out DIR [--images DIR --noun NOUN]` and `python -m profusion promptnet train --out FILE`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from . import demo
 from .pictures import PictureError
 from .prompt import NounError
+from .promptnet import PromptNetError
+from .promptnet import command as promptnet
 from .residual import ResidualError
 from .toybox import world
 from .training import TrainingError, TrainingOptions
@@ -26,27 +28,42 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--steps", type=int, default=250, help="training steps (default: %(default)s)")
     one.add_argument("--learning-rate", type=float, default=0.01, help="AdamW's (default: %(default)s)")
     one.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
+    one.set_defaults(run=_demo)
+    promptnet.add_to(commands).set_defaults(run=_promptnet)
     return top
+
+
+def _demo(options: argparse.Namespace) -> int:
+    training = TrainingOptions(steps=options.steps, learning_rate=options.learning_rate, seed=options.seed)
+    if options.images is None:
+        concept = demo.drawn_concept(options.concept)
+    else:
+        concept = demo.own_concept(options.images, options.noun)
+    print(json.dumps(demo.run(options.out, concept, training), indent=2))
+    print(f"\nLook at {options.out / 'grid.png'}")
+    return 0
+
+
+def _promptnet(options: argparse.Namespace) -> int:
+    try:
+        report = promptnet.run(promptnet.from_arguments(options))
+    except KeyboardInterrupt:
+        print("profusion: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    print(json.dumps(report, indent=2))
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     command_line = parser()
     options = command_line.parse_args(arguments)
-    if (options.images is None) != (options.noun is None):
+    if options.command == "demo" and (options.images is None) != (options.noun is None):
         command_line.error("--images and --noun go together: whose pictures, and what is in them")
     try:
-        training = TrainingOptions(steps=options.steps, learning_rate=options.learning_rate, seed=options.seed)
-        if options.images is None:
-            concept = demo.drawn_concept(options.concept)
-        else:
-            concept = demo.own_concept(options.images, options.noun)
-        report = demo.run(options.out, concept, training)
-    except (PictureError, NounError, ResidualError, TrainingError, ValueError, OSError) as error:
+        return options.run(options)
+    except (PictureError, NounError, ResidualError, PromptNetError, TrainingError, ValueError, OSError) as error:
         print(f"profusion: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(report, indent=2))
-    print(f"\nLook at {options.out / 'grid.png'}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -232,7 +232,9 @@ def _told_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> PromptNetConfig:
             in_channels=channels,
         )
         projection = shapes["first_prompt_projection.weight"][0]
-        return PromptNetConfig(unet, image_width, (text_width,), 1, grid, projection, "noisy", holds_position=True)
+        return PromptNetConfig(
+            unet, image_width, (text_width,), 1, grid, projection, "noisy", holds_position=True, normalise=False
+        )
     except (KeyError, ValueError, TypeError, ZeroDivisionError) as problem:
         raise PromptNetError(f"it has the authors' layout, but not all of it ({problem})") from problem
 

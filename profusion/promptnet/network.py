@@ -1,11 +1,15 @@
 """PromptNet (ProFusion, arXiv 2305.13579, section 3.1): from one picture to a pseudo-word S*.
 
-    S*(z, c, t[, x_t]) = start + spread * conv(concat_k proj_k(h_k))
+    S*(z, c, t[, x_t]) = start + spread * conv(concat_k norm(proj_k(h_k)))
 
 h_0 is the UNet's first convolution of the reference latent z, plus an embedding of a second latent where there is one;
 h_1.. are the outputs of the UNet encoder's levels, and the last that of its middle block, with the reference's CLIP
 image tokens c where the UNet has its text. proj_k is a strided convolution that brings h_k to one small grid. S* lives
 in the text encoder's *input* space, where its token embeddings are.
+
+`start`, `spread` and `norm`, to mean 0 and variance 1 over a picture's part of the grid, are not in the paper, and a
+PromptNet of its authors has 0, 1 and none. Without them S* starts, and is thrown by every early step of AdamW, tens of
+standard deviations away from any word that the text encoder knows.
 
 Sizes in shape comments: B rows, H x W latent cells, L image tokens, D the UNet's context width.
 """
@@ -41,7 +45,7 @@ class PromptNetConfig:
     tokens: pseudo-words in S*. grid: side of the grid that everything is brought to. projection: channels of each
     part of it. second_latent: "none"; "noisy", the latent being denoised, so that S* must be made afresh at every
     step; or "reference", the reference latent once more. holds_position: S* was trained without a position embedding
-    being added to it, as the authors' code does, and must not be given one.
+    being added to it, as the authors' code does, and must not be given one. normalise: whether there is a `norm`.
     """
 
     unet: UNetConfig
@@ -52,6 +56,7 @@ class PromptNetConfig:
     projection: int = 128
     second_latent: str = "none"
     holds_position: bool = False
+    normalise: bool = True
 
     def __post_init__(self) -> None:
         if not self.text_widths or min(self.text_widths) < 1:
@@ -122,8 +127,9 @@ class PromptNet(UNetEncoder):
         unet: the state dict of the UNet it serves; the encoder and the middle are copied. Everything else is drawn from
         `generator`, except the last convolution of the second latent's embedding and that of the output, which are
         zero: at first its features are exactly the UNet's, and S* is exactly `start`, (tokens, text_width) or
-        (text_width,), whatever the picture. `spread` (text_width,) is the unit in which the network moves it. See
-        `typical_embedding`. Raises PromptNetError where the UNet is another one.
+        (text_width,), whatever the picture. `spread` (text_width,) is how far words lie apart: it becomes the unit in
+        which the network moves S*, so that one step of AdamW moves it by about learning_rate * sqrt(inputs of the last
+        convolution) of it. See `typical_embedding`. Raises PromptNetError where the UNet is another one.
         """
         with torch.inference_mode(False), torch.no_grad():  # a host may call in inference mode
             with torch.device("meta"):
@@ -138,6 +144,7 @@ class PromptNet(UNetEncoder):
                 network.second_latent[2].weight.zero_()
             network.start.copy_(torch.zeros(()) if start is None else start)
             network.spread.copy_(torch.ones(()) if spread is None else spread)
+            network.spread.div_(math.sqrt(network.output.weight[0].numel()))
         return network
 
     def _copy_encoder(self, unet: Mapping[str, Tensor]) -> None:
@@ -165,7 +172,9 @@ class PromptNet(UNetEncoder):
         self._check(latent, image_tokens)
         features = self.encoder_features(latent, timesteps, self.image_projection(image_tokens), noisy)
         grid = [self._to_grid(h, projection) for h, projection in zip(features, self.projections, strict=True)]
-        word = self.output(torch.cat(grid, dim=1))[..., 0, 0]  # (B, tokens * text_width)
+        joined = torch.cat(grid, dim=1)
+        joined = F.group_norm(joined, len(grid)) if self.config.normalise else joined
+        word = self.output(joined)[..., 0, 0]  # (B, tokens * text_width)
         word = word.view(-1, self.config.tokens, self.config.text_width)
         return self.start + self.spread * word
 
@@ -199,14 +208,7 @@ class PromptNet(UNetEncoder):
                 "this PromptNet looks at the latent being denoised, so its S* cannot be made before sampling: "
                 "evaluate it at every step, or use one that was trained without the noisy latent"
             )
-        if knots is not None and knots < 2:
-            raise ValueError(f"knots={knots}: give at least 2, the first and the last timestep of a run")
-        if knots is None or knots >= len(timesteps):
-            chosen = timesteps
-        else:
-            chosen = timesteps.amin() + (timesteps.amax() - timesteps.amin()) * torch.linspace(
-                0, 1, knots, device=timesteps.device
-            )
+        chosen = timesteps if knots is None else knots_of(timesteps, knots)
         words = torch.cat([
             self(reference_latent.expand(len(part), -1, -1, -1), part, image_tokens.expand(len(part), -1, -1))
             for part in chosen.split(rows)
@@ -293,15 +295,25 @@ def merged(words: Sequence[Tensor] | Tensor, weights: Sequence[float] | None = N
     return torch.einsum("p,p...->...", share, torch.stack(words))
 
 
+def knots_of(timesteps: Tensor, count: int) -> Tensor:
+    """`count` rising timesteps, evenly spread over a run's (T,); the run's own where that has no more."""
+    if count < 2:
+        raise ValueError(f"knots={count}: give at least 2, the first and the last timestep of a run")
+    if count >= len(timesteps):
+        return timesteps
+    first, last = timesteps.amin(), timesteps.amax()
+    return first + (last - first) * torch.linspace(0, 1, count, device=timesteps.device)
+
+
 def interpolated(words: Tensor, knots: Tensor, timesteps: Tensor) -> Tensor:
-    """S* (K, tokens, D) at rising timesteps `knots` (K,), linearly between them: (T,) -> (T, tokens, D).
+    """S*, or a context made of it, at rising timesteps `knots` (K,), linearly between them: (K, ...) -> (T, ...).
 
     Outside the knots the nearest one's.
     """
     knots, timesteps = knots.float(), timesteps.float()
     right = torch.searchsorted(knots, timesteps.contiguous()).clamp(1, len(knots) - 1)
     gap = (knots[right] - knots[right - 1]).clamp_min(1e-6)
-    share = ((timesteps - knots[right - 1]) / gap).clamp(0, 1).view(-1, 1, 1).to(words.dtype)
+    share = ((timesteps - knots[right - 1]) / gap).clamp(0, 1).view(-1, *[1] * (words.ndim - 1)).to(words.dtype)
     return torch.lerp(words[right - 1], words[right], share)
 
 

@@ -55,9 +55,10 @@ def test_it_starts_as_the_unets_encoder_and_as_the_given_word(small, second_late
     assert torch.equal(network(latent, timesteps, image_tokens, noisy), mean.expand(2, 1, 24))
 
 
-def test_s_is_the_formula(small):
-    """start + spread * conv(concat(proj(h))), by plain sums over windows."""
-    network = small.stirred(tokens=3)
+@pytest.mark.parametrize("normalise", [False, True])
+def test_s_is_the_formula(small, normalise):
+    """start + spread * conv(concat(norm(proj(h)))), by plain sums over windows."""
+    network = small.stirred(tokens=3, normalise=normalise)
     latent, timesteps, image_tokens = inputs(size=(4, 4))  # native: nothing is averaged
     features = unet_features(
         # The same walk with PromptNet's own, now different, weights.
@@ -68,6 +69,8 @@ def test_s_is_the_formula(small):
         stride = h.shape[-1] // 2
         windows = h.unfold(2, stride, stride).unfold(3, stride, stride)  # (B, C, 2, 2, stride, stride)
         grid.append(torch.einsum("bcyxij,ocij->boyx", windows, projection.weight) + projection.bias.view(1, -1, 1, 1))
+    if normalise:
+        grid = [(part - part.mean((1, 2, 3), True)) / (part.var((1, 2, 3), False, True) + 1e-5).sqrt() for part in grid]
     joined = torch.cat(grid, dim=1)
     flat = torch.einsum("bcyx,ocyx->bo", joined, network.output.weight) + network.output.bias
     expected = network.start + network.spread * flat.view(2, 3, 24)
@@ -152,6 +155,22 @@ def test_interpolation_stays_at_the_ends():
     words = torch.tensor([1.0, 3.0, 11.0]).view(3, 1, 1)
     at = interpolated(words, torch.tensor([10.0, 20.0, 40.0]), torch.tensor([0.0, 10.0, 15.0, 20.0, 25.0, 40.0, 99.0]))
     assert at.flatten().tolist() == [1.0, 1.0, 2.0, 3.0, 5.0, 11.0, 11.0]
+    assert interpolated(torch.zeros(2, 5), torch.tensor([0.0, 1.0]), torch.tensor([0.3, 0.5, 0.9])).shape == (3, 5)
+
+
+def test_early_steps_do_not_throw_the_word_away(small):
+    """Whatever the scale of the features, ten steps of AdamW leave S* within what words differ by."""
+    network, (latent, timesteps, image_tokens) = small.promptnet(), inputs()
+    with torch.no_grad():
+        network.input_blocks[0][0].weight.mul_(100)
+    _, spread = typical_embedding(small.text.text_model.embeddings.token_embedding.weight)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    for _ in range(10):
+        optimizer.zero_grad()
+        network(latent, timesteps, image_tokens).sum().backward()
+        optimizer.step()
+    moved = ((network(latent, timesteps, image_tokens) - network.start) / spread).abs()
+    assert moved.mean() > 0.01 and moved.max() < 1
 
 
 def test_several_pictures_are_merged_by_weight():

@@ -1,0 +1,193 @@
+"""`python -m profusion promptnet train`: one command from pictures to a PromptNet, resumable at any moment."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..toybox import world
+from ..toybox.pipeline import Toybox
+from .data import Say, toybox_pictures
+from .file import SUFFIX, save_promptnet
+from .network import TOYBOX_PROMPTNET
+from .toybox import new_promptnet, toybox_training
+from .training import PictureSet, PromptNetOptions, PromptNetTraining
+
+KEPT = 64  # most pictures that are kept from training, to see whether it helps with new ones
+REPORT_EVERY = 50
+
+
+@dataclass(frozen=True)
+class Command:
+    """What was asked for. data: "toybox", or a folder of pictures. pictures: how many to draw."""
+
+    data: str
+    out: Path
+    options: PromptNetOptions
+    pictures: int = 12000
+    noun: str | None = None
+    with_noise: bool = False
+    tokens: int = 1
+    save_every: int = 250
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.out.suffix != SUFFIX:
+            raise ValueError(f"--out {self.out}: give it a name that ends in {SUFFIX}")
+        if self.pictures < 1 or self.tokens < 1 or self.save_every < 1:
+            raise ValueError("--pictures, --tokens and --save-every must be at least 1")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"--device {self.device}: there is no such device here; leave it out to train on the CPU")
+
+    @property
+    def checkpoint(self) -> Path:
+        """What the training goes on from."""
+        return self.out.with_suffix(f".training{SUFFIX}")
+
+    @property
+    def cache(self) -> Path:
+        """Where the encoded pictures are kept."""
+        return self.out.with_suffix(f".pictures{SUFFIX}")
+
+
+def add_to(commands) -> argparse.ArgumentParser:
+    """The command line: `promptnet train`, under an argparse parser's sub-commands. Returns its parser."""
+    promptnet = commands.add_parser("promptnet", help="PromptNet, which turns one picture into a word S*")
+    train = promptnet.add_subparsers(dest="action", required=True).add_parser(
+        "train", help="train Toybox's PromptNet on pictures alone; run it again to go on after an interrupt"
+    )
+    train.add_argument("--data", default="toybox", help="a folder of pictures, or 'toybox' to draw them (default)")
+    train.add_argument("--out", type=Path, required=True, help=f"file to write, {SUFFIX}; its checkpoint is put beside it")
+    numbers = (
+        ("--pictures", int, 12000, "how many to draw"),
+        ("--steps", int, 6000, "training steps, those of a resumed run included"),
+        ("--batch", int, 16, "pictures a step"),
+        ("--learning-rate", float, 3e-4, "AdamW's highest"),
+        ("--warmup", int, 100, "steps over which the learning rate rises"),
+        ("--weight-cap", float, 20.0, "rows weigh min(1 / alpha_bar, this); 1 is the paper's loss"),
+        ("--tokens", int, 1, "pseudo-words in S*"),
+        ("--save-every", int, 250, "steps between checkpoints"),
+        ("--seed", int, 0, "of the pictures, the network and the training"),
+    )
+    for name, kind, default, text in numbers:
+        train.add_argument(name, type=kind, default=default, help=f"{text} (default: %(default)s)")
+    train.add_argument("--noun", choices=world.NOUNS, help="the word that S* starts as (default: the mean of all words)")
+    train.add_argument("--with-noise", action="store_true", help="S* also looks at the latent being denoised")
+    train.add_argument("--constant", action="store_true", help="keep the learning rate; default is half a cosine")
+    train.add_argument("--device", default="cpu", help="of torch, such as cuda (default: %(default)s)")
+    return train
+
+
+def from_arguments(given: argparse.Namespace) -> Command:
+    """The command of parsed arguments. Raises ValueError, which names the argument."""
+    options = PromptNetOptions(
+        steps=given.steps,
+        learning_rate=given.learning_rate,
+        batch_size=given.batch,
+        seed=given.seed,
+        warmup=given.warmup,
+        cosine=not given.constant,
+        weight_cap=given.weight_cap,
+    )
+    more = {name: getattr(given, name) for name in ("noun", "with_noise", "tokens", "save_every", "device", "pictures")}
+    return Command(given.data, given.out, options, **more)
+
+
+def run(command: Command, toybox: Toybox | None = None, say: Say = print) -> dict[str, object]:
+    """Train, saving a checkpoint now and then, and at an interrupt; where there is one already, go on from it.
+
+    Writes the PromptNet in float16 at the end, and returns what to report of it.
+    """
+    toybox = toybox or Toybox.load()
+    seed = command.options.seed
+    pictures = toybox_pictures(toybox, command.data, command.pictures, seed, command.cache, say)
+    pictures, kept = _split(pictures)
+    config = replace(
+        TOYBOX_PROMPTNET, tokens=command.tokens, second_latent="noisy" if command.with_noise else "none"
+    )
+    network = new_promptnet(toybox, config, command.noun, seed).to(command.device)
+    for module in (toybox.unet, toybox.text):
+        module.to(command.device)
+    training = toybox_training(toybox, network, pictures, command.options)
+    if command.checkpoint.is_file():
+        training.resume(command.checkpoint)
+        say(f"going on from step {training.step} of {command.checkpoint}")
+    seconds = _train(command, training, kept, say)
+    notes = {"data": command.data, "pictures": pictures.fingerprint(), "steps": str(training.step), "seed": str(seed)}
+    size = save_promptnet(network.cpu(), command.out, notes=notes)
+    training_loss = training.losses[-REPORT_EVERY:]
+    return {
+        "promptnet": str(command.out),
+        "bytes": size,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "pictures": len(pictures),
+        "steps": training.step,
+        "seconds": round(seconds, 1),
+        "loss": round(sum(training_loss) / max(1, len(training_loss)), 5),
+    }
+
+
+def _split(pictures: PictureSet) -> tuple[PictureSet, PictureSet | None]:
+    """Those to train on, and the last tenth or KEPT of them, if that is any, to check with."""
+    kept = min(KEPT, len(pictures) // 10)
+    if not kept:
+        return pictures, None
+    first = PictureSet(pictures.latents[:-kept], pictures.image_tokens[:-kept])
+    return first, PictureSet(pictures.latents[-kept:], pictures.image_tokens[-kept:])
+
+
+def _train(command: Command, training: PromptNetTraining, kept: PictureSet | None, say: Say) -> float:
+    """The seconds that the rest of a training took. Raises KeyboardInterrupt after an interrupted step, when it is saved."""
+    started, first = time.monotonic(), training.step
+    with _interrupts() as interrupts:
+        for _ in training.steps():
+            last = training.step == training.options.steps
+            if training.step % REPORT_EVERY == 0 or last:
+                say(_progress(training, (time.monotonic() - started) / (training.step - first)))
+            if training.step % command.save_every == 0 or last or interrupts:
+                training.save(command.checkpoint)
+                say(f"saved {command.checkpoint} at step {training.step}")
+            if interrupts and not last:
+                raise KeyboardInterrupt
+            if training.step % command.save_every == 0 or last:
+                say(_check(training, kept))
+    return time.monotonic() - started
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Gathers Ctrl-C instead of stopping in the middle of a step, half of whose parameters would have moved."""
+    gathered: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield gathered
+        return
+    before = signal.signal(signal.SIGINT, lambda number, _: gathered.append(number))
+    try:
+        yield gathered
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _progress(training: PromptNetTraining, pace: float) -> str:
+    recent = training.losses[-REPORT_EVERY:]
+    left = (training.options.steps - training.step) * pace / 60
+    return (
+        f"step {training.step}/{training.options.steps}  loss {sum(recent) / len(recent):.4f}  "
+        f"{pace:.2f} s a step, {math.ceil(left)} min left"
+    )
+
+
+def _check(training: PromptNetTraining, kept: PictureSet | None) -> str:
+    """Whether S* says more of a picture than one word for all pictures does."""
+    what, pictures = ("training pictures", training.pictures) if kept is None else ("pictures kept from it", kept)
+    word, start = training.loss_on(pictures), training.loss_on(pictures, word=training.network.start)
+    return f"on {what} the loss is {word:.4f} with S* and {start:.4f} with the word it started as"

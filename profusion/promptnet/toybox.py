@@ -1,0 +1,42 @@
+"""PromptNet on Toybox, without a host: made from its networks, and trained on them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..diffusion import timestep_of
+from ..models.tokenizer import words_to_ids
+from ..toybox.pipeline import Toybox
+from .network import TOYBOX_PROMPTNET, PromptNet, PromptNetConfig, PromptNetError, typical_embedding
+from .pseudo_word import encode_tokens, prompt_tokens
+from .training import PictureSet, PromptNetOptions, PromptNetTraining
+
+
+def new_promptnet(
+    toybox: Toybox, config: PromptNetConfig = TOYBOX_PROMPTNET, noun: str | None = None, seed: int = 0
+) -> PromptNet:
+    """A PromptNet that is about to be trained: its encoder is Toybox's, its S* a noun's embedding or the mean word's."""
+    table = toybox.text.text_model.embeddings.token_embedding.weight
+    start, spread = typical_embedding(table)
+    if noun is not None:
+        start = table[words_to_ids(noun)].mean(dim=0)
+        if not start.any():
+            raise PromptNetError(f"Toybox was never taught the word {noun!r}: start from a noun it knows, or from none")
+    return PromptNet.from_unet(toybox.unet.state_dict(), config, torch.Generator().manual_seed(seed), start, spread)
+
+
+def toybox_training(
+    toybox: Toybox, network: PromptNet, pictures: PictureSet, options: PromptNetOptions
+) -> PromptNetTraining:
+    """A PromptNet's training on Toybox. `toybox.unet`, `toybox.text` and `network` are on the device to train on."""
+    prompts = [prompt_tokens(prompt, network.config.tokens) for prompt in options.prompts]
+
+    def predict_noise(x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
+        scaled = x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt()
+        return toybox.unet(scaled, timestep_of(sigma), context)
+
+    def encode_word(prompt: int, pseudo_word: Tensor) -> Tensor:
+        return encode_tokens(toybox.text, *prompts[prompt], pseudo_word)
+
+    return PromptNetTraining(network, predict_noise, encode_word, pictures, options)
