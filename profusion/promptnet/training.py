@@ -187,7 +187,8 @@ class PromptNetTraining:
 
     def _loss(self, pictures: PictureSet, batch: _Batch, word: Tensor | None = None) -> Tensor:
         """The loss of a batch; `word` (tokens, width) takes the place of every S*."""
-        clean = pictures.latents[batch.rows].to(self._device, torch.float32)
+        # A VAE may leave another memory order than a file does, and convolutions round differently by it.
+        clean = pictures.latents[batch.rows].to(self._device, torch.float32).contiguous()
         scale = batch.sigma.view(-1, 1, 1, 1)
         noisy = clean + scale * batch.noise
         if word is None:

@@ -1,0 +1,121 @@
+"""`python -m profusion promptnet train` on Toybox itself, a few steps of it."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from profusion import __main__ as program
+from profusion.models.tokenizer import words_to_ids
+from profusion.pictures import to_image
+from profusion.promptnet import PromptNetError, load_promptnet
+from profusion.promptnet import command as commands
+from profusion.promptnet.data import drawn_pictures, encoded_pictures, read_cache, toybox_pictures
+from profusion.promptnet.file import load_training
+from profusion.promptnet.network import TOYBOX_PROMPTNET
+from profusion.promptnet.toybox import new_promptnet
+from profusion.toybox.pipeline import Toybox
+
+
+@pytest.fixture(scope="module")
+def toybox():
+    return Toybox.load()
+
+
+def arguments(out, *more):
+    return ["promptnet", "train", "--out", str(out), "--pictures", "10", "--batch", "2", "--warmup", "0", *more]
+
+
+def command(out, *more):
+    return commands.from_arguments(program.parser().parse_args(arguments(out, *more)))
+
+
+def test_an_interrupted_run_goes_on_and_ends_as_one_that_was_not(toybox, tmp_path):
+    said = []
+    whole = commands.run(command(tmp_path / "whole.safetensors", "--steps", "3"), toybox, said.append)
+    assert whole["steps"] == 3 and whole["pictures"] == 9 and whole["bytes"] <= 7_000_000
+    assert any(text.startswith("step 3/3") for text in said) and any("kept from it" in text for text in said)
+
+    def interrupt(text):
+        if text.startswith("encoding"):
+            real = commands.PromptNetTraining._one_step
+
+            def once(training):
+                monkeypatch.setattr(commands.PromptNetTraining, "_one_step", real)
+                value = real(training)
+                os.kill(os.getpid(), signal.SIGINT)
+                return value
+
+            monkeypatch.setattr(commands.PromptNetTraining, "_one_step", once)
+
+    halved = command(tmp_path / "halved.safetensors", "--steps", "3")
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(KeyboardInterrupt):
+        commands.run(halved, toybox, interrupt)
+    assert load_training(halved.checkpoint)[1]["step"].item() == 1 and not halved.out.exists()
+    said.clear()
+    commands.run(halved, toybox, said.append)
+    assert "10 pictures from" in said[0] and "going on from step 1" in said[1]
+    one, other = (load_promptnet(tmp_path / f"{name}.safetensors") for name in ("whole", "halved"))
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+    with pytest.raises(Exception, match="seed=0, not 1"):
+        commands.run(command(tmp_path / "halved.safetensors", "--steps", "3", "--seed", "1"), toybox, said.append)
+
+
+def test_the_command_line_reports_and_says_what_is_wrong(toybox, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(commands.Toybox, "load", lambda: toybox)
+    assert program.main(arguments(tmp_path / "one.safetensors", "--steps", "1")) == 0
+    report = json.loads(capsys.readouterr().out.partition("{")[2].join(["{", ""]))
+    assert report["steps"] == 1 and report["parameters"] == 3_289_792
+    for more, message in (
+        (("--steps", "0"), "steps=0"),
+        (("--save-every", "0"), "--save-every"),
+        (("--data", str(tmp_path / "none")), "is not a folder"),
+    ):
+        assert program.main(arguments(tmp_path / "two.safetensors", *more)) == 1
+        assert message in capsys.readouterr().err
+    assert program.main(arguments(tmp_path / "two.pt")) == 1
+    assert "ends in .safetensors" in capsys.readouterr().err
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "run", interrupted)
+    assert program.main(arguments(tmp_path / "one.safetensors")) == 130
+
+
+def test_pictures_of_a_folder_are_read_and_kept(toybox, tmp_path):
+    folder, cache = tmp_path / "pictures", tmp_path / "kept.safetensors"
+    folder.mkdir()
+    drawn = list(drawn_pictures(2, 3))
+    for name, picture in zip("ab", drawn, strict=True):
+        to_image(picture).save(folder / f"{name}.png")
+    said = []
+    found = toybox_pictures(toybox, str(folder), 99, 0, cache, said.append)
+    expected = encoded_pictures(toybox, drawn)
+    torch.testing.assert_close(found.latents, expected.latents)
+    assert found.image_tokens.dtype == torch.float16 and found.image_tokens.shape == (2, 65, 128)
+    again = toybox_pictures(toybox, str(folder), 99, 0, cache, said.append)
+    assert torch.equal(again.latents, found.latents) and said[-1] == f"2 pictures from {cache}"
+    (folder / "b.png").unlink()
+    assert len(toybox_pictures(toybox, str(folder), 99, 0, cache, said.append)) == 1
+    assert read_cache(cache, "another key") is None
+    cache.write_bytes(cache.read_bytes()[:-9])
+    assert len(toybox_pictures(toybox, str(folder), 99, 0, cache, said.append)) == 1
+
+
+def test_drawn_pictures_are_what_the_seed_says():
+    one, again, other = (list(drawn_pictures(3, seed)) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True)) and not torch.equal(one[0], other[0])
+    assert one[0].shape == (96, 96, 3) and one[0].min() >= 0 and one[0].max() <= 1
+
+
+def test_toyboxs_starts_from_its_networks(toybox):
+    network = new_promptnet(toybox, noun="ball")
+    table = toybox.text.text_model.embeddings.token_embedding.weight
+    assert torch.equal(network.start[0], table[words_to_ids("ball")[0]])
+    assert torch.equal(network.middle_block[0].in_layers[2].weight, toybox.unet.middle_block[0].in_layers[2].weight)
+    assert network.config == TOYBOX_PROMPTNET
+    with pytest.raises(PromptNetError, match="never taught the word 'giraffe'"):
+        new_promptnet(toybox, noun="giraffe")
