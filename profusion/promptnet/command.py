@@ -66,7 +66,9 @@ def add_to(commands) -> argparse.ArgumentParser:
         "train", help="train Toybox's PromptNet on pictures alone; run it again to go on after an interrupt"
     )
     train.add_argument("--data", default="toybox", help="a folder of pictures, or 'toybox' to draw them (default)")
-    train.add_argument("--out", type=Path, required=True, help=f"file to write, {SUFFIX}; its checkpoint is put beside it")
+    train.add_argument(
+        "--out", type=Path, required=True, help=f"file to write, {SUFFIX}; its checkpoint is put beside it"
+    )
     numbers = (
         ("--pictures", int, 12000, "how many to draw"),
         ("--steps", int, 6000, "training steps, those of a resumed run included"),
@@ -80,7 +82,9 @@ def add_to(commands) -> argparse.ArgumentParser:
     )
     for name, kind, default, text in numbers:
         train.add_argument(name, type=kind, default=default, help=f"{text} (default: %(default)s)")
-    train.add_argument("--noun", choices=world.NOUNS, help="the word that S* starts as (default: the mean of all words)")
+    train.add_argument(
+        "--noun", choices=world.NOUNS, help="the word that S* starts as (default: the mean of all words)"
+    )
     train.add_argument("--with-noise", action="store_true", help="S* also looks at the latent being denoised")
     train.add_argument("--constant", action="store_true", help="keep the learning rate; default is half a cosine")
     train.add_argument("--device", default="cpu", help="of torch, such as cuda (default: %(default)s)")
@@ -111,9 +115,7 @@ def run(command: Command, toybox: Toybox | None = None, say: Say = print) -> dic
     seed = command.options.seed
     pictures = toybox_pictures(toybox, command.data, command.pictures, seed, command.cache, say)
     pictures, kept = _split(pictures)
-    config = replace(
-        TOYBOX_PROMPTNET, tokens=command.tokens, second_latent="noisy" if command.with_noise else "none"
-    )
+    config = replace(TOYBOX_PROMPTNET, tokens=command.tokens, second_latent="noisy" if command.with_noise else "none")
     network = new_promptnet(toybox, config, command.noun, seed).to(command.device)
     for module in (toybox.unet, toybox.text):
         module.to(command.device)

@@ -1,8 +1,8 @@
 """The file of a PromptNet: safetensors with our names, or the authors' released checkpoint in diffusers' names.
 
-    metadata    format, format_version, architecture, config (JSON), precision, checksum; notes.<name> for people
-    tensors     the network's state dict, float16 or float32
-    training.*  optimizer state, in the checkpoint of a training only
+metadata    format, format_version, architecture, config (JSON), precision, checksum; notes.<name> for people
+tensors     the network's state dict, float16 or float32
+training.*  optimizer state, in the checkpoint of a training only
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def save_promptnet(
     tensors = {name: tensor.detach().to(PRECISIONS[precision]) for name, tensor in network.state_dict().items()}
     bad = _not_finite(tensors)
     if bad:
-        raise PromptNetError(f"The PromptNet cannot be saved as {precision}: {bad} has values that are not finite in it.")
+        raise PromptNetError(
+            f"The PromptNet cannot be saved as {precision}: {bad} has values that are not finite in it."
+        )
     tensors |= {_TRAINING + name: tensor.detach() for name, tensor in (training or {}).items()}
     metadata = {
         "format": _FORMAT,
@@ -68,7 +70,9 @@ def save_promptnet(
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(path, pieces)
     except (OSError, ValueError) as problem:
-        raise PromptNetError(f"The PromptNet could not be saved as '{path}': {files.why_not_written(problem)}") from problem
+        raise PromptNetError(
+            f"The PromptNet could not be saved as '{path}': {files.why_not_written(problem)}"
+        ) from problem
     return path.stat().st_size
 
 
@@ -139,7 +143,9 @@ def _config(text: str) -> PromptNetConfig:
         known = {field.name for field in fields(PromptNetConfig)} | {field.name for field in fields(UNetConfig)}
         unknown = (set(found) | set(unet)) - known
         if unknown:
-            raise PromptNetError(f"its configuration has {some(sorted(unknown))}, unknown here: ProFusion needs an update")
+            raise PromptNetError(
+                f"its configuration has {some(sorted(unknown))}, unknown here: ProFusion needs an update"
+            )
         config = PromptNetConfig(UNetConfig(**_tuples(unet)), **_tuples(found))
     except PromptNetError:
         raise
@@ -159,7 +165,9 @@ def _built(config: PromptNetConfig, state: Mapping[str, Tensor], dtype: torch.dt
         raise PromptNetError(f"{other[0]} is {state[other[0]].dtype}, and only {some(_READ)} can be read")
     bad = _not_finite(state)
     if bad:
-        raise PromptNetError(f"{bad} has values that are not finite (NaN or infinity): it is damaged, or training failed")
+        raise PromptNetError(
+            f"{bad} has values that are not finite (NaN or infinity): it is damaged, or training failed"
+        )
     with torch.inference_mode(False), torch.no_grad():
         try:
             with torch.device("meta"):

@@ -160,9 +160,7 @@ class PromptNet(UNetEncoder):
                 )
             parameter.copy_(found)
 
-    def forward(
-        self, latent: Tensor, timesteps: Tensor, image_tokens: Tensor, noisy: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, latent: Tensor, timesteps: Tensor, image_tokens: Tensor, noisy: Tensor | None = None) -> Tensor:
         """S* of each row: (B, tokens, text_width).
 
         latent (B, C, H, W) of the reference, scaled as the UNet takes it; timesteps (B,); image_tokens
@@ -272,7 +270,9 @@ def typical_embedding(table: Tensor) -> tuple[Tensor, Tensor]:
     """
     known = table.float()[table.any(dim=1)]
     if len(known) < 2:
-        raise ValueError(f"a table of {tuple(table.shape)} with {len(known)} rows that are not zero: at least 2 are needed")
+        raise ValueError(
+            f"a table of {tuple(table.shape)} with {len(known)} rows that are not zero: at least 2 are needed"
+        )
     return known.mean(dim=0), known.std(dim=0)
 
 

@@ -45,7 +45,9 @@ def split_prompt(prompt: str) -> tuple[str, str]:
 def with_noun(prompt: str, noun: str) -> str:
     """The same prompt in plain words: the class noun in the place of S*. Raises PlaceholderError."""
     if not noun.strip():
-        raise PlaceholderError(f"no class noun for the place of {PLACEHOLDER} in the prompt {_quoted(prompt)}: say what it is")
+        raise PlaceholderError(
+            f"no class noun for the place of {PLACEHOLDER} in the prompt {_quoted(prompt)}: say what it is"
+        )
     before, after = split_prompt(prompt)
     return f"{before}{noun.strip()}{after}"
 
@@ -59,7 +61,9 @@ def with_stand_in(prompt: str, tokens: int = 1) -> tuple[str, int]:
     used = {*words_to_ids(before), *words_to_ids(after)}
     free = [(word, words_to_ids(word)[0]) for word in _STAND_INS if words_to_ids(word)[0] not in used]
     if not free:
-        raise PlaceholderError(f"the prompt {_quoted(prompt)} has all of {', '.join(_STAND_INS)}: leave one of them out")
+        raise PlaceholderError(
+            f"the prompt {_quoted(prompt)} has all of {', '.join(_STAND_INS)}: leave one of them out"
+        )
     word, token = free[0]
     return f"{before} {' '.join([word] * tokens)} {after}", token
 
@@ -74,7 +78,9 @@ def placed(
     """
     places = [(i, j) for i, chunk in enumerate(chunks) for j, entry in enumerate(chunk) if _is(entry[0], stand_in)]
     if len(places) != len(pseudo_word):
-        raise PlaceholderError(f"{len(places)} places for the {len(pseudo_word)} pseudo-words of {PLACEHOLDER} in the prompt")
+        raise PlaceholderError(
+            f"{len(places)} places for the {len(pseudo_word)} pseudo-words of {PLACEHOLDER} in the prompt"
+        )
     changed = [list(chunk) for chunk in chunks]
     for (chunk, row), embedding in zip(places, pseudo_word, strict=True):
         changed[chunk][row] = (embedding, *changed[chunk][row][1:])

@@ -84,7 +84,9 @@ class PictureSet:
         if not len(self.latents):
             raise TrainingError("no pictures to train on")
         if not (torch.isfinite(self.latents).all() and torch.isfinite(self.image_tokens).all()):
-            raise TrainingError("a picture's latent or image tokens are not finite: run the VAE and CLIP vision in float32")
+            raise TrainingError(
+                "a picture's latent or image tokens are not finite: run the VAE and CLIP vision in float32"
+            )
 
     def __len__(self) -> int:
         return len(self.latents)

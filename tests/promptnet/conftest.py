@@ -24,7 +24,9 @@ def small():
         text.text_model.embeddings.token_embedding.weight.mul_(0.1)
 
     def promptnet(**changes):
-        config = PromptNetConfig(SMALL, **{"image_width": 20, "text_widths": (24,), "grid": 2, "projection": 8, **changes})
+        config = PromptNetConfig(
+            SMALL, **{"image_width": 20, "text_widths": (24,), "grid": 2, "projection": 8, **changes}
+        )
         start, spread = typical_embedding(text.text_model.embeddings.token_embedding.weight)
         generator = torch.Generator().manual_seed(1)
         if config.text_widths != (24,):

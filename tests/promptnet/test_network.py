@@ -122,7 +122,9 @@ def test_a_constant_picture_has_the_same_grid_at_any_size(small):
     """Bringing a feature to the grid averages: it neither crops nor scales."""
     network = small.stirred()
     h = torch.arange(32.0).view(1, 32, 1, 1)
-    grids = [network._to_grid(h.expand(1, 32, *size), network.projections[0]) for size in ((4, 4), (1, 1), (9, 5), (64, 3))]
+    grids = [
+        network._to_grid(h.expand(1, 32, *size), network.projections[0]) for size in ((4, 4), (1, 1), (9, 5), (64, 3))
+    ]
     assert all(torch.allclose(grid, grids[0], atol=1e-5) for grid in grids)
 
 
@@ -133,7 +135,9 @@ def test_all_timesteps_at_once_are_those_one_by_one(small):
     together = network.embed_all(latent, image_tokens, timesteps)
     alone = torch.cat([network(latent, t[None], image_tokens) for t in timesteps])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(network.embed_all(latent, image_tokens, timesteps, rows=2), together, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        network.embed_all(latent, image_tokens, timesteps, rows=2), together, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_knots_are_exact_where_they_lie_and_count_the_rows(small):

@@ -174,7 +174,13 @@ def test_the_released_checkpoints_sizes_are_told_from_its_shapes():
     shapes = official_shapes((320, 640, 1280, 1280), (1, 1, 1, 0), 2, 1024, 1280, 1024)
     config = _told_from_shapes(shapes)
     assert config.unet == SD21 and config.architecture == "SD 2.x"
-    assert (config.image_width, config.text_widths, config.tokens, config.grid, config.projection) == (1280, (1024,), 1, 8, 128)
+    assert (config.image_width, config.text_widths, config.tokens, config.grid, config.projection) == (
+        1280,
+        (1024,),
+        1,
+        8,
+        128,
+    )
     assert config.with_noise and config.holds_position
 
 

@@ -87,7 +87,10 @@ def test_a_hosts_token_lists_take_the_embeddings_in_place():
     assert text.count(":1.2") == 1
     word = torch.randn(2, 24)
     other = torch.randn(24)
-    chunks = [[(START, 1.0, 0), (other, 1.0, 1), (stand_in, 1.2, 2)], [(START, 1.0, 0), (stand_in, 1.2, 2), (END, 1.0, 0)]]
+    chunks = [
+        [(START, 1.0, 0), (other, 1.0, 1), (stand_in, 1.2, 2)],
+        [(START, 1.0, 0), (stand_in, 1.2, 2), (END, 1.0, 0)],
+    ]
     changed, places = placed(chunks, stand_in, word)
     assert places == [(0, 2), (1, 1)]
     assert torch.equal(changed[0][2][0], word[0]) and torch.equal(changed[1][1][0], word[1])
