@@ -29,7 +29,7 @@ $(VENV)/.test: $(VENV)/.kernel
 	touch $@
 
 $(VENV)/.host: $(VENV)/.test $(HOST)/requirements.txt
-	$(BIN)/pip install --quiet -r $(HOST)/requirements.txt requests selenium
+	$(BIN)/pip install --quiet -r $(HOST)/requirements.txt requests selenium websocket-client
 	touch $@
 
 clean:
