@@ -129,6 +129,10 @@ def flux():
         "mlp_ratio": 2.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [4, 6, 6], "theta": 100,
         "patch_size": 2, "qkv_bias": True, "guidance_embed": True,
     }  # fmt: skip
+    import comfy.ldm.flux.model
+
+    if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__:  # newer hosts will have it
+        parameters["txt_ids_dims"] = []
     return comfy_models().Flux(parameters)
 
 
