@@ -49,6 +49,7 @@ def execute(host, residual, folder, monkeypatch):
 
     import execution
     from comfy_api.latest import io
+    from executor import prompt_executor
 
     import nodes
 
@@ -65,7 +66,7 @@ def execute(host, residual, folder, monkeypatch):
 
     for node in [MakeResidual, *host.residual.NODES]:
         monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, node.GET_SCHEMA().node_id, node)
-    executor = execution.PromptExecutor(StandInServer())
+    executor = prompt_executor()
 
     def run(graph):
         graph = {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in graph.items()}
@@ -78,14 +79,6 @@ def execute(host, residual, folder, monkeypatch):
         return ran, [message for message in messages if message]
 
     return run
-
-
-class StandInServer:
-    client_id = None
-    last_node_id = None
-
-    def send_sync(self, *_):
-        pass
 
 
 def save_graph(**inputs):
@@ -316,7 +309,7 @@ def test_text_reaches_the_frontend_of_a_running_server(host, folder, residual, m
     server = types.SimpleNamespace(send_progress_text=lambda text, node: sent.append((text, node)))
     stand_in = types.SimpleNamespace(PromptServer=types.SimpleNamespace(instance=server))
     monkeypatch.setitem(sys.modules, "server", stand_in)
-    saver = host.residual.ResidualSaver.PREPARE_CLASS_CLONE({"UNIQUE_ID": "12"})
+    saver = host.residual.ResidualSaver.PREPARE_CLASS_CLONE(None)
     monkeypatch.setattr(saver, "hidden", types.SimpleNamespace(unique_id="12"))
     path = saver.execute(residual, "cat", "int6").result[1]
     assert sent == [(f"{path}\n{Path(path).stat().st_size:,} bytes", "12")]

@@ -527,6 +527,7 @@ def test_grey_transparent_and_odd_pictures_train(train, channels, size):
 def test_a_graph_trains_saves_and_shows(host, clip, folder, monkeypatch):
     import execution
     from comfy_api.latest import io
+    from executor import prompt_executor
 
     import nodes
 
@@ -540,13 +541,6 @@ def test_a_graph_trains_saves_and_shows(host, clip, folder, monkeypatch):
         def execute(cls):
             return io.NodeOutput(tiny.model(), clip, PooledVae(), pictures())
 
-    class Server:
-        client_id = None
-        last_node_id = None
-
-        def send_sync(self, *_):
-            pass
-
     saver = sys.modules[f"{host.pack.__name__}.nodes.residual"].ResidualSaver
     for node in (Inputs, saver, host.trainer.ResidualTrainer):
         monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, node.GET_SCHEMA().node_id, node)
@@ -559,7 +553,7 @@ def test_a_graph_trains_saves_and_shows(host, clip, folder, monkeypatch):
             "inputs": {"residual": ["2", 0], "filename_prefix": "%noun%", "precision": "int6", "preview": ["2", 2]},
         },
     }
-    executor = execution.PromptExecutor(Server())
+    executor = prompt_executor()
 
     def run():
         valid, error, outputs, node_errors = asyncio.run(execution.validate_prompt("test", graph, None))
