@@ -1,0 +1,129 @@
+"""What the nodes cost inside ComfyUI: `COMFYUI_PATH=... python -m benchmarks.host_cost`, against its plain KSampler.
+
+Everything runs on Toybox in the host's own classes, in one process, interleaved; medians and their ratios. The rows are those
+of the UNet that a step and picture needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT, NOUNS = "a photo of a ball and a star and a cup and a cat on grass", ("ball", "star", "cup", "cat")
+
+
+def load_pack(host: Path):
+    """The pack, as the host loads it."""
+    sys.path.insert(0, str(host))
+    from comfy.cli_args import args
+
+    args.cpu = not torch.cuda.is_available()
+    spec = importlib.util.spec_from_file_location("profusion_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["profusion_pack"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Studio:
+    """Toybox in the host and the runs that are timed."""
+
+    def __init__(self, pack, steps: int, batch: int):
+        import comfy.sample
+        import comfy.utils
+
+        comfy.utils.PROGRESS_BAR_ENABLED = False
+        self._sample, self.steps = comfy.sample, steps
+        self.nodes = pack.nodes
+        self.model, self.clip = pack.nodes.host_models.load_model(), pack.nodes.host_models.load_clip()
+        self.positive, self.negative = self.encode(PROMPT), self.encode("")
+        self.latent = torch.zeros(batch, 4, 12, 12)
+        layers = pack.nodes.host.model_layers(self.model)
+        names = tuple(layer.name for layer in layers)
+        generator = torch.Generator().manual_seed(0)
+        residual = pack.profusion.residual.Residual
+        self.residuals = [residual(torch.randn(len(layers), 1, 128, generator=generator), noun, names, "Toybox") for noun in NOUNS]
+
+    def encode(self, text: str) -> list:
+        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+
+    def ksampler(self, model, positive) -> None:
+        noise = self._sample.prepare_noise(self.latent, 1)
+        self._sample.sample(model, noise, self.steps, 4.0, "euler", "simple", positive, self.negative, self.latent, disable_pbar=True, seed=1)
+
+    def infusion(self, count: int, stream: str) -> Callable[[], None]:
+        more = {f"residual_{index}": residual for index, residual in enumerate(self.residuals[1:count], start=2)}
+        model, positive = self.nodes.infusion.InfusionAttentionPatch.execute(
+            self.model, self.clip, PROMPT, self.residuals[0], 1.0, 0.0, 1.0, "auto", stream, **more
+        ).args
+        return lambda: self.ksampler(model, positive)
+
+    def fusion(self, text: bool, fusion_steps: int, end: float = 1.0) -> Callable[[], None]:
+        """Any conditioning in the place of S*'s: what S* itself costs is not in here."""
+        more = {"text": self.encode("a photo of a ball on grass"), "text_weight": 0.5} if text else {}
+        return lambda: self.nodes.fusion.FusionKSampler.execute(
+            self.model, 1, self.steps, 4.0, "euler", "simple", self.positive, self.negative, {"samples": self.latent}, 1.0,
+            fusion_steps, 1.0, 0.0, end, 3.0, 0.8, "dependent", **more,
+        )  # fmt: skip
+
+
+def measure(studio: Studio, rounds: int) -> dict[str, dict[str, float]]:
+    """Medians of seconds a picture, and ratios to the plain KSampler of the same round."""
+    plain = "plain KSampler"
+    tasks: dict[str, Callable[[], object]] = {
+        plain: lambda: studio.ksampler(studio.model, studio.positive),
+        "Infusion, 1 concept": studio.infusion(1, "own trajectory"),
+        "Infusion, 4 concepts": studio.infusion(4, "own trajectory"),
+        "Infusion, 1 concept, shared latent": studio.infusion(1, "shared latent"),
+        "Fusion KSampler, no fusion stage, 1 term": studio.fusion(False, 0),
+        "Fusion KSampler, no fusion stage, 2 terms": studio.fusion(True, 0),
+        "Fusion KSampler, full, 2 terms": studio.fusion(True, 1),
+        "Fusion KSampler, first 40 %, 1 term": studio.fusion(False, 1, 0.4),
+    }
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    with torch.inference_mode():
+        for task in tasks.values():
+            task()
+        for _ in range(rounds):
+            for name, task in tasks.items():
+                started = time.perf_counter()
+                task()
+                times[name].append(time.perf_counter() - started)
+    count = len(studio.latent)
+    ratios = {name: [one / base for one, base in zip(values, times[plain], strict=True)] for name, values in times.items()}
+    return {
+        name: {"seconds": round(statistics.median(values) / count, 4), "times_plain": round(statistics.median(ratios[name]), 3)}
+        for name, values in times.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--json", type=Path, default=None, help="write the figures here")
+    given = parser.parse_args()
+    host = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
+    if not (host / "comfy" / "samplers.py").is_file():
+        parser.error(f"no ComfyUI at {host}: set COMFYUI_PATH to a checkout")
+    figures = measure(Studio(load_pack(host), given.steps, given.batch), given.rounds)
+    for name, values in figures.items():
+        print(f"{name:42s} {values['seconds']:7.3f} s a picture  {values['times_plain']:5.2f} x plain")
+    if given.json:
+        recipe = {"steps": given.steps, "batch": given.batch, "rounds": given.rounds, "threads": torch.get_num_threads()}
+        given.json.write_text(json.dumps({**recipe, "figures": figures}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
