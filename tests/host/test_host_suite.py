@@ -20,7 +20,7 @@ pytest.importorskip("websocket", reason="websocket-client is not installed, whic
 from conftest import HOST, REPOSITORY
 
 SUITE = HOST / "tests" / "execution"
-MINUTES = 30
+MINUTES = 60
 
 pytestmark = [
     pytest.mark.skipif(not SUITE.is_dir(), reason=f"{HOST} has no tests/execution: its own tests are not run"),
