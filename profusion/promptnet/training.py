@@ -171,7 +171,7 @@ class PromptNetTraining:
         # Autograd must be on even inside a host that runs its nodes in inference mode.
         with torch.inference_mode(False), torch.enable_grad():
             for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate_at(self.step, self.options)
+                group["lr"] = learning_rate_at(self.step, self.options) * group.get("factor", 1.0)
             value = self._differentiate(self._draw(self.options.seed * 1_000_003 + self.step, len(self.pictures)))
             self._optimizer.step()
         self.step += 1

@@ -1,0 +1,179 @@
+"""Fine-tuning to one picture (ProFusion, arXiv 2305.13579, section 3.1): about 50 steps of PromptNet's own training, on
+that picture or on variants of it, in which the UNet's attention layers may learn too.
+
+The loop is `PromptNetTraining`'s. What the picture shows to PromptNet and what is to be drawn may differ (the first may be
+grey around the object), the loss may count the object only, and the attention layers have a learning rate of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..diffusion import timestep_of
+from ..training import TrainingError
+from .changes import Change
+from .network import PromptNet
+from .training import EncodeWord, PictureSet, PredictNoise, PromptNetOptions, PromptNetTraining, noise_weight
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(PromptNetOptions):
+    """How a PromptNet is fine-tuned; see `PromptNetOptions`.
+
+    attention_learning_rate: AdamW's, of the attention layers' changes. rank: of these changes; 0 is the full difference.
+    """
+
+    steps: int = 50
+    batch_size: int = 4
+    attention_learning_rate: float = 1e-4
+    rank: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.attention_learning_rate <= 1:
+            raise ValueError(
+                f"attention_learning_rate={self.attention_learning_rate} must lie in (0, 1]; 1e-5 to 1e-3 is usual"
+            )
+        if self.rank < 0:
+            raise ValueError(f"rank={self.rank} must not be negative: 0 is the full difference, 4 to 16 is usual")
+
+
+@dataclass(frozen=True)
+class FinetunePictures(PictureSet):
+    """Pictures of one thing: `latents` and `image_tokens` as PromptNet sees them.
+
+    targets: latents (N, C, H, W) of what is to be drawn; default: the same. masks: weights of their cells (N, H, W), 1 at
+    the object, and only there is anything learned; default: everywhere.
+    """
+
+    targets: Tensor | None = None
+    masks: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.targets is None:
+            object.__setattr__(self, "targets", self.latents)
+        if self.targets.shape != self.latents.shape:
+            raise ValueError(
+                f"targets {tuple(self.targets.shape)} and latents {tuple(self.latents.shape)} must be of the same pictures"
+            )
+        if not torch.isfinite(self.targets).all():
+            raise TrainingError("a picture's latent is not finite: the VAE overflowed; run it in float32")
+        if self.masks is None:
+            return
+        cells = self.latents.shape[0], *self.latents.shape[-2:]
+        if self.masks.shape != cells:
+            raise ValueError(f"masks {tuple(self.masks.shape)} must be (N, H, W) of the latents' cells, {cells}")
+        if not (self.masks.flatten(1).sum(dim=1) > 0).all():
+            raise TrainingError(
+                "a mask is empty, so nothing of its picture would be learned. Paint the object white, or leave masks out"
+            )
+
+    def fingerprint(self) -> str:
+        """See PictureSet."""
+        digest = hashlib.sha256()
+        for tensor in (self.targets, self.masks):
+            if tensor is not None:
+                digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        return f"{super().fingerprint()} {digest.hexdigest()[:16]}"
+
+
+def masked_weighted_noise_error(predicted: Tensor, noise: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """Mean over rows of weight * the mean of |eps_theta - eps|^2 over the row's mask: scalar, float32.
+
+    predicted and noise (B, C, H, W), weight (B,), mask (B, H, W).
+    """
+    error = ((predicted.float() - noise.float()) ** 2).mean(dim=1)  # (B, H, W)
+    mask = mask.float()
+    return (weight * (error * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2))).mean()
+
+
+def trainable_copy(network: PromptNet) -> PromptNet:
+    """Another PromptNet of the same values, in float32, which autograd takes even where these were loaded in inference
+    mode; it is on the same device."""
+    with torch.inference_mode(False), torch.no_grad():
+        with torch.device("meta"):
+            copy = PromptNet(network.config)
+        copy = copy.float().to_empty(device=network.start.device)
+        for name, value in network.state_dict().items():
+            copy.state_dict()[name].copy_(value)
+    return copy.eval()
+
+
+class FinetuneTraining(PromptNetTraining):
+    """One fine-tuning of `network`, a `trainable_copy`, and of `changes`; see `PromptNetTraining`.
+
+    changes: of the attention layers, by layer, with which `predict_noise` must evaluate the model (see
+    `changes.changed`); empty: PromptNet alone learns.
+    """
+
+    def __init__(
+        self,
+        network: PromptNet,
+        predict_noise: PredictNoise,
+        encode_word: EncodeWord,
+        pictures: FinetunePictures,
+        options: FinetuneOptions,
+        changes: Mapping[str, Change] | None = None,
+        timesteps: Callable[[Tensor], Tensor] = timestep_of,
+        sigmas: Tensor | None = None,
+    ):
+        self.changes = dict(changes or {})
+        self._promptnet = dict(network.named_parameters())
+        self._attention = {
+            f"attention.{layer}.{name}": value
+            for layer, change in self.changes.items()
+            for name, value in change.parameters().items()
+        }
+        trained = self._promptnet | self._attention
+        super().__init__(network, predict_noise, encode_word, pictures, options, timesteps, sigmas, trained)
+        if self._attention:
+            factor = options.attention_learning_rate / options.learning_rate
+            groups = [
+                {"params": list(self._promptnet.values())},
+                {"params": list(self._attention.values()), "factor": factor},
+            ]
+            self._optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=0.0)
+
+    def _loss(self, pictures: FinetunePictures, batch, word: Tensor | None = None) -> Tensor:
+        """The loss of a batch; `word` (tokens, width) takes the place of every S*."""
+        target = pictures.targets[batch.rows].to(self._device, torch.float32)
+        scale = batch.sigma.view(-1, 1, 1, 1)
+        noisy = target + scale * batch.noise
+        if word is None:
+            shown = pictures.latents[batch.rows].to(self._device, torch.float32)
+            image_tokens = pictures.image_tokens[batch.rows].to(self._device, torch.float32)
+            seen = noisy / (scale**2 + 1).sqrt() if self.network.config.with_noise else None
+            word = self.network(shown, self._timesteps(batch.sigma), image_tokens, seen)
+        else:
+            word = word.to(self._device).expand(len(noisy), -1, -1)
+        predicted = self._predict_noise(noisy, batch.sigma, self._encode_word(batch.prompt, word))
+        mask = torch.ones_like(noisy[:, 0]) if pictures.masks is None else pictures.masks[batch.rows].to(self._device)
+        weight = noise_weight(batch.sigma, self.options.weight_cap)
+        return masked_weighted_noise_error(predicted, batch.noise, weight, mask)
+
+    def _differentiate(self, batch) -> float:
+        value = super()._differentiate(batch)
+        for what, parameters in (("PromptNet", self._promptnet), ("the attention layers", self._attention)):
+            if parameters and not any(item.grad is not None and item.grad.any() for item in parameters.values()):
+                raise TrainingError(
+                    f"no gradient reaches {what}: something on the model or in the text encoder computes without one, as "
+                    "compiled models and kernels made for inference do. Use the model as it was before that"
+                )
+        return value
+
+    def state(self) -> dict[str, Tensor]:
+        """See PromptNetTraining; the changes are part of it."""
+        return super().state() | {name: value.detach().cpu() for name, value in self._attention.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See PromptNetTraining; the changes are restored too."""
+        super().restore(state)
+        with torch.inference_mode(False), torch.no_grad():
+            for name, value in self._attention.items():
+                value.copy_(state[name])
