@@ -1,5 +1,13 @@
 """The pack's nodes: schemas and host glue, no mathematics."""
 
-from . import fusion, infusion, promptnet, residual, toybox, trainer
+from . import finetune, fusion, infusion, promptnet, residual, toybox, trainer
 
-NODES = [*toybox.NODES, *trainer.NODES, *residual.NODES, *infusion.NODES, *promptnet.NODES, *fusion.NODES]
+NODES = [
+    *toybox.NODES,
+    *trainer.NODES,
+    *residual.NODES,
+    *infusion.NODES,
+    *promptnet.NODES,
+    *fusion.NODES,
+    *finetune.NODES,
+]

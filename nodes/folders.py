@@ -1,4 +1,4 @@
-"""Where residuals and PromptNets are on disk: in folders of models/, and those that extra_model_paths.yaml adds to them."""
+"""Where residuals, PromptNets and patch files are on disk: in folders of models/, and those that extra_model_paths.yaml adds."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path, PurePath
 
 import folder_paths
 
+from ..profusion.promptnet.network import PromptNetError
 from ..profusion.residual import PREVIEW_SUFFIX, SUFFIX, ResidualError
 
 RESIDUALS = "profusion_residuals"
 PROMPTNETS = "profusion_promptnets"
+PATCHES = "loras"  # the host's own
 
 
 def register(folder: str) -> None:
@@ -47,19 +49,31 @@ def next_residual_path(prefix: str, noun: str) -> Path:
 
     The prefix may hold subfolders, the host's %year% etc., and %noun%. Raises ResidualError where it leads elsewhere.
     """
-    folder = folder_paths.get_folder_paths(RESIDUALS)[0]
     prefix = prefix.replace("%noun%", re.sub(r"\W+", "_", noun))
+    return _next_path(RESIDUALS, prefix, ResidualError, PREVIEW_SUFFIX)
+
+
+def next_path(folder: str, prefix: str) -> Path:
+    """The same for PROMPTNETS and PATCHES. Raises PromptNetError."""
+    return _next_path(folder, prefix, PromptNetError)
+
+
+def listed_name(folder: str, path: Path) -> str:
+    """How the host's loaders list a file of the first folder."""
+    return str(path.relative_to(folder_paths.get_folder_paths(folder)[0]))
+
+
+def _next_path(kind: str, prefix: str, error: type[ValueError], companion: str = SUFFIX) -> Path:
+    folder = folder_paths.get_folder_paths(kind)[0]
     if not prefix.strip(" ./\\") or PurePath(prefix).is_absolute() or ".." in re.split(r"[/\\]", prefix):
-        raise ResidualError(f"filename_prefix '{prefix}' is no name within {folder}: use one such as 'pets/cat'.")
+        raise error(f"filename_prefix '{prefix}' is no name within {folder}: use one such as 'pets/cat'.")
     try:
         subfolder, stem, number, _, _ = folder_paths.get_save_image_path(prefix, folder)
     except (OSError, ValueError) as problem:
         reason = getattr(problem, "strerror", None) or problem
-        raise ResidualError(
-            f"The folder {folder} cannot be used for '{prefix}': {reason}. Check that it may be written to."
-        ) from problem
+        raise error(f"The folder {folder} cannot be used for '{prefix}': {reason}. Check that it may be written to.") from problem
     while True:
         path = Path(subfolder) / f"{stem}_{number:05}_{SUFFIX}"
-        if not path.exists() and not path.with_suffix(PREVIEW_SUFFIX).exists():
+        if not path.exists() and not path.with_suffix(companion).exists():
             return path
         number += 1

@@ -41,9 +41,13 @@ def load(path: Path) -> LoadedPromptNet:
     """Read a PromptNet's file, in half precision where the host would run a UNet so."""
     device = comfy.model_management.get_torch_device()
     half = comfy.model_management.should_use_fp16(device, prioritize_performance=False)
-    network = load_promptnet(path, torch.float16 if half else torch.float32)
-    offload = comfy.model_management.unet_offload_device()
-    return LoadedPromptNet(network, comfy.model_patcher.ModelPatcher(network, device, offload), path.stem)
+    return handed_to_the_host(load_promptnet(path, torch.float16 if half else torch.float32), path.stem)
+
+
+def handed_to_the_host(network: PromptNet, name: str) -> LoadedPromptNet:
+    """A PROMPTNET of a network that is where the host keeps what it does not use."""
+    device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    return LoadedPromptNet(network, comfy.model_patcher.ModelPatcher(network, device, offload), name)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class Reference:
     latents: Tensor
     image_tokens: Tensor
     weights: tuple[float, ...] | None = None
+
+
+def shown(pictures: Tensor, weights: Tensor) -> Tensor:
+    """Pictures (P, H, W, 3) as a PromptNet sees them: grey where their mask (P, H, W) is black."""
+    return torch.lerp(torch.full_like(pictures, 0.5), pictures, weights[..., None])
 
 
 def encode_pictures(promptnet: LoadedPromptNet, vae: Any, clip_vision: Any, pictures: Tensor) -> Reference:
@@ -75,7 +84,7 @@ class WordInPrompt:
 
     def __init__(self, promptnet: LoadedPromptNet, clip: Any, reference: Reference, prompt: str):
         self._promptnet, self._clip, self._reference, self._prompt = promptnet, clip, reference, prompt
-        check_fits(promptnet.config, text_widths=_text_widths(clip, prompt))
+        check_fits(promptnet.config, text_widths=text_widths(clip, prompt))
         spread = torch.linspace(0, TIMESTEPS - 1, STATIC_TIMESTEPS)
         word = self._words(spread).mean(dim=0, keepdim=True)
         self.context, self.pooled, self.rows = self._encode(prompt, word)
@@ -136,21 +145,29 @@ class WordInPrompt:
 
     def _encode(self, prompt: str, words: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         """The prompt with each S* of words (T, tokens, width): contexts (T, L, D), the first one's pooled vector, S*'s rows."""
-        config = self._promptnet.config
-        text, stand_in = with_stand_in(prompt, config.tokens)
-        tokenized, rows = self._clip.tokenize(text), ()
-        encoders = _encoders(tokenized)
-        for encoder, part in zip(encoders, parts(words, config.text_widths), strict=True):
-            chunks = tokenized[encoder]
-            starts = [sum(map(len, chunks[:index])) for index in range(len(chunks))]
-            places = placed(chunks, stand_in, part[0])[1]
-            if config.holds_position:
-                positions = _tower(self._clip, encoder).text_model.embeddings.position_embedding.weight.float().cpu()
-                part = without_position(part, positions, [row for _, row in places])
-            tokenized[encoder] = [chunk for word in part for chunk in placed(chunks, stand_in, word)[0]]
-            rows = tuple(starts[chunk] + row for chunk, row in places)
+        tokenized, rows = tokens_with_words(self._clip, self._promptnet.config, prompt, words)
         context, pooled = self._clip.encode_from_tokens(tokenized, return_pooled=True)
         return context.unflatten(1, (len(words), -1))[0], pooled, rows
+
+
+def tokens_with_words(clip: Any, config: PromptNetConfig, prompt: str, words: Tensor) -> tuple[dict, tuple[int, ...]]:
+    """The prompt's tokens once for each S* of words (T, tokens, width), as this CLIP encodes them, and S*'s rows.
+
+    The CLIP makes one context (1, T * L, D) of them.
+    """
+    text, stand_in = with_stand_in(prompt, config.tokens)
+    tokenized, rows = clip.tokenize(text), ()
+    encoders = _encoders(tokenized)
+    for encoder, part in zip(encoders, parts(words, config.text_widths), strict=True):
+        chunks = tokenized[encoder]
+        starts = [sum(map(len, chunks[:index])) for index in range(len(chunks))]
+        places = placed(chunks, stand_in, part[0])[1]
+        if config.holds_position:
+            positions = _tower(clip, encoder).text_model.embeddings.position_embedding.weight.float().cpu()
+            part = without_position(part, positions, [row for _, row in places])
+        tokenized[encoder] = [chunk for word in part for chunk in placed(chunks, stand_in, word)[0]]
+        rows = tuple(starts[chunk] + row for chunk, row in places)
+    return tokenized, rows
 
 
 def _noised(latent: Tensor, timesteps: Tensor) -> Tensor:
@@ -169,7 +186,7 @@ def _tower(clip: Any, encoder: str) -> Any:
     return getattr(clip.cond_stage_model, f"clip_{encoder}").transformer
 
 
-def _text_widths(clip: Any, prompt: str) -> Sequence[int]:
+def text_widths(clip: Any, prompt: str) -> Sequence[int]:
     """Widths of the word embeddings of each text encoder."""
     widths = []
     for encoder in _encoders(clip.tokenize(prompt)):

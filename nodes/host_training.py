@@ -1,4 +1,4 @@
-"""The host's model in a residual's training: evaluated as it samples, patches and all, and made fit for autograd."""
+"""The host's model in a training: evaluated as it samples, patches and all, and made fit for autograd."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import comfy.conds
 import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_sampling
@@ -35,35 +36,51 @@ BACKWARD_MEMORY = 12
 
 
 class TrainedModel:
-    """A MODEL that `ResidualTraining` evaluates: with every patch and wrapper on it, but without guidance.
+    """A MODEL that a training evaluates: with every patch and wrapper on it, but without guidance.
 
-    conditionings: one for each prompt, in the order of their indices.
+    conditionings: one for each prompt, in the order of their indices. beside: the host's handles of other models that the
+    training needs on their devices. memory: bytes that it needs itself.
     """
 
-    def __init__(self, model: Any, conditionings: Sequence[list]):
+    def __init__(self, model: Any, conditionings: Sequence[list], beside: Sequence[Any] = (), memory: float = 0):
         sampling = model.get_model_object("model_sampling")
         if isinstance(sampling, comfy.model_sampling.CONST) or not hasattr(sampling, "sigmas"):
             raise UnsupportedModelError(
-                f"{type(model.model).__name__} is a flow model, which predicts no noise: residuals are trained on models "
-                "that predict noise or velocity (v), as SD 1.x, SD 2.x and SDXL do"
+                f"{type(model.model).__name__} is a flow model, which predicts no noise: this is trained on models that "
+                "predict noise or velocity (v), as SD 1.x, SD 2.x and SDXL do"
             )
-        self._model = model
+        self._model, self._beside, self._memory = model, list(beside), memory
         self.sigmas = sampling.sigmas
-        self._conditionings = conditionings
+        self._conditionings = [
+            [[context, {**extras, "additional_models": self._beside}] for context, extras in entries] if beside else entries
+            for entries in conditionings
+        ]
+        self._prompts: list[list[dict]] = []
         self._evaluate: Callable | None = None
 
     def predict_noise(self, x: Tensor, sigma: Tensor, prompt: int, patches: Patches) -> Tensor:
         """eps of x = x0 + sigma * eps, (B, C, H, W), whatever the model itself predicts; only while `run` runs."""
-        denoised = self._evaluate(x, sigma, prompt, patches)
+        return self._noise(x, sigma, self._prompts[prompt], patches)
+
+    def predict_noise_with(self, x: Tensor, sigma: Tensor, prompt: int, context: Tensor) -> Tensor:
+        """The same with a context (B, L, D), which autograd may come from, in the place of the prompt's."""
+        conds = []
+        for cond in self._prompts[prompt]:
+            entry = comfy.conds.CONDCrossAttn(context.to(cond["model_conds"]["c_crossattn"].cond.device))
+            conds.append({**cond, "model_conds": {**cond["model_conds"], "c_crossattn": entry}})
+        return self._noise(x, sigma, conds, {})
+
+    def _noise(self, x: Tensor, sigma: Tensor, conds: list[dict], patches: Patches) -> Tensor:
+        denoised = self._evaluate(x, sigma, conds, patches)
         return (x - denoised) / sigma.view(-1, 1, 1, 1)
 
     def run(self, work: Callable[[], None], shape: Sequence[int]) -> None:
         """Do `work()` with the model loaded, for latents (B, C, H, W) of this shape."""
         load = comfy.model_management.load_models_gpu
         try:
-            needed = BACKWARD_MEMORY * self._model.memory_required(list(shape))
+            needed = BACKWARD_MEMORY * self._model.memory_required(list(shape)) + self._memory
             # All of it: autograd would keep what is cast for each layer, and offloaded weights come to the same.
-            load([self._model], memory_required=needed, force_full_load=True)
+            load([self._model, *self._beside], memory_required=needed, force_full_load=True)
             guider = comfy.samplers.CFGGuider(self._model)
             guider.inner_set_conds({"positive": [entry for prompt in self._conditionings for entry in prompt]})
             zeros, sigmas = torch.zeros(tuple(shape)), self.sigmas[[-1, 0]].cpu()
@@ -84,16 +101,16 @@ class TrainedModel:
         options["transformer_options"].setdefault("optimized_attention_override", _differentiable_attention)
         network = guider.inner_model
 
-        def evaluate(x: Tensor, sigma: Tensor, prompt: int, patches: Patches) -> Tensor:
+        def evaluate(x: Tensor, sigma: Tensor, conds: list[dict], patches: Patches) -> Tensor:
             patched = with_patches(options, patches)
-            return comfy.samplers.calc_cond_batch(network, [prompts[prompt]], x, sigma, patched)[0]
+            return comfy.samplers.calc_cond_batch(network, [conds], x, sigma, patched)[0]
 
-        self._evaluate = evaluate
+        self._prompts, self._evaluate = prompts, evaluate
         try:
             with differentiable(network):
                 yield
         finally:
-            self._evaluate = None
+            self._prompts, self._evaluate = [], None
 
 
 class _Work(comfy.samplers.Sampler):

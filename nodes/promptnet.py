@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import folder_paths
-import torch
 from comfy_api.latest import io
 
 from ..profusion.pictures import concept_pictures
@@ -11,7 +10,7 @@ from ..profusion.promptnet.network import PromptNetError
 from ..profusion.promptnet.pseudo_word import PLACEHOLDER, with_noun
 from ..profusion.toybox.pipeline import WEIGHTS
 from .folders import PROMPTNETS, register
-from .host_promptnet import LoadedPromptNet, WordInPrompt, encode_pictures, load
+from .host_promptnet import LoadedPromptNet, WordInPrompt, encode_pictures, load, shown
 from .messages import show
 
 TOYBOX = "Toybox"
@@ -56,7 +55,7 @@ class PromptNetLoader(io.ComfyNode):
                     tooltip="Toybox's, or a file in models/profusion_promptnets. Press R to list new files.",
                 ),
             ],
-            outputs=[io.Custom("PROMPTNET").Output(tooltip="For PromptNet Encode.")],
+            outputs=[io.Custom("PROMPTNET").Output(tooltip="For PromptNet Encode and PromptNet Finetune.")],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
@@ -124,7 +123,7 @@ class PromptNetEncode(io.ComfyNode):
         plain = with_noun(text, noun)
         pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
         if masks is not None:
-            pictures = torch.lerp(torch.full_like(pictures, 0.5), pictures, weights[..., None])
+            pictures = shown(pictures, weights)
         word = WordInPrompt(promptnet, clip, encode_pictures(promptnet, vae, clip_vision, pictures), text)
         return io.NodeOutput(word.conditioning(), clip.encode_from_tokens_scheduled(clip.tokenize(plain)))
 

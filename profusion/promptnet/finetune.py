@@ -93,13 +93,15 @@ def masked_weighted_noise_error(predicted: Tensor, noise: Tensor, weight: Tensor
     return (weight * (error * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2))).mean()
 
 
-def trainable_copy(network: PromptNet) -> PromptNet:
-    """Another PromptNet of the same values, in float32, which autograd takes even where these were loaded in inference
-    mode; it is on the same device."""
+def trainable_copy(
+    network: PromptNet, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> PromptNet:
+    """Another PromptNet of the same values, in evaluation mode, which autograd takes even where these were loaded in
+    inference mode. device: default the same."""
     with torch.inference_mode(False), torch.no_grad():
         with torch.device("meta"):
             copy = PromptNet(network.config)
-        copy = copy.float().to_empty(device=network.start.device)
+        copy = copy.to(dtype).to_empty(device=device or network.start.device)
         for name, value in network.state_dict().items():
             copy.state_dict()[name].copy_(value)
     return copy.eval()

@@ -1,0 +1,196 @@
+"""ProFusion_PromptNetFinetune: PromptNet, and the model's attention layers, a little further towards one picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..profusion import files
+from ..profusion.pictures import concept_pictures, from_image, loss_plot
+from ..profusion.promptnet.changes import save_patch
+from ..profusion.promptnet.file import save_promptnet
+from ..profusion.promptnet.finetune import FinetuneOptions
+from ..profusion.promptnet.network import PromptNetError
+from ..profusion.training import TrainingError
+from .folders import PATCHES, PROMPTNETS, listed_name, next_path
+from .host_finetune import Finetuning
+from .host_promptnet import LoadedPromptNet
+from .host_training import Interrupted, Progress
+from .messages import show
+
+PREVIEW_EVERY = 10
+
+
+class _Run:
+    """One execution of the node: the training, what is shown of it, and its files."""
+
+    def __init__(self, finetuning: Finetuning, prefix: str, keep_promptnet: bool):
+        self.finetuning, self._prefix, self._keep_promptnet = finetuning, prefix, keep_promptnet
+        self._progress = Progress(finetuning.training.options.steps)
+        self.patch_path: Path | None = None
+        for folder in self._folders():
+            _check_writable(next_path(folder, prefix))
+
+    def _folders(self) -> list[str]:
+        wanted = ((PATCHES, self.finetuning.training.changes), (PROMPTNETS, self._keep_promptnet))
+        return [folder for folder, is_wanted in wanted if is_wanted]
+
+    def train(self) -> str:
+        """Train, save, and say what was saved."""
+        self.finetuning.run(self._after_step)
+        return self._save(self._prefix)
+
+    def _after_step(self) -> None:
+        training = self.finetuning.training
+        worth_showing = training.step % PREVIEW_EVERY == 0 or training.step in (1, training.options.steps)
+        self._progress.report(training.step, self.plot() if worth_showing else None)
+
+    def plot(self):
+        return loss_plot(self.finetuning.training.losses, self.finetuning.training.options.steps)
+
+    def _save(self, prefix: str) -> str:
+        """A line for each file."""
+        finetuning, options, lines = self.finetuning, self.finetuning.training.options, []
+        notes = {"steps": str(finetuning.training.step), "seed": str(options.seed), "rank": str(options.rank)}
+        for folder in self._folders():
+            path = next_path(folder, prefix)
+            if folder == PATCHES:
+                size = save_patch(finetuning.patch(), path, notes)
+                self.patch_path = path
+            else:
+                size = save_promptnet(finetuning.training.network, path, "float16", notes)
+            lines.append(f"{path}\n{size:,} bytes")
+        return "\n".join(lines) or "nothing is saved"
+
+    def keep(self) -> str:
+        """After a failure: keep what has been learned, and say where."""
+        done = self.finetuning.training.step
+        if not done:
+            return "Nothing had been learned yet."
+        if done == self.finetuning.training.options.steps:
+            prefix = self._prefix
+        else:
+            prefix = f"{self._prefix}_partial_{done}_steps"
+        try:
+            return f"What the {done} steps so far have learned:\n{self._save(prefix)}"
+        except (PromptNetError, OSError) as error:
+            return f"The {done} steps so far could not be saved: {error}"
+
+
+def _check_writable(path: Path) -> None:
+    """Find out before the training, not after it. Raises PromptNetError."""
+    try:
+        files.write_atomically(path, b"")
+        path.unlink()
+    except OSError as problem:
+        raise PromptNetError(f"'{path}' could not be saved: {files.why_not_written(problem)}") from problem
+
+
+class PromptNetFinetune(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ProFusion_PromptNetFinetune",
+            display_name="PromptNet Finetune",
+            category="ProFusion",
+            description=(
+                "Fine-tunes a PromptNet to one picture, or to variants of it from Concept Augment, and with it the attention "
+                "layers of the model (ProFusion, arXiv 2305.13579). The PromptNet and the model that come in stay as they "
+                "are: the model's changes are a patch file, as LoRA loaders read them, in models/loras."
+            ),
+            inputs=[
+                io.Custom("PROMPTNET").Input("promptnet", tooltip="From PromptNet Loader."),
+                io.Model.Input(
+                    "model", tooltip="The model that the PromptNet serves. LoRAs and other patches on it take part."
+                ),
+                io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
+                io.ClipVision.Input("clip_vision", tooltip="The image encoder that the PromptNet was trained with."),
+                io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
+                io.Image.Input("images", tooltip="The picture, or variants of it, of one size."),
+                io.Int.Input("steps", default=50, min=1, max=100_000, tooltip="How long to train: about 50 in the paper."),
+                io.Float.Input(
+                    "learning_rate", default=2e-5, min=1e-7, max=1.0, step=1e-6, round=False,
+                    tooltip="How far each step moves PromptNet: 1e-5 to 1e-4 is usual.",
+                ),
+                io.Boolean.Input(
+                    "train_attention", default=True,
+                    tooltip="Train the attention layers of the model too, as in the paper. Off: only PromptNet.",
+                ),
+                io.Float.Input(
+                    "attention_learning_rate", default=1e-4, min=1e-7, max=1.0, step=1e-6, round=False,
+                    tooltip="How far each step moves the attention layers: 1e-4 to 1e-3 with a rank, 1e-5 without.",
+                ),
+                io.Int.Input(
+                    "rank", default=8, min=0, max=256,
+                    tooltip="Of the attention layers' changes. More can learn more, and makes a larger file. 0: the full "
+                    "difference, as in the paper, in a file as large as these layers.",
+                ),
+                io.Int.Input(
+                    "batch_size", default=4, min=1, max=64,
+                    tooltip="Noisy pictures in each step. Lower it if memory runs out.",
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
+                    tooltip="Of the training's noise. The same seed trains the same.",
+                ),
+                io.String.Input(
+                    "filename_prefix", default="profusion/finetuned",
+                    tooltip="Of the files, which are numbered and never overwritten; it may have subfolders.",
+                ),
+                io.Boolean.Input(
+                    "save_promptnet", default=True,
+                    tooltip="Save the fine-tuned PromptNet in models/profusion_promptnets, for PromptNet Loader. For SD 1.5 it "
+                    "takes 0.7 GB.",
+                ),
+                io.Mask.Input(
+                    "masks", optional=True,
+                    tooltip="White where the object is, one for each picture or one for all. Only there is anything learned.",
+                ),
+            ],
+            outputs=[
+                io.Custom("PROMPTNET").Output(tooltip="The fine-tuned one, for PromptNet Encode."),
+                io.Model.Output(tooltip="The model with its changes as an ordinary patch."),
+                io.String.Output(
+                    display_name="patch_file", tooltip="The patch file's name, as LoRA loaders list it; empty if there is none."
+                ),
+                io.Image.Output(display_name="loss_plot", tooltip="The loss of each step, and its running mean."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, promptnet: LoadedPromptNet, model: Any, clip, clip_vision, vae, images, steps, learning_rate, train_attention,
+        attention_learning_rate, rank, batch_size, seed, filename_prefix, save_promptnet, masks=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        for name, part in (("clip", clip), ("clip_vision", clip_vision), ("vae", vae)):
+            if part is None:
+                raise ValueError(f"{name} is None: the checkpoint that was loaded has none")
+        options = FinetuneOptions(
+            steps=steps, learning_rate=learning_rate, batch_size=batch_size, seed=seed,
+            attention_learning_rate=attention_learning_rate, rank=rank,
+        )  # fmt: skip
+        pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
+        weights = weights if torch.any(weights < 1) else None
+        finetuning = Finetuning(promptnet, model, clip, clip_vision, vae, pictures, weights, train_attention, options)
+        run = _Run(finetuning, filename_prefix, save_promptnet)
+        try:
+            saved = run.train()
+        except BaseException as problem:
+            where = run.keep()
+            show(cls, where)
+            if isinstance(problem, Interrupted) or not isinstance(problem, Exception):
+                raise
+            raise TrainingError(f"{problem}\n{where}") from problem
+        name = listed_name(PATCHES, run.patch_path) if run.patch_path else ""
+        plot = from_image(run.plot())[None]
+        return io.NodeOutput(
+            finetuning.promptnet(), finetuning.patched_model(), name, plot, ui=show(cls, f"{steps} steps\n{saved}")
+        )
+
+
+NODES = [PromptNetFinetune]

@@ -1,0 +1,213 @@
+"""Fine-tuning in the host: PromptNet through the host's text encoder and model, and the model's attention layers beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import comfy.sd
+import torch
+from torch import Tensor, nn
+
+from ..profusion.infusion import architecture_name
+from ..profusion.promptnet.changes import attention_layers, changed, patch_tensors, start_changes
+from ..profusion.promptnet.finetune import FinetuneOptions, FinetunePictures, FinetuneTraining, trainable_copy
+from ..profusion.promptnet.network import PromptNetConfig, PromptNetError, check_fits
+from .host import model_layers
+from .host_promptnet import (
+    LoadedPromptNet,
+    encode_pictures,
+    handed_to_the_host,
+    shown,
+    text_widths,
+    tokens_with_words,
+)
+from .host_training import TrainedModel, differentiable, encode_references
+
+ADAMW_BYTES = 16  # a trained float32 number, its gradient and the optimizer's two moments
+
+
+class WordEncoder:
+    """Prompts with S*, as this CLIP encodes them, in a way that autograd goes through; only while `running`."""
+
+    def __init__(self, clip: Any, config: PromptNetConfig, prompts: Sequence[str]):
+        check_fits(config, text_widths=text_widths(clip, prompts[0]))
+        self._clip, self._config, self._prompts = clip, config, prompts
+        self.prompt = 0  # the one that was encoded last
+
+    def conditionings(self, word: Tensor) -> list[list]:
+        """A CONDITIONING of each prompt with this S* (tokens, width)."""
+        tokens = [tokens_with_words(self._clip, self._config, prompt, word[None])[0] for prompt in self._prompts]
+        return [self._clip.encode_from_tokens_scheduled(entry) for entry in tokens]
+
+    def encode(self, prompt: int, words: Tensor) -> Tensor:
+        """S* (B, tokens, width) in a prompt: (B, L, D)."""
+        self.prompt = prompt
+        tokens, _ = tokens_with_words(self._clip, self._config, self._prompts[prompt], words)
+        # As CLIP.encode_from_tokens, which would also load the text encoder, and for that might unload the model at work.
+        encoder, options = self._clip.cond_stage_model, {"execution_device": self._clip.patcher.load_device}
+        if self._clip.layer_idx is not None:
+            options["layer"] = self._clip.layer_idx
+        encoder.reset_clip_options()
+        encoder.set_clip_options(options)
+        context = encoder.encode_token_weights(tokens)[0]
+        return context.unflatten(1, (len(words), -1))[0]
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """For the time being autograd goes through the text encoder, which is loaded.
+
+        The host's CLIP adds to its hidden state in place, also after a norm has kept it for the way back: norms get copies.
+        """
+        encoder = self._clip.cond_stage_model
+        with differentiable(encoder), ExitStack() as hooks:
+            for module in encoder.modules():
+                if isinstance(module, nn.LayerNorm):
+                    hooks.callback(module.register_forward_pre_hook(_copied).remove)
+            yield
+
+    def check(self, word: Tensor) -> None:
+        """Raise PromptNetError, which names the text encoder, where no gradient comes back from it to S*."""
+        self._clip.load_model()
+        with torch.inference_mode(False), torch.enable_grad(), self.running():
+            word = word.detach().cpu().float().clone()[None].requires_grad_(True)
+            try:
+                context = self.encode(0, word).float()
+                target = torch.randn(context.shape, generator=torch.Generator().manual_seed(0))
+                (gradient,) = torch.autograd.grad((context * target.to(context.device)).sum(), word)
+            except RuntimeError as problem:
+                raise PromptNetError(f"{self._name()}: {problem}") from problem
+        parts = gradient.split(list(self._config.text_widths), dim=-1)
+        if not all(part.isfinite().all() and part.any() for part in parts):
+            raise PromptNetError(f"{self._name()}: the gradient is zero or not finite")
+
+    def _name(self) -> str:
+        return (
+            f"PromptNet cannot be fine-tuned through the text encoder {type(self._clip.cond_stage_model).__name__}, because "
+            "no gradient goes back through it to the pseudo-word. Load the CLIP of the checkpoint, unquantised and uncompiled"
+        )
+
+
+def _copied(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return inputs[0].clone(), *inputs[1:]
+
+
+class Finetuning:
+    """One fine-tuning in the host. Nothing that came in is altered: PromptNet is a copy, and the model's changes lie beside it."""
+
+    def __init__(
+        self,
+        promptnet: LoadedPromptNet,
+        model: Any,
+        clip: Any,
+        clip_vision: Any,
+        vae: Any,
+        pictures: Tensor,
+        masks: Tensor | None,
+        train_attention: bool,
+        options: FinetuneOptions,
+    ):
+        """pictures (M, H, W, 3), masks (M, H, W), as `concept_pictures` returns them."""
+        layers = model_layers(model)
+        check_fits(promptnet.config, architecture=architecture_name(layers))
+        self._model, self._promptnet = model, promptnet
+        self._words = WordEncoder(clip, promptnet.config, options.prompts)
+        given = _pictures(promptnet, model, clip_vision, vae, pictures, masks)
+        device = model.load_device
+        network = trainable_copy(promptnet.network, device)
+        word = _first_word(network, given)
+        self._words.check(word)
+        conditionings = self._words.conditionings(word)
+        width = conditionings[0][0][0].shape[-1]
+        if width != layers[0].context_dim:
+            raise ValueError(
+                f"the text encoder makes a context of width {width} and the model takes {layers[0].context_dim}: use the "
+                "clip that belongs to the model"
+            )
+        changes = {}
+        if train_attention:
+            names = dict(model.get_model_object("diffusion_model").named_parameters())
+            generator = torch.Generator().manual_seed(options.seed % 2**63)
+            changes = start_changes(attention_layers(names), options.rank, generator, device)
+        sampling = model.get_model_object("model_sampling")
+        learning = [
+            *network.parameters(),
+            *(item for change in changes.values() for item in change.parameters().values()),
+        ]
+        memory = ADAMW_BYTES * sum(item.numel() for item in learning)
+        self._trained = TrainedModel(model, conditionings, [clip.patcher], memory)
+        self.training = FinetuneTraining(
+            network,
+            self._predict_noise,
+            self._words.encode,
+            given,
+            options,
+            changes,
+            sampling.timestep,
+            self._trained.sigmas,
+        )
+
+    def _predict_noise(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
+        return self._trained.predict_noise_with(x, sigma, self._words.prompt, context)
+
+    def run(self, after_step: Callable[[], None]) -> None:
+        """Train to the end, or until `after_step` raises."""
+        shape = self.training.options.batch_size, *self.training.pictures.latents.shape[1:]
+        self.evaluating(lambda: self._train(after_step), shape)
+
+    def _train(self, after_step: Callable[[], None]) -> None:
+        for _ in self.training.steps():
+            after_step()
+
+    def evaluating(self, work: Callable[[], None], shape: Sequence[int]) -> None:
+        """Do `work()` while the model is loaded and computes with the changes, for latents (B, C, H, W) of this shape."""
+
+        def changed_work() -> None:
+            with changed(self._model.get_model_object("diffusion_model"), self.training.changes), self._words.running():
+                work()
+
+        self._trained.run(changed_work, shape)
+
+    def promptnet(self) -> LoadedPromptNet:
+        """What PromptNet has become, in the precision of the one that came in."""
+        source = self._promptnet
+        network = trainable_copy(self.training.network, source.patcher.offload_device, source.network.start.dtype)
+        return handed_to_the_host(network.requires_grad_(False), f"{source.name} fine-tuned")
+
+    def patch(self) -> dict[str, Tensor]:
+        """The contents of the patch file; empty where the attention layers were not trained."""
+        return patch_tensors(self.training.changes)
+
+    def patched_model(self) -> Any:
+        """A clone of the model with that file's contents on it, by the host's own reader."""
+        tensors = self.patch()
+        return (
+            comfy.sd.load_lora_for_models(self._model, None, tensors, 1.0, 0.0)[0] if tensors else self._model.clone()
+        )
+
+
+def _pictures(
+    promptnet: LoadedPromptNet, model: Any, clip_vision: Any, vae: Any, pictures: Tensor, masks: Tensor | None
+) -> FinetunePictures:
+    """The pictures as PromptNet sees them (grey outside the masks) and as they are to be drawn."""
+    seen = encode_pictures(promptnet, vae, clip_vision, pictures if masks is None else shown(pictures, masks))
+    everywhere = torch.ones_like(pictures[..., 0]) if masks is None else masks
+    references = encode_references(model, vae, pictures, everywhere)
+    with torch.inference_mode(False):
+        targets = torch.stack([reference.latent for reference in references])
+        weights = None if masks is None else torch.stack([reference.mask for reference in references])
+        latents, tokens = (tensor.float().to(targets.device, copy=True) for tensor in (seen.latents, seen.image_tokens))
+        return FinetunePictures(latents, tokens, targets, weights)
+
+
+@torch.no_grad()
+def _first_word(network: nn.Module, given: FinetunePictures) -> Tensor:
+    """S* of the first picture before the training, (tokens, width)."""
+    latent = given.latents[:1]
+    timestep = torch.tensor([500], device=latent.device)
+    return (
+        network(latent, timestep, given.image_tokens[:1], latent if network.config.with_noise else None)[0]
+        .float()
+        .cpu()
+    )

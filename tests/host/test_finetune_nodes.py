@@ -1,0 +1,412 @@
+"""PromptNet Finetune in a real ComfyUI, on tiny random models: through its CLIP and its model, as a patch its loader reads."""
+
+import importlib
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("comfy.samplers", reason="no ComfyUI: set COMFYUI_PATH to a checkout")
+
+import comfy.lora  # noqa: E402
+import comfy.model_management  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy.utils  # noqa: E402
+import tiny  # noqa: E402
+from pooled import PooledVae, pictures  # noqa: E402
+
+VALUES = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_v.weight"
+RATES = {"learning_rate": 1e-3, "attention_learning_rate": 5e-3}
+
+
+class PooledVision:
+    """A CLIP_VISION whose tokens are the picture's own colours, at 5 x 5 places and 20 wide."""
+
+    def encode_image(self, images):
+        cells = torch.nn.functional.adaptive_avg_pool2d(images.movedim(-1, 1), 5).flatten(2).mT  # (B, 25, 3)
+        return {"last_hidden_state": torch.cat([cells * (index + 1) for index in range(7)], dim=-1)[..., :20]}
+
+
+@pytest.fixture(scope="module")
+def host(pack):
+    """The pack's modules that are tested here."""
+    nodes = {name: importlib.import_module(f"{pack.__name__}.nodes.{name}") for name in (
+        "finetune", "host_finetune", "host_promptnet", "host_training")}  # fmt: skip
+    names = ("promptnet.network", "promptnet.finetune", "promptnet.changes", "promptnet.file", "promptnet.pseudo_word",
+             "models.configs", "models.clip", "training")  # fmt: skip
+    kernel = {
+        name.split(".")[-1] + "_kernel": importlib.import_module(f"{pack.__name__}.profusion.{name}") for name in names
+    }
+    return types.SimpleNamespace(pack=pack, **nodes, **kernel)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return tiny.clip()
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """The host's folders of patch files and PromptNets, moved to empty places."""
+    import folder_paths
+
+    for name in ("loras", "profusion_promptnets"):
+        entry = ([str(tmp_path / name)], {".safetensors"})
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, entry)
+    folder_paths.filename_list_cache.clear()
+    return tmp_path
+
+
+def promptnet(host, seed=4, **changes):
+    """A random PromptNet that serves the tiny model, loaded as the host loads it: in inference mode."""
+    unet = host.configs_kernel.UNetConfig(32, (1, 2), 1, (1, 1), 1, tiny.CONTEXT, num_heads=2)
+    sizes = {"image_width": 20, "text_widths": (tiny.CONTEXT,), "grid": 2, "projection": 8, **changes}
+    with torch.inference_mode():
+        network = host.network_kernel.PromptNet(host.network_kernel.PromptNetConfig(unet, **sizes))
+        network = tiny.randomise(network, seed).eval().requires_grad_(False)
+        return host.host_promptnet.handed_to_the_host(network, "random")
+
+
+def defaults(**inputs):
+    return {
+        "images": pictures(1), "steps": 2, "train_attention": True, "rank": 2, "batch_size": 2, "seed": 0,
+        "filename_prefix": "me/cat", "save_promptnet": False, **RATES, **inputs,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def finetune(host, clip, folders):
+    """Run the node as the host does, in inference mode: -> (PROMPTNET, MODEL, patch file, loss plot)."""
+
+    def run(**inputs):
+        with torch.inference_mode():
+            parts = {"model": tiny.model, "promptnet": lambda: promptnet(host)}
+            given = {name: make() for name, make in parts.items() if name not in inputs}
+            given |= {"clip": clip, "clip_vision": PooledVision(), "vae": PooledVae()}
+            return host.finetune.PromptNetFinetune.execute(**{**given, **defaults(), **inputs}).args
+
+    yield run
+    comfy.utils.set_progress_bar_global_hook(None)
+    comfy.model_management.interrupt_current_processing(False)
+
+
+def make_finetuning(host, clip, model, masks=None, options=None, **kwargs):
+    options = host.finetune_kernel.FinetuneOptions(
+        **{"steps": 2, "batch_size": 2, "rank": 2, **RATES, **(options or {})}
+    )
+    given = pictures(1) if masks is None else pictures(len(masks))
+    with torch.inference_mode():
+        return host.host_finetune.Finetuning(
+            promptnet(host),
+            model,
+            clip,
+            PooledVision(),
+            PooledVae(),
+            given,
+            masks,
+            kwargs.get("attention", True),
+            options,
+        )
+
+
+def values(network):
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def fingerprint(model, clip):
+    """What must be as before, once a training is over."""
+    found = {
+        "options": repr(model.model_options),
+        "wrappers": repr((model.wrappers, model.object_patches, model.patches)),
+    }
+    for name, network in (("model", model.model), ("clip", clip.cond_stage_model)):
+        found[name] = [
+            [(key, id(value), value.requires_grad, value.grad) for key, value in network.named_parameters()],
+            [part.training for part in network.modules()],
+            [(len(part._forward_hooks), len(part._forward_pre_hooks)) for part in network.modules()],
+        ]
+    return found
+
+
+def cancel_at(step):
+    def hook(value, total, preview, node_id=None):
+        comfy.model_management.interrupt_current_processing(value == step)
+
+    comfy.utils.set_progress_bar_global_hook(hook)
+
+
+# The schema, frozen: only append
+
+
+def test_the_schema_is_frozen_and_explained(host):
+    schema = host.finetune.PromptNetFinetune.GET_SCHEMA()
+    assert schema.node_id == "ProFusion_PromptNetFinetune"
+    assert [f"{entry.id}:{entry.get_io_type()}" for entry in schema.inputs] == [
+        "promptnet:PROMPTNET", "model:MODEL", "clip:CLIP", "clip_vision:CLIP_VISION", "vae:VAE", "images:IMAGE", "steps:INT",
+        "learning_rate:FLOAT", "train_attention:BOOLEAN", "attention_learning_rate:FLOAT", "rank:INT", "batch_size:INT",
+        "seed:INT", "filename_prefix:STRING", "save_promptnet:BOOLEAN", "masks:MASK",
+    ]  # fmt: skip
+    assert [output.io_type for output in schema.outputs] == ["PROMPTNET", "MODEL", "STRING", "IMAGE"]
+    assert all(entry.tooltip for entry in [*schema.inputs, *schema.outputs]) and schema.description
+    root = Path(host.finetune.__file__).parents[1]
+    assert (root / "web" / "docs" / f"{schema.node_id}.md").is_file()
+    assert host.finetune.PromptNetFinetune in host.pack.NODES
+
+
+# What comes out
+
+
+def test_it_gives_a_promptnet_a_model_a_file_and_a_plot(host, finetune, folders, clip):
+    source, model, seen = promptnet(host), tiny.model(), []
+    before, untouched = values(source.network), fingerprint(model, clip)
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, node_id=None: seen.append((value, total)))
+    tuned, patched, name, plot = finetune(promptnet=source, model=model, save_promptnet=True)
+    assert same(values(source.network), before) and fingerprint(model, clip) == untouched
+    assert tuned.network is not source.network and not same(values(tuned.network), before)
+    assert not any(value.requires_grad for value in tuned.network.parameters()) and tuned.config == source.config
+    assert not model.patches and len(patched.patches) == 7 * 8 and patched.is_clone(model)
+    assert name == str(Path("me") / "cat_00001_.safetensors") and plot.shape == (1, 288, 512, 3)
+    assert (folders / "loras" / name).is_file() and seen[-1] == (2, 2) and {value for value, _ in seen} == {1, 2}
+    saved = host.file_kernel.load_promptnet(folders / "profusion_promptnets" / name, torch.float16)
+    assert same(values(saved), values(tuned.network.half()))
+
+
+def test_the_next_file_has_the_next_number(finetune, folders):
+    first, second = finetune(steps=1)[2], finetune(steps=1, seed=1)[2]
+    assert [Path(name).name for name in (first, second)] == ["cat_00001_.safetensors", "cat_00002_.safetensors"]
+    contents = [comfy.utils.load_torch_file(str(folders / "loras" / name)) for name in (first, second)]
+    assert not same(*contents)
+
+
+def test_the_same_seed_trains_the_same_and_another_one_another(finetune):
+    (one, _, _, _), (again, _, _, _), (other, _, _, _) = finetune(), finetune(), finetune(seed=1)
+    assert same(values(one.network), values(again.network)) and not same(values(one.network), values(other.network))
+
+
+def test_without_the_attention_layers_there_is_no_file(finetune, folders):
+    tuned, model, name, _ = finetune(train_attention=False)
+    assert name == "" and not model.patches and not list(folders.rglob("*.safetensors"))
+    assert tuned.network.output.bias.isfinite().all()
+
+
+# The patch file
+
+
+def predicted(model, x, sigma, context):
+    """The noise that a MODEL predicts, by its own means and nothing of the pack's."""
+    with torch.inference_mode():
+        comfy.model_management.load_models_gpu([model])
+        return (x - model.model.apply_model(x, sigma, c_crossattn=context)) / sigma.view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_hosts_loader_makes_of_the_file_what_was_trained(host, clip, folders, rank):
+    model = tiny.model()
+    finetuning = make_finetuning(host, clip, model, options={"rank": rank})
+    x, sigma = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0.7, 5.0])
+    context, own = tiny.encode(clip, "a photo of a cat")[0][0].expand(2, -1, -1), []
+    with torch.inference_mode():
+        finetuning.run(lambda: None)
+        finetuning.evaluating(
+            lambda: own.append(finetuning._trained.predict_noise_with(x, sigma, 0, context)), (2, 4, 8, 8)
+        )
+        size = host.changes_kernel.save_patch(finetuning.patch(), folders / "loras" / "one.safetensors")
+    import nodes
+
+    loader = nodes.LoraLoaderModelOnly()
+    (loaded,) = loader.load_lora_model_only(model, "one.safetensors", 1.0)
+    assert len(loaded.patches) == 7 * 8 and size == (folders / "loras" / "one.safetensors").stat().st_size
+    plain, found = predicted(model, x, sigma, context), predicted(loaded, x, sigma, context)
+    torch.testing.assert_close(found, own[0], rtol=0, atol=1e-4)
+    assert (found - plain).abs().max() > 2e-3  # or it would prove nothing
+    with torch.inference_mode():
+        assert torch.equal(predicted(finetuning.patched_model(), x, sigma, context), found)
+    assert torch.equal(predicted(model, x, sigma, context), plain)
+
+
+def test_every_key_of_the_file_is_one_that_the_host_knows(host, clip):
+    model = tiny.model()
+    tensors = make_finetuning(host, clip, model).patch()
+    known = comfy.lora.model_lora_keys_unet(model.model, {})
+    stems = {name.split(".")[0] for name in tensors}
+    assert stems <= known.keys() and len({known[stem] for stem in stems}) == 7 * 8
+
+
+# Through the host's own text encoder and model
+
+
+def test_the_gradient_through_the_hosts_clip_is_the_kernels(host, clip):
+    config = host.configs_kernel.TextConfig(tiny.CONTEXT, 2, 2, 96)
+    text = host.clip_kernel.TextModel(config).eval().requires_grad_(False)
+    own = clip.cond_stage_model.clip_l.transformer.state_dict()
+    text.load_state_dict({name: own[name] for name in text.state_dict()})
+    words = 0.1 * torch.randn(2, 1, tiny.CONTEXT, generator=torch.Generator().manual_seed(2))
+    target, prompt = (
+        torch.randn(2, 77, tiny.CONTEXT, generator=torch.Generator().manual_seed(3)),
+        "a photo of S* on snow",
+    )
+    encoder = host.host_finetune.WordEncoder(clip, promptnet(host).config, [prompt])
+    found = []
+    for encode in (
+        lambda word: encoder.encode(0, word),
+        lambda word: host.pseudo_word_kernel.encode(text, prompt, word),
+    ):
+        word = words.clone().requires_grad_(True)
+        with encoder.running():
+            (encode(word) * target).sum().backward()
+        found.append(word.grad)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+    assert found[1].abs().max() > 0.1
+
+
+def test_a_text_encoder_without_a_gradient_is_named(host, finetune):
+    broken = tiny.clip()
+    tower = broken.cond_stage_model.clip_l.transformer
+    tower.register_forward_hook(lambda _, __, out: tuple(part if part is None else part.detach() for part in out))
+    with pytest.raises(ValueError, match="cannot be fine-tuned through the text encoder SD1ClipModel.*no gradient"):
+        finetune(clip=broken)
+
+
+def test_weights_loaded_in_inference_mode_train_alike(host, finetune):
+    with torch.inference_mode():
+        inside, encoder = tiny.model(), tiny.clip()
+    assert inside.model.diffusion_model.input_blocks[0][0].weight.is_inference()
+    untouched = fingerprint(inside, encoder)
+    tuned = finetune(model=inside, clip=encoder)[0]
+    assert fingerprint(inside, encoder) == untouched
+    assert same(values(tuned.network), values(finetune()[0].network))
+
+
+def test_a_patch_on_the_model_takes_part(finetune):
+    change = 0.3 * torch.randn(32, tiny.CONTEXT, generator=torch.Generator().manual_seed(8))
+    patched, baked = tiny.model(), tiny.model()
+    patched.add_patches({VALUES: ("diff", (change,))})
+    with torch.no_grad():
+        dict(baked.model.named_parameters())[VALUES].add_(change)
+    (one, model, _, _), (other, _, _, _), (plain, _, _, _) = finetune(model=patched), finetune(model=baked), finetune()
+    assert same(values(one.network), values(other.network)) and not same(values(one.network), values(plain.network))
+    assert len(model.patches[VALUES]) == 2
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_half_precision_models_train_float32_changes(host, finetune, rank):
+    with torch.inference_mode():
+        model = tiny.model(torch.float16, torch.float32)
+    tuned, patched, _, _ = finetune(model=model, rank=rank, steps=1)
+    assert {value.dtype for value in model.model.diffusion_model.parameters()} == {torch.float16} and patched.patches
+    assert all(value.isfinite().all() for value in tuned.network.state_dict().values())
+
+
+def test_masks_grey_what_is_shown_and_weigh_what_is_drawn(host, clip):
+    masks = torch.zeros(2, 64, 64)
+    masks[:, 16:48, 8:40] = 1
+    given = make_finetuning(host, clip, tiny.model(), masks).training.pictures
+    drawn = PooledVae().encode(pictures(2)) * 0.18215
+    torch.testing.assert_close(given.targets, drawn)
+    inside = given.masks.bool()
+    assert given.masks.shape == (2, 8, 8) and inside.sum() == 2 * 16
+    cells = inside[:, None].expand_as(drawn)
+    torch.testing.assert_close(given.latents[cells], drawn[cells])
+    assert not given.latents[~cells].any()  # grey
+
+
+def test_a_promptnet_that_looks_at_the_noisy_latent_learns(host, finetune):
+    tuned = finetune(promptnet=promptnet(host, second_latent="noisy"), steps=1)[0]
+    assert tuned.config.with_noise and tuned.network.second_latent[0].weight.isfinite().all()
+
+
+# Cancel and errors
+
+
+def test_cancel_stops_within_a_step_keeps_what_was_learned_and_leaves_nothing_behind(host, finetune, folders, clip):
+    source, model = promptnet(host), tiny.model()
+    before, untouched = values(source.network), fingerprint(model, clip)
+    cancel_at(1)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        finetune(promptnet=source, model=model, steps=4, save_promptnet=True)
+    comfy.utils.set_progress_bar_global_hook(None)
+    assert fingerprint(model, clip) == untouched and same(values(source.network), before)
+    name = "cat_partial_1_steps_00001_.safetensors"
+    partial = host.file_kernel.load_promptnet(folders / "profusion_promptnets" / "me" / name, torch.float16)
+    once, _, whole, _ = finetune(steps=1)
+    assert same(values(partial), values(once.network.half()))
+    contents = [comfy.utils.load_torch_file(str(folders / "loras" / file)) for file in (Path("me") / name, whole)]
+    assert same(*contents)
+
+
+def test_an_error_keeps_what_was_learned_says_where_and_leaves_nothing_behind(host, finetune, folders, clip):
+    model, calls = tiny.model(), []
+
+    def wrapper(apply_model, arguments):
+        calls.append(0)
+        if len(calls) > 1:
+            raise RuntimeError("a kernel failed")
+        return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    model.set_model_unet_function_wrapper(wrapper)
+    untouched = fingerprint(model, clip)
+    with pytest.raises(host.training_kernel.TrainingError, match="a kernel failed\nWhat the 1 steps") as caught:
+        finetune(model=model)
+    assert fingerprint(model, clip) == untouched
+    (path,) = (folders / "loras").rglob("*.safetensors")
+    assert str(path) in str(caught.value)
+
+
+def test_an_overflow_names_the_way_out_and_writes_nothing(host, finetune, folders):
+    model = tiny.model()
+    model.set_model_unet_function_wrapper(lambda apply, arguments: arguments["input"] * float("nan"))
+    with pytest.raises(
+        host.training_kernel.TrainingError, match="the loss is nan at step 0.*\nNothing had been learned"
+    ):
+        finetune(model=model)
+    assert not list(folders.rglob("*.safetensors"))
+
+
+def test_a_folder_that_cannot_be_used_stops_it_before_the_training(finetune, folders):
+    (folders / "loras").touch()
+    seen = []
+    comfy.utils.set_progress_bar_global_hook(lambda *arguments, **_: seen.append(arguments))
+    with pytest.raises(ValueError, match="cannot be used"):
+        finetune()
+    assert not seen
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"images": torch.ones(0, 64, 64, 3)}, "no pictures"),
+        ({"images": torch.ones(1, 3, 3, 3)}, "too small"),
+        ({"masks": torch.zeros(1, 64, 64)}, "mask 1 is all black"),
+        ({"clip": None}, "clip is None"),
+        ({"clip_vision": None}, "clip_vision is None"),
+        ({"vae": None}, "vae is None"),
+        ({"steps": 0}, "steps=0"),
+        ({"rank": -1}, "rank=-1"),
+        ({"learning_rate": 0.0}, "learning_rate=0"),
+        ({"filename_prefix": "../x"}, "filename_prefix"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_trained(finetune, folders, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        finetune(**inputs)
+    assert not list(folders.rglob("*.safetensors"))
+
+
+def test_a_promptnet_of_another_model_is_refused_by_both_names(host, finetune):
+    with pytest.raises(ValueError, match=r"width 24 .*width 64"):
+        finetune(promptnet=promptnet(host, text_widths=(24,)))
+    with pytest.raises(
+        ValueError, match="trained for UNet with 7 cross-attentions of 64, but the model is UNet with 7 cross"
+    ):
+        finetune(model=tiny.model(context_dim=32))
+    with pytest.raises(ValueError, match="width 16, but the CLIP vision model makes them of width 20"):
+        finetune(promptnet=promptnet(host, image_width=16))
