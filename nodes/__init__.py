@@ -1,6 +1,6 @@
 """The pack's nodes: schemas and host glue, no mathematics."""
 
-from . import finetune, fusion, infusion, promptnet, residual, toybox, trainer
+from . import augment, finetune, fusion, infusion, promptnet, residual, toybox, trainer
 
 NODES = [
     *toybox.NODES,
@@ -10,4 +10,5 @@ NODES = [
     *promptnet.NODES,
     *fusion.NODES,
     *finetune.NODES,
+    *augment.NODES,
 ]
