@@ -31,6 +31,7 @@ class _Run:
         self.finetuning, self._prefix, self._keep_promptnet = finetuning, prefix, keep_promptnet
         self._progress = Progress(finetuning.training.options.steps)
         self.patch_path: Path | None = None
+        self._saved: dict[str, str] = {}  # by folder, what to say of it
         for folder in self._folders():
             _check_writable(next_path(folder, prefix))
 
@@ -52,18 +53,20 @@ class _Run:
         return loss_plot(self.finetuning.training.losses, self.finetuning.training.options.steps)
 
     def _save(self, prefix: str) -> str:
-        """A line for each file."""
-        finetuning, options, lines = self.finetuning, self.finetuning.training.options, []
+        """Write what is not written yet, and say what there is."""
+        finetuning, options = self.finetuning, self.finetuning.training.options
         notes = {"steps": str(finetuning.training.step), "seed": str(options.seed), "rank": str(options.rank)}
         for folder in self._folders():
+            if folder in self._saved:
+                continue
             path = next_path(folder, prefix)
             if folder == PATCHES:
                 size = save_patch(finetuning.patch(), path, notes)
                 self.patch_path = path
             else:
                 size = save_promptnet(finetuning.training.network, path, "float16", notes)
-            lines.append(f"{path}\n{size:,} bytes")
-        return "\n".join(lines) or "nothing is saved"
+            self._saved[folder] = f"{path}\n{size:,} bytes"
+        return "\n".join(self._saved.values()) or "Nothing is saved."
 
     def keep(self) -> str:
         """After a failure: keep what has been learned, and say where."""
@@ -77,7 +80,8 @@ class _Run:
         try:
             return f"What the {done} steps so far have learned:\n{self._save(prefix)}"
         except (PromptNetError, OSError) as error:
-            return f"The {done} steps so far could not be saved: {error}"
+            kept = "".join(f"\nSaved before: {text}" for text in self._saved.values())
+            return f"The {done} steps so far could not all be saved: {error}{kept}"
 
 
 def _check_writable(path: Path) -> None:

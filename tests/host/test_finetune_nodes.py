@@ -358,6 +358,17 @@ def test_an_error_keeps_what_was_learned_says_where_and_leaves_nothing_behind(ho
     assert str(path) in str(caught.value)
 
 
+def test_what_is_saved_before_another_file_fails_is_saved_once_and_named(host, finetune, folders, monkeypatch):
+    def full_disk(*_):
+        raise host.network_kernel.PromptNetError("the disk is full")
+
+    monkeypatch.setattr(host.finetune, "save_promptnet", full_disk)
+    with pytest.raises(host.training_kernel.TrainingError, match="the disk is full") as caught:
+        finetune(steps=1, save_promptnet=True)
+    (path,) = (folders / "loras").rglob("*.safetensors")
+    assert f"Saved before: {path}" in str(caught.value)
+
+
 def test_an_overflow_names_the_way_out_and_writes_nothing(host, finetune, folders):
     model = tiny.model()
     model.set_model_unet_function_wrapper(lambda apply, arguments: arguments["input"] * float("nan"))
