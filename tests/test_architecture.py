@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 IGNORED = [line for line in (ROOT / ".comfyignore").read_text().split() if line]
-HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "execution", "server", "node_helpers"}
+HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "execution", "server", "node_helpers", "latent_preview"}
 SHIPPED_WITH_THE_HOST = {"torch", "torchvision", "numpy", "PIL", "safetensors", "tokenizers", "einops", "scipy"}
 
 
