@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--concept", choices=list(world.CONCEPTS), default=demo.CONCEPT, help="a concept to be drawn and learned")
     one.add_argument("--images", type=Path, help="learn from the pictures in this folder instead; alpha is the object's mask")
     one.add_argument("--noun", choices=world.NOUNS, help="what the pictures in --images show")
-    one.add_argument("--steps", type=int, default=250, help="training steps (default: %(default)s)")
+    one.add_argument("--steps", type=int, default=400, help="training steps (default: %(default)s)")
     one.add_argument("--learning-rate", type=float, default=0.01, help="AdamW's (default: %(default)s)")
     one.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
     one.set_defaults(run=_demo)

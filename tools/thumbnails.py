@@ -40,7 +40,7 @@ def board(left: Sequence[Tensor], right: Sequence[Tensor], label: str) -> Image.
 def main() -> None:
     toybox = Toybox.load()
     concepts = [demo.drawn_concept(name) for name in CONCEPTS]
-    residuals: list[Residual] = [demo.train(toybox, concept, TrainingOptions(steps=250, learning_rate=0.01), print)[0] for concept in concepts]
+    residuals: list[Residual] = [demo.train(toybox, concept, TrainingOptions(steps=400, learning_rate=0.01), print)[0] for concept in concepts]
 
     def drawn(prompt: str, chosen: Sequence[Residual], seed: int) -> list[Tensor]:
         _, customised = toybox.generate_customised(prompt, chosen, seeded(seed), guidance=demo.GUIDANCE)

@@ -84,7 +84,7 @@ def train_and_generate(graph: Graph) -> None:
     )  # fmt: skip
     base = graph.add("ProFusion_ToyboxLoader", (0, 0), wide=380)
     graph.add("PreviewImage", (0, 700), "Pictures to learn from", wide=380, tall=200, images=base["pictures"])
-    trained = concept(graph, 0, base, base["pictures"], base["masks"], base["noun"], 250, 0.01, 2.0)
+    trained = concept(graph, 0, base, base["pictures"], base["masks"], base["noun"], 400, 0.01, 2.0)
     generate(graph, 1140, 0, base, "a photo of a mushroom on snow", [trained["RESIDUAL"]], 96, 25, 2.0)
 
 
