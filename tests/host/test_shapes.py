@@ -77,7 +77,7 @@ def test_sd15_trains_a_step_and_samples_a_step(pack, tmp_path, monkeypatch):
         fill(network.diffusion_model)
         model = comfy.model_patcher.ModelPatcher(network, torch.device("cpu"), torch.device("cpu"))
         residual, _, samples = ResidualTrainer.execute(
-            model, FullClip(), PooledVae(), pictures(1), "cat", 1, 0.02, 1, 0, False, 0, "a cat", 1, 1.0
+            model, FullClip(), PooledVae(), pictures(1), "cat", 1, 0.02, 1, 0, False, 1.0, 0, "a cat", 1, 1.0
         ).args
     assert residual.architecture == "SD 1.x" and residual.delta.shape == (16, 1, 768)
     assert (residual.delta != 0).any(-1).all()

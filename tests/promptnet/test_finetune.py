@@ -219,7 +219,7 @@ def test_what_is_shown_and_what_is_drawn_may_differ(small):
 def test_one_picture_is_learned(small):
     """A model that can only guess the picture's level from the row of S*."""
     flat = torch.full((1, 4, 8, 8), 2.0)
-    run = training(small, given=FinetunePictures(flat, random(1, 5, 20)), steps=25, learning_rate=1e-2)
+    run = training(small, given=FinetunePictures(flat, random(1, 5, 20)), steps=100, learning_rate=1e-2)
     run._sigmas = torch.linspace(1, 5, 20)
     run._predict_noise = lambda x, sigma, context: (x - context[:, 1, :1, None, None]) / sigma.view(-1, 1, 1, 1)
     before = run.loss_on(run.pictures, 4)
