@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 
 import folder_paths
@@ -32,16 +33,42 @@ def residual_names() -> list[str]:
 
 def find_residual(name: str) -> Path:
     """The path of a listed residual. Raises ResidualError, which says where it was looked for and what is there."""
-    path = folder_paths.get_full_path(RESIDUALS, name)
+    advice = "or make one with Residual Trainer and Residual Saver"
+    return find(RESIDUALS, name, residual_names(), ResidualError, "residual", advice)
+
+
+def find(kind: str, name: str, names: Sequence[str], error: type[ValueError], what: str, advice: str) -> Path:
+    """The path of a file in one of our folders. names: those that a loader lists, for the error, which also says where it
+    was looked for."""
+    path = folder_paths.get_full_path(kind, name)
     if path is not None:
         return Path(path)
-    names = residual_names()
-    found = f"{', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}" or "no residual"
-    searched = " and ".join(folder_paths.get_folder_paths(RESIDUALS))
-    raise ResidualError(
-        f"There is no residual '{name}'. Searched: {searched}. Found: {found}. Choose one of these, put the file there "
-        f"and refresh the node definitions (R), or make one with Residual Trainer and Residual Saver."
+    found = f"{', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}" or f"no {what}"
+    searched = " and ".join(folder_paths.get_folder_paths(kind))
+    raise error(
+        f"There is no {what} '{name}'. Searched: {searched}. Found: {found}. Choose one of these, put the file there "
+        f"and refresh the node definitions (R), {advice}."
     )
+
+
+def why_not_found(find: Callable[[str], Path], name: str | None) -> bool | str:
+    """What a loader's `validate_inputs` returns in place of the host's check of the list, whose message does not say where
+    the list comes from. name is None where it comes from another node."""
+    try:
+        if name is not None:
+            find(name)
+    except ValueError as problem:
+        return str(problem)
+    return True
+
+
+def fingerprint(find: Callable[[str], Path], name: str | None) -> str:
+    """Changes when the file does, so that a loader reads it anew."""
+    try:
+        path = find(name)
+        return f"{path}:{path.stat().st_mtime_ns}:{path.stat().st_size}"
+    except (ValueError, OSError):
+        return "missing"
 
 
 def next_residual_path(prefix: str, noun: str) -> Path:

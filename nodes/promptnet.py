@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import folder_paths
 from comfy_api.latest import io
 
@@ -9,7 +11,7 @@ from ..profusion.pictures import concept_pictures
 from ..profusion.promptnet.network import PromptNetError
 from ..profusion.promptnet.pseudo_word import PLACEHOLDER, with_noun
 from ..profusion.toybox.pipeline import WEIGHTS
-from .folders import PROMPTNETS, register
+from .folders import PROMPTNETS, find, fingerprint, register, why_not_found
 from .host_promptnet import LoadedPromptNet, WordInPrompt, encode_pictures, load, shown
 from .messages import show
 
@@ -24,18 +26,12 @@ def promptnet_names() -> list[str]:
     return [*([TOYBOX] if _TOYBOX_FILE.is_file() else []), *folder_paths.get_filename_list(PROMPTNETS)]
 
 
-def find_promptnet(name: str):
+def find_promptnet(name: str) -> Path:
     """The path of a listed PromptNet. Raises PromptNetError, which says where it was looked for."""
     if name == TOYBOX and _TOYBOX_FILE.is_file():
         return _TOYBOX_FILE
-    path = folder_paths.get_full_path(PROMPTNETS, name)
-    if path is None:
-        searched = " and ".join(folder_paths.get_folder_paths(PROMPTNETS))
-        raise PromptNetError(
-            f"There is no PromptNet '{name}'. Searched: {searched}. Found: {', '.join(promptnet_names()) or 'none'}. Choose one "
-            "of these, or put the file there and refresh the node definitions (R)."
-        )
-    return path
+    advice = "or train one with `python -m profusion promptnet train`"
+    return find(PROMPTNETS, name, promptnet_names(), PromptNetError, "PromptNet", advice)
 
 
 class PromptNetLoader(io.ComfyNode):
@@ -61,13 +57,11 @@ class PromptNetLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, promptnet=None) -> bool | str:
-        """Replaces the host's check of the list, whose message does not say where the list comes from."""
-        try:
-            if promptnet is not None:  # it is None where the name comes from another node
-                find_promptnet(promptnet)
-        except PromptNetError as problem:
-            return str(problem)
-        return True
+        return why_not_found(find_promptnet, promptnet)
+
+    @classmethod
+    def fingerprint_inputs(cls, promptnet=None) -> str:
+        return fingerprint(find_promptnet, promptnet)
 
     @classmethod
     def execute(cls, promptnet) -> io.NodeOutput:

@@ -6,8 +6,16 @@ from comfy_api.latest import io
 from PIL.Image import Image
 
 from ..profusion.pictures import to_image
-from ..profusion.residual import PRECISIONS, ResidualError, load_residual, save_residual
-from .folders import RESIDUALS, find_residual, next_residual_path, register, residual_names
+from ..profusion.residual import PRECISIONS, load_residual, save_residual
+from .folders import (
+    RESIDUALS,
+    find_residual,
+    fingerprint,
+    next_residual_path,
+    register,
+    residual_names,
+    why_not_found,
+)
 from .messages import show
 
 register(RESIDUALS)
@@ -39,21 +47,11 @@ class ResidualLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, residual=None) -> bool | str:
-        """Replaces the host's check of the list, whose message does not say where the list comes from."""
-        try:
-            if residual is not None:  # it is None where the name comes from another node
-                find_residual(residual)
-        except ResidualError as problem:
-            return str(problem)
-        return True
+        return why_not_found(find_residual, residual)
 
     @classmethod
     def fingerprint_inputs(cls, residual=None) -> str:
-        try:
-            path = find_residual(residual)
-            return f"{path}:{path.stat().st_mtime_ns}:{path.stat().st_size}"
-        except (ResidualError, OSError):
-            return "missing"
+        return fingerprint(find_residual, residual)
 
     @classmethod
     def execute(cls, residual) -> io.NodeOutput:

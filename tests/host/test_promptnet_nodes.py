@@ -231,6 +231,23 @@ def test_the_loader_says_what_is_missing(pack, tmp_path):
     assert loader.validate_inputs(None) is True
 
 
+def test_the_loader_loads_a_file_of_the_folder(studio, tmp_path, monkeypatch):
+    import folder_paths
+
+    save = sys.modules[f"{studio.pack.__name__}.profusion.promptnet.file"].save_promptnet
+    nodes = studio.modules["nodes.promptnet"]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, nodes.PROMPTNETS, ([str(tmp_path)], {".safetensors"}))
+    save(studio.promptnet.network, tmp_path / "mine.safetensors", "float32")
+    assert nodes.PromptNetLoader.validate_inputs("mine.safetensors") is True
+    loaded = nodes.PromptNetLoader.execute("mine.safetensors").args[0]
+    assert loaded.name == "mine" and loaded.config == studio.promptnet.config
+    first, kept = studio.encode(promptnet=loaded)[0][0][0], studio.encode()[0][0][0]
+    torch.testing.assert_close(first, kept, rtol=0, atol=1e-5)
+    before = nodes.PromptNetLoader.fingerprint_inputs("mine.safetensors")
+    save(studio.promptnet.network, tmp_path / "mine.safetensors", "float16")
+    assert nodes.PromptNetLoader.fingerprint_inputs("mine.safetensors") != before
+
+
 def test_the_schemas_are_valid(pack):
     for node in modules(pack)["nodes.promptnet"].NODES:
         schema = node.GET_SCHEMA()
