@@ -1,8 +1,9 @@
 """Train an Infusion residual (arXiv 2404.14007): one vector per cross-attention layer, nothing else moves.
 
 Each step noises the concept's latents, evaluates F without autograd and C with it on the same noisy latent, and
-minimises the eps-prediction error of C inside the concept's mask, and its distance from F outside. Who evaluates the model is the caller's affair: the
-kernel's UNet and the host's model are trained by the same code and, from the same seed, to the same residual.
+minimises the eps-prediction error of C inside the concept's mask, and its distance from F outside. Who evaluates the
+model is the caller's affair: the kernel's UNet and the host's model are trained by the same code and, from the same seed,
+to the same residual.
 """
 
 from __future__ import annotations
@@ -112,6 +113,43 @@ class _TakenOnce(dict):
 
     def get(self, key, default=None):
         return self.pop(key, default)
+
+
+def differentiate(
+    loss_of: Callable[[], Tensor],
+    parameters: Sequence[Tensor],
+    scale: float,
+    when: str,
+    learning_rate: float,
+    without_gradient: str,
+) -> tuple[float, float]:
+    """Leave a loss's gradient in the parameters' `grad`; returns the loss, and the scale that it could be multiplied by.
+
+    A float16 model would round the gradient of a mean over many cells to zero, so the loss is multiplied by `scale`, a power
+    of two, on the way back, which in float32 changes no bit. Where that overflows, a smaller one is taken and `loss_of`
+    evaluated again. Raises TrainingError: `without_gradient` is what to say where none arrives.
+    """
+    while True:
+        loss = loss_of()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss is {value} {when}. Lower the learning rate ({learning_rate}), or use a model in float32 or bfloat16"
+            )
+        for parameter in parameters:
+            parameter.grad = None
+        if loss.requires_grad:
+            (loss * scale).backward()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not any(gradient.any() for gradient in gradients):
+            raise TrainingError(without_gradient)
+        if all(torch.isfinite(gradient).all() for gradient in gradients):
+            for gradient in gradients:
+                gradient /= scale
+            return value, scale
+        if scale <= 2**-16:
+            raise TrainingError(f"the gradient overflowed {when}: use a model in float32 or bfloat16")
+        scale /= 16
 
 
 class ResidualTraining:
@@ -226,33 +264,17 @@ class ResidualTraining:
         return _Batch(clean + sigma.view(-1, 1, 1, 1) * noise, noise, sigma, self._masks[side, picture], prompt)
 
     def _differentiate(self, batch: _Batch) -> float:
-        """Leave the loss's gradient in `delta.grad`; returns the loss.
-
-        A float16 model would round the gradient of a mean over so many cells to zero, so the loss is multiplied by a
-        power of two on the way back, which in float32 changes no bit. Where that overflows, a smaller one is taken.
-        """
-        while True:
-            loss = self._loss(batch)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"the loss is {value} at step {self.step}. Lower the learning rate ({self.options.learning_rate}), "
-                    "or use a model in float32 or bfloat16"
-                )
-            self._optimizer.zero_grad(set_to_none=True)
-            if loss.requires_grad:
-                (loss * self._loss_scale).backward()
-            if self.delta.grad is None or not self.delta.grad.any():
-                raise TrainingError(
-                    "no gradient reaches the residual: something on the model computes its attention without one, as "
-                    "SageAttention and other kernels made for inference do. Connect the model as it was before that"
-                )
-            if torch.isfinite(self.delta.grad).all():
-                self.delta.grad /= self._loss_scale
-                return value
-            if self._loss_scale <= 2**-16:
-                raise TrainingError(f"the gradient overflowed at step {self.step}: use a model in float32 or bfloat16")
-            self._loss_scale /= 16
+        """Leave the loss's gradient in `delta.grad`; returns the loss."""
+        value, self._loss_scale = differentiate(
+            lambda: self._loss(batch),
+            [self.delta],
+            self._loss_scale,
+            f"at step {self.step}",
+            self.options.learning_rate,
+            "no gradient reaches the residual: something on the model computes its attention without one, as "
+            "SageAttention and other kernels made for inference do. Connect the model as it was before that",
+        )
+        return value
 
     def _loss(self, batch: _Batch) -> Tensor:
         queries = _TakenOnce()

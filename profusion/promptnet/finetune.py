@@ -18,7 +18,7 @@ from ..diffusion import timestep_of
 from ..training import TrainingError
 from .changes import Change
 from .network import PromptNet
-from .training import EncodeWord, PictureSet, PredictNoise, PromptNetOptions, PromptNetTraining, noise_weight
+from .training import EncodeWord, PictureSet, PredictNoise, PromptNetOptions, PromptNetTraining
 
 
 @dataclass(frozen=True)
@@ -142,21 +142,13 @@ class FinetuneTraining(PromptNetTraining):
             ]
             self._optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=0.0)
 
-    def _loss(self, pictures: FinetunePictures, batch, word: Tensor | None = None) -> Tensor:
-        """The loss of a batch; `word` (tokens, width) takes the place of every S*."""
-        target = pictures.targets[batch.rows].to(self._device, torch.float32)
-        scale = batch.sigma.view(-1, 1, 1, 1)
-        noisy = target + scale * batch.noise
-        if word is None:
-            shown = pictures.latents[batch.rows].to(self._device, torch.float32)
-            image_tokens = pictures.image_tokens[batch.rows].to(self._device, torch.float32)
-            seen = noisy / (scale**2 + 1).sqrt() if self.network.config.with_noise else None
-            word = self.network(shown, self._timesteps(batch.sigma), image_tokens, seen)
-        else:
-            word = word.to(self._device).expand(len(noisy), -1, -1)
-        predicted = self._predict_noise(noisy, batch.sigma, self._encode_word(batch.prompt, word))
-        mask = torch.ones_like(noisy[:, 0]) if pictures.masks is None else pictures.masks[batch.rows].to(self._device)
-        weight = noise_weight(batch.sigma, self.options.weight_cap)
+    def _targets(self, pictures: FinetunePictures) -> Tensor:
+        """See PromptNetTraining."""
+        return pictures.targets
+
+    def _error(self, predicted: Tensor, pictures: FinetunePictures, batch, weight: Tensor) -> Tensor:
+        """Inside the masks, where there are any."""
+        mask = torch.ones_like(predicted[:, 0]) if pictures.masks is None else pictures.masks[batch.rows].to(self._device)
         return masked_weighted_noise_error(predicted, batch.noise, weight, mask)
 
     def _differentiate(self, batch) -> float:

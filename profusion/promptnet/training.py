@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion import timestep_of, training_sigmas
-from ..training import TrainingError
+from ..training import TrainingError, differentiate
 from .file import load_training, save_promptnet
 from .network import PromptNet
 from .pseudo_word import PLACEHOLDER, split_prompt
@@ -189,18 +189,30 @@ class PromptNetTraining:
 
     def _loss(self, pictures: PictureSet, batch: _Batch, word: Tensor | None = None) -> Tensor:
         """The loss of a batch; `word` (tokens, width) takes the place of every S*."""
-        # A VAE may leave another memory order than a file does, and convolutions round differently by it.
-        clean = pictures.latents[batch.rows].to(self._device, torch.float32).contiguous()
+        target = self._on_device(self._targets(pictures)[batch.rows])
         scale = batch.sigma.view(-1, 1, 1, 1)
-        noisy = clean + scale * batch.noise
+        noisy = target + scale * batch.noise
         if word is None:
-            image_tokens = pictures.image_tokens[batch.rows].to(self._device, torch.float32)
+            shown = self._on_device(pictures.latents[batch.rows])
+            image_tokens = self._on_device(pictures.image_tokens[batch.rows])
             seen = noisy / (scale**2 + 1).sqrt() if self.network.config.with_noise else None
-            pseudo_word = self.network(clean, self._timesteps(batch.sigma), image_tokens, seen)
+            pseudo_word = self.network(shown, self._timesteps(batch.sigma), image_tokens, seen)
         else:
-            pseudo_word = word.to(self._device).expand(len(clean), -1, -1)
+            pseudo_word = word.to(self._device).expand(len(noisy), -1, -1)
         predicted = self._predict_noise(noisy, batch.sigma, self._encode_word(batch.prompt, pseudo_word))
-        return weighted_noise_error(predicted, batch.noise, noise_weight(batch.sigma, self.options.weight_cap))
+        return self._error(predicted, pictures, batch, noise_weight(batch.sigma, self.options.weight_cap))
+
+    def _on_device(self, values: Tensor) -> Tensor:
+        # A VAE may leave another memory order than a file does, and convolutions round differently by it.
+        return values.to(self._device, torch.float32).contiguous()
+
+    def _targets(self, pictures: PictureSet) -> Tensor:
+        """Latents (N, C, H, W) of what is to be drawn: here, what PromptNet is shown."""
+        return pictures.latents
+
+    def _error(self, predicted: Tensor, pictures: PictureSet, batch: _Batch, weight: Tensor) -> Tensor:
+        """The loss of a prediction (B, C, H, W) with these weights of its rows (B,)."""
+        return weighted_noise_error(predicted, batch.noise, weight)
 
     @torch.no_grad()
     def loss_on(self, pictures: PictureSet, batches: int = 4, word: Tensor | None = None) -> float:
@@ -209,36 +221,21 @@ class PromptNetTraining:
         return sum(self._loss(pictures, draw, word).item() for draw in draws) / batches
 
     def _differentiate(self, batch: _Batch) -> float:
-        """Leave the loss's gradient, clipped, in the parameters; returns the loss.
-
-        On the way back the loss is multiplied by a power of two, which changes no bit in float32 and keeps a float16
-        model's gradient from vanishing. Where that overflows, a smaller one is taken.
-        """
-        while True:
-            loss = self._loss(self.pictures, batch)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"the loss is {value} at step {self.step}. Lower the learning rate ({self.options.learning_rate}), "
-                    "or use a model in float32 or bfloat16"
-                )
-            self._optimizer.zero_grad(set_to_none=True)
-            if loss.requires_grad:
-                (loss * self._loss_scale).backward()
-            gradients = [item.grad for item in self._trained.values() if item.grad is not None]
-            norm = math.hypot(*(gradient.norm().item() for gradient in gradients)) / self._loss_scale
-            if norm == 0:
-                raise TrainingError(
-                    "no gradient reaches PromptNet: something on the model or in the text encoder computes without one, "
-                    "as kernels made for inference do. Use the model as it was before that"
-                )
-            if math.isfinite(norm):
-                for gradient in gradients:
-                    gradient.mul_(min(1.0, self.options.clip / norm) / self._loss_scale)
-                return value
-            if self._loss_scale <= 2**-16:
-                raise TrainingError(f"the gradient overflowed at step {self.step}: use a model in float32 or bfloat16")
-            self._loss_scale /= 16
+        """Leave the loss's gradient, clipped, in the parameters; returns the loss."""
+        value, self._loss_scale = differentiate(
+            lambda: self._loss(self.pictures, batch),
+            list(self._trained.values()),
+            self._loss_scale,
+            f"at step {self.step}",
+            self.options.learning_rate,
+            "no gradient reaches PromptNet: something on the model or in the text encoder computes without one, as kernels "
+            "made for inference do. Use the model as it was before that",
+        )
+        gradients = [item.grad for item in self._trained.values() if item.grad is not None]
+        norm = math.hypot(*(gradient.norm().item() for gradient in gradients))
+        for gradient in gradients:
+            gradient.mul_(min(1.0, self.options.clip / norm))
+        return value
 
     def state(self) -> dict[str, Tensor]:
         """The optimizer's tensors and the course so far: with the parameters, all that the next step depends on."""
