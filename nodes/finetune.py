@@ -14,11 +14,10 @@ from ..profusion.promptnet.changes import save_patch
 from ..profusion.promptnet.file import save_promptnet
 from ..profusion.promptnet.finetune import FinetuneOptions
 from ..profusion.promptnet.network import PromptNetError
-from ..profusion.training import TrainingError
 from .folders import PATCHES, PROMPTNETS, listed_name, next_path
 from .host_finetune import Finetuning
 from .host_promptnet import LoadedPromptNet
-from .host_training import Interrupted, Progress
+from .host_training import Progress, keeping
 from .messages import show
 
 PREVIEW_EVERY = 10
@@ -182,14 +181,8 @@ class PromptNetFinetune(io.ComfyNode):
         weights = weights if torch.any(weights < 1) else None
         finetuning = Finetuning(promptnet, model, clip, clip_vision, vae, pictures, weights, train_attention, options)
         run = _Run(finetuning, filename_prefix, save_promptnet)
-        try:
+        with keeping(cls, run.keep):
             saved = run.train()
-        except BaseException as problem:
-            where = run.keep()
-            show(cls, where)
-            if isinstance(problem, Interrupted) or not isinstance(problem, Exception):
-                raise
-            raise TrainingError(f"{problem}\n{where}") from problem
         name = listed_name(PATCHES, run.patch_path) if run.patch_path else ""
         plot = from_image(run.plot())[None]
         return io.NodeOutput(

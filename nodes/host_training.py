@@ -24,6 +24,7 @@ from ..profusion.residual import Residual
 from ..profusion.training import PROMPTS, Reference, TrainingError
 from .host import KEY, add_streams, encode_prompt, model_layers, noun_spans, with_patches
 from .infusion import ConceptInput, place_concepts
+from .messages import show
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -293,6 +294,22 @@ class SamplePictures:
 
 def _stop_if_cancelled(*_: Any) -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+@contextmanager
+def keeping(node: Any, keep: Callable[[], str]) -> Iterator[None]:
+    """Whatever stops a training, cancel included: `keep` saves what has been learned and says where, and the node shows it.
+
+    Errors come out as TrainingError, with that text.
+    """
+    try:
+        yield
+    except BaseException as problem:
+        where = keep()
+        show(node, where)
+        if isinstance(problem, Interrupted) or not isinstance(problem, Exception):
+            raise
+        raise TrainingError(f"{problem}\n{where}") from problem
 
 
 class Progress:

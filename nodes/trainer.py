@@ -14,10 +14,10 @@ from ..profusion.infusion import Layer
 from ..profusion.pictures import concept_pictures, from_image, loss_plot, stacked, to_image
 from ..profusion.prompt import NounError
 from ..profusion.residual import Residual, ResidualError, SavedResidual, save_residual
-from ..profusion.training import ResidualTraining, TrainingError, TrainingOptions
+from ..profusion.training import ResidualTraining, TrainingOptions
 from .folders import next_residual_path
 from .host import model_layers
-from .host_training import Interrupted, Progress, SamplePictures, TrainedModel, encode_prompts, encode_references
+from .host_training import Progress, SamplePictures, TrainedModel, encode_prompts, encode_references, keeping
 from .messages import show
 
 if TYPE_CHECKING:
@@ -307,14 +307,8 @@ class ResidualTrainer(io.ComfyNode):
         options = TrainingOptions(steps, learning_rate, batch_size, seed, flip, preserve)
         sample = sample_prompt, sample_steps, sample_cfg
         run = _prepare(model, clip, vae, images, masks, noun.strip(), options, resume, sample)
-        try:
+        with keeping(cls, run.keep):
             run.train(sample_every)
-        except BaseException as problem:
-            where = run.keep()
-            show(cls, where)
-            if isinstance(problem, Interrupted) or not isinstance(problem, Exception):
-                raise
-            raise TrainingError(f"{problem}\n{where}") from problem
         _unsaved.clear()
         text = f"{noun.strip()}: {steps} steps\n{run.saved.path}\n{run.saved.size:,} bytes"
         return io.NodeOutput(run.training.residual(), from_image(run.plot())[None], run.samples(), ui=show(cls, text))
