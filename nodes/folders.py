@@ -16,14 +16,14 @@ PROMPTNETS = "profusion_promptnets"
 PATCHES = "loras"  # the host's own
 
 
-def register(folder: str) -> None:
-    """Tell the host of a folder. Paths that extra_model_paths.yaml added before stay, after the host's own as usual.
+def register(folder: str, suffixes: Sequence[str] = (SUFFIX,)) -> None:
+    """Tell the host of a folder, and of the files to list in it. Paths that extra_model_paths.yaml added before stay, after the host's own as usual.
 
     The host's `add_model_folder_path` would list files of every kind in it.
     """
     own = str(Path(folder_paths.models_dir) / folder)
     known, _ = folder_paths.folder_names_and_paths.get(folder, ([], set()))
-    folder_paths.folder_names_and_paths[folder] = ([own, *[path for path in known if path != own]], {SUFFIX})
+    folder_paths.folder_names_and_paths[folder] = ([own, *[path for path in known if path != own]], set(suffixes))
 
 
 def residual_names() -> list[str]:

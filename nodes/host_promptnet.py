@@ -10,11 +10,12 @@ from typing import Any
 import comfy.latent_formats
 import comfy.model_management
 import comfy.model_patcher
+import comfy.utils
 import torch
 from torch import Tensor
 
 from ..profusion.diffusion import alphas_cumprod
-from ..profusion.promptnet.file import load_promptnet
+from ..profusion.promptnet.file import SUFFIX, load_promptnet, official_promptnet
 from ..profusion.promptnet.network import PromptNet, PromptNetConfig, PromptNetError, check_fits, merged, parts
 from ..profusion.promptnet.pseudo_word import PLACEHOLDER, placed, with_stand_in, without_position
 from .host_fusion import WORD
@@ -41,7 +42,20 @@ def load(path: Path) -> LoadedPromptNet:
     """Read a PromptNet's file, in half precision where the host would run a UNet so."""
     device = comfy.model_management.get_torch_device()
     half = comfy.model_management.should_use_fp16(device, prioritize_performance=False)
-    return handed_to_the_host(load_promptnet(path, torch.float16 if half else torch.float32), path.stem)
+    dtype = torch.float16 if half else torch.float32
+    network = load_promptnet(path, dtype) if path.suffix == SUFFIX else _released(path, dtype)
+    return handed_to_the_host(network, path.stem)
+
+
+def _released(path: Path, dtype: torch.dtype) -> PromptNet:
+    """The authors' checkpoint as they released it, a .bin of torch's, which the host reads as tensors and nothing else."""
+    try:
+        return official_promptnet(comfy.utils.load_torch_file(str(path), safe_load=True), dtype)
+    except Exception as problem:  # torch raises whatever a damaged file makes of it
+        raise PromptNetError(
+            f"The PromptNet file '{path}' cannot be loaded: {problem}. A {path.suffix} file must be the authors' released "
+            f"checkpoint; other PromptNets are {SUFFIX} files."
+        ) from problem
 
 
 def handed_to_the_host(network: PromptNet, name: str) -> LoadedPromptNet:

@@ -8,6 +8,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..profusion.pictures import concept_pictures
+from ..profusion.promptnet.file import SUFFIX
 from ..profusion.promptnet.network import PromptNetError
 from ..profusion.promptnet.pseudo_word import PLACEHOLDER, with_noun
 from ..profusion.toybox.pipeline import WEIGHTS
@@ -18,7 +19,7 @@ from .messages import show
 TOYBOX = "Toybox"
 _TOYBOX_FILE = WEIGHTS / "toybox_promptnet.safetensors"
 
-register(PROMPTNETS)
+register(PROMPTNETS, (SUFFIX, ".bin"))  # as it is trained here, and as its authors released it
 
 
 def promptnet_names() -> list[str]:

@@ -96,15 +96,13 @@ def load_promptnet(
             raise PromptNetError("it is a folder or a device, not a file")
         tensors, metadata = files.read_tensors(path)
         if _OFFICIAL in tensors:
-            network = _official(tensors, dtype, unet, with_noise)
-        else:
-            network = _ours(tensors, metadata, dtype)
+            return official_promptnet(tensors, dtype, unet, with_noise)
+        return _ours(tensors, metadata, dtype)
     except (PromptNetError, files.FileFormatError) as problem:
         raise PromptNetError(f"The PromptNet file '{path}' cannot be loaded: {problem}. {advice}") from problem
     except (OSError, ValueError) as problem:  # ValueError: a name that no file can have
         reason = f"{getattr(problem, 'strerror', None) or problem}. Check the name, the folder and its permissions."
         raise PromptNetError(f"The PromptNet file '{path}' cannot be read: {reason}") from problem
-    return network.eval().requires_grad_(False)
 
 
 def load_training(path: str | Path) -> tuple[PromptNet, dict[str, Tensor], dict[str, str]]:
@@ -185,7 +183,7 @@ def _built(config: PromptNetConfig, state: Mapping[str, Tensor], dtype: torch.dt
         network = network.to(dtype or next(iter(state.values())).dtype).to_empty(device="cpu")
         for name, value in network.state_dict().items():
             value.copy_(state[name])
-    return network
+    return network.eval().requires_grad_(False)
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -196,9 +194,15 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 # The authors' layout
 
 
-def _official(
-    tensors: Mapping[str, Tensor], dtype: torch.dtype | None, unet: UNetConfig | None, with_noise: bool
+def official_promptnet(
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = torch.float32,
+    unet: UNetConfig | None = None,
+    with_noise: bool = True,
 ) -> PromptNet:
+    """The PromptNet of the authors' state dict, whatever file it was in; see `load_promptnet`. Raises PromptNetError."""
+    if _OFFICIAL not in tensors:
+        raise PromptNetError(f"it holds something else than the authors' PromptNet (its tensors: {some(tensors)})")
     config = _told_from_shapes({name: tuple(value.shape) for name, value in tensors.items()})
     config = replace(config, unet=unet or config.unet, second_latent="noisy" if with_noise else "reference")
     with torch.device("meta"):

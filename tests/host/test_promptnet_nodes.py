@@ -248,6 +248,32 @@ def test_the_loader_loads_a_file_of_the_folder(studio, tmp_path, monkeypatch):
     assert nodes.PromptNetLoader.fingerprint_inputs("mine.safetensors") != before
 
 
+def test_the_authors_release_is_read_as_it_is(studio, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    import folder_paths
+
+    file = sys.modules[f"{studio.pack.__name__}.profusion.promptnet.file"]
+    nodes, network = studio.modules["nodes.promptnet"], studio.modules["profusion.promptnet.network"]
+    config = replace(network.TOYBOX_PROMPTNET, second_latent="noisy", normalise=False, holds_position=True)
+    written = tiny.randomise(network.PromptNet(config), seed=5).state_dict()
+    named = {file.diffusers_name(name, config.unet): value for name, value in written.items() if name not in ("start", "spread")}
+    suffixes = folder_paths.folder_names_and_paths[nodes.PROMPTNETS][1]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, nodes.PROMPTNETS, ([str(tmp_path)], suffixes))
+    torch.save(named, tmp_path / "released.bin")
+    assert "released.bin" in folder_paths.get_filename_list(nodes.PROMPTNETS)
+    loaded = nodes.PromptNetLoader.execute("released.bin").args[0].network
+    assert loaded.config.with_noise and loaded.config.holds_position and not loaded.config.normalise
+    for name, value in written.items():
+        if name not in ("start", "spread"):
+            assert torch.equal(loaded.state_dict()[name], value), name
+    torch.save({"model": torch.zeros(3)}, tmp_path / "other.bin")
+    (tmp_path / "damaged.bin").write_bytes(b"not a checkpoint")
+    for name in ("other.bin", "damaged.bin"):
+        with pytest.raises(network.PromptNetError, match="authors' released checkpoint"):
+            nodes.PromptNetLoader.execute(name)
+
+
 def test_the_schemas_are_valid(pack):
     for node in modules(pack)["nodes.promptnet"].NODES:
         schema = node.GET_SCHEMA()
