@@ -36,7 +36,7 @@ class Command:
     pictures: int = 12000
     noun: str | None = None
     with_noise: bool = False
-    tokens: int = 1
+    tokens: int = TOYBOX_PROMPTNET.tokens
     save_every: int = 250
     device: str = "cpu"
 
@@ -76,7 +76,7 @@ def add_to(commands) -> argparse.ArgumentParser:
         ("--learning-rate", float, 3e-4, "AdamW's highest"),
         ("--warmup", int, 100, "steps over which the learning rate rises"),
         ("--weight-cap", float, 20.0, "rows weigh min(1 / alpha_bar, this); 1 is the paper's loss"),
-        ("--tokens", int, 1, "pseudo-words in S*"),
+        ("--tokens", int, TOYBOX_PROMPTNET.tokens, "pseudo-words in S*"),
         ("--save-every", int, 250, "steps between checkpoints"),
         ("--seed", int, 0, "of the pictures, the network and the training"),
     )

@@ -86,7 +86,7 @@ class PromptNetConfig:
 SD15_PROMPTNET = PromptNetConfig(SD15, 1024, (768,))  # CLIP ViT-L's image tower
 SD21_PROMPTNET = PromptNetConfig(SD21, 1280, (1024,))  # OpenCLIP ViT-H's
 SDXL_PROMPTNET = PromptNetConfig(SDXL, 1280, (768, 1280))
-TOYBOX_PROMPTNET = PromptNetConfig(TOYBOX, 128, (128,), grid=3, projection=64)
+TOYBOX_PROMPTNET = PromptNetConfig(TOYBOX, 128, (128,), tokens=4, grid=3, projection=32)
 
 
 class PromptNet(UNetEncoder):

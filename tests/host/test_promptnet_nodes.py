@@ -255,7 +255,7 @@ def test_the_authors_release_is_read_as_it_is(studio, tmp_path, monkeypatch):
 
     file = sys.modules[f"{studio.pack.__name__}.profusion.promptnet.file"]
     nodes, network = studio.modules["nodes.promptnet"], studio.modules["profusion.promptnet.network"]
-    config = replace(network.TOYBOX_PROMPTNET, second_latent="noisy", normalise=False, holds_position=True)
+    config = replace(network.TOYBOX_PROMPTNET, second_latent="noisy", normalise=False, holds_position=True, tokens=1)
     written = tiny.randomise(network.PromptNet(config), seed=5).state_dict()
     named = {file.diffusers_name(name, config.unet): value for name, value in written.items() if name not in ("start", "spread")}
     suffixes = folder_paths.folder_names_and_paths[nodes.PROMPTNETS][1]
