@@ -157,8 +157,8 @@ class ResidualTraining:
 
     references: of one size. flipped: the same pictures mirrored *before* encoding, or empty. prompt_rows: for each
     prompt that `predict_noise` knows, the noun's rows in its context. resume: a residual of the same model whose
-    `training_state` is kept, to go on from bit for bit. sigmas: the noise levels of the model's timesteps (n,), each
-    as likely to be drawn; default Stable Diffusion's.
+    `training_state` is kept, to go on from bit for bit, or one of no steps, to start from. sigmas: the noise levels of
+    the model's timesteps (n,), each as likely to be drawn; default Stable Diffusion's.
 
     The residual, the loss and the optimizer are float32, whatever `predict_noise` computes in.
     """
@@ -204,7 +204,7 @@ class ResidualTraining:
         check_architecture(residual, self._layers)
         if residual.noun != self._noun:
             raise ResidualError(f"the residual to resume is of the noun {residual.noun!r}, this training of {self._noun!r}")
-        if residual.seed != self.options.seed:
+        if residual.steps and residual.seed != self.options.seed:
             raise ResidualError(
                 f"the residual to resume was trained with seed {residual.seed}, not {self.options.seed}: set that seed, "
                 "or it would not be the same training"

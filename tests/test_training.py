@@ -215,6 +215,16 @@ def test_a_residual_of_no_steps_resumes_as_a_start(unet):
     same(run.residual(), trained(unet, 2)[0].residual())
 
 
+def test_a_training_may_start_from_what_no_training_made(unet):
+    """A residual of no steps has no seed that must be this training's."""
+    layers = cross_attention_layers(dict(unet.named_parameters()))
+    delta = torch.randn(len(layers), 1, SMALL.context_dim, generator=torch.Generator().manual_seed(4))
+    start = Residual(delta, "ball", tuple(layer.name for layer in layers), "tiny")
+    run = training(unet, TrainingOptions(steps=2, batch_size=2, seed=7), resume=start)
+    assert torch.equal(run.delta, delta) and run.step == 0
+    assert len(list(run.steps())) == 2 and run.residual().seed == 7
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
