@@ -295,6 +295,11 @@ def merged(words: Sequence[Tensor] | Tensor, weights: Sequence[float] | None = N
     return torch.einsum("p,p...->...", share, torch.stack(words))
 
 
+def static_timesteps(count: int = 8) -> Tensor:
+    """Timesteps (count,), evenly spread over all, over which the mean is taken where one S* must do for every step."""
+    return torch.linspace(0, 999, count)
+
+
 def knots_of(timesteps: Tensor, count: int) -> Tensor:
     """`count` rising timesteps, evenly spread over a run's (T,); the run's own where that has no more."""
     if count < 2:

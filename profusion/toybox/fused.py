@@ -10,9 +10,13 @@ from torch import Tensor
 
 from ..diffusion import eps_denoiser, sample_euler, sampling_sigmas, timestep_of
 from ..fusion import FusionOptions, Guidance, Stage, guide, mean_prediction, sample_fusion
-from ..promptnet.network import PromptNet, merged
+from ..infusion import cross_attention_layers
+from ..promptnet.network import PromptNet, merged, static_timesteps
 from ..promptnet.pseudo_word import PLACEHOLDER, encode_tokens, prompt_tokens, with_noun
-from .pipeline import STEPS, Toybox, initial_noise
+from ..promptnet.seed import seed_residual
+from ..residual import Residual
+from ..training import PROMPTS
+from .pipeline import STEPS, Toybox, initial_noise, noun_rows
 
 ALONE = f"a photo of {PLACEHOLDER}"
 
@@ -32,6 +36,19 @@ class FusedToybox:
         tokens = self.toybox.vision(self.toybox.vision.preprocess(pictures))
         pairs = zip(latents.split(1), tokens.split(1), strict=True)
         return merged([self.promptnet.embed_all(latent, token, timesteps) for latent, token in pairs])
+
+    @torch.no_grad()
+    def seed(self, pictures: Tensor, noun: str) -> Residual:
+        """A residual from which a training on these pictures (P, 96, 96, 3) of one thing may start."""
+        words = self.words(pictures, static_timesteps())[:, None]  # (T, 1, tokens, width)
+        spoken = [prompt.format(PLACEHOLDER) for prompt in PROMPTS]
+        plain = [prompt.format(noun) for prompt in PROMPTS]
+        return seed_residual(
+            [(self._contexts(prompt, words, 1.0)[:, 0], prompt_tokens(prompt, words.shape[2])[1]) for prompt in spoken],
+            [(self.toybox.context(prompt), noun_rows(prompt, noun)) for prompt in plain],
+            cross_attention_layers(dict(self.toybox.unet.named_parameters())),
+            noun,
+        )
 
     @torch.no_grad()
     def generate(
