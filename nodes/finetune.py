@@ -16,7 +16,7 @@ from ..profusion.promptnet.finetune import FinetuneOptions
 from ..profusion.promptnet.network import PromptNetError
 from .folders import PATCHES, PROMPTNETS, listed_name, next_path
 from .host_finetune import Finetuning
-from .host_promptnet import LoadedPromptNet
+from .host_promptnet import LoadedPromptNet, check_connected
 from .host_training import Progress, keeping
 from .messages import show
 
@@ -170,9 +170,7 @@ class PromptNetFinetune(io.ComfyNode):
         cls, promptnet: LoadedPromptNet, model: Any, clip, clip_vision, vae, images, steps, learning_rate, train_attention,
         attention_learning_rate, rank, batch_size, seed, filename_prefix, save_promptnet, masks=None,
     ) -> io.NodeOutput:  # fmt: skip
-        for name, part in (("clip", clip), ("clip_vision", clip_vision), ("vae", vae)):
-            if part is None:
-                raise ValueError(f"{name} is None: the checkpoint that was loaded has none")
+        check_connected(clip=clip, clip_vision=clip_vision, vae=vae)
         options = FinetuneOptions(
             steps=steps, learning_rate=learning_rate, batch_size=batch_size, seed=seed,
             attention_learning_rate=attention_learning_rate, rank=rank,

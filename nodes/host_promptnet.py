@@ -15,14 +15,21 @@ import torch
 from torch import Tensor
 
 from ..profusion.diffusion import alphas_cumprod
+from ..profusion.pictures import concept_pictures
 from ..profusion.promptnet.file import SUFFIX, load_promptnet, official_promptnet
-from ..profusion.promptnet.network import PromptNet, PromptNetConfig, PromptNetError, check_fits, merged, parts
+from ..profusion.promptnet.network import (
+    PromptNet,
+    PromptNetConfig,
+    PromptNetError,
+    check_fits,
+    merged,
+    parts,
+    static_timesteps,
+)
 from ..profusion.promptnet.pseudo_word import PLACEHOLDER, placed, with_stand_in, without_position
 from .host_fusion import WORD
 
 ALONE = f"a photo of {PLACEHOLDER}"
-STATIC_TIMESTEPS = 8  # over which the S* of an ordinary CONDITIONING is averaged
-TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,19 @@ def shown(pictures: Tensor, weights: Tensor) -> Tensor:
     return torch.lerp(torch.full_like(pictures, 0.5), pictures, weights[..., None])
 
 
+def check_connected(**parts: Any) -> None:
+    """Raise ValueError, which names it, where a part of a checkpoint is not there."""
+    for name, part in parts.items():
+        if part is None:
+            raise ValueError(f"{name} is None: the checkpoint that was loaded has none")
+
+
+def encode_images(promptnet: LoadedPromptNet, vae: Any, clip_vision: Any, images: Tensor, masks: Tensor | None) -> Reference:
+    """A node's IMAGE, grey where its MASK is black."""
+    pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
+    return encode_pictures(promptnet, vae, clip_vision, pictures if masks is None else shown(pictures, weights))
+
+
 def encode_pictures(promptnet: LoadedPromptNet, vae: Any, clip_vision: Any, pictures: Tensor) -> Reference:
     """Pictures (P, H, W, 3) in [0, 1]; H and W multiples of the VAE's. Raises PromptNetError where something does not fit."""
     tokens = clip_vision.encode_image(pictures)["last_hidden_state"]
@@ -99,13 +119,17 @@ class WordInPrompt:
     def __init__(self, promptnet: LoadedPromptNet, clip: Any, reference: Reference, prompt: str):
         self._promptnet, self._clip, self._reference, self._prompt = promptnet, clip, reference, prompt
         check_fits(promptnet.config, text_widths=text_widths(clip, prompt))
-        spread = torch.linspace(0, TIMESTEPS - 1, STATIC_TIMESTEPS)
-        word = self._words(spread).mean(dim=0, keepdim=True)
-        self.context, self.pooled, self.rows = self._encode(prompt, word)
+        self._static = self._words(static_timesteps())
+        self.context, self.pooled, self.rows = self._encode(prompt, self._static.mean(dim=0, keepdim=True))
 
     def conditioning(self) -> list:
         """A CONDITIONING for any sampler: its S* is the mean over the timesteps."""
         return [[self.context, {"pooled_output": self.pooled, WORD: self}]]
+
+    def over_time(self, prompt: str) -> tuple[Tensor, tuple[int, ...]]:
+        """Another prompt with the S* of each static timestep: contexts (T, L, D), and S*'s rows."""
+        contexts, _, rows = self._encode(prompt, self._static)
+        return contexts, rows
 
     def contexts(self, model_sampling: Any, sigmas: Tensor, alone: bool) -> Callable[[Tensor, float], Tensor]:
         """See `host_fusion.Word`. S* of all levels in one batch; one that looks at the noisy latent, at every call."""

@@ -1,4 +1,4 @@
-"""ProFusion_PromptNetLoader and ProFusion_PromptNetEncode: one picture into a word of a prompt."""
+"""ProFusion_PromptNetLoader, ProFusion_PromptNetEncode and ProFusion_ResidualFromPromptNet: one picture into a word of a prompt."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..profusion.pictures import concept_pictures
+from ..profusion.infusion import architecture_name
 from ..profusion.promptnet.file import SUFFIX
-from ..profusion.promptnet.network import PromptNetError
+from ..profusion.promptnet.network import PromptNetError, check_fits
 from ..profusion.promptnet.pseudo_word import PLACEHOLDER, with_noun
+from ..profusion.promptnet.seed import seed_residual
 from ..profusion.toybox.pipeline import WEIGHTS
+from ..profusion.training import PROMPTS
 from .folders import PROMPTNETS, find, fingerprint, register, why_not_found
-from .host_promptnet import LoadedPromptNet, WordInPrompt, encode_pictures, load, shown
+from .host import model_layers
+from .host_promptnet import LoadedPromptNet, WordInPrompt, check_connected, encode_images, load
+from .host_training import encode_prompts
 from .messages import show
 
 TOYBOX = "Toybox"
@@ -112,15 +116,50 @@ class PromptNetEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, promptnet: LoadedPromptNet, clip, clip_vision, vae, images, text, noun, masks=None) -> io.NodeOutput:
-        for name, part in (("clip", clip), ("clip_vision", clip_vision), ("vae", vae)):
-            if part is None:
-                raise ValueError(f"{name} is None: the checkpoint that was loaded has none")
+        check_connected(clip=clip, clip_vision=clip_vision, vae=vae)
         plain = with_noun(text, noun)
-        pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
-        if masks is not None:
-            pictures = shown(pictures, weights)
-        word = WordInPrompt(promptnet, clip, encode_pictures(promptnet, vae, clip_vision, pictures), text)
+        word = WordInPrompt(promptnet, clip, encode_images(promptnet, vae, clip_vision, images, masks), text)
         return io.NodeOutput(word.conditioning(), clip.encode_from_tokens_scheduled(clip.tokenize(plain)))
 
 
-NODES = [PromptNetLoader, PromptNetEncode]
+class ResidualFromPromptNet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ProFusion_ResidualFromPromptNet",
+            display_name="Residual from PromptNet",
+            category="ProFusion",
+            description=(
+                "Turns what PromptNet sees in pictures into a residual at the class noun, without training: the noun's value "
+                "becomes that of S*. Train it further in Residual Trainer, or draw it with Infusion Attention Patch."
+            ),
+            inputs=[
+                io.Custom("PROMPTNET").Input("promptnet", tooltip="From PromptNet Loader."),
+                io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
+                io.ClipVision.Input("clip_vision", tooltip="The image encoder that the PromptNet was trained with."),
+                io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
+                io.Model.Input("model", tooltip="The model that the residual is for. Nothing is evaluated: it says which layers there are."),
+                io.Image.Input("images", tooltip="The picture, or several of the same thing, of which the mean counts: those to train on."),
+                io.String.Input("noun", default="", tooltip="The class noun, such as cat: the one that Residual Trainer is given."),
+                io.Mask.Input(
+                    "masks", optional=True, tooltip="White where the thing is, one for each picture or one for all; the rest is grey."
+                ),
+            ],
+            outputs=[
+                io.Custom("RESIDUAL").Output(tooltip="For Residual Trainer's resume, Infusion Attention Patch or Residual Saver.")
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, promptnet: LoadedPromptNet, clip, clip_vision, vae, model, images, noun, masks=None) -> io.NodeOutput:
+        check_connected(clip=clip, clip_vision=clip_vision, vae=vae)
+        noun, layers = noun.strip(), model_layers(model)
+        check_fits(promptnet.config, architecture=architecture_name(layers))
+        conditionings, rows = encode_prompts(clip, noun, layers)
+        spoken = [prompt.format(PLACEHOLDER) for prompt in PROMPTS]
+        word = WordInPrompt(promptnet, clip, encode_images(promptnet, vae, clip_vision, images, masks), spoken[0])
+        plain = [(conditioning[0][0], places) for conditioning, places in zip(conditionings, rows, strict=True)]
+        return io.NodeOutput(seed_residual([word.over_time(prompt) for prompt in spoken], plain, layers, noun))
+
+
+NODES = [PromptNetLoader, PromptNetEncode, ResidualFromPromptNet]

@@ -268,7 +268,8 @@ class ResidualTrainer(io.ComfyNode):
                     "resume",
                     optional=True,
                     tooltip="A residual to train further, from Residual Loader: one that this node saved, or one saved in "
-                    "float32. With the same inputs, the result is that of a training that never stopped.",
+                    "float32. With the same inputs, the result is that of a training that never stopped. Or a residual of no "
+                    "steps to start from, from Residual from PromptNet.",
                 ),
             ],
             outputs=[

@@ -9,6 +9,7 @@ comfy_samplers = pytest.importorskip("comfy.samplers", reason="ComfyUI was not f
 
 import comfy.model_patcher  # noqa: E402
 import tiny  # noqa: E402
+from live import REPOSITORY  # noqa: E402
 
 TEXT = "a photo of S* on snow"
 
@@ -16,7 +17,8 @@ TEXT = "a photo of S* on snow"
 def modules(pack):
     return {name: sys.modules[f"{pack.__name__}.{name}"] for name in (
         "nodes.host_models", "nodes.host_promptnet", "nodes.promptnet", "nodes.host_fusion", "nodes.fusion",
-        "profusion.promptnet.network", "profusion.promptnet.pseudo_word", "profusion.toybox.pipeline")}  # fmt: skip
+        "profusion.promptnet.network", "profusion.promptnet.pseudo_word", "profusion.toybox.pipeline",
+        "profusion.toybox.fused", "nodes.trainer", "profusion.residual")}  # fmt: skip
 
 
 class Studio:
@@ -44,6 +46,13 @@ class Studio:
         with torch.inference_mode():
             node = self.modules["nodes.promptnet"].PromptNetEncode
             return node.execute(**{**arguments, "images": pictures, "text": text, "noun": noun, **inputs}).args
+
+    def seed(self, noun="cat", pictures=None, **inputs):
+        pictures = self.pictures() if pictures is None else pictures
+        arguments = {"promptnet": self.promptnet, "clip": self.clip, "clip_vision": self.clip_vision, "vae": self.vae}
+        with torch.inference_mode():
+            node = self.modules["nodes.promptnet"].ResidualFromPromptNet
+            return node.execute(**{**arguments, "model": self.model, "images": pictures, "noun": noun, **inputs}).args[0]
 
     def pictures(self, count=1, size=96, channels=3, seed=0):
         return torch.rand(count, size, size, channels, generator=torch.Generator().manual_seed(seed))
@@ -196,6 +205,71 @@ def test_residuals_and_s_meet_in_one_graph(studio, infused_toybox):
     assert customised.isfinite().all() and not torch.equal(customised, expected)
 
 
+def test_a_residual_from_a_promptnet_is_the_kernel_s(studio):
+    kernel, pictures = studio.modules["profusion.toybox.fused"], studio.pictures(2)
+    toybox = studio.modules["profusion.toybox.pipeline"].Toybox.load()
+    expected = kernel.FusedToybox(toybox, studio.promptnet.network).seed(pictures, "cat")
+    residual = studio.seed(" cat ", pictures)
+    assert (residual.noun, residual.steps, residual.layers) == ("cat", 0, expected.layers)
+    assert residual.architecture == "Toybox" and residual.delta.abs().max() > 0.01
+    torch.testing.assert_close(residual.delta, expected.delta, rtol=0, atol=1e-4)
+
+
+def test_a_residual_from_a_promptnet_is_drawn_and_saved(studio, infused_toybox, tmp_path):
+    residual, files = studio.seed(), studio.modules["profusion.residual"]
+    patched, positive = infused_toybox.patch(residual, model=studio.model, text="a photo of cat on snow")
+    drawn = [tiny.sample(model, positive, tiny.encode(studio.clip, ""), size=(12, 12)) for model in (patched, studio.model)]
+    assert drawn[0].isfinite().all() and not torch.equal(*drawn)
+    path = files.save_residual(residual, tmp_path / "start.safetensors", "float32").path
+    assert torch.equal(files.load_residual(path).delta, residual.delta)
+
+
+def test_a_training_starts_from_a_residual_from_a_promptnet(studio, tmp_path, monkeypatch):
+    import folder_paths
+
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, "profusion_residuals", ([str(tmp_path)], {".safetensors"})
+    )
+    start, rate = studio.seed(), 0.01
+    arguments = {
+        "images": studio.pictures(), "noun": "cat", "steps": 1, "learning_rate": rate, "batch_size": 1, "seed": 5,
+        "flip": False, "preserve": 1.0, "sample_every": 0, "sample_prompt": "a %noun%", "sample_steps": 1, "sample_cfg": 2.0,
+    }  # fmt: skip
+    with torch.inference_mode():
+        trainer = studio.modules["nodes.trainer"].ResidualTrainer
+        trained = trainer.execute(studio.model, studio.clip, studio.vae, **arguments, resume=start).args[0]
+    moved = (trained.delta - start.delta).abs()
+    assert trained.steps == 1 and trained.seed == 5 and 0 < moved.max() <= 1.01 * rate
+
+
+def test_masks_make_the_rest_grey_for_a_residual_too(studio):
+    mask = torch.zeros(1, 96, 96)
+    mask[:, 20:70, 20:70] = 1
+    one, other = studio.pictures(seed=1), studio.pictures(seed=1)
+    other[:, :10] = 0.9  # outside the mask
+    masked = [studio.seed(pictures=picture, masks=mask).delta for picture in (one, other)]
+    torch.testing.assert_close(*masked, rtol=0, atol=1e-5)
+    assert not torch.allclose(studio.seed(pictures=one).delta, masked[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"noun": " "}, "noun=''"),
+        ({"noun": "(cat:1.2)"}, "without brackets"),
+        ({"pictures": torch.rand(0, 96, 96, 3)}, "no picture"),
+        ({"clip": None}, "clip is None"),
+        ({"clip_vision": None}, "clip_vision is None"),
+        ({"vae": None}, "vae is None"),
+        ({"model": tiny.model}, "trained for Toybox, but the model is UNet with 7 cross-attentions of 64"),
+        ({"clip": tiny.clip}, "width 64 and the model takes 128"),
+    ],
+)
+def test_bad_inputs_of_a_residual_from_a_promptnet_are_explained(studio, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        studio.seed(**{name: value() if callable(value) else value for name, value in inputs.items()})
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
@@ -278,3 +352,4 @@ def test_the_schemas_are_valid(pack):
     for node in modules(pack)["nodes.promptnet"].NODES:
         schema = node.GET_SCHEMA()
         assert all(entry.tooltip for entry in (*schema.inputs, *schema.outputs))
+        assert (REPOSITORY / "web" / "docs" / f"{schema.node_id}.md").read_text().startswith(f"# {schema.display_name}")
