@@ -1,5 +1,6 @@
 """PromptNet in the host, on Toybox's own models in the host's classes: S* in a prompt, anew for each step, and bad input."""
 
+import importlib
 import sys
 
 import pytest
@@ -15,7 +16,7 @@ TEXT = "a photo of S* on snow"
 
 
 def modules(pack):
-    return {name: sys.modules[f"{pack.__name__}.{name}"] for name in (
+    return {name: importlib.import_module(f"{pack.__name__}.{name}") for name in (
         "nodes.host_models", "nodes.host_promptnet", "nodes.promptnet", "nodes.host_fusion", "nodes.fusion",
         "profusion.promptnet.network", "profusion.promptnet.pseudo_word", "profusion.toybox.pipeline",
         "profusion.toybox.fused", "nodes.trainer", "profusion.residual")}  # fmt: skip
