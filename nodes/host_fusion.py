@@ -36,8 +36,8 @@ class Word(Protocol):
     rows: tuple[int, ...]
     """The rows of S* in the context."""
 
-    def contexts(self, model_sampling: Any, sigmas: Tensor, alone: bool) -> Callable[[Tensor, float], Tensor]:
-        """How the context depends on the noise: (x, sigma) -> (1 or B, L, D). Asked once a run, for the run's levels.
+    def contexts(self, model_sampling: Any, alone: bool) -> Callable[[Tensor, float], Tensor]:
+        """How the context depends on the noise: (x, sigma) -> (1 or B, L, D). Asked once a run.
         alone: of the prompt that has S* and nothing else."""
 
 
@@ -70,7 +70,7 @@ class FusionGuider(comfy.samplers.CFGGuider):
         alone = self.guidance.mode == "independent"
         words = {id(cond[WORD]): cond[WORD] for name in self._names for cond in self.original_conds[name] if WORD in cond}
         # Before the model is loaded, so that the text encoder and PromptNet have the memory to themselves.
-        self._contexts = {key: word.contexts(sampling, sigmas, alone) for key, word in words.items()}
+        self._contexts = {key: word.contexts(sampling, alone) for key, word in words.items()}
         try:
             return super().sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:

@@ -18,13 +18,14 @@ from ..profusion.diffusion import alphas_cumprod
 from ..profusion.pictures import concept_pictures
 from ..profusion.promptnet.file import SUFFIX, load_promptnet, official_promptnet
 from ..profusion.promptnet.network import (
+    KNOTS,
     PromptNet,
     PromptNetConfig,
     PromptNetError,
     check_fits,
+    interpolated,
     merged,
     parts,
-    static_timesteps,
 )
 from ..profusion.promptnet.pseudo_word import PLACEHOLDER, placed, with_stand_in, without_position
 from .host_fusion import WORD
@@ -114,72 +115,57 @@ def encode_pictures(promptnet: LoadedPromptNet, vae: Any, clip_vision: Any, pict
 
 
 class WordInPrompt:
-    """A prompt with S*, which a CONDITIONING carries so that a FusionGuider can make S* anew for each noise level."""
+    """A prompt with S*, which a CONDITIONING carries so that a FusionGuider can make S* anew for each noise level.
+
+    S* and the text encoder's context are made here, at a few timesteps, and interpolated between them at any level; a
+    PromptNet that looks at the noisy latent is asked at every call instead.
+    """
 
     def __init__(self, promptnet: LoadedPromptNet, clip: Any, reference: Reference, prompt: str):
         self._promptnet, self._clip, self._reference, self._prompt = promptnet, clip, reference, prompt
         check_fits(promptnet.config, text_widths=text_widths(clip, prompt))
-        self._static = self._words(static_timesteps())
-        self.context, self.pooled, self.rows = self._encode(prompt, self._static.mean(dim=0, keepdim=True))
+        self._knots = torch.tensor(KNOTS)
+        # The first picture with noise stands for the latent being denoised, which is not there yet.
+        noisy = _noised(reference.latents[:1], self._knots) if promptnet.config.with_noise else None
+        self._words = self._words_at(self._knots, noisy)
+        mean = self._words.mean(dim=0, keepdim=True)
+        made, self.pooled, self.rows = self._encode(prompt, torch.cat([mean, self._words]))
+        self.context, self._contexts = made[:1], made[1:]
 
     def conditioning(self) -> list:
         """A CONDITIONING for any sampler: its S* is the mean over the timesteps."""
         return [[self.context, {"pooled_output": self.pooled, WORD: self}]]
 
     def over_time(self, prompt: str) -> tuple[Tensor, tuple[int, ...]]:
-        """Another prompt with the S* of each static timestep: contexts (T, L, D), and S*'s rows."""
-        contexts, _, rows = self._encode(prompt, self._static)
+        """Another prompt with the S* of each knot: contexts (K, L, D), and S*'s rows."""
+        contexts, _, rows = self._encode(prompt, self._words)
         return contexts, rows
 
-    def contexts(self, model_sampling: Any, sigmas: Tensor, alone: bool) -> Callable[[Tensor, float], Tensor]:
-        """See `host_fusion.Word`. S* of all levels in one batch; one that looks at the noisy latent, at every call."""
+    def contexts(self, model_sampling: Any, alone: bool) -> Callable[[Tensor, float], Tensor]:
+        """See `host_fusion.Word`."""
         prompt = ALONE if alone else self._prompt
         if self._promptnet.config.with_noise:
             return lambda x, sigma: self._encode(prompt, self._live_words(model_sampling, x, sigma))[0]
-        levels = sigmas[sigmas > 0].float().cpu()
-        if not len(levels):
-            return lambda x, sigma: self.context
-        words = self._words(model_sampling.timestep(levels).cpu())
-        table, logarithms = self._encode(prompt, words)[0], levels.log()
+        made = self._encode(prompt, self._words)[0] if alone else self._contexts
+        return lambda x, sigma: interpolated(made, self._knots, model_sampling.timestep(torch.tensor([sigma])))
 
-        def nearest(x: Tensor, sigma: float) -> Tensor:
-            index = int((logarithms - torch.tensor(sigma).log()).abs().argmin())
-            return table[index : index + 1]
-
-        return nearest
-
-    @torch.no_grad()
-    def _words(self, timesteps: Tensor) -> Tensor:
-        """S* at timesteps (T,): (T, tokens, width), on the CPU. A network that looks at the noisy latent is shown the
-        reference with noise of each level."""
-        network, device = self._on_device()
-        words = []
-        for latent, tokens in zip(self._reference.latents.split(1), self._reference.image_tokens.split(1), strict=True):
-            latent, tokens = latent.to(device, network.start.dtype), tokens.to(device, network.start.dtype)
-            if network.config.with_noise:
-                noisy = _noised(latent, timesteps.to(device))
-                rows = latent.expand(len(noisy), -1, -1, -1), timesteps.to(device), tokens.expand(len(noisy), -1, -1)
-                words.append(network(*rows, noisy))
-            else:
-                words.append(network.embed_all(latent, tokens, timesteps.to(device)))
-        return merged(words, self._reference.weights).float().cpu()
-
-    @torch.no_grad()
     def _live_words(self, model_sampling: Any, x: Tensor, sigma: float) -> Tensor:
         """S* for each row of the latent being denoised, x (B, C, H, W) in the sampler's units."""
-        network, device = self._on_device()
         level = x.new_full((len(x),), sigma)
-        noisy = model_sampling.calculate_input(level, x).to(device, network.start.dtype)
-        timesteps = model_sampling.timestep(level).to(device)
-        words = []
-        for latent, tokens in zip(self._reference.latents.split(1), self._reference.image_tokens.split(1), strict=True):
-            latent, tokens = (part.to(device, network.start.dtype).expand(len(x), *part.shape[1:]) for part in (latent, tokens))
-            words.append(network(latent, timesteps, tokens, noisy))
-        return merged(words, self._reference.weights).float().cpu()
+        return self._words_at(model_sampling.timestep(level), model_sampling.calculate_input(level, x))
 
-    def _on_device(self) -> tuple[PromptNet, torch.device]:
+    @torch.no_grad()
+    def _words_at(self, timesteps: Tensor, noisy: Tensor | None) -> Tensor:
+        """S* at timesteps (T,), the mean over the pictures, on the CPU: (T, tokens, width). noisy: the latents being
+        denoised, (T, C, H, W), for a network that looks at them."""
         comfy.model_management.load_model_gpu(self._promptnet.patcher)
-        return self._promptnet.network, self._promptnet.patcher.load_device
+        network, device = self._promptnet.network, self._promptnet.patcher.load_device
+        timesteps, noisy = timesteps.to(device), None if noisy is None else noisy.to(device, network.start.dtype)
+        latents, tokens = (
+            part.to(device, network.start.dtype).split(1) for part in (self._reference.latents, self._reference.image_tokens)
+        )
+        words = [network.embed_all(*pair, timesteps, noisy) for pair in zip(latents, tokens, strict=True)]
+        return merged(words, self._reference.weights).float().cpu()
 
     def _encode(self, prompt: str, words: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         """The prompt with each S* of words (T, tokens, width): contexts (T, L, D), the first one's pooled vector, S*'s rows."""

@@ -71,7 +71,7 @@ class PromptNetLoader(io.ComfyNode):
     @classmethod
     def execute(cls, promptnet) -> io.NodeOutput:
         loaded = load(find_promptnet(promptnet))
-        kind = "made at every step" if loaded.config.with_noise else "made once a run"
+        kind = "made at every step" if loaded.config.with_noise else "made before sampling"
         words = f"{loaded.config.tokens} pseudo-word{'s' * (loaded.config.tokens > 1)}"
         return io.NodeOutput(loaded, ui=show(cls, f"{loaded.config.architecture}: {words}, {kind}"))
 

@@ -29,6 +29,7 @@ from ..models.configs import SD15, SD21, SDXL, TOYBOX, UNetConfig
 from ..models.unet import UNetEncoder
 
 SECOND_LATENTS = ("none", "noisy", "reference")
+KNOTS = (0, 249, 499, 749, 999)  # the timesteps at which a run's S*, and the context with it, are made; see `interpolated`
 ENCODER = ("time_embed.", "input_blocks.", "middle_block.")  # what PromptNet has from the UNet it serves
 
 
@@ -188,30 +189,16 @@ class PromptNet(UNetEncoder):
         return [*(outputs[index] for index in self.features), middle]
 
     def embed_all(
-        self,
-        reference_latent: Tensor,
-        image_tokens: Tensor,
-        timesteps: Tensor,
-        knots: int | None = None,
-        rows: int = 32,
+        self, reference_latent: Tensor, image_tokens: Tensor, timesteps: Tensor, noisy: Tensor | None = None
     ) -> Tensor:
-        """S* of one picture at all timesteps of a run at once: (T, tokens, text_width).
+        """S* of one picture at several timesteps at once: (T, tokens, text_width).
 
-        reference_latent (1, C, H, W), image_tokens (1, L, image_width), timesteps (T,) in any order. knots: compute S*
-        at so many timesteps only, spread over the run, and interpolate between them. rows: most that are evaluated
-        together. Raises PromptNetError where S* depends on the latent being denoised.
+        reference_latent (1, C, H, W), image_tokens (1, L, image_width), timesteps (T,) in any order, noisy (T, C, H, W) as
+        in `forward`.
         """
-        if self.config.with_noise:
-            raise PromptNetError(
-                "this PromptNet looks at the latent being denoised, so its S* cannot be made before sampling: "
-                "evaluate it at every step, or use one that was trained without the noisy latent"
-            )
-        chosen = timesteps if knots is None else knots_of(timesteps, knots)
-        words = torch.cat([
-            self(reference_latent.expand(len(part), -1, -1, -1), part, image_tokens.expand(len(part), -1, -1))
-            for part in chosen.split(rows)
-        ])  # fmt: skip
-        return words if chosen is timesteps else interpolated(words, chosen, timesteps)
+        count = len(timesteps)
+        latents, tokens = reference_latent.expand(count, -1, -1, -1), image_tokens.expand(count, -1, -1)
+        return self(latents, timesteps, tokens, noisy)
 
     def _check(self, latent: Tensor, image_tokens: Tensor) -> None:
         channels, width = self.config.unet.in_channels, self.config.image_width
@@ -228,7 +215,10 @@ class PromptNet(UNetEncoder):
 
     def _embedded_second(self, latent: Tensor, noisy: Tensor | None) -> Tensor | None:
         if self.config.with_noise and noisy is None:
-            raise PromptNetError("this PromptNet looks at the latent being denoised, and none was given")
+            raise PromptNetError(
+                "this PromptNet looks at the latent being denoised, and none was given: its S* cannot be made before "
+                "sampling. Evaluate it at every step, or use one that was trained without the noisy latent"
+            )
         if not self.config.with_noise and noisy is not None:
             raise PromptNetError("this PromptNet was trained without the latent being denoised: give it none")
         if self.config.second_latent == "none":
@@ -295,25 +285,10 @@ def merged(words: Sequence[Tensor] | Tensor, weights: Sequence[float] | None = N
     return torch.einsum("p,p...->...", share, torch.stack(words))
 
 
-def static_timesteps(count: int = 8) -> Tensor:
-    """Timesteps (count,), evenly spread over all, over which the mean is taken where one S* must do for every step."""
-    return torch.linspace(0, 999, count)
-
-
-def knots_of(timesteps: Tensor, count: int) -> Tensor:
-    """`count` rising timesteps, evenly spread over a run's (T,); the run's own where that has no more."""
-    if count < 2:
-        raise ValueError(f"knots={count}: give at least 2, the first and the last timestep of a run")
-    if count >= len(timesteps):
-        return timesteps
-    first, last = timesteps.amin(), timesteps.amax()
-    return first + (last - first) * torch.linspace(0, 1, count, device=timesteps.device)
-
-
 def interpolated(words: Tensor, knots: Tensor, timesteps: Tensor) -> Tensor:
     """S*, or a context made of it, at rising timesteps `knots` (K,), linearly between them: (K, ...) -> (T, ...).
 
-    Outside the knots the nearest one's.
+    Outside the knots the nearest one's. S* changes slowly with the timestep, so that a few `KNOTS` serve a whole run.
     """
     knots, timesteps = knots.float(), timesteps.float()
     right = torch.searchsorted(knots, timesteps.contiguous()).clamp(1, len(knots) - 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 from ..diffusion import eps_denoiser, sample_euler, sampling_sigmas, timestep_of
 from ..fusion import FusionOptions, Guidance, Stage, guide, mean_prediction, sample_fusion
 from ..infusion import cross_attention_layers
-from ..promptnet.network import PromptNet, merged, static_timesteps
-from ..promptnet.pseudo_word import PLACEHOLDER, encode_tokens, prompt_tokens, with_noun
+from ..promptnet.network import KNOTS, PromptNet, interpolated, merged
+from ..promptnet.pseudo_word import PLACEHOLDER, encode_tokens, prompt_tokens, scaled, with_noun
 from ..promptnet.seed import seed_residual
 from ..residual import Residual
 from ..training import PROMPTS
@@ -40,15 +40,30 @@ class FusedToybox:
     @torch.no_grad()
     def seed(self, pictures: Tensor, noun: str) -> Residual:
         """A residual from which a training on these pictures (P, 96, 96, 3) of one thing may start."""
-        words = self.words(pictures, static_timesteps())[:, None]  # (T, 1, tokens, width)
-        spoken = [prompt.format(PLACEHOLDER) for prompt in PROMPTS]
-        plain = [prompt.format(noun) for prompt in PROMPTS]
-        return seed_residual(
-            [(self._contexts(prompt, words, 1.0)[:, 0], prompt_tokens(prompt, words.shape[2])[1]) for prompt in spoken],
-            [(self.toybox.context(prompt), noun_rows(prompt, noun)) for prompt in plain],
-            cross_attention_layers(dict(self.toybox.unet.named_parameters())),
-            noun,
-        )
+        words = self.words(pictures, torch.tensor(KNOTS))
+        spoken = [self._encoded(prompt.format(PLACEHOLDER), words) for prompt in PROMPTS]
+        prompts = [prompt.format(noun) for prompt in PROMPTS]
+        plain = [(self.toybox.context(prompt), noun_rows(prompt, noun)) for prompt in prompts]
+        layers = cross_attention_layers(dict(self.toybox.unet.named_parameters()))
+        return seed_residual(spoken, plain, layers, noun)
+
+    @torch.no_grad()
+    def contexts(self, prompt: str, pictures: Sequence[Tensor]) -> Callable[[Tensor, float], Tensor]:
+        """The prompt with S* of each of `pictures`: (timestep (1,), gamma) -> (B, 77, width).
+
+        S* and the text encoder's context are made at `KNOTS` and interpolated.
+        """
+        knots = torch.tensor(KNOTS)
+        words = torch.stack([self.words(some, knots) for some in pictures], dim=1)  # (K, B, tokens, width)
+        made, rows = self._encoded(prompt, words.flatten(0, 1))
+        made = made.unflatten(0, words.shape[:2])
+        return lambda timestep, gamma: scaled(interpolated(made, knots, timestep)[0], rows, gamma)
+
+    def _encoded(self, prompt: str, words: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Contexts (N, 77, width) of the prompt with each S* of words (N, tokens, width), and S*'s rows."""
+        ids, rows = prompt_tokens(prompt, words.shape[1])
+        holds = self.promptnet.config.holds_position
+        return encode_tokens(self.toybox.text, ids, rows, words, holds_position=holds), rows
 
     @torch.no_grad()
     def generate(
@@ -68,20 +83,14 @@ class FusedToybox:
         fresh: of the fusion stage's noise; needed where that has steps.
         """
         sigmas = sampling_sigmas(steps)
-        levels = sigmas[:-1]
-        spoken = ALONE if guidance.mode == "independent" else prompt
-        words = torch.stack([self.words(some, timestep_of(levels)) for some in pictures], dim=1)  # (T, B, tokens, width)
-        encoded = {1.0: self._contexts(spoken, words, 1.0)}
-        if options.repeats:
-            encoded[guidance.gamma] = self._contexts(spoken, words, guidance.gamma)
+        with_word = self.contexts(ALONE if guidance.mode == "independent" else prompt, pictures)
         count = len(pictures)
         text = self.toybox.context(with_noun(prompt, noun)).expand(count, -1, -1)
         nothing = self.toybox.context("").expand(count, -1, -1)
 
         def denoise(x: Tensor, sigma: Tensor, stage: Stage) -> Tensor:
             fusing = stage == "fusion"
-            step = int((levels - sigma[0]).abs().argmin())
-            conditions = [encoded[guidance.gamma if fusing else 1.0][step], text]
+            conditions = [with_word(timestep_of(sigma[:1]), guidance.gamma if fusing else 1.0), text]
             used = [(one, weight) for one, weight in zip(conditions, guidance.weights, strict=False) if weight]
             contexts = torch.cat([*(one for one, _ in used), nothing])
             repeat = len(used) + 1
@@ -100,10 +109,3 @@ class FusedToybox:
         start = initial_noise(generators) * (sigmas[0] ** 2 + 1).sqrt()
         fresh = fresh or torch.Generator()
         return sample_fusion(denoise, refine, start, sigmas, options, fresh)
-
-    def _contexts(self, prompt: str, words: Tensor, gamma: float) -> Tensor:
-        """words (T, B, tokens, width) -> (T, B, 77, width)."""
-        ids, rows = prompt_tokens(prompt, words.shape[2])
-        config = self.promptnet.config
-        contexts = encode_tokens(self.toybox.text, ids, rows, words.flatten(0, 1), gamma, config.holds_position)
-        return contexts.unflatten(0, words.shape[:2])

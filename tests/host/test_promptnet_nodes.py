@@ -18,7 +18,7 @@ TEXT = "a photo of S* on snow"
 def modules(pack):
     return {name: importlib.import_module(f"{pack.__name__}.{name}") for name in (
         "nodes.host_models", "nodes.host_promptnet", "nodes.promptnet", "nodes.host_fusion", "nodes.fusion",
-        "profusion.promptnet.network", "profusion.promptnet.pseudo_word", "profusion.toybox.pipeline",
+        "profusion.diffusion", "profusion.promptnet.network", "profusion.promptnet.pseudo_word", "profusion.toybox.pipeline",
         "profusion.toybox.fused", "nodes.trainer", "profusion.residual")}  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def test_the_conditioning_is_the_kernels(studio):
     toybox = studio.modules["profusion.toybox.pipeline"].Toybox.load()
     picture, network = studio.pictures(), studio.promptnet.network
     latent, tokens = toybox.vae.latents(picture), toybox.vision(toybox.vision.preprocess(picture))
-    words = network.embed_all(latent, tokens, torch.linspace(0, 999, 8))
+    words = network.embed_all(latent, tokens, torch.tensor(studio.modules["profusion.promptnet.network"].KNOTS))
     expected = studio.modules["profusion.promptnet.pseudo_word"].encode(toybox.text, TEXT, words.mean(0, keepdim=True))
     torch.testing.assert_close(positive[0][0], expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(plain[0][0], toybox.context("a photo of cat on snow"), rtol=0, atol=1e-4)
@@ -113,9 +113,7 @@ def test_s_is_made_anew_for_each_level_and_scaled_in_the_fusion_stage(studio):
     seen = []
     studio.draw(positive, studio.watched(seen), text=plain, gamma=0.5)
     word = positive[0][1][studio.modules["nodes.host_fusion"].WORD]
-    sampling = studio.model.get_model_object("model_sampling")
-    sigmas = comfy_samplers.KSampler(studio.model, 4, torch.device("cpu"), "euler", "simple").sigmas
-    at = word.contexts(sampling, sigmas, False)
+    at = word.contexts(studio.model.get_model_object("model_sampling"), False)
     rows = list(word.rows)
     assert [stage for _, stage, _ in seen] == ["fusion", None] * 3 + [None]
     for sigma, stage, contexts in seen:
@@ -126,14 +124,32 @@ def test_s_is_made_anew_for_each_level_and_scaled_in_the_fusion_stage(studio):
     assert not torch.equal(seen[1][2][0], seen[3][2][0])
 
 
+def test_s_at_every_level_is_the_kernels_and_made_before_the_run(studio):
+    """Between the knots too; the run itself asks neither PromptNet nor the text encoder."""
+    positive, _ = studio.encode()
+    word = positive[0][1][studio.modules["nodes.host_fusion"].WORD]
+    kernel = importlib.import_module(f"{studio.pack.__name__}.profusion.toybox.fused")
+    fused = kernel.FusedToybox(studio.modules["profusion.toybox.pipeline"].Toybox.load(), studio.promptnet.network)
+    expected, seen = fused.contexts(TEXT, [studio.pictures()]), []
+    hooks = [module.register_forward_hook(lambda *_: seen.append(1)) for module in (
+        studio.promptnet.network.middle_block, studio.clip.cond_stage_model)]  # fmt: skip
+    at = word.contexts(studio.model.get_model_object("model_sampling"), False)
+    for t in (999, 800, 640, 130, 0):
+        sigma = float(studio.modules["profusion.diffusion"].training_sigmas()[t])
+        context = at(None, sigma)
+        assert not seen
+        torch.testing.assert_close(context, expected(torch.tensor([t]), 1.0), rtol=0, atol=1e-4)
+    for hook in hooks:
+        hook.remove()
+
+
 def test_independent_mode_evaluates_s_in_a_prompt_of_its_own(studio):
     seen = []
     positive, plain = studio.encode()
     studio.draw(positive, studio.watched(seen), text=plain, mode="independent", fusion_steps=0)
     alone, _ = studio.encode("a photo of S*")
     word = alone[0][1][studio.modules["nodes.host_fusion"].WORD]
-    sigmas = comfy_samplers.KSampler(studio.model, 4, torch.device("cpu"), "euler", "simple").sigmas
-    at = word.contexts(studio.model.get_model_object("model_sampling"), sigmas, False)
+    at = word.contexts(studio.model.get_model_object("model_sampling"), False)
     for sigma, _, contexts in seen:
         torch.testing.assert_close(contexts[0], at(None, sigma), rtol=0, atol=1e-5)
 
@@ -156,7 +172,7 @@ def test_several_pictures_of_one_thing_give_the_mean_word(studio):
     for pictures in (both[:1], both[1:], both):
         reference = glue.encode_pictures(studio.promptnet, studio.vae, studio.clip_vision, pictures)
         word = glue.WordInPrompt(studio.promptnet, studio.clip, reference, TEXT)
-        words.append(word._words(torch.tensor([500.0])))
+        words.append(word._words)
     torch.testing.assert_close(words[2], (words[0] + words[1]) / 2, rtol=0, atol=1e-4)
 
 

@@ -136,30 +136,13 @@ def test_all_timesteps_at_once_are_those_one_by_one(small):
     together = network.embed_all(latent, image_tokens, timesteps)
     alone = torch.cat([network(latent, t[None], image_tokens) for t in timesteps])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        network.embed_all(latent, image_tokens, timesteps, rows=2), together, rtol=1e-4, atol=1e-5
-    )
-
-
-def test_knots_are_exact_where_they_lie_and_count_the_rows(small):
-    network, seen = small.stirred(), []
-    latent, _, image_tokens = inputs(rows=1)
-    timesteps = torch.tensor([900.0, 600.0, 450.0, 300.0, 0.0])
-    exact = network.embed_all(latent, image_tokens, timesteps)
-    hook = network.middle_block.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
-    few = network.embed_all(latent, image_tokens, timesteps, knots=4)  # at 0, 300, 600, 900
-    hook.remove()
-    assert seen == [4]
-    torch.testing.assert_close(few[[0, 1, 3, 4]], exact[[0, 1, 3, 4]], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(few[2], (exact[1] + exact[3]) / 2, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="at least 2"):
-        network.embed_all(latent, image_tokens, timesteps, knots=1)
 
 
 def test_interpolation_stays_at_the_ends():
     words = torch.tensor([1.0, 3.0, 11.0]).view(3, 1, 1)
     at = interpolated(words, torch.tensor([10.0, 20.0, 40.0]), torch.tensor([0.0, 10.0, 15.0, 20.0, 25.0, 40.0, 99.0]))
     assert at.flatten().tolist() == [1.0, 1.0, 2.0, 3.0, 5.0, 11.0, 11.0]
+    assert torch.equal(interpolated(words, torch.tensor([10.0, 20.0, 40.0]), torch.tensor([40, 20, 10])), words.flip(0))
     assert interpolated(torch.zeros(2, 5), torch.tensor([0.0, 1.0]), torch.tensor([0.3, 0.5, 0.9])).shape == (3, 5)
 
 

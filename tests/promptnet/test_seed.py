@@ -5,7 +5,7 @@ import torch
 
 from profusion.infusion import Layer, Placement, cross_attention_layers
 from profusion.models.tokenizer import tokenize, words_to_ids
-from profusion.promptnet.network import static_timesteps
+from profusion.promptnet.network import KNOTS
 from profusion.promptnet.pseudo_word import encode, prompt_tokens
 from profusion.promptnet.seed import seed_residual
 from profusion.toybox.fused import FusedToybox
@@ -95,7 +95,7 @@ def test_toybox_s_seed_is_that_of_its_promptnet_s_words():
     fused = FusedToybox(toybox, network)
     pictures = torch.rand(2, 96, 96, 3, generator=torch.Generator().manual_seed(2))
     seed = fused.seed(pictures, "cup")
-    words = fused.words(pictures, static_timesteps())
+    words = fused.words(pictures, torch.tensor(KNOTS))
     prompts = ("a photo of a {}", "a picture of a {}", "a {}")
     expected = [
         encode(toybox.text, prompt.format("S*"), words)[:, noun_rows(prompt.format("cup"), "cup")].mean(dim=(0, 1))

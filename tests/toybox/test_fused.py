@@ -5,8 +5,9 @@ import torch
 
 from profusion.diffusion import alphas_cumprod, sampling_sigmas, timestep_of
 from profusion.fusion import FusionOptions, Guidance
-from profusion.promptnet.network import TOYBOX_PROMPTNET, PromptNet
+from profusion.promptnet.network import KNOTS, TOYBOX_PROMPTNET, PromptNet
 from profusion.promptnet.pseudo_word import encode
+from profusion.promptnet.toybox import new_promptnet
 from profusion.toybox.fused import FusedToybox
 from profusion.toybox.pipeline import NETWORKS, WEIGHTS, Toybox, initial_noise, seeded
 
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.skipif(
     not all((WEIGHTS / f"toybox_{name}.safetensors").is_file() for name in NETWORKS),
     reason="Toybox's weights are not there: train them with `python -m training.toybox`",
 )
-STEPS, M, ETA, GAMMA, FUSION_CFG, CFG = 5, 2, 0.9, 0.7, 3.0, 5.0
+STEPS, M, ETA, GAMMA, FUSION_CFG, CFG = 4, 2, 0.9, 0.7, 3.0, 5.0  # four steps: all levels are knots
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,7 @@ def straight(fused, picture, weights, generator, noises):
     """The paper's Algorithm 1, one picture, alpha-bar form: m fusion steps and a DDIM step at each timestep."""
     toybox, levels = fused.toybox, sampling_sigmas(STEPS)[:-1]
     times = timestep_of(levels).tolist()
+    assert set(times) < set(KNOTS)
     bars = [*alphas_cumprod()[times].double().tolist(), 1.0]
     plain, nothing = toybox.context("a photo of a ball on snow"), toybox.context("")
     x = initial_noise([generator])
@@ -63,6 +65,21 @@ def test_the_two_stage_loop_is_the_papers_algorithm(fused):
     )
     expected = straight(fused, pictures(1), (1.0, 0.5), *seeded(3), torch.Generator().manual_seed(9))
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_the_context_at_a_few_knots_serves_all_levels(fused):
+    """Against S* and the text encoder at each of 20 levels, on a network of Toybox's features and a random output: at most
+    0.41 % of the context's size, where another noun changes it by 4.3 %."""
+    network, generator = new_promptnet(fused.toybox).eval().requires_grad_(False), torch.Generator().manual_seed(1)
+    network.output.weight.normal_(generator=generator)
+    other = FusedToybox(fused.toybox, network)
+    times = timestep_of(sampling_sigmas(20)[:-1])
+    exact = encode(fused.toybox.text, "a photo of a S* on snow", other.words(pictures(1), times))
+    at = other.contexts("a photo of a S* on snow", [pictures(1)])
+    few = torch.cat([at(t[None], 1.0) for t in times])
+    errors = (few - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))
+    assert errors[[0, 5, 10, 15]].max() < 1e-5  # the knots
+    assert 1e-4 < errors.max() < 5e-3
 
 
 def test_each_row_has_its_own_picture(fused):
