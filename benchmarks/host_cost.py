@@ -1,7 +1,7 @@
 """What the nodes cost inside ComfyUI: `COMFYUI_PATH=... python -m benchmarks.host_cost`, against its plain KSampler.
 
-Everything runs on Toybox in the host's own classes, in one process, interleaved; medians and their ratios. The rows are those
-of the UNet that a step and picture needs.
+Everything runs on Toybox in the host's own classes, in one process, interleaved; medians and their ratios. S* is made once
+for a picture and a prompt, whatever is then drawn with it: its ratio is its share of one plain run of so many steps.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import argparse
 import importlib.util
 import json
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from benchmarks.timing import against, interleaved
+from profusion.promptnet.toybox import new_promptnet
+from profusion.toybox.pipeline import Toybox
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT, NOUNS = "a photo of a ball and a star and a cup and a cat on grass", ("ball", "star", "cup", "cat")
@@ -68,43 +70,43 @@ class Studio:
         ).args
         return lambda: self.ksampler(model, positive)
 
-    def fusion(self, text: bool, fusion_steps: int, end: float = 1.0) -> Callable[[], None]:
-        """Any conditioning in the place of S*'s: what S* itself costs is not in here."""
-        more = {"text": self.encode("a photo of a ball on grass"), "text_weight": 0.5} if text else {}
-        return lambda: self.nodes.fusion.FusionKSampler.execute(
-            self.model, 1, self.steps, 4.0, "euler", "simple", self.positive, self.negative, {"samples": self.latent}, 1.0,
-            fusion_steps, 1.0, 0.0, end, 3.0, 0.8, "dependent", **more,
-        )  # fmt: skip
+    def word(self) -> Callable[[], list]:
+        """S* of a picture in a prompt, as a CONDITIONING: PromptNet and text encoder. What PromptNet has learnt costs no time."""
+        glue, models = self.nodes.host_promptnet, self.nodes.host_models
+        promptnet = glue.handed_to_the_host(new_promptnet(Toybox.load()).eval().requires_grad_(False), "untrained")
+        picture = torch.rand(1, 96, 96, 3, generator=torch.Generator().manual_seed(0))
+        reference = glue.encode_pictures(promptnet, models.load_vae(), models.load_clip_vision(), picture)
+        return lambda: glue.WordInPrompt(promptnet, self.clip, reference, "a photo of S* on grass").conditioning()
+
+    def fusion(self, positive: list, text: bool, **changes) -> Callable[[], None]:
+        """Fusion KSampler with the defaults of its own inputs, except for these."""
+        node = self.nodes.fusion.FusionKSampler
+        inputs = {entry.id: entry.default for entry in node.GET_SCHEMA().inputs if getattr(entry, "default", None) is not None}
+        inputs |= {"steps": self.steps, "cfg": 4.0, "positive": positive, "negative": self.negative, "model": self.model}
+        inputs |= {"text": self.encode("a photo of a ball on grass")} if text else {}
+        return lambda: node.execute(**{**inputs, "latent_image": {"samples": self.latent}, **changes})
 
 
 def measure(studio: Studio, rounds: int) -> dict[str, dict[str, float]]:
     """Medians of seconds a picture, and ratios to the plain KSampler of the same round."""
-    plain = "plain KSampler"
+    word = studio.word()
+    with torch.inference_mode():
+        positive = word()
     tasks: dict[str, Callable[[], object]] = {
-        plain: lambda: studio.ksampler(studio.model, studio.positive),
+        "plain KSampler": lambda: studio.ksampler(studio.model, studio.positive),
         "Infusion, 1 concept": studio.infusion(1, "own trajectory"),
         "Infusion, 4 concepts": studio.infusion(4, "own trajectory"),
         "Infusion, 1 concept, shared latent": studio.infusion(1, "shared latent"),
-        "Fusion KSampler, no fusion stage, 1 term": studio.fusion(False, 0),
-        "Fusion KSampler, no fusion stage, 2 terms": studio.fusion(True, 0),
-        "Fusion KSampler, full, 2 terms": studio.fusion(True, 1),
-        "Fusion KSampler, first 40 %, 1 term": studio.fusion(False, 1, 0.4),
+        "S*: PromptNet and text encoder, for any runs": word,
+        "Fusion KSampler, no fusion stage, 1 term": studio.fusion(positive, False, fusion_steps=0),
+        "Fusion KSampler, no fusion stage, 2 terms": studio.fusion(positive, True, fusion_steps=0),
+        "Fusion KSampler, full, 2 terms": studio.fusion(positive, True, fusion_end=1.0),
+        "Fusion KSampler, first 40 %, 1 term": studio.fusion(positive, False, fusion_end=0.4),
+        "Fusion KSampler as it comes": studio.fusion(positive, True),
     }
-    times: dict[str, list[float]] = {name: [] for name in tasks}
     with torch.inference_mode():
-        for task in tasks.values():
-            task()
-        for _ in range(rounds):
-            for name, task in tasks.items():
-                started = time.perf_counter()
-                task()
-                times[name].append(time.perf_counter() - started)
-    count = len(studio.latent)
-    ratios = {name: [one / base for one, base in zip(values, times[plain], strict=True)] for name, values in times.items()}
-    return {
-        name: {"seconds": round(statistics.median(values) / count, 4), "times_plain": round(statistics.median(ratios[name]), 3)}
-        for name, values in times.items()
-    }
+        times = interleaved(tasks, rounds)
+    return against(times, "plain KSampler", len(studio.latent))
 
 
 def main() -> None:
@@ -119,7 +121,7 @@ def main() -> None:
         parser.error(f"no ComfyUI at {host}: set COMFYUI_PATH to a checkout")
     figures = measure(Studio(load_pack(host), given.steps, given.batch), given.rounds)
     for name, values in figures.items():
-        print(f"{name:42s} {values['seconds']:7.3f} s a picture  {values['times_plain']:5.2f} x plain")
+        print(f"{name:44s} {values['seconds']:7.3f} s a picture  {values['times_plain']:5.2f} x plain")
     if given.json:
         recipe = {"steps": given.steps, "batch": given.batch, "rounds": given.rounds, "threads": torch.get_num_threads()}
         given.json.write_text(json.dumps({**recipe, "figures": figures}, indent=1) + "\n")

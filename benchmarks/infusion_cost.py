@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from benchmarks.timing import interleaved
 from profusion.infusion import architecture_name, cross_attention_layers
 from profusion.residual import Residual
 from profusion.toybox.pipeline import Toybox, seeded
@@ -22,12 +22,6 @@ from profusion.training import TrainingOptions
 NOUNS = ("ball", "star", "cup", "cat")
 PROMPT = "a photo of a ball and a star and a cup and a cat on grass"
 STEPS = 8
-
-
-def seconds(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
 
 
 def measure(rounds: int) -> dict[str, float]:
@@ -47,13 +41,7 @@ def measure(rounds: int) -> dict[str, float]:
     training = toybox.training(torch.rand(2, 96, 96, 3), torch.ones(2, 96, 96), "ball", TrainingOptions(steps=10**6))
     steps = training.steps()
     tasks["training step (batch 4)"] = lambda: next(steps)
-    times: dict[str, list[float]] = {name: [] for name in tasks}
-    for task in tasks.values():
-        task()
-    for _ in range(rounds):
-        for name, task in tasks.items():
-            times[name].append(seconds(task))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: statistics.median(values) for name, values in interleaved(tasks, rounds).items()}
 
 
 def main() -> None:
