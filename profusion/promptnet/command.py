@@ -17,8 +17,8 @@ import torch
 from ..toybox import world
 from ..toybox.pipeline import Toybox
 from .data import Say, toybox_pictures
-from .file import SUFFIX, save_promptnet
-from .network import TOYBOX_PROMPTNET
+from .file import SUFFIX, load_promptnet, save_promptnet
+from .network import TOYBOX_PROMPTNET, PromptNet, PromptNetConfig, PromptNetError
 from .toybox import new_promptnet, toybox_training
 from .training import PictureSet, PromptNetOptions, PromptNetTraining
 
@@ -35,6 +35,7 @@ class Command:
     options: PromptNetOptions
     pictures: int = 12000
     noun: str | None = None
+    start: Path | None = None
     with_noise: bool = False
     tokens: int = TOYBOX_PROMPTNET.tokens
     save_every: int = 250
@@ -76,6 +77,7 @@ def add_to(commands) -> argparse.ArgumentParser:
         ("--learning-rate", float, 3e-4, "AdamW's highest"),
         ("--warmup", int, 100, "steps over which the learning rate rises"),
         ("--weight-cap", float, 20.0, "rows weigh min(1 / alpha_bar, this); 1 is the paper's loss"),
+        ("--level-bias", float, 0.0, "draws noise level k in proportion to k^this; more is better at what a thing is, not how it shines"),
         ("--tokens", int, TOYBOX_PROMPTNET.tokens, "pseudo-words in S*"),
         ("--save-every", int, 250, "steps between checkpoints"),
         ("--seed", int, 0, "of the pictures, the network and the training"),
@@ -85,6 +87,7 @@ def add_to(commands) -> argparse.ArgumentParser:
     train.add_argument(
         "--noun", choices=world.NOUNS, help="the word that S* starts as (default: the mean of all words)"
     )
+    train.add_argument("--start", type=Path, help="a PromptNet of the same sizes to begin from (default: the UNet's encoder)")
     train.add_argument("--with-noise", action="store_true", help="S* also looks at the latent being denoised")
     train.add_argument("--constant", action="store_true", help="keep the learning rate; default is half a cosine")
     train.add_argument("--device", default="cpu", help="of torch, such as cuda (default: %(default)s)")
@@ -101,8 +104,9 @@ def from_arguments(given: argparse.Namespace) -> Command:
         warmup=given.warmup,
         cosine=not given.constant,
         weight_cap=given.weight_cap,
+        level_bias=given.level_bias,
     )
-    more = {name: getattr(given, name) for name in ("noun", "with_noise", "tokens", "save_every", "device", "pictures")}
+    more = {name: getattr(given, name) for name in ("noun", "start", "with_noise", "tokens", "save_every", "device", "pictures")}
     return Command(given.data, given.out, options, **more)
 
 
@@ -116,7 +120,10 @@ def run(command: Command, toybox: Toybox | None = None, say: Say = print) -> dic
     pictures = toybox_pictures(toybox, command.data, command.pictures, seed, command.cache, say)
     pictures, kept = _split(pictures)
     config = replace(TOYBOX_PROMPTNET, tokens=command.tokens, second_latent="noisy" if command.with_noise else "none")
-    network = new_promptnet(toybox, config, command.noun, seed).to(command.device)
+    network = new_promptnet(toybox, config, command.noun, seed)
+    if command.start is not None:
+        network.load_state_dict(_begun(command.start, config).state_dict())
+    network = network.to(command.device)
     for module in (toybox.unet, toybox.text):
         module.to(command.device)
     training = toybox_training(toybox, network, pictures, command.options)
@@ -136,6 +143,14 @@ def run(command: Command, toybox: Toybox | None = None, say: Say = print) -> dic
         "seconds": round(seconds, 1),
         "loss": round(sum(training_loss) / max(1, len(training_loss)), 5),
     }
+
+
+def _begun(path: Path, config: PromptNetConfig) -> PromptNet:
+    """The PromptNet to begin from. Raises PromptNetError where it is of other sizes."""
+    network = load_promptnet(path)
+    if network.config != config:
+        raise PromptNetError(f"--start {path}: its sizes are {network.config}, and these are to be trained: {config}")
+    return network
 
 
 def _split(pictures: PictureSet) -> tuple[PictureSet, PictureSet | None]:

@@ -40,6 +40,7 @@ class PromptNetOptions:
     learning_rate: AdamW's, the paper's by default. warmup: steps over which it rises. cosine: whether it then falls to
     nothing at the last step. clip: largest norm of the gradient. weight_cap: rows weigh min(1 + sigma^2, this), which
     is min(1 / alpha_bar, this); 1 is the paper's loss, and more of it attends to the noise at which a word matters most.
+    level_bias: noise level k of n is drawn with a probability in proportion to k^this; 0 draws all alike, as the paper does.
     """
 
     steps: int = 2000
@@ -51,6 +52,7 @@ class PromptNetOptions:
     cosine: bool = False
     clip: float = 1.0
     weight_cap: float = 1.0
+    level_bias: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
@@ -62,6 +64,8 @@ class PromptNetOptions:
                 f"warmup={self.warmup} must not be negative, clip={self.clip} must be above 0 and "
                 f"weight_cap={self.weight_cap} at least 1"
             )
+        if not 0 <= self.level_bias <= 10:
+            raise ValueError(f"level_bias={self.level_bias} must lie in 0..10; 0 draws all noise levels alike")
         if not self.prompts:
             raise ValueError(f"prompts: give at least one that has {PLACEHOLDER} in it")
         for prompt in self.prompts:
@@ -183,7 +187,8 @@ class PromptNetTraining:
         count, generator = self.options.batch_size, torch.Generator().manual_seed(seed % 2**63)
         rows = torch.randint(pictures, (count,), generator=generator)
         prompt = int(torch.randint(len(self.options.prompts), (), generator=generator))
-        sigma = self._sigmas[torch.randint(len(self._sigmas), (count,), generator=generator)]
+        share = torch.rand(count, generator=generator) ** (1 / (1 + self.options.level_bias))
+        sigma = self._sigmas[(share * len(self._sigmas)).long().clamp_max(len(self._sigmas) - 1)]
         noise = torch.randn((count, *self.pictures.latents.shape[1:]), generator=generator)
         return _Batch(rows, noise.to(self._device), sigma.to(self._device), prompt)
 
