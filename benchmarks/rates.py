@@ -1,4 +1,4 @@
-"""Shares of successes with the interval that the sample size allows."""
+"""Means and shares of successes, with the interval that the sample size allows."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ def wilson_interval(right: int, count: int, z: float = 1.96) -> tuple[float, flo
     centre = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mean_interval(values: Sequence[float], z: float = 1.96) -> tuple[float, float]:
+    """Mean and half the width of its interval, 95 % by default."""
+    mean = sum(values) / len(values)
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
+    return mean, z * spread / math.sqrt(len(values))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..diffusion import eps_denoiser, sample_euler, sampling_sigmas, timestep_of
-from ..fusion import FusionOptions, Guidance, Stage, guide, mean_prediction, sample_fusion
+from ..diffusion import eps_denoiser, sample_euler, sampling_sigmas
+from ..fusion import FusionOptions, Guidance, Mode, Stage, guide, mean_prediction, sample_fusion
 from ..infusion import cross_attention_layers
 from ..promptnet.network import KNOTS, PromptNet, interpolated, merged
 from ..promptnet.pseudo_word import PLACEHOLDER, encode_tokens, prompt_tokens, scaled, with_noun
@@ -19,6 +19,19 @@ from ..training import PROMPTS
 from .pipeline import STEPS, Toybox, initial_noise, noun_rows
 
 ALONE = f"a photo of {PLACEHOLDER}"
+
+PredictStage = Callable[[Tensor, Tensor, Stage], Tensor]
+"""The guided noise of variance-preserving latents x (B, 4, 12, 12) at timesteps (B,), in a stage."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a run of B pictures is conditioned on: contexts (B, 77, width) of the prompt with S*, given the timestep (1,) and
+    gamma; of the prompt in plain words; and of the empty one."""
+
+    word: Callable[[Tensor, float], Tensor]
+    text: Tensor
+    nothing: Tensor
 
 
 @dataclass
@@ -66,10 +79,45 @@ class FusedToybox:
         return encode_tokens(self.toybox.text, ids, rows, words, holds_position=holds), rows
 
     @torch.no_grad()
+    def conditions(
+        self, prompt: str, nouns: Sequence[str], pictures: Sequence[Tensor], mode: Mode = "dependent"
+    ) -> Conditions:
+        """Of a prompt with S*, for each of `pictures` and the noun that stands for its S* in plain words."""
+        word = self.contexts(ALONE if mode == "independent" else prompt, pictures)
+        text = self.toybox.context([with_noun(prompt, noun) for noun in nouns])
+        return Conditions(word, text, self.toybox.context("").expand_as(text))
+
+    def evaluate(self, x: Tensor, t: Tensor, contexts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The noise that the UNet predicts under each of several contexts, in one batch."""
+        count = len(contexts)
+        self.rows += count * len(x)
+        return self.toybox.unet(x.repeat(count, 1, 1, 1), t.repeat(count), torch.cat(list(contexts))).chunk(count)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        predict: PredictStage,
+        generators: Sequence[torch.Generator],
+        options: FusionOptions,
+        steps: int = STEPS,
+        fresh: torch.Generator | None = None,
+    ) -> Tensor:
+        """One latent for each generator, (B, 4, 12, 12). fresh: of the fusion stage's noise; needed where that has steps."""
+        sigmas = sampling_sigmas(steps)
+
+        def denoise(x: Tensor, sigma: Tensor, stage: Stage) -> Tensor:
+            return eps_denoiser(lambda x, t: predict(x, t, stage))(x, sigma)
+
+        def refine(model, x: Tensor, part: Tensor) -> Tensor:
+            return sample_euler(model, x / (part[0] ** 2 + 1).sqrt(), part)
+
+        start = initial_noise(generators) * (sigmas[0] ** 2 + 1).sqrt()
+        return sample_fusion(denoise, refine, start, sigmas, options, fresh or torch.Generator())
+
     def generate(
         self,
         prompt: str,
-        noun: str,
+        nouns: Sequence[str],
         pictures: Sequence[Tensor],
         generators: Sequence[torch.Generator],
         guidance: Guidance,
@@ -77,35 +125,19 @@ class FusedToybox:
         steps: int = STEPS,
         fresh: torch.Generator | None = None,
     ) -> Tensor:
-        """One latent for each of `pictures` (each (P, 96, 96, 3), of one thing) and its generator: (B, 4, 12, 12).
+        """One latent for each of `pictures` (each (P, 96, 96, 3), of one thing), its noun and its generator: (B, 4, 12, 12).
 
-        prompt: with S* once. noun: stands for S* in the plain text, which is the second of guidance.weights if there are two.
-        fresh: of the fusion stage's noise; needed where that has steps.
+        prompt: with S* once. A noun stands for S* in the plain text, which is the second of guidance.weights if there are
+        two. fresh: see `sample`.
         """
-        sigmas = sampling_sigmas(steps)
-        with_word = self.contexts(ALONE if guidance.mode == "independent" else prompt, pictures)
-        count = len(pictures)
-        text = self.toybox.context(with_noun(prompt, noun)).expand(count, -1, -1)
-        nothing = self.toybox.context("").expand(count, -1, -1)
+        given = self.conditions(prompt, nouns, pictures, guidance.mode)
 
-        def denoise(x: Tensor, sigma: Tensor, stage: Stage) -> Tensor:
+        def predict(x: Tensor, t: Tensor, stage: Stage) -> Tensor:
             fusing = stage == "fusion"
-            conditions = [with_word(timestep_of(sigma[:1]), guidance.gamma if fusing else 1.0), text]
-            used = [(one, weight) for one, weight in zip(conditions, guidance.weights, strict=False) if weight]
-            contexts = torch.cat([*(one for one, _ in used), nothing])
-            repeat = len(used) + 1
-            self.rows += repeat * count
+            terms = [given.word(t[:1], guidance.gamma if fusing else 1.0), given.text]
+            used = [(term, weight) for term, weight in zip(terms, guidance.weights, strict=False) if weight]
+            *conditional, nothing = self.evaluate(x, t, [*(term for term, _ in used), given.nothing])
+            mean = mean_prediction(conditional, [weight for _, weight in used])
+            return guide(nothing, mean, guidance.fusion_cfg if fusing else guidance.cfg)
 
-            def predict(x: Tensor, t: Tensor) -> Tensor:
-                eps = self.toybox.unet(x.repeat(repeat, 1, 1, 1), t.repeat(repeat), contexts).chunk(repeat)
-                mean = mean_prediction(eps[:-1], [weight for _, weight in used])
-                return guide(eps[-1], mean, guidance.fusion_cfg if fusing else guidance.cfg)
-
-            return eps_denoiser(predict)(x, sigma)
-
-        def refine(model, x: Tensor, part: Tensor) -> Tensor:
-            return sample_euler(model, x / (part[0] ** 2 + 1).sqrt(), part)
-
-        start = initial_noise(generators) * (sigmas[0] ** 2 + 1).sqrt()
-        fresh = fresh or torch.Generator()
-        return sample_fusion(denoise, refine, start, sigmas, options, fresh)
+        return self.sample(predict, generators, options, steps, fresh)
