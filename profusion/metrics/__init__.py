@@ -1,0 +1,6 @@
+"""The metrics of both papers, by which a customised model is judged: does it show the concept, and did it overfit?"""
+
+from .checks import MetricError
+from .fisher import Fisher, fisher_divergence, noisy_latents, predictions, unit_latents
+
+__all__ = ["Fisher", "MetricError", "fisher_divergence", "noisy_latents", "predictions", "unit_latents"]
