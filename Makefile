@@ -25,7 +25,7 @@ $(VENV)/.kernel:
 	touch $@
 
 $(VENV)/.test: $(VENV)/.kernel
-	$(BIN)/pip install --quiet pytest hypothesis ruff
+	$(BIN)/pip install --quiet pytest hypothesis ruff scipy POT scikit-learn open_clip_torch timm
 	touch $@
 
 $(VENV)/.host: $(VENV)/.test $(HOST)/requirements.txt

@@ -2,5 +2,15 @@
 
 from .checks import MetricError
 from .fisher import Fisher, fisher_divergence, noisy_latents, predictions, unit_latents
+from .wasserstein import Wasserstein, wasserstein_distance
 
-__all__ = ["Fisher", "MetricError", "fisher_divergence", "noisy_latents", "predictions", "unit_latents"]
+__all__ = [
+    "Fisher",
+    "MetricError",
+    "Wasserstein",
+    "fisher_divergence",
+    "noisy_latents",
+    "predictions",
+    "unit_latents",
+    "wasserstein_distance",
+]
