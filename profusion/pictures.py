@@ -138,7 +138,7 @@ def from_image(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).float() / 255
 
 
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
@@ -152,10 +152,10 @@ def grid(rows: Sequence[tuple[str, Sequence[Tensor]]], captions: Sequence[str] =
     for column, caption in enumerate(captions):
         centre = margin + column * (cell[0] + gap) + cell[0] / 2
         text = _wrapped(draw, caption, cell[0])
-        draw.multiline_text((centre, top / 2), text, INK, _font(14), anchor="mm", align="center")
+        draw.multiline_text((centre, top / 2), text, INK, font(14), anchor="mm", align="center")
     for index, (label, pictures) in enumerate(rows):
         y = top + index * (cell[1] + gap)
-        draw.multiline_text((12, y + cell[1] / 2), _wrapped(draw, label, margin - 20), INK, _font(15), anchor="lm")
+        draw.multiline_text((12, y + cell[1] / 2), _wrapped(draw, label, margin - 20), INK, font(15), anchor="lm")
         for column, picture in enumerate(pictures):
             sheet.paste(to_image(picture).resize(cell, Image.Resampling.LANCZOS), (margin + column * (cell[0] + gap), y))
     return sheet
@@ -165,7 +165,7 @@ def _wrapped(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if draw.textlength(longer, _font(14)) > width and lines[-1]:
+        if draw.textlength(longer, font(14)) > width and lines[-1]:
             lines.append(word)
         else:
             lines[-1] = longer
@@ -189,10 +189,10 @@ def loss_plot(
     image = Image.new("RGB", size, PAPER)
     draw, (width, height) = ImageDraw.Draw(image), size
     left, right, top, bottom = 56, width - 14, 34, height - 34
-    draw.text((left, 10), "loss (eps error inside the mask)", INK, _font(14))
+    draw.text((left, 10), "loss (eps error inside the mask)", INK, font(14))
     draw.line([(left, top), (left, bottom), (right, bottom)], INK)
     last = max(steps or start + len(losses), 1)
-    draw.text((right, height - 12), f"step {last}", INK, _font(12), anchor="rm")
+    draw.text((right, height - 12), f"step {last}", INK, font(12), anchor="rm")
     if not losses:
         return image
     values = np.asarray(losses, dtype=np.float64)
@@ -201,7 +201,7 @@ def loss_plot(
     mean = np.convolve(values, np.ones(window) / window, mode="valid")
     for share in (0.0, 0.5, 1.0):
         y = bottom - share * (bottom - top)
-        draw.text((left - 6, y), f"{share * high:.3f}", INK, _font(12), anchor="rm")
+        draw.text((left - 6, y), f"{share * high:.3f}", INK, font(12), anchor="rm")
         draw.line([(left + 1, y), (right, y)], FAINT)
 
     def points(series: np.ndarray, first: int) -> list[tuple[float, float]]:
@@ -213,5 +213,5 @@ def loss_plot(
         draw.line(points(values, 1), FAINT, 1)
     if len(mean) > 1:
         draw.line(points(mean, window), ACCENT, 2)
-    draw.text((right, 10), f"{len(values)} steps, last {window}: {mean[-1]:.4f}", ACCENT, _font(14), anchor="ra")
+    draw.text((right, 10), f"{len(values)} steps, last {window}: {mean[-1]:.4f}", ACCENT, font(14), anchor="ra")
     return image
