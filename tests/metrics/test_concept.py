@@ -1,0 +1,91 @@
+"""What is measured of pictures of a concept, with Toybox's own pair."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from profusion.metrics import MetricError, Pictures, concept_scores
+from profusion.toybox import world
+
+CONCEPT = "teal and coral ball"
+
+
+def drawn(name, count, seed):
+    items = world.concept_pictures(name, count, np.random.default_rng(seed))
+    return Pictures(
+        [torch.from_numpy(item.image).float() / 255 for item in items],
+        [torch.from_numpy(item.masks[0]).float() / 255 for item in items],
+    )
+
+
+def means(scores):
+    return {(score.metric, score.subject): score.mean for score in scores.scores}
+
+
+def test_the_concept_scores_higher_than_another_thing(toybox):
+    references = drawn(CONCEPT, 3, 1)
+    same = concept_scores(drawn(CONCEPT, 3, 2), references, ["a ball"], toybox)
+    other = concept_scores(drawn("gold and navy cup", 3, 2), references, ["a ball"], toybox)
+    assert all(score.backbone == toybox.name and score.count == 3 for score in same.scores)
+    for metric in ("CLIP-T", "CLIP-I", "CLIP-I, object"):
+        assert means(same)[metric, "generated"] > means(other)[metric, "generated"] + 0.1
+    among = means(same)["CLIP-I, object", "references among themselves"]
+    assert means(other)["CLIP-I, object", "generated"] + 0.1 < among < 1
+    assert ("CLIP-I, background", "generated") in means(same)
+    assert next(score for score in same.scores if "background" in score.metric).better == ""
+
+
+def test_the_references_themselves_are_1_and_a_further_backbone_is_named(toybox):
+    class Colors:
+        name, measure = "mean colours", "DINO"
+
+        def images(self, pictures):
+            return pictures.mean(dim=(1, 2)) - 0.4
+
+    one = Pictures(drawn(CONCEPT, 1, 1).images)
+    found = concept_scores(one, one, ["a ball"], None, [Colors()])
+    assert means(found) == {("DINO", "generated"): pytest.approx(1.0)} and found.scores[0].backbone == "mean colours"
+    assert math.isnan(found.scores[0].low)
+
+
+def test_pictures_of_different_sizes_and_a_prompt_for_each(toybox):
+    generated = Pictures([torch.rand(64, 96, 3), torch.rand(130, 100, 3)])
+    found = concept_scores(generated, drawn(CONCEPT, 2, 1), ["a ball", "a cup on grass"], toybox)
+    assert [score.metric for score in found.scores] == ["CLIP-T", "CLIP-I", "CLIP-I"]
+
+
+def test_no_prompt_similarity_of_a_pair_that_is_none(mismatched):
+    found = concept_scores(drawn(CONCEPT, 2, 2), drawn(CONCEPT, 2, 1), ["a ball"], mismatched(0))
+    assert not any(score.metric == "CLIP-T" for score in found.scores)
+    assert "No CLIP-T: mismatched finds" in found.notes[0] and found.notes[0] in found.markdown()
+
+
+@pytest.mark.parametrize(
+    ("generated", "references", "prompts", "message"),
+    [
+        ([], 1, ["a ball"], "no generated pictures"),
+        (1, [], ["a ball"], "no references"),
+        (2, 1, ["a ball"] * 3, "3 prompts for 2 pictures"),
+        (1, 1, [" "], "none of them empty"),
+        (1, 1, [], "0 prompts"),
+    ],
+)
+def test_what_is_missing_is_said(toybox, generated, references, prompts, message):
+    sets = [Pictures([torch.rand(96, 96, 3)] * n if isinstance(n, int) else n) for n in (generated, references)]
+    with pytest.raises(MetricError, match=message):
+        concept_scores(*sets, prompts, toybox)
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "message"),
+    [
+        ([torch.rand(8, 8, 3)] * 2, [torch.ones(8, 8)], "1 masks for 2 pictures"),
+        ([torch.rand(8, 8, 4)], None, "without an alpha channel"),
+        ([torch.rand(8, 8, 3), torch.full((8, 8, 3), math.nan)], None, "picture 2: .*not finite"),
+    ],
+)
+def test_pictures_that_are_none(images, masks, message):
+    with pytest.raises(MetricError, match=message):
+        Pictures(images, masks)
