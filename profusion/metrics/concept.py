@@ -50,51 +50,53 @@ def concept_scores(
 ) -> Scores:
     """CLIP-T and CLIP-I of a pair, image similarity by further backbones; of objects and of backgrounds where there are masks.
 
-    prompts: one for each generated picture, or one for all. What the references score among themselves stands below, as in the
+    prompts: one for each generated picture, or one for all; without a pair none is needed. What the references score among themselves stands below, as in the
     papers' tables: what a perfect copy would. Raises MetricError where pictures or prompts are missing.
     """
     if not len(generated.images):
         raise MetricError("no generated pictures: give at least one")
     if not len(references.images):
         raise MetricError("no references: give the pictures that the concept was learned from")
-    if len(prompts) not in (1, len(generated.images)) or not all(prompt.strip() for prompt in prompts):
+    if pair is not None and len(prompts) not in (1, len(generated.images)) or not all(prompt.strip() for prompt in prompts):
         raise MetricError(
             f"{len(prompts)} prompts for {len(generated.images)} pictures: give one for each, in their order, or one for all, "
             "none of them empty"
         )
-    found = [] if pair is None else [_prompt_scores(generated, prompts, pair)]
-    views = {"": None}
+    views, notes = {"": None}, []
     if generated.masks is not None and references.masks is not None:
         views |= {", object": object_only, ", background": background_only}
+    elif generated.masks is not None or references.masks is not None:
+        notes.append("Objects are compared where both the generated pictures and the references have masks.")
+    found: list[Score] = []
     for encoder in [*([] if pair is None else [pair]), *encoders]:
-        found += [_image_scores(generated, references, encoder, name, only) for name, only in views.items()]
-    return Scores(
-        tuple(score for scores in found for score in scores.scores), tuple(note for scores in found for note in scores.notes)
-    )
+        for view, only in views.items():
+            features = generated.features(encoder, only)
+            if encoder is pair and only is None:
+                found += _prompt_scores(features, prompts, pair, notes)
+            found += _image_scores(features, references.features(encoder, only), encoder, view, only)
+    return Scores(tuple(found), tuple(notes))
 
 
-def _prompt_scores(generated: Pictures, prompts: Sequence[str], pair: PairedEncoder) -> Scores:
+def _prompt_scores(features: Tensor, prompts: Sequence[str], pair: PairedEncoder, notes: list[str]) -> list[Score]:
     """CLIP-T, or a note why there is none."""
     colors = color_check(pair)
     if colors < LEAST_COLORS:
-        return Scores(
-            notes=(
-                f"No CLIP-T: {pair.name} finds {colors} of eight colours from their names, so its text and image encoder were "
-                "not trained together, or the text encoder came without its projection, as in SD 1.x checkpoints.",
-            )
+        notes.append(
+            f"No CLIP-T: {pair.name} finds {colors} of eight colours from their names, so its text and image encoder were not "
+            "trained together, or the text encoder came without its projection, as in SD 1.x checkpoints."
         )
-    samples = prompt_similarity(generated.features(pair), pair.texts(prompts))
-    return Scores((Score.of("CLIP-T", GENERATED, samples, backbone=pair.name),))
+        return []
+    return [Score.of("CLIP-T", GENERATED, prompt_similarity(features, pair.texts(prompts)), backbone=pair.name)]
 
 
 def _image_scores(
-    generated: Pictures, references: Pictures, encoder: ImageEncoder, view: str, only: Callable | None
-) -> Scores:
+    features: Tensor, known: Tensor, encoder: ImageEncoder, view: str, only: Callable | None
+) -> list[Score]:
     """Image similarity, and that of the references among themselves, of whole pictures or of a part."""
     metric, better = f"{encoder.measure}{view}", "" if only is background_only else "higher"
-    known = references.features(encoder, only)
-    samples = image_similarity(generated.features(encoder, only), known)
-    scores = [Score.of(metric, GENERATED, samples, backbone=encoder.name, better=better)]
+    samples = {GENERATED: image_similarity(features, known)}
     if len(known) > 1:
-        scores.append(Score.of(metric, REFERENCES, similarity_among(known), backbone=encoder.name, better=better))
-    return Scores(tuple(scores))
+        samples[REFERENCES] = similarity_among(known)
+    return [
+        Score.of(metric, subject, found, backbone=encoder.name, better=better) for subject, found in samples.items()
+    ]

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..models.tokenizer import tokenize
 from ..toybox.pipeline import SIZE, Toybox
 from ..toybox.world import PALETTE
+from .checks import MetricError
 from .similarity import cosine
 
 
@@ -63,6 +64,9 @@ def color_check(pair: PairedEncoder) -> int:
     grid = torch.linspace(-1, 1, SIZE)
     inside = (grid[:, None] ** 2 + grid**2 < 0.45)[..., None]
     discs = torch.where(inside, colors[:, None, None], 0.5)  # (8, 96, 96, 3)
-    cosines = cosine(pair.images(discs), pair.texts([f"a {color} ball" for color in PALETTE]))
+    try:
+        cosines = cosine(pair.images(discs), pair.texts([f"a {color} ball" for color in PALETTE]))
+    except MetricError:
+        return 0  # a projection that was never loaded is any bytes: zeros, or no numbers at all
     centred = cosines - cosines.mean(dim=0) - cosines.mean(dim=1, keepdim=True)
     return int((centred.argmax(dim=1) == torch.arange(len(PALETTE), device=centred.device)).sum())

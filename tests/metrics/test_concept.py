@@ -62,6 +62,12 @@ def test_no_prompt_similarity_of_a_pair_that_is_none(mismatched):
     assert "No CLIP-T: mismatched finds" in found.notes[0] and found.notes[0] in found.markdown()
 
 
+def test_masks_on_one_side_only_compare_no_objects_and_say_so(toybox):
+    references = drawn(CONCEPT, 2, 1)
+    found = concept_scores(Pictures(references.images), references, ["a ball"], toybox)
+    assert {score.metric for score in found.scores} == {"CLIP-T", "CLIP-I"} and "both" in found.notes[0]
+
+
 @pytest.mark.parametrize(
     ("generated", "references", "prompts", "message"),
     [

@@ -1,6 +1,7 @@
 """Toybox's own pair as judge, what it makes of a wrong pair, and the libraries' backbones."""
 
 import json
+import math
 import sys
 
 import numpy as np
@@ -28,6 +29,13 @@ def test_a_picture_is_closest_to_its_own_caption(toybox):
 def test_a_pair_that_was_not_trained_together_is_found_out(toybox, mismatched):
     assert color_check(toybox) >= LEAST_COLORS
     assert max(color_check(mismatched(seed)) for seed in range(20)) < LEAST_COLORS
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_a_projection_that_was_never_loaded_is_found_out(mismatched, value):
+    pair = mismatched(0)
+    pair._mixing.fill_(value)
+    assert color_check(pair) == 0
 
 
 def test_all_nine_models_of_the_table_are_known_to_open_clip():
