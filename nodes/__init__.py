@@ -1,6 +1,6 @@
 """The pack's nodes: schemas and host glue, no mathematics."""
 
-from . import augment, finetune, fusion, infusion, promptnet, residual, toybox, trainer
+from . import augment, finetune, fusion, infusion, promptnet, residual, scores, toybox, trainer
 
 NODES = [
     *toybox.NODES,
@@ -11,4 +11,5 @@ NODES = [
     *fusion.NODES,
     *finetune.NODES,
     *augment.NODES,
+    *scores.NODES,
 ]

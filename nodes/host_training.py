@@ -316,8 +316,13 @@ class Progress:
     """The host's progress bar, with a preview. Whoever reports to it is stopped here by Cancel."""
 
     def __init__(self, total: int):
-        self._bar = comfy.utils.ProgressBar(total)
+        self._bar, self._done = comfy.utils.ProgressBar(total), 0
+
+    def advance(self, by: int = 1) -> None:
+        """So much more has been done."""
+        self.report(self._done + by)
 
     def report(self, done: int, preview: Image.Image | None = None) -> None:
+        self._done = done
         self._bar.update_absolute(done, preview=preview and ("JPEG", preview, None))
         _stop_if_cancelled()

@@ -1,0 +1,109 @@
+"""ProFusion_ConceptScores: how alike generated pictures are to their prompt and to the references, in numbers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..profusion.metrics import MetricError, Pictures, concept_scores
+from ..profusion.metrics.chart import chart
+from ..profusion.metrics.encoders import ImageEncoder, PairedEncoder, ToyboxEncoder
+from ..profusion.pictures import concept_pictures, from_image
+from ..profusion.toybox.pipeline import SIZE
+from .host_encoders import ClipPair, VisionEncoder, Watched
+from .host_training import Progress
+from .messages import show
+
+
+def _pictures(images: Tensor, masks: Tensor | None) -> Pictures:
+    """A host's IMAGE, whose alpha is a mask too, and MASK."""
+    colours, weights = concept_pictures(images, masks, multiple=1)
+    masked = masks is not None or not bool((weights == 1).all())
+    return Pictures(list(colours.cpu()), list(weights.cpu()) if masked else None)
+
+
+def _backbones(clip: Any, vision: Any, second: Any, toybox: bool) -> tuple[PairedEncoder | None, list[ImageEncoder]]:
+    """The pair for CLIP-T, if there is one, and the further backbones. toybox: whether the pictures may be Toybox's."""
+    further = [] if second is None else [VisionEncoder(second)]
+    if vision is not None:
+        return (None, [VisionEncoder(vision), *further]) if clip is None else (ClipPair(clip, vision), further)
+    if not toybox:
+        raise MetricError(
+            "no clip_vision: connect Load CLIP Vision. Toybox's own image encoder, which is used without one, knows Toybox's "
+            f"pictures of {SIZE}x{SIZE} pixels and nothing else"
+        )
+    return ToyboxEncoder(), further
+
+
+class ConceptScores(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ProFusion_ConceptScores",
+            display_name="Concept Scores",
+            category="ProFusion",
+            description=(
+                "Measures generated pictures of a concept: how well they follow their prompt (CLIP-T), and how alike they are to "
+                "the pictures that it was learned from (CLIP-I, DINO), with 95 % intervals. Numbers of different image encoders "
+                "do not compare, so each names its own."
+            ),
+            inputs=[
+                io.Image.Input("images", tooltip="The generated pictures."),
+                io.Image.Input("references", tooltip="The pictures that the concept was learned from."),
+                io.String.Input(
+                    "prompt", multiline=True, dynamic_prompts=False, default="",
+                    tooltip="What the pictures should show: one prompt for all of them, or a line for each, in their order.",
+                ),
+                io.Clip.Input(
+                    "clip", optional=True,
+                    tooltip="The text encoder that was trained with clip_vision, for CLIP-T: for ViT-L CLIP Loader with clip_l "
+                    "(the CLIP of an SD 1.x checkpoint lacks its projection), for ViT-H the CLIP of SD 2.x, for ViT-bigG of SDXL.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision", optional=True,
+                    tooltip="Judges how alike pictures are. Without it, Toybox's own is taken, for Toybox's pictures only.",
+                ),
+                io.ClipVision.Input(
+                    "image_encoder", optional=True, tooltip="A second judge, such as DINOv2, loaded with Load CLIP Vision too."
+                ),
+                io.Mask.Input(
+                    "masks", optional=True,
+                    tooltip="White where the object is in the generated pictures: with reference_masks, objects and backgrounds "
+                    "are compared apart.",
+                ),
+                io.Mask.Input("reference_masks", optional=True, tooltip="White where the object is in the references."),
+            ],
+            outputs=[
+                io.String.Output(display_name="table", tooltip="The scores as a Markdown table."),
+                io.Image.Output(display_name="chart", tooltip="The scores and their 95 % intervals as a picture."),
+                io.String.Output(display_name="json", tooltip="The scores for programs."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, images, references, prompt, clip=None, clip_vision=None, image_encoder=None, masks=None, reference_masks=None
+    ) -> io.NodeOutput:
+        generated, known = _pictures(images, masks), _pictures(references, reference_masks)
+        toybox = all(tuple(picture.shape[:2]) == (SIZE, SIZE) for picture in (*generated.images, *known.images))
+        pair, further = _backbones(clip, clip_vision, image_encoder, toybox)
+        views = 3 if generated.masks is not None and known.masks is not None else 1
+        encodings = (len(generated.images) + len(known.images)) * views * (len(further) + (pair is not None))
+        tell = Progress(encodings + (pair is not None)).advance
+        scores = concept_scores(
+            generated,
+            known,
+            [line for line in prompt.splitlines() if line.strip()],
+            None if pair is None else Watched(pair, tell),
+            [Watched(encoder, tell) for encoder in further],
+        )
+        picture = from_image(chart(scores))[None]
+        return io.NodeOutput(scores.markdown(), picture, json.dumps(scores.as_json(), indent=2), ui=show(cls, scores.text()))
+
+
+NODES = [ConceptScores]
