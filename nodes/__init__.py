@@ -1,6 +1,6 @@
 """The pack's nodes: schemas and host glue, no mathematics."""
 
-from . import augment, finetune, fusion, infusion, promptnet, residual, scores, toybox, trainer
+from . import augment, finetune, fusion, infusion, overfit, promptnet, residual, scores, toybox, trainer
 
 NODES = [
     *toybox.NODES,
@@ -12,4 +12,5 @@ NODES = [
     *finetune.NODES,
     *augment.NODES,
     *scores.NODES,
+    *overfit.NODES,
 ]

@@ -36,6 +36,17 @@ Interrupted = comfy.model_management.InterruptProcessingException
 BACKWARD_MEMORY = 12
 
 
+def noise_levels(model: Any) -> Tensor:
+    """sigma at a model's timesteps, rising. A model that predicts no noise is refused by name."""
+    sampling = model.get_model_object("model_sampling")
+    if isinstance(sampling, comfy.model_sampling.CONST) or not hasattr(sampling, "sigmas"):
+        raise UnsupportedModelError(
+            f"{type(model.model).__name__} is a flow model, which predicts no noise: this takes models that predict noise or "
+            "velocity (v), as SD 1.x, SD 2.x and SDXL do"
+        )
+    return sampling.sigmas
+
+
 class TrainedModel:
     """A MODEL that a training evaluates: with every patch and wrapper on it, but without guidance.
 
@@ -44,14 +55,8 @@ class TrainedModel:
     """
 
     def __init__(self, model: Any, conditionings: Sequence[list], beside: Sequence[Any] = (), memory: float = 0):
-        sampling = model.get_model_object("model_sampling")
-        if isinstance(sampling, comfy.model_sampling.CONST) or not hasattr(sampling, "sigmas"):
-            raise UnsupportedModelError(
-                f"{type(model.model).__name__} is a flow model, which predicts no noise: this is trained on models that "
-                "predict noise or velocity (v), as SD 1.x, SD 2.x and SDXL do"
-            )
         self._model, self._beside, self._memory = model, list(beside), memory
-        self.sigmas = sampling.sigmas
+        self.sigmas = noise_levels(model)
         self._conditionings = [
             [[context, {**extras, "additional_models": self._beside}] for context, extras in entries] if beside else entries
             for entries in conditionings
