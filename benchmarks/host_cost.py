@@ -24,8 +24,16 @@ ROOT = Path(__file__).resolve().parents[1]
 PROMPT, NOUNS = "a photo of a ball and a star and a cup and a cat on grass", ("ball", "star", "cup", "cat")
 
 
+def find_host() -> Path | None:
+    """ComfyUI at COMFYUI_PATH, or in the home folder."""
+    host = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
+    return host if (host / "comfy" / "samplers.py").is_file() else None
+
+
 def load_pack(host: Path):
-    """The pack, as the host loads it."""
+    """The pack, as the host loads it, once."""
+    if "profusion_pack" in sys.modules:
+        return sys.modules["profusion_pack"]
     sys.path.insert(0, str(host))
     from comfy.cli_args import args
 
@@ -116,9 +124,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--json", type=Path, default=None, help="write the figures here")
     given = parser.parse_args()
-    host = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
-    if not (host / "comfy" / "samplers.py").is_file():
-        parser.error(f"no ComfyUI at {host}: set COMFYUI_PATH to a checkout")
+    host = find_host()
+    if host is None:
+        parser.error("no ComfyUI found: set COMFYUI_PATH to a checkout")
     figures = measure(Studio(load_pack(host), given.steps, given.batch), given.rounds)
     for name, values in figures.items():
         print(f"{name:44s} {values['seconds']:7.3f} s a picture  {values['times_plain']:5.2f} x plain")

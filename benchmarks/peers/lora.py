@@ -1,0 +1,125 @@
+"""LoRA by ComfyUI's own trainer (comfy_extras/nodes_train.py) and its own loader; only where a host is found."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.host_cost import find_host, load_pack
+from benchmarks.peers.base import RARE_WORD, Peer
+from profusion.coroutine import Coroutine
+from profusion.demo import Concept
+from profusion.training import PROMPTS, TrainingOptions
+
+RANK = 8
+
+
+@lru_cache(maxsize=1)
+def host_nodes() -> SimpleNamespace:
+    """The host's nodes, and Toybox in its classes: a model to train on, and one to put LoRAs on meanwhile."""
+    models = load_pack(find_host()).nodes.host_models
+    import comfy.sd
+    import comfy.utils
+    from comfy_extras.nodes_train import LoraModelLoader, TrainLoraNode
+
+    comfy.utils.PROGRESS_BAR_ENABLED = False
+    return SimpleNamespace(
+        trainer=TrainLoraNode(),
+        loader=LoraModelLoader(),
+        clip=models.load_clip(),
+        load_model=models.load_model,
+        merged_into=models.load_model(),
+    )
+
+
+class Lora(Peer):
+    """Low rank on every layer as the host's trainer does it: biases and norms too, its own draws and loss, no mask.
+
+    Its batches are pictures one by one whose gradients add up: given four at once, the host evaluates every caption on every
+    picture.
+    """
+
+    name = "LoRA, the host's trainer"
+    rates = (3e-4, 1e-3, 3e-3)
+    note = f"rank {RANK} by ComfyUI's Train LoRA and Load LoRA, '{RARE_WORD}' before the noun; its own draws and loss, no mask"
+
+    def __init__(self, toybox, noun):
+        super().__init__(toybox, noun)
+        self.phrase = f"{RARE_WORD} {noun}"
+        self._lora: dict[str, Tensor] = {}
+        self._merged: nn.Module | None = None
+
+    @classmethod
+    def why_unavailable(cls) -> str:
+        return "" if find_host() else "no ComfyUI at COMFYUI_PATH or ~/comfy/ComfyUI, and it is trained by that"
+
+    def trained(self) -> dict[str, Tensor]:
+        return self._lora
+
+    @property
+    def unet(self) -> nn.Module:
+        """The kernel's UNet with the weights that the host's loader makes of what has been learned."""
+        if self._merged is None:
+            self._merged = _with_lora(self.toybox.unet, self._lora)
+        return self._merged
+
+    def steps(self, concept: Concept, recipe: TrainingOptions) -> Iterator[float]:
+        host = host_nodes()
+        pictures = torch.cat([concept.pictures, concept.pictures.flip(2)]) if recipe.flip else concept.pictures
+        latents = self.toybox.vae.encode(pictures.movedim(-1, 1) * 2 - 1)
+        captions = [PROMPTS[index % len(PROMPTS)].format(self.phrase) for index in range(len(latents))]
+        positive = [entry for text in captions for entry in host.clip.encode_from_tokens_scheduled(host.clip.tokenize(text))]
+        training = Coroutine(lambda ask: _train(host, latents, positive, recipe, ask))
+        try:
+            while (lora := training.resume()) is not None:
+                self._lora, self._merged = lora, None
+                yield math.nan  # the host keeps its losses to itself until the end
+        finally:
+            training.close()
+
+
+def _train(host: SimpleNamespace, latents: Tensor, positive: list, recipe: TrainingOptions, ask: Callable) -> None:
+    """The host's training, which stops after every optimizer step to `ask` with the LoRA's tensors as they are then."""
+
+    def optimizer(parameters, lr: float) -> torch.optim.Optimizer:
+        replaced.stop()
+        names = parameters.mapping  # the trainer gives its dictionary's values
+
+        class Stopping(adamw):
+            def step(self, closure=None):
+                super().step(closure)
+                ask(dict(names))
+
+        return Stopping(parameters, lr=lr)
+
+    adamw = torch.optim.AdamW
+    replaced = patch.object(torch.optim, "AdamW", optimizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)  # the host draws its starting weights, its pictures and its timesteps globally
+        replaced.start()
+        host.trainer.train(
+            host.load_model(), {"samples": latents}, positive, 1, recipe.steps, recipe.batch_size, recipe.learning_rate,
+            RANK, "AdamW", "MSE", recipe.seed, "fp32", "fp32", "LoRA", False, "[None]",
+        )  # fmt: skip
+
+
+def _with_lora(unet: nn.Module, lora: dict[str, Tensor]) -> nn.Module:
+    """A copy of the kernel's UNet with the weights that the host's loader gives its own."""
+    changed = copy.deepcopy(unet)
+    if lora:
+        tensors = {name: tensor.detach().clone() for name, tensor in lora.items()}
+        (model,) = host_nodes().loader.load_lora_model(host_nodes().merged_into, tensors, 1.0)
+        prefix = "diffusion_model."
+        for key in model.patches:
+            model.patch_weight_to_device(key)
+        weights = {key.removeprefix(prefix): value for key, value in model.model.state_dict().items() if key.startswith(prefix)}
+        changed.load_state_dict({key: value.detach().clone() for key, value in weights.items()})
+        model.unpatch_model()
+    return changed.requires_grad_(False)
