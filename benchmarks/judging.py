@@ -1,0 +1,103 @@
+"""What is asked of a customised Toybox, and how the answers are judged: the same for every peer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from profusion.demo import Concept
+from profusion.metrics.encoders import ToyboxEncoder
+from profusion.metrics.similarity import image_similarity, prompt_similarity
+from profusion.toybox.judge import Judge, halves
+from profusion.toybox.pipeline import Toybox
+from profusion.toybox.similarity import concept_similarity
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text with {} for the concept; the place that it names, and the second object, right of the concept, if it does."""
+
+    text: str
+    place: str
+    second: str | None = None
+
+
+PROMPTS = (
+    Prompt("a photo of a {} on grass", "grass"),
+    Prompt("a photo of a {} and a lemon on snow", "snow", "lemon"),
+    Prompt("a photo of a {} at night", "night"),
+    Prompt("a photo of a {} by a brick wall", "wall"),
+    Prompt("a picture of a {} on sand", "sand"),
+    Prompt("a photo of a {} and a watermelon at night", "night", "watermelon"),
+    Prompt("a {} on the sea", "sea"),
+    Prompt("a photo of a {} on snow", "snow"),
+)
+METRICS = {
+    "clip_t": "CLIP-T",
+    "clip_i": "CLIP-I",
+    "dino": "DINO-style",
+    "likeness": "concept likeness",
+    "noun": "noun right",
+    "place": "rest of the prompt right",
+    "score": "score",
+}
+
+
+class JudgeTrunk:
+    """The judge's features before its heads, as an image encoder. It has never seen a text, and was taught to tell patterns
+    as well as nouns: what DINO, which is too large to be embedded here, stands for in the papers' tables."""
+
+    name, measure = "the judge's trunk", "DINO-style"
+
+    def __init__(self, judge: Judge):
+        self._network = judge.network
+
+    @torch.no_grad()
+    def images(self, pictures: Tensor) -> Tensor:
+        """(B, 96, 96, 3) in [0, 1] -> (B, 384): means and maxima of the two deepest levels, each level centred and scaled."""
+        kept = []
+        hooks = [
+            level.register_forward_hook(lambda _, __, out: kept.append(out))
+            for level in (self._network.down12, self._network.down6)
+        ]
+        try:
+            self._network(pictures.float().movedim(-1, 1) * 2 - 1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        parts = [part for out in kept for part in (out.mean(dim=(2, 3)), out.amax(dim=(2, 3)))]
+        return torch.cat([torch.nn.functional.layer_norm(part, part.shape[1:]) for part in parts], dim=1)
+
+
+BACKBONES = {"clip_t": ToyboxEncoder.name, "clip_i": ToyboxEncoder.name, "dino": JudgeTrunk.name}
+
+
+class Yardstick:
+    """Everything that judges. `figures` of pictures is one dictionary a picture, whose keys are METRICS'."""
+
+    def __init__(self, toybox: Toybox, judge: Judge):
+        self.judge, self.pair, self.trunk = judge, ToyboxEncoder(toybox), JudgeTrunk(judge)
+
+    def figures(self, concept: Concept, prompt: Prompt, pictures: Tensor) -> list[dict[str, float]]:
+        """Pictures (B, 96, 96, 3) of one prompt.
+
+        likeness: of the appearance inside the object to the references, 0..1. place: whether the background is that of the
+        prompt, and the second object, if it has one, too. score: the likeness of a picture whose noun and place are both
+        right, 0 of others: what learning rates are chosen by. CLIP-T is of the prompt in plain words.
+        """
+        features = self.pair.images(pictures)
+        clip_t = prompt_similarity(features, self.pair.texts([prompt.text.format(concept.noun)]))
+        clip_i = image_similarity(features, self.pair.images(concept.pictures))
+        dino = image_similarity(self.trunk.images(pictures), self.trunk.images(concept.pictures))
+        own, other = halves(pictures).chunk(2) if prompt.second else (pictures, None)
+        seen = self.judge.look(own)
+        likeness = concept_similarity(own, seen.object_mask, concept.pictures, concept.masks)
+        nouns = torch.tensor([noun == concept.noun for noun in seen.nouns])
+        places = torch.tensor([place == prompt.place for place in seen.backgrounds])
+        if other is not None:
+            places &= torch.tensor([noun == prompt.second for noun in self.judge.nouns(other)])
+        columns = (clip_t, clip_i, dino, likeness, nouns.float(), places.float(), likeness * nouns * places)
+        rows = torch.stack([column.float() for column in columns], dim=1).tolist()
+        return [{key: round(value, 5) for key, value in zip(METRICS, row, strict=True)} for row in rows]
