@@ -1,14 +1,19 @@
 # make demo   set up, then train a concept on Toybox and draw it: DIR/grid.png, residual.safetensors, report.json
+# make bench  set up, then measure again what README and docs claim: benchmarks/results; SETTING=full for more
 # make test   set up, then run every test; host tests run where a ComfyUI is found, and are named where it is not
 VENV ?= .venv
 PYTHON ?= python3
 OUT ?= demo
+SETTING ?= quick
 HOST := $(firstword $(foreach d,$(COMFYUI_PATH) $(abspath ../..) $(HOME)/comfy/ComfyUI,$(if $(wildcard $(d)/main.py),$(d))))
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo bench test lint clean
 demo: $(VENV)/.kernel
 	$(BIN)/python -m profusion demo --out $(OUT)
+
+bench: $(VENV)/.kernel $(if $(HOST),$(VENV)/.host)
+	COMFYUI_PATH="$(HOST)" $(BIN)/python -m benchmarks.run --setting $(SETTING)
 
 test: $(VENV)/.test $(if $(HOST),$(VENV)/.host)
 	$(BIN)/ruff check .

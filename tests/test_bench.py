@@ -1,0 +1,171 @@
+"""The benchmark's runner, tables and toy mixtures; what the peers themselves do is in test_peers.py."""
+
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks import judging, mixtures, plots, report, run
+from benchmarks.peers import OURS, PEERS
+from profusion.diffusion import eps_denoiser, sample_euler, sampling_sigmas, training_sigmas
+from profusion.pictures import INK
+from profusion.toybox import world
+
+TINY = run.SETTINGS["tiny"]
+
+
+def bench(folder, setting=TINY, **more):
+    return run.Bench(setting, folder, 0, say=lambda line: None, **more)
+
+
+def jobs(folder, made, stop_at=None):
+    def work(number):
+        if number == stop_at:
+            raise KeyboardInterrupt
+        made.append(number)
+        return {"number": number}
+
+    return [run.Job(folder / f"{number}.json", partial(work, number), str(number)) for number in range(4)]
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path):
+    made = []
+    with pytest.raises(KeyboardInterrupt):
+        bench(tmp_path).run(jobs(tmp_path, made, stop_at=2))
+    assert made == [0, 1]
+    assert bench(tmp_path).run(jobs(tmp_path, made)) == [{"number": number} for number in range(4)]
+    assert made == [0, 1, 2, 3]
+
+
+def test_results_of_another_setting_are_made_anew(tmp_path):
+    made = []
+    bench(tmp_path).run(jobs(tmp_path, made))
+    bench(tmp_path, replace(TINY, seeds=2)).run(jobs(tmp_path, made))
+    assert made == [0, 1, 2, 3] * 2
+
+
+def test_half_a_file_is_no_result(tmp_path):
+    made = []
+    (tmp_path / "0.part").write_text('{"setting"')
+    bench(tmp_path).run(jobs(tmp_path, made))
+    assert made == [0, 1, 2, 3]
+
+
+def test_the_best_trial_is_found_over_rates_and_guidances():
+    trials = [{"rate": 0.1, "scores": {"2.0": 0.3, "4.0": 0.5}}, {"rate": 0.2, "scores": {"2.0": 0.6, "4.0": 0.5}}]
+    assert run.best(trials) == (0.2, 2.0)
+
+
+def test_training_stops_at_its_marks():
+    assert list(run.stops(iter([0.5] * 10), {2, 7})) == [2, 7]
+
+
+def test_concepts_are_tuned_on_or_judged_never_both():
+    assert len(run.TABLE) == 8 and not set(run.TABLE) & set(run.TUNING)
+    quick = run.SETTINGS["quick"]
+    assert quick.concepts >= 8 and quick.prompts >= 8 and quick.seeds >= 4
+    assert len({len(kind.rates) for kind in PEERS}) == 1  # as many trials for each
+
+
+def test_prompts_name_places_and_second_objects_of_the_world():
+    nouns = {noun for noun, _ in world.CONCEPTS.values()}
+    for prompt in judging.PROMPTS:
+        assert world.BACKGROUND_PHRASES[prompt.place] in prompt.text
+        assert prompt.second is None or (prompt.second in world.FIXED_NOUNS and f" {prompt.second} " in prompt.text)
+        assert prompt.second not in nouns
+
+
+def test_a_part_runs_once_and_its_files_are_copied(tmp_path):
+    work, out, said = tmp_path / "work", tmp_path / "out", []
+    out.mkdir()
+    part = run.Part("version", ("benchmarks.mixtures", "--pretraining", "1", "--steps", "1", "--points", "8"))
+    (work).mkdir()
+    (work / "version.json").write_text("{}")
+    (work / "version.png").write_text("picture")
+    part.run(work, out, said.append)
+    assert said == [] and {path.name for path in out.iterdir()} == {"version.json", "version.png"}
+    replace(part, name="other", why_not=lambda: "no weights").run(work, out, said.append)
+    assert said == ["SKIPPED other: no weights"] and len(list(out.iterdir())) == 2
+
+
+def final(peer, concept, score, curve=()):
+    pictures = [{key: value for key in judging.METRICS} for value in (score - 0.1, score + 0.1)]
+    return {"peer": peer, "concept": concept, "bytes": 10, "numbers": 5, "pictures": pictures, "curve": list(curve)}
+
+
+def test_intervals_are_over_concepts_not_over_pictures():
+    finals = [final(OURS.name, "a", 0.2), final(OURS.name, "b", 0.4)]
+    score = next(one for one in report.table(finals).scores if one.metric == "CLIP-T")
+    assert score.mean == pytest.approx(0.3) and score.count == 2 and score.backbone
+
+
+def test_differences_are_taken_concept_by_concept():
+    other = PEERS[3].name
+    finals = [final(OURS.name, "a", 0.2), final(OURS.name, "b", 0.9), final(other, "a", 0.3), final(other, "b", 1.0)]
+    (score,) = report.difference(finals).scores
+    assert score.subject == other and score.mean == pytest.approx(0.1) and score.high == pytest.approx(0.1)
+
+
+def test_zeros_stand_at_the_bottom_of_a_logarithmic_chart():
+    image = plots.lines({"moved": [(50, 0.1), (100, 1.0)], "not moved": [(50, 0.0), (100, 0.0)]}, "title", "steps", log_up=True)
+    color, height = plots.COLORS[1], image.height
+    rows = {y for y in range(height) for x in range(80, 400) if image.getpixel((x, y)) == color}
+    assert rows and min(rows) > height - plots._BOTTOM - 6
+    assert any(image.getpixel((x, 18)) == INK for x in range(12, 60))
+
+
+def test_the_whole_of_it_on_one_peer(tmp_path, monkeypatch):
+    """A trial, curves, table, charts; and Infusion leaves prompts without the concept exactly alone."""
+    monkeypatch.setattr(run, "TUNING", run.TUNING[:1])
+    monkeypatch.setattr(run, "GUIDANCES", run.GUIDANCES[:1])
+    found = bench(tmp_path / "work", kinds=(OURS,)).peers()
+    report.write_report(found, "tiny", {"prompts": 1, "seeds": 1, "training_steps": 2, "sampling_steps": 2}, tmp_path / "work", tmp_path)
+    kept = json.loads((tmp_path / "peers.json").read_text())
+    (curve,) = kept["curves"].values()
+    assert [point["fisher"] for point in curve] == [0.0, 0.0]
+    assert all(point["wasserstein"] > 0 for point in curve)
+    assert OURS.name in (tmp_path / "peers.md").read_text()
+    assert {"peers.png", "samples.png", "fisher.png", "wasserstein.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_the_exact_noise_is_the_score_of_the_noised_mixture(generator):
+    x, sigma = torch.randn(6, 2, generator=generator, dtype=torch.float64), torch.full((6,), 0.4, dtype=torch.float64)
+    peaks = mixtures.CORNERS.double()
+    x.requires_grad_(True)
+    variance = mixtures.SPREAD**2 + 0.4**2
+    density = (-(x[:, None] - peaks).square().sum(dim=2) / (2 * variance)).logsumexp(dim=1)
+    (score,) = torch.autograd.grad(density.sum(), x)
+    torch.testing.assert_close(mixtures.exact_noise(x.detach(), sigma, peaks), -sigma[:, None] * score)
+
+
+def test_sampling_with_the_exact_noise_draws_every_peak(generator):
+    def predict(x, t):
+        sigma = training_sigmas()[t]
+        points = x.flatten(1) * (sigma[:, None] ** 2 + 1).sqrt()
+        return mixtures.exact_noise(points, sigma, mixtures.GRID)[..., None, None]
+
+    noise = torch.randn(2000, 2, 1, 1, generator=generator)
+    drawn = sample_euler(eps_denoiser(predict), noise, sampling_sigmas(40)).flatten(1)
+    assert mixtures.peaks_drawn(drawn, mixtures.GRID) == 25
+    seen = mixtures.mixture(mixtures.GRID[mixtures.SEEN], 500, generator)
+    assert mixtures.peaks_drawn(seen, mixtures.GRID) == 5
+
+
+def test_one_vector_leaves_the_other_words_alone_and_every_weight_does_not():
+    figure = mixtures.figures()[0]
+    base = mixtures.pretrained(figure, 3)
+    one, every = (mixtures.customised(base, figure, 3, every_weight) for every_weight in (False, True))
+    assert mixtures.measure(figure, base, one, 8)["fisher"] == 0
+    assert mixtures.measure(figure, base, every, 8)["fisher"] > 0
+    moved = one.words.weight[0] != base.words.weight[0]
+    assert moved.any() and torch.equal(one.words.weight[1:], base.words.weight[1:])
+
+
+def test_the_command_line_knows_its_settings(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run", "--setting", "none"])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert "quick" in capsys.readouterr().err
