@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.fusion_ablation import mean_interval
+from benchmarks.rates import mean_interval
 from profusion import demo
 from profusion.diffusion import training_sigmas
 from profusion.infusion import Placement, customised_patches, foundation_patches
