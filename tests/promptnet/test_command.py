@@ -63,6 +63,20 @@ def test_an_interrupted_run_goes_on_and_ends_as_one_that_was_not(toybox, tmp_pat
         commands.run(command(tmp_path / "halved.safetensors", "--steps", "3", "--seed", "1"), toybox, said.append)
 
 
+def test_it_begins_from_another_of_the_same_sizes(toybox, tmp_path):
+    first = tmp_path / "first.safetensors"
+    commands.run(command(first, "--steps", "1"), toybox, lambda text: None)
+    second = command(tmp_path / "second.safetensors", "--steps", "1", "--start", str(first), "--learning-rate", "1e-9")
+    commands.run(second, toybox, lambda text: None)
+    begun, ended = load_promptnet(first).state_dict(), load_promptnet(second.out).state_dict()
+    fresh = new_promptnet(toybox).state_dict()
+    for name, value in ended.items():
+        torch.testing.assert_close(value, begun[name], rtol=1e-3, atol=1e-6)
+    assert not torch.equal(ended["output.weight"], fresh["output.weight"])
+    with pytest.raises(PromptNetError, match="--start .*sizes"):
+        commands.run(command(tmp_path / "third.safetensors", "--tokens", "2", "--start", str(first)), toybox, lambda text: None)
+
+
 def test_the_command_line_reports_and_says_what_is_wrong(toybox, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(commands.Toybox, "load", lambda: toybox)
     assert program.main(arguments(tmp_path / "one.safetensors", "--steps", "1")) == 0

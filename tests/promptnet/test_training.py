@@ -59,6 +59,13 @@ def test_the_learning_rate_rises_and_falls():
     assert rates[:3] == [0.25, 0.5, 0.5] and rates[6] == pytest.approx(0.25) and 0 < rates[9] < 0.03
 
 
+@pytest.mark.parametrize(("bias", "lower_half"), [(0.0, 0.5), (1.0, 0.25), (2.0, 0.125)])
+def test_noisier_levels_are_drawn_more_often(small, bias, lower_half):
+    sigma = training(small, batch_size=20_000, level_bias=bias)._draw(1, 4).sigma
+    assert (sigma < training_sigmas()[500]).float().mean().item() == pytest.approx(lower_half, abs=0.02)
+    assert sigma.min() >= training_sigmas()[0] and sigma.max() > training_sigmas()[990]
+
+
 def test_training_learns_to_tell_pictures_apart_and_moves_nothing_else(small):
     """Pictures that are flat, at 2 or at -2, and a model that can only guess the level from the row of S*."""
     frozen = {name: value.clone() for name, value in small.text.state_dict().items()}
@@ -205,6 +212,7 @@ def test_it_trains_inside_a_host_that_infers(small):
         ({"steps": 0}, ValueError, "steps=0"),
         ({"learning_rate": 0}, ValueError, "learning_rate=0"),
         ({"weight_cap": 0.5}, ValueError, "weight_cap=0.5"),
+        ({"level_bias": -1.0}, ValueError, "level_bias=-1.0"),
         ({"clip": float("nan")}, ValueError, "clip=nan"),
         ({"prompts": ()}, ValueError, "at least one"),
         ({"prompts": ("a photo",)}, PlaceholderError, "there is no"),
