@@ -46,7 +46,7 @@ class PromptNetConfig:
     tokens: pseudo-words in S*. grid: side of the grid that everything is brought to. projection: channels of each
     part of it. second_latent: "none"; "noisy", the latent being denoised, so that S* must be made afresh at every
     step; or "reference", the reference latent once more. holds_position: S* was trained without a position embedding
-    being added to it, as the authors' code does, and must not be given one. normalise: whether there is a `norm`.
+    being added to it, as the authors' code does, and must not be given one: so it is the same word anywhere in a prompt. normalise: whether there is a `norm`.
     """
 
     unet: UNetConfig
@@ -87,7 +87,7 @@ class PromptNetConfig:
 SD15_PROMPTNET = PromptNetConfig(SD15, 1024, (768,))  # CLIP ViT-L's image tower
 SD21_PROMPTNET = PromptNetConfig(SD21, 1280, (1024,))  # OpenCLIP ViT-H's
 SDXL_PROMPTNET = PromptNetConfig(SDXL, 1280, (768, 1280))
-TOYBOX_PROMPTNET = PromptNetConfig(TOYBOX, 128, (128,), tokens=4, grid=3, projection=32)
+TOYBOX_PROMPTNET = PromptNetConfig(TOYBOX, 128, (128,), tokens=4, grid=3, projection=32, holds_position=True)
 
 
 class PromptNet(UNetEncoder):

@@ -10,19 +10,23 @@ from ..models.tokenizer import words_to_ids
 from ..toybox.pipeline import Toybox
 from .network import TOYBOX_PROMPTNET, PromptNet, PromptNetConfig, PromptNetError, typical_embedding
 from .pseudo_word import encode_tokens, prompt_tokens
-from .training import PictureSet, PromptNetOptions, PromptNetTraining
+from .training import PROMPTS, PictureSet, PromptNetOptions, PromptNetTraining
 
 
 def new_promptnet(
     toybox: Toybox, config: PromptNetConfig = TOYBOX_PROMPTNET, noun: str | None = None, seed: int = 0
 ) -> PromptNet:
-    """A PromptNet that is about to be trained: its encoder is Toybox's, its S* a noun's embedding or the mean word's."""
-    table = toybox.text.text_model.embeddings.token_embedding.weight
+    """A PromptNet that is about to be trained: its encoder is Toybox's, its S* a noun's embedding or the mean word's,
+    with the position of the first training prompt where it holds one."""
+    embeddings = toybox.text.text_model.embeddings
+    table = embeddings.token_embedding.weight
     start, spread = typical_embedding(table)
     if noun is not None:
         start = table[words_to_ids(noun)].mean(dim=0)
         if not start.any():
             raise PromptNetError(f"Toybox was never taught the word {noun!r}: start from a noun it knows, or from none")
+    if config.holds_position:
+        start = start + embeddings.position_embedding.weight[list(prompt_tokens(PROMPTS[0], config.tokens)[1])]
     return PromptNet.from_unet(toybox.unet.state_dict(), config, torch.Generator().manual_seed(seed), start, spread)
 
 
@@ -37,6 +41,6 @@ def toybox_training(
         return toybox.unet(scaled, timestep_of(sigma), context)
 
     def encode_word(prompt: int, pseudo_word: Tensor) -> Tensor:
-        return encode_tokens(toybox.text, *prompts[prompt], pseudo_word)
+        return encode_tokens(toybox.text, *prompts[prompt], pseudo_word, holds_position=network.config.holds_position)
 
     return PromptNetTraining(network, predict_noise, encode_word, pictures, options)

@@ -96,7 +96,7 @@ def test_the_conditioning_is_the_kernels(studio):
     picture, network = studio.pictures(), studio.promptnet.network
     latent, tokens = toybox.vae.latents(picture), toybox.vision(toybox.vision.preprocess(picture))
     words = network.embed_all(latent, tokens, torch.tensor(studio.modules["profusion.promptnet.network"].KNOTS))
-    expected = studio.modules["profusion.promptnet.pseudo_word"].encode(toybox.text, TEXT, words.mean(0, keepdim=True))
+    expected = studio.modules["profusion.promptnet.pseudo_word"].encode(toybox.text, TEXT, words.mean(0, keepdim=True), holds_position=True)
     torch.testing.assert_close(positive[0][0], expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(plain[0][0], toybox.context("a photo of cat on snow"), rtol=0, atol=1e-4)
 

@@ -127,8 +127,9 @@ def test_drawn_pictures_are_what_the_seed_says():
 
 def test_toyboxs_starts_from_its_networks(toybox):
     network = new_promptnet(toybox, noun="ball")
-    table = toybox.text.text_model.embeddings.token_embedding.weight
-    assert torch.equal(network.start[0], table[words_to_ids("ball")[0]])
+    embeddings = toybox.text.text_model.embeddings
+    ball, positions = embeddings.token_embedding.weight[words_to_ids("ball")[0]], embeddings.position_embedding.weight
+    assert torch.equal(network.start, ball + positions[4:8])  # after the start token, "a", "photo" and "of"
     assert torch.equal(network.middle_block[0].in_layers[2].weight, toybox.unet.middle_block[0].in_layers[2].weight)
     assert network.config == TOYBOX_PROMPTNET
     with pytest.raises(PromptNetError, match="never taught the word 'giraffe'"):

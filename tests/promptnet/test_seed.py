@@ -98,7 +98,7 @@ def test_toybox_s_seed_is_that_of_its_promptnet_s_words():
     words = fused.words(pictures, torch.tensor(KNOTS))
     prompts = ("a photo of a {}", "a picture of a {}", "a {}")
     expected = [
-        encode(toybox.text, prompt.format("S*"), words)[:, prompt_tokens(prompt.format("S*"), words.shape[1])[1]].mean(dim=(0, 1))
+        encode(toybox.text, prompt.format("S*"), words, holds_position=True)[:, prompt_tokens(prompt.format("S*"), words.shape[1])[1]].mean(dim=(0, 1))
         - toybox.context(prompt.format("cup"))[0, noun_rows(prompt.format("cup"), "cup")].mean(dim=0)
         for prompt in prompts
     ]

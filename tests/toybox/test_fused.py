@@ -41,7 +41,7 @@ def straight(fused, picture, weights, generator, noises):
         word = fused.words(picture, torch.tensor([t]))
 
         def guided(x, gamma, scale, t=t, word=word):
-            contexts = (encode(toybox.text, "a photo of a S* on snow", word, gamma), plain, nothing)
+            contexts = (encode(toybox.text, "a photo of a S* on snow", word, gamma, holds_position=True), plain, nothing)
             both, text, empty = (toybox.unet(x, torch.tensor([t]), context) for context in contexts)
             total = sum(weights)
             return empty + scale * weights[0] / total * (both - empty) + scale * weights[1] / total * (text - empty)
@@ -70,7 +70,7 @@ def test_the_context_at_a_few_knots_serves_all_levels(fused):
     """Against S* and the text encoder at each of 20 levels: far nearer than the S* of another picture."""
     times, prompt = timestep_of(sampling_sigmas(20)[:-1]), "a photo of a S* on snow"
     drawn = [picture[None] for picture in drawn_pictures(4, seed=5)]
-    exact = [encode(fused.toybox.text, prompt, fused.words(picture, times)) for picture in drawn]
+    exact = [encode(fused.toybox.text, prompt, fused.words(picture, times), holds_position=True) for picture in drawn]
     for index, picture in enumerate(drawn):
         at = fused.contexts(prompt, [picture])
         errors = apart(torch.cat([at(t[None], 1.0) for t in times]), exact[index])
