@@ -13,14 +13,13 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from benchmarks.host_cost import Studio, find_host, load_pack
 from benchmarks.peers import PEERS, PLAIN, Peer
+from benchmarks.timing import interleaved
 from profusion.demo import drawn_concept
 from profusion.metrics.cost import measured
 from profusion.toybox.pipeline import Toybox
@@ -57,19 +56,6 @@ class Measured:
         return found
 
 
-def interleaved(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every task in every round, after one that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in tasks}
-    for task in tasks.values():
-        task()
-    for _ in range(rounds):
-        for name, task in tasks.items():
-            started = time.perf_counter()
-            task()
-            times[name].append(time.perf_counter() - started)
-    return times
-
-
 def peak_bytes(kind: type[Peer]) -> int:
     """The most that a process of its own takes."""
     command = [sys.executable, "-m", "benchmarks.peer_cost", "--alone", kind.name]
@@ -99,7 +85,8 @@ def measure(rounds: int, steps: int) -> dict[str, dict[str, float | None]]:
         draw |= {name: torch.inference_mode()(run) for name, run in runs.items()}
     train = {name: one.train for name, one in peers.items() if one.training is not None}
     counted = {name: one.rows() for name, one in peers.items()}
-    times = interleaved({**{("draw", name): task for name, task in draw.items()}, **{("train", name): task for name, task in train.items()}}, rounds)
+    tasks = {("draw", name): task for name, task in draw.items()} | {("train", name): task for name, task in train.items()}
+    times = interleaved(tasks, rounds)
     found: dict[str, dict[str, float | None]] = {}
     for name in draw:
         base = times["draw", HOST_PLAIN if name not in peers else PLAIN.name]

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from benchmarks.charts import lines
 from benchmarks.judging import BACKBONES, METRICS
 from benchmarks.peers import OURS, PEERS, PLAIN
-from benchmarks.plots import lines
 from profusion.metrics.chart import chart
 from profusion.metrics.scores import Score, Scores, number
 from profusion.pictures import stacked

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.fusion_ablation import SHIPPED
 from benchmarks.judging import PROMPTS, Yardstick
 from benchmarks.overfitting import Overfitting
 from benchmarks.peers import PEERS, PLAIN, Peer
@@ -32,7 +33,7 @@ from profusion.demo import Concept, drawn_concept
 from profusion.pictures import grid
 from profusion.toybox import world
 from profusion.toybox.judge import Judge
-from profusion.toybox.pipeline import WEIGHTS, Toybox
+from profusion.toybox.pipeline import Toybox
 from profusion.training import TrainingOptions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +46,7 @@ GUIDANCES = (2.0, 4.0)
 class Setting:
     """How much is done. checkpoints: training steps of the overfitting curves, of the first `curve_concepts`."""
 
-    training_steps: int = 200
+    training_steps: int = 150
     sampling_steps: int = 15
     concepts: int = 8
     prompts: int = 8
@@ -53,7 +54,7 @@ class Setting:
     tuning_seeds: int = 2
     rates: int = 3
     curve_concepts: int = 1
-    checkpoints: tuple[int, ...] = (50, 200, 500, 1000)
+    checkpoints: tuple[int, ...] = (50, 150, 400, 800)
     class_pictures: int = 48
     fisher_draws: int = 4
 
@@ -228,11 +229,15 @@ class Bench:
 
 @dataclass(frozen=True)
 class Part:
-    """A benchmark with a command of its own, which writes the JSON that --json names; why_not: empty where it can run."""
+    """A benchmark with a command of its own, which writes the JSON that --json names, and may write more beside it.
+
+    why_not: empty where it can run. long: left to the full setting.
+    """
 
     name: str
     arguments: tuple[str, ...]
     why_not: Callable[[], str] = str
+    long: bool = False
 
     def run(self, work: Path, out: Path, say: Callable[[str], None]) -> None:
         """Run it unless its result is in the work folder, and copy what it wrote: its JSON and what has the same stem."""
@@ -249,14 +254,14 @@ class Part:
 
 
 def _why_no_promptnet() -> str:
-    return "" if PROMPTNET.is_file() else f"Toybox's PromptNet is not trained yet: no {PROMPTNET}"
+    return "" if SHIPPED.is_file() else f"Toybox's PromptNet is not there: {SHIPPED}"
 
 
-PROMPTNET = WEIGHTS / "toybox_promptnet.safetensors"
 PARTS = (
     Part("mixtures", ("benchmarks.mixtures",)),
     Part("peer_cost", ("benchmarks.peer_cost",)),
-    Part("fusion_ablation", ("benchmarks.fusion_ablation", "--promptnet", str(PROMPTNET)), _why_no_promptnet),
+    Part("fusion_ablation", ("benchmarks.fusion_ablation",), _why_no_promptnet),
+    Part("fusion_tradeoff", ("benchmarks.fusion_tradeoff",), _why_no_promptnet, long=True),
 )
 
 
@@ -269,13 +274,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=["peers", *(part.name for part in PARTS)], help="leave the others out")
     given = parser.parse_args()
     work = given.work or ROOT / "bench-work" / given.setting
-    os.environ["OMP_NUM_THREADS"] = "1"
     given.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(SETTINGS[given.setting], work, given.workers)
     if not given.only or "peers" in given.only:
         write_report(bench.peers(), given.setting, asdict(bench.setting), work, given.out)
     for part in PARTS:
-        if not given.only or part.name in given.only:
+        if part.name in given.only if given.only else given.setting == "full" or not part.long:
             part.run(work, given.out, bench.say)
     bench.say(f"done in {(time.monotonic() - bench.started) / 60:.1f} min: {given.out}")
 
