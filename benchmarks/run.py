@@ -200,7 +200,7 @@ class Bench:
             pool.shutdown(cancel_futures=True)
 
     def _write(self, path: Path, result: dict) -> None:
-        unfinished = path.with_suffix(".part")
+        unfinished = path.with_name(path.name + ".part")
         unfinished.write_text(json.dumps({"setting": asdict(self.setting), "result": result}))
         unfinished.replace(path)
 
@@ -219,11 +219,13 @@ class Bench:
         for name in TABLE[: self.setting.concepts]:
             for kind in kinds:
                 rate, guidance = best(trial for trial in trials if trial["peer"] == kind.name)
-                path = self._path("final", kind.name, name)
-                jobs.append(Job(path, partial(final, kind, name, rate, guidance, self.setting, path.with_suffix(".png")), f"{kind.name}: {name}"))
+                path = self._path("final", kind.name, name, f"{rate:g}_{guidance:g}")  # anew where another rate is the best
+                work = partial(final, kind, name, rate, guidance, self.setting, path.with_suffix(".png"))
+                jobs.append(Job(path, work, f"{kind.name}: {name}"))
         return {"absent": absent, "trials": trials, "finals": self.run(jobs)}
 
     def _path(self, *words: str) -> Path:
+        """A file name of these words, and nothing else that files do not like."""
         return self.work / ("__".join("".join(c if c.isalnum() or c in ".-" else "_" for c in word) for word in words) + ".json")
 
 
