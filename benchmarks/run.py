@@ -252,7 +252,8 @@ class Part:
             work.mkdir(parents=True, exist_ok=True)
             subprocess.run([sys.executable, "-m", *self.arguments, "--json", str(target)], cwd=ROOT, check=True)
         for path in target.parent.glob(f"{self.name}.*"):
-            shutil.copy(path, out)
+            if path.suffix in (".json", ".md", ".png"):
+                shutil.copy(path, out)
 
 
 def _why_no_promptnet() -> str:
@@ -264,6 +265,7 @@ PARTS = (
     Part("peer_cost", ("benchmarks.peer_cost",)),
     Part("fusion_ablation", ("benchmarks.fusion_ablation",), _why_no_promptnet),
     Part("fusion_tradeoff", ("benchmarks.fusion_tradeoff",), _why_no_promptnet, long=True),
+    Part("image_prompt", ("benchmarks.image_prompt",), long=True),
 )
 
 
