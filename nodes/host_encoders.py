@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..profusion.metrics import MetricError
-from ..profusion.metrics.encoders import ImageEncoder
+from ..profusion.metrics.encoders import ImageEncoder, PairedEncoder
 
 _NAMES = {
     ("CLIPVisionModelProjection", 24, 224): "CLIP ViT-L/14",
@@ -80,7 +80,7 @@ class ClipPair(VisionEncoder):
             self._tower.reset_clip_options()
 
 
-class Watched:
+class _Watched:
     """A backbone that tells of each batch of pictures, so that there is a progress bar, and Cancel."""
 
     def __init__(self, encoder: ImageEncoder, tell: Callable[[], None]):
@@ -91,5 +91,12 @@ class Watched:
         self._tell()
         return features
 
+
+class _WatchedPair(_Watched):
     def texts(self, texts: Sequence[str]) -> Tensor:
         return self._encoder.texts(texts)
+
+
+def watched(encoder: ImageEncoder, tell: Callable[[], None]) -> ImageEncoder:
+    """An encoder that calls `tell` after each batch of pictures."""
+    return (_WatchedPair if isinstance(encoder, PairedEncoder) else _Watched)(encoder, tell)

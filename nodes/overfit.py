@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,7 @@ class _Report:
         for one in customised:
             own = base if one.clip is self._clip else [encode_prompt(one.clip, prompt, ()) for prompt in prompts]
             found = fisher_divergence(expected, noise_predictions(one.model, own, noisy, self._tell))
-            self._scores.append(Score.of(FISHER, one.name, found.samples, better="lower"))
+            self._scores.append(Score.of(FISHER, one.name, found.samples, (0.0, math.inf), better="lower"))
             if found.value:
                 means = found.samples.view(len(prompts), draws).mean(dim=1)
                 self._notes.append(f"{one.name}: it moved {prompts[int(means.argmax())]!r} furthest.")

@@ -8,34 +8,27 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..profusion.metrics import MetricError, Pictures, concept_scores
+from ..profusion.metrics import Pictures, concept_scores
 from ..profusion.metrics.chart import chart
 from ..profusion.metrics.encoders import ImageEncoder, PairedEncoder, ToyboxEncoder
 from ..profusion.pictures import concept_pictures, from_image
-from ..profusion.toybox.pipeline import SIZE
-from .host_encoders import ClipPair, VisionEncoder, Watched
+from .host_encoders import ClipPair, VisionEncoder, watched
 from .host_training import Progress
 from .messages import show
 
 
 def _pictures(images: Tensor, masks: Tensor | None) -> Pictures:
-    """A host's IMAGE, whose alpha is a mask too, and MASK."""
+    """A host's IMAGE and MASK; what is transparent is grey, and so has no background that could be compared."""
     colours, weights = concept_pictures(images, masks, multiple=1)
-    masked = masks is not None or not bool((weights == 1).all())
-    return Pictures(list(colours.cpu()), list(weights.cpu()) if masked else None)
+    return Pictures(list(colours.cpu()), None if masks is None else list(weights.cpu()))
 
 
-def _backbones(clip: Any, vision: Any, second: Any, toybox: bool) -> tuple[PairedEncoder | None, list[ImageEncoder]]:
-    """The pair for CLIP-T, if there is one, and the further backbones. toybox: whether the pictures may be Toybox's."""
+def _backbones(clip: Any, vision: Any, second: Any) -> list[ImageEncoder]:
+    """What judges: without a CLIP_VISION, Toybox's own pair, which refuses pictures that are not Toybox's."""
     further = [] if second is None else [VisionEncoder(second)]
-    if vision is not None:
-        return (None, [VisionEncoder(vision), *further]) if clip is None else (ClipPair(clip, vision), further)
-    if not toybox:
-        raise MetricError(
-            "no clip_vision: connect Load CLIP Vision. Toybox's own image encoder, which is used without one, knows Toybox's "
-            f"pictures of {SIZE}x{SIZE} pixels and nothing else"
-        )
-    return ToyboxEncoder(), further
+    if vision is None:
+        return [ToyboxEncoder(), *further]
+    return [VisionEncoder(vision) if clip is None else ClipPair(clip, vision), *further]
 
 
 class ConceptScores(io.ComfyNode):
@@ -90,17 +83,16 @@ class ConceptScores(io.ComfyNode):
         cls, images, references, prompt, clip=None, clip_vision=None, image_encoder=None, masks=None, reference_masks=None
     ) -> io.NodeOutput:
         generated, known = _pictures(images, masks), _pictures(references, reference_masks)
-        toybox = all(tuple(picture.shape[:2]) == (SIZE, SIZE) for picture in (*generated.images, *known.images))
-        pair, further = _backbones(clip, clip_vision, image_encoder, toybox)
+        encoders = _backbones(clip, clip_vision, image_encoder)
+        pairs = sum(isinstance(encoder, PairedEncoder) for encoder in encoders)
         views = 3 if generated.masks is not None and known.masks is not None else 1
-        encodings = (len(generated.images) + len(known.images)) * views * (len(further) + (pair is not None))
-        tell = Progress(encodings + (pair is not None)).advance
+        encodings = (len(generated.images) + len(known.images)) * views * len(encoders)
+        tell = Progress(encodings + pairs).advance
         scores = concept_scores(
             generated,
             known,
             [line for line in prompt.splitlines() if line.strip()],
-            None if pair is None else Watched(pair, tell),
-            [Watched(encoder, tell) for encoder in further],
+            [watched(encoder, tell) for encoder in encoders],
         )
         picture = from_image(chart(scores))[None]
         return io.NodeOutput(scores.markdown(), picture, json.dumps(scores.as_json(), indent=2), ui=show(cls, scores.text()))

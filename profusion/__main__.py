@@ -1,4 +1,4 @@
-"""`python -m profusion demo --out DIR [--images DIR --noun NOUN]` and `python -m profusion promptnet train --out FILE`."""
+"""`python -m profusion demo --out DIR [--images DIR --noun NOUN]`, `promptnet train --out FILE` and `score --images DIR ...`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from . import demo
+from .metrics import command as score
 from .pictures import PictureError
 from .prompt import NounError
 from .promptnet import PromptNetError
@@ -30,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
     one.set_defaults(run=_demo)
     promptnet.add_to(commands).set_defaults(run=_promptnet)
+    score.add_to(commands).set_defaults(run=_score)
     return top
 
 
@@ -51,6 +53,11 @@ def _promptnet(options: argparse.Namespace) -> int:
         print("profusion: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     print(json.dumps(report, indent=2))
+    return 0
+
+
+def _score(options: argparse.Namespace) -> int:
+    print(score.run(options).markdown())
     return 0
 
 

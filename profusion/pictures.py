@@ -30,22 +30,29 @@ def read_pictures(folder: Path, size: int) -> tuple[Tensor, Tensor]:
     Centre-cropped to a square. An alpha channel is the object's mask; without one the whole picture counts.
     Raises PictureError where there are none, or one cannot be read.
     """
+    pictures, masks = zip(*(read_picture(path, size) for path in picture_paths(folder)), strict=True)
+    return torch.stack(pictures), torch.stack(masks)
+
+
+def picture_paths(folder: Path) -> list[Path]:
+    """The pictures of a folder, by name. Raises PictureError where there are none."""
     if not folder.is_dir():
         raise PictureError(f"{folder} is not a folder; give one that holds pictures of the concept")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise PictureError(f"no pictures in {folder}: it holds no {', '.join(SUFFIXES)} file")
-    pictures, masks = zip(*(_read(path, size) for path in paths), strict=True)
-    return torch.stack(pictures), torch.stack(masks)
+    return paths
 
 
-def _read(path: Path, size: int) -> tuple[Tensor, Tensor]:
+def read_picture(path: Path, size: int | None = None) -> tuple[Tensor, Tensor]:
+    """(H, W, 3) and its mask (H, W): of its own size, or the centre of it as a square of `size` pixels a side."""
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file).convert("RGBA")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise PictureError(f"{path} cannot be read as a picture: {error}") from error
-    picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+    if size is not None:
+        picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
     values = torch.from_numpy(np.asarray(picture).copy()).float() / 255
     mask = values[..., 3]
     if not mask.any():

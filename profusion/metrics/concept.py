@@ -14,6 +14,7 @@ from .scores import Score, Scores
 from .similarity import background_only, image_similarity, object_only, prompt_similarity, similarity_among
 
 LEAST_COLORS = 5  # of eight, for a pair to be one: by chance it happens once in a thousand
+COSINES = (-1.0, 1.0)
 GENERATED, REFERENCES = "generated", "references among themselves"
 
 
@@ -45,19 +46,20 @@ def concept_scores(
     generated: Pictures,
     references: Pictures,
     prompts: Sequence[str],
-    pair: PairedEncoder | None,
-    encoders: Sequence[ImageEncoder] = (),
+    encoders: Sequence[ImageEncoder],
 ) -> Scores:
-    """CLIP-T and CLIP-I of a pair, image similarity by further backbones; of objects and of backgrounds where there are masks.
+    """CLIP-T by every encoder of pictures and texts, likeness to the references by all; also of objects and of backgrounds,
+    where there are masks.
 
-    prompts: one for each generated picture, or one for all; without a pair none is needed. What the references score among themselves stands below, as in the
+    prompts: one for each generated picture, or one for all; not needed where no encoder takes texts. What the references score among themselves stands below, as in the
     papers' tables: what a perfect copy would. Raises MetricError where pictures or prompts are missing.
     """
     if not len(generated.images):
         raise MetricError("no generated pictures: give at least one")
     if not len(references.images):
         raise MetricError("no references: give the pictures that the concept was learned from")
-    if pair is not None and len(prompts) not in (1, len(generated.images)) or not all(prompt.strip() for prompt in prompts):
+    pairs = [encoder for encoder in encoders if isinstance(encoder, PairedEncoder)]
+    if pairs and len(prompts) not in (1, len(generated.images)) or not all(prompt.strip() for prompt in prompts):
         raise MetricError(
             f"{len(prompts)} prompts for {len(generated.images)} pictures: give one for each, in their order, or one for all, "
             "none of them empty"
@@ -68,11 +70,11 @@ def concept_scores(
     elif generated.masks is not None or references.masks is not None:
         notes.append("Objects are compared where both the generated pictures and the references have masks.")
     found: list[Score] = []
-    for encoder in [*([] if pair is None else [pair]), *encoders]:
+    for encoder in encoders:
         for view, only in views.items():
             features = generated.features(encoder, only)
-            if encoder is pair and only is None:
-                found += _prompt_scores(features, prompts, pair, notes)
+            if encoder in pairs and only is None:
+                found += _prompt_scores(features, prompts, encoder, notes)
             found += _image_scores(features, references.features(encoder, only), encoder, view, only)
     return Scores(tuple(found), tuple(notes))
 
@@ -86,7 +88,8 @@ def _prompt_scores(features: Tensor, prompts: Sequence[str], pair: PairedEncoder
             "trained together, or the text encoder came without its projection, as in SD 1.x checkpoints."
         )
         return []
-    return [Score.of("CLIP-T", GENERATED, prompt_similarity(features, pair.texts(prompts)), backbone=pair.name)]
+    samples = prompt_similarity(features, pair.texts(prompts))
+    return [Score.of("CLIP-T", GENERATED, samples, COSINES, backbone=pair.name)]
 
 
 def _image_scores(
@@ -98,5 +101,6 @@ def _image_scores(
     if len(known) > 1:
         samples[REFERENCES] = similarity_among(known)
     return [
-        Score.of(metric, subject, found, backbone=encoder.name, better=better) for subject, found in samples.items()
+        Score.of(metric, subject, found, COSINES, backbone=encoder.name, better=better)
+        for subject, found in samples.items()
     ]

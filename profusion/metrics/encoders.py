@@ -7,7 +7,7 @@ names its backbone, because numbers of different ones do not compare.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class ImageEncoder(Protocol):
         """(B, H, W, 3) in [0, 1] -> features (B, D), of any length."""
 
 
+@runtime_checkable
 class PairedEncoder(ImageEncoder, Protocol):
     """One that was trained with a text encoder into the same space, such as CLIP."""
 
@@ -37,7 +38,10 @@ class PairedEncoder(ImageEncoder, Protocol):
 
 
 class ToyboxEncoder:
-    """The image and text towers that Toybox was trained with (128 features). They know its world and nothing else."""
+    """The image and text towers that Toybox was trained with (128 features). They know its world and nothing else.
+
+    Raises MetricError for pictures that cannot be of it: a number would come out, and mean nothing.
+    """
 
     name, measure = "Toybox's own pair", "CLIP-I"
 
@@ -46,6 +50,11 @@ class ToyboxEncoder:
 
     @torch.no_grad()
     def images(self, pictures: Tensor) -> Tensor:
+        if tuple(pictures.shape[1:3]) != (SIZE, SIZE):
+            raise MetricError(
+                f"pictures of {pictures.shape[2]}x{pictures.shape[1]} pixels: {self.name} knows Toybox's, of {SIZE}x{SIZE}, and "
+                "nothing else. Take a real CLIP: connect clip_vision (Load CLIP Vision), or --clip open_clip:ViT-L/14"
+            )
         vision = self._toybox.vision
         return vision.embed(vision.preprocess(pictures))
 

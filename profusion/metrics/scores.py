@@ -26,8 +26,11 @@ def student_quantile(freedom: int) -> float:
     return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
 
 
-def mean_interval(samples: Tensor) -> tuple[float, float, float]:
-    """Mean of independent samples (n,) and its 95 % interval (Student's): mean, low, high. Of one sample, no interval: NaN."""
+def mean_interval(samples: Tensor, least: float = -math.inf, most: float = math.inf) -> tuple[float, float, float]:
+    """Mean of independent samples (n,) and its 95 % interval (Student's): mean, low, high. Of one sample, no interval: NaN.
+
+    least, most: between which a sample can lie at all.
+    """
     if samples.ndim != 1 or not len(samples):
         raise MetricError(f"samples of shape {tuple(samples.shape)}: give at least one, (n,)")
     check_finite(samples, "sample", "leave it out, or find out what made it")
@@ -36,7 +39,7 @@ def mean_interval(samples: Tensor) -> tuple[float, float, float]:
     if count == 1:
         return mean, math.nan, math.nan
     half = student_quantile(count - 1) * values.std().item() / math.sqrt(count)
-    return mean, mean - half, mean + half
+    return mean, max(least, mean - half), min(most, mean + half)
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,11 @@ class Score:
     better: str = "higher"
 
     @classmethod
-    def of(cls, metric: str, subject: str, samples: Tensor, **more: str) -> Score:
-        """The mean of samples (n,) and its interval."""
-        return cls(metric, subject, *mean_interval(samples.detach().cpu()), len(samples), **more)
+    def of(
+        cls, metric: str, subject: str, samples: Tensor, ends: tuple[float, float] = (-math.inf, math.inf), **more: str
+    ) -> Score:
+        """The mean of samples (n,), which can lie between `ends`, and its interval."""
+        return cls(metric, subject, *mean_interval(samples.detach().cpu(), *ends), len(samples), **more)
 
     @property
     def name(self) -> str:

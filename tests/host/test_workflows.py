@@ -19,6 +19,8 @@ NODES = {
     "ProFusion_ResidualLoader",
     "ProFusion_ResidualSaver",
     "ProFusion_InfusionAttentionPatch",
+    "ProFusion_ConceptScores",
+    "ProFusion_OverfitReport",
 }
 
 

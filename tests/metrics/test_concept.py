@@ -26,8 +26,8 @@ def means(scores):
 
 def test_the_concept_scores_higher_than_another_thing(toybox):
     references = drawn(CONCEPT, 3, 1)
-    same = concept_scores(drawn(CONCEPT, 3, 2), references, ["a ball"], toybox)
-    other = concept_scores(drawn("gold and navy cup", 3, 2), references, ["a ball"], toybox)
+    same = concept_scores(drawn(CONCEPT, 3, 2), references, ["a ball"], [toybox])
+    other = concept_scores(drawn("gold and navy cup", 3, 2), references, ["a ball"], [toybox])
     assert all(score.backbone == toybox.name and score.count == 3 for score in same.scores)
     for metric in ("CLIP-T", "CLIP-I", "CLIP-I, object"):
         assert means(same)[metric, "generated"] > means(other)[metric, "generated"] + 0.1
@@ -38,33 +38,55 @@ def test_the_concept_scores_higher_than_another_thing(toybox):
 
 
 def test_the_references_themselves_are_1_and_a_further_backbone_is_named(toybox):
-    class Colors:
-        name, measure = "mean colours", "DINO"
-
-        def images(self, pictures):
-            return pictures.mean(dim=(1, 2)) - 0.4
-
     one = Pictures(drawn(CONCEPT, 1, 1).images)
-    found = concept_scores(one, one, ["a ball"], None, [Colors()])
+    found = concept_scores(one, one, [], [Colors()])
     assert means(found) == {("DINO", "generated"): pytest.approx(1.0)} and found.scores[0].backbone == "mean colours"
     assert math.isnan(found.scores[0].low)
 
 
-def test_pictures_of_different_sizes_and_a_prompt_for_each(toybox):
+class Colors:
+    """A backbone whose features are a picture's mean colour."""
+
+    name, measure = "mean colours", "DINO"
+
+    def images(self, pictures):
+        return pictures.mean(dim=(1, 2)) - 0.4
+
+
+def test_pictures_of_different_sizes_which_toybox_does_not_know():
     generated = Pictures([torch.rand(64, 96, 3), torch.rand(130, 100, 3)])
-    found = concept_scores(generated, drawn(CONCEPT, 2, 1), ["a ball", "a cup on grass"], toybox)
-    assert [score.metric for score in found.scores] == ["CLIP-T", "CLIP-I", "CLIP-I"]
+    found = concept_scores(generated, generated, [], [Colors()])
+    assert [(score.metric, score.count) for score in found.scores] == [("DINO", 2), ("DINO", 2)]
+
+
+def test_toybox_refuses_pictures_that_are_not_its_own(toybox):
+    with pytest.raises(MetricError, match=r"pictures of 96x64 pixels: .* --clip open_clip:ViT-L/14"):
+        concept_scores(Pictures([torch.rand(64, 96, 3)]), drawn(CONCEPT, 2, 1), ["a ball"], [toybox])
+
+
+def test_each_picture_has_its_prompt(toybox):
+    found = [
+        concept_scores(drawn(CONCEPT, 2, 2), drawn(CONCEPT, 2, 1), prompts, [toybox])
+        for prompts in (["a ball", "a cup on grass"], ["a cup on grass", "a ball"])
+    ]
+    assert found[0].scores[0].mean != found[1].scores[0].mean and found[0].scores[1:] == found[1].scores[1:]
+
+
+def test_every_pair_has_a_clip_t_of_its_own(toybox, mismatched):
+    generated, references = Pictures(drawn(CONCEPT, 2, 2).images), Pictures(drawn(CONCEPT, 2, 1).images)
+    found = concept_scores(generated, references, ["a ball"], [Colors(), toybox, mismatched(0)])
+    assert [score.metric for score in found.scores] == ["DINO", "DINO", "CLIP-T", *["CLIP-I"] * 4] and len(found.notes) == 1
 
 
 def test_no_prompt_similarity_of_a_pair_that_is_none(mismatched):
-    found = concept_scores(drawn(CONCEPT, 2, 2), drawn(CONCEPT, 2, 1), ["a ball"], mismatched(0))
+    found = concept_scores(drawn(CONCEPT, 2, 2), drawn(CONCEPT, 2, 1), ["a ball"], [mismatched(0)])
     assert not any(score.metric == "CLIP-T" for score in found.scores)
     assert "No CLIP-T: mismatched finds" in found.notes[0] and found.notes[0] in found.markdown()
 
 
 def test_masks_on_one_side_only_compare_no_objects_and_say_so(toybox):
     references = drawn(CONCEPT, 2, 1)
-    found = concept_scores(Pictures(references.images), references, ["a ball"], toybox)
+    found = concept_scores(Pictures(references.images), references, ["a ball"], [toybox])
     assert {score.metric for score in found.scores} == {"CLIP-T", "CLIP-I"} and "both" in found.notes[0]
 
 
@@ -81,7 +103,7 @@ def test_masks_on_one_side_only_compare_no_objects_and_say_so(toybox):
 def test_what_is_missing_is_said(toybox, generated, references, prompts, message):
     sets = [Pictures([torch.rand(96, 96, 3)] * n if isinstance(n, int) else n) for n in (generated, references)]
     with pytest.raises(MetricError, match=message):
-        concept_scores(*sets, prompts, toybox)
+        concept_scores(*sets, prompts, [toybox])
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,10 @@ def test_the_interval_is_students():
     assert mean_interval(samples) == pytest.approx((0.3, low, high), rel=1e-3)
 
 
+def test_an_interval_ends_where_samples_do():
+    assert mean_interval(torch.tensor([0.0, 1.0]), 0.0, 1.0) == (0.5, 0.0, 1.0)
+
+
 def test_one_sample_has_no_interval_and_none_is_refused():
     mean, low, high = mean_interval(torch.tensor([0.5]))
     assert mean == 0.5 and math.isnan(low) and math.isnan(high)

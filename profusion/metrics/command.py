@@ -1,0 +1,79 @@
+"""`python -m profusion score`: the pictures of a folder against the references and their prompts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ..pictures import picture_paths, read_picture
+from .chart import chart
+from .checks import MetricError
+from .concept import Pictures, concept_scores
+from .encoders import ImageEncoder, ToyboxEncoder
+from .libraries import CLIP_MODELS, DINO, OPENAI, OpenClip, Timm
+from .scores import Scores
+
+
+def add_to(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Declare the command."""
+    one = commands.add_parser("score", help="measure pictures of a concept: CLIP-T, CLIP-I, DINO")
+    one.add_argument("--images", type=Path, required=True, metavar="DIR", help="the generated pictures")
+    one.add_argument(
+        "--references", type=Path, required=True, metavar="DIR", help="the pictures that the concept was learned from"
+    )
+    for name, whose in (("masks", "generated pictures"), ("reference-masks", "references")):
+        one.add_argument(
+            f"--{name}", type=Path, metavar="DIR",
+            help=f"pictures that are white where the object is in the {whose}, in the order of their names; with both folders of "
+            "masks, objects and backgrounds are compared apart",
+        )  # fmt: skip
+    prompt = one.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="what all pictures should show")
+    prompt.add_argument("--prompts", type=Path, metavar="FILE", help="a line for each picture, in the order of their names")
+    one.add_argument(
+        "--clip", action="append", metavar="CLIP",
+        help="toybox (default; for Toybox's own pictures), or open_clip:NAME[:WEIGHTS]; may be given several times. NAME: "
+        f"{', '.join(CLIP_MODELS)}, or one of open_clip's own; WEIGHTS: {OPENAI}, or a tag of open_clip's",
+    )  # fmt: skip
+    one.add_argument("--dino", nargs="?", const=DINO, metavar="NAME", help="a model of timm as a further judge (default: %(const)s)")
+    one.add_argument("--json", type=Path, metavar="FILE", help="write the scores there too")
+    one.add_argument("--chart", type=Path, metavar="FILE", help="write a picture of them there")
+    return one
+
+
+def run(options: argparse.Namespace) -> Scores:
+    """Measure, and write what was asked for. Raises MetricError, PictureError and OSError."""
+    paths = picture_paths(options.images)
+    generated, references = _pictures(paths, options.masks), _pictures(picture_paths(options.references), options.reference_masks)
+    prompts = [options.prompt] if options.prompts is None else _lines(options.prompts)
+    encoders = [_pair(name) for name in options.clip or ["toybox"]]
+    if options.dino is not None:
+        encoders.append(Timm(options.dino))
+    scores = concept_scores(generated, references, prompts, encoders)
+    if options.json is not None:
+        asked = {"images": [path.name for path in paths], "prompts": prompts}
+        options.json.write_text(json.dumps({**asked, **scores.as_json()}, indent=2) + "\n")
+    if options.chart is not None:
+        chart(scores).save(options.chart)
+    return scores
+
+
+def _pictures(paths: list[Path], masks: Path | None) -> Pictures:
+    """Each of its own size; what is transparent is grey."""
+    images = [read_picture(path)[0] for path in paths]
+    return Pictures(images, None if masks is None else [read_picture(path)[0].mean(dim=-1) for path in picture_paths(masks)])
+
+
+def _lines(path: Path) -> list[str]:
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _pair(name: str) -> ImageEncoder:
+    library, _, model = name.partition(":")
+    if name == "toybox":
+        return ToyboxEncoder()
+    if library != "open_clip" or not model:
+        raise MetricError(f"--clip {name}: give toybox, or open_clip:NAME with a name such as {next(iter(CLIP_MODELS))}")
+    model, _, weights = model.partition(":")
+    return OpenClip(model, weights or OPENAI)

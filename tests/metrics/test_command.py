@@ -1,0 +1,81 @@
+"""`python -m profusion score` on folders of pictures."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from profusion.__main__ import main
+from profusion.toybox import world
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two folders of drawn pictures, 2 and 3, their objects' masks, and a folder that is empty."""
+    for name, count, seed in (("images", 2, 2), ("references", 3, 1)):
+        for folder in (name, f"{name}-masks"):
+            (tmp_path / folder).mkdir()
+        for index, item in enumerate(world.concept_pictures("teal and coral ball", count, np.random.default_rng(seed))):
+            Image.fromarray(item.image).save(tmp_path / name / f"{index}.png")
+            Image.fromarray(item.masks[0]).save(tmp_path / f"{name}-masks" / f"{index}.png")
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+def score(folders, *more, images="images", references="references"):
+    return main(["score", "--images", str(folders / images), "--references", str(folders / references), *map(str, more)])
+
+
+def with_masks(folders):
+    return "--masks", folders / "images-masks", "--reference-masks", folders / "references-masks"
+
+
+def test_a_table_and_a_file_and_a_chart(folders, capsys):
+    written, picture = folders / "scores.json", folders / "scores.png"
+    assert score(folders, "--prompt", "a ball", *with_masks(folders), "--json", written, "--chart", picture) == 0
+    table = capsys.readouterr().out
+    assert "| generated |" in table and "CLIP-T (Toybox's own pair)" in table
+    found = json.loads(written.read_text())
+    assert found["images"] == ["0.png", "1.png"] and found["prompts"] == ["a ball"]
+    means = {(row["metric"], row["subject"]): row["mean"] for row in found["scores"]}
+    assert {metric for metric, _ in means} == {"CLIP-T", "CLIP-I", "CLIP-I, object", "CLIP-I, background"}
+    assert all(row["count"] == (2 if row["subject"] == "generated" else 3) for row in found["scores"])
+    assert means["CLIP-I, background", "generated"] < 0.99  # they are on different backgrounds
+    assert Image.open(picture).size[0] == 640
+
+
+def test_a_prompt_for_each_picture_and_no_objects_without_masks(folders, capsys):
+    prompts = folders / "prompts.txt"
+    prompts.write_text("a ball on grass\n\na ball at night\n")
+    assert score(folders, "--prompts", prompts) == 0 and "object" not in capsys.readouterr().out
+    assert score(folders, "--prompts", prompts, "--masks", folders / "images-masks") == 0
+    assert "both the generated pictures and the references have masks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "sets", "message"),
+    [
+        (["--prompt", "a ball"], {"images": "empty"}, "no pictures in"),
+        (["--prompt", "a ball"], {"references": "empty"}, "no pictures in"),
+        (["--prompt", "a ball"], {"references": "nowhere"}, "is not a folder"),
+        (["--prompt", " "], {}, "none of them empty"),
+        (["--prompts", "nowhere.txt"], {}, "nowhere.txt"),
+        (["--prompt", "a ball", "--clip", "vit"], {}, "--clip vit: give toybox, or open_clip:NAME"),
+        (["--prompt", "a ball", "--clip", "open_clip:"], {}, "such as ViT-B/32"),
+    ],
+)
+def test_bad_input_is_named(folders, capsys, more, sets, message):
+    assert score(folders, *more, **sets) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_mismatched_lists_and_pictures_that_are_not_toyboxs(folders, capsys):
+    prompts = folders / "prompts.txt"
+    prompts.write_text("one\ntwo\nthree\n")
+    assert score(folders, "--prompts", prompts) == 1 and "3 prompts for 2 pictures" in capsys.readouterr().err
+    assert score(folders, "--prompt", "a ball", "--masks", folders / "references-masks") == 1
+    assert "3 masks for 2 pictures" in capsys.readouterr().err
+    Image.new("RGB", (120, 80), "red").save(folders / "images" / "0.png")
+    assert score(folders, "--prompt", "a ball") == 1
+    assert "pictures of 120x80 pixels" in capsys.readouterr().err
