@@ -30,6 +30,7 @@ from ..profusion.infusion import (
     foundation_patches,
 )
 from ..profusion.prompt import Span, find_noun
+from ..profusion.promptnet.pseudo_word import with_stand_in
 
 KEY = "profusion_infusion"
 
@@ -54,8 +55,13 @@ def model_layers(model: Any) -> list[Layer]:
         ) from None
 
 
-def noun_spans(clip: Any, text: str, noun: str) -> list[Span]:
-    """The context rows of each occurrence of a noun in a prompt, as this CLIP tokenises both."""
+def noun_spans(clip: Any, text: str, noun: str, pseudo_words: int = 0) -> list[Span]:
+    """The context rows of each occurrence of a noun in a prompt, as this CLIP tokenises both.
+
+    pseudo_words: tokens of the S* that the prompt has, if it has one.
+    """
+    if pseudo_words:
+        text, _ = with_stand_in(text, pseudo_words)
 
     def ends_word(token: int) -> bool:
         return clip.tokenizer.untokenize([(token, 1.0)])[0][1].endswith("</w>")
@@ -78,8 +84,12 @@ def noun_spans(clip: Any, text: str, noun: str) -> list[Span]:
 
 def encode_prompt(clip: Any, text: str, concepts: Sequence[PlacedConcept]) -> list:
     """A CONDITIONING of the prompt that carries these concepts."""
-    encoded = clip.encode_from_tokens_scheduled(clip.tokenize(text))
-    return [[context, {**extras, KEY: tuple(concepts)}] for context, extras in encoded]
+    return carrying(clip.encode_from_tokens_scheduled(clip.tokenize(text)), concepts)
+
+
+def carrying(conditioning: list, concepts: Sequence[PlacedConcept]) -> list:
+    """The CONDITIONING with these concepts beside those that it carries already."""
+    return [[context, {**extras, KEY: (*extras.get(KEY, ()), *concepts)}] for context, extras in conditioning]
 
 
 def add_streams(

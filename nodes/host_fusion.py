@@ -30,6 +30,9 @@ _SEEDS = 2**63
 class Word(Protocol):
     """What a CONDITIONING made with S* carries under WORD."""
 
+    prompt: str
+    """The text, with S*."""
+
     context: Tensor
     """What the CONDITIONING was made with, (1, L, D). Where another is attended to, S* is left alone."""
 

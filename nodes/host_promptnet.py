@@ -132,6 +132,11 @@ class WordInPrompt:
         made, self.pooled, self.rows = self._encode(prompt, torch.cat([mean, self._words]))
         self.context, self._contexts = made[:1], made[1:]
 
+    @property
+    def prompt(self) -> str:
+        """See `host_fusion.Word`."""
+        return self._prompt
+
     def conditioning(self) -> list:
         """A CONDITIONING for any sampler: its S* is the mean over the timesteps."""
         return [[self.context, {"pooled_output": self.pooled, WORD: self}]]

@@ -11,7 +11,8 @@ from comfy_api.latest import io
 from ..profusion.infusion import Layer, Placement
 from ..profusion.prompt import OCCURRENCES, NounError, choose_spans
 from ..profusion.residual import Residual, check_architecture
-from .host import PlacedConcept, add_streams, encode_prompt, model_layers, noun_spans
+from .host import PlacedConcept, add_streams, carrying, encode_prompt, model_layers, noun_spans
+from .host_fusion import WORD
 
 OWN_TRAJECTORY, SHARED_LATENT = "own trajectory", "shared latent"
 MORE_CONCEPTS = ("_2", "_3", "_4")
@@ -35,8 +36,12 @@ def place_concepts(
     concepts: Sequence[ConceptInput],
     start_percent: float,
     end_percent: float,
+    pseudo_words: int = 0,
 ) -> list[PlacedConcept]:
-    """Find each concept's noun in the prompt. Errors say what is wrong with which input and quote the prompt."""
+    """Find each concept's noun in the prompt. Errors say what is wrong with which input and quote the prompt.
+
+    pseudo_words: tokens of the S* that the prompt has, if it has one.
+    """
     if not text.strip():
         raise NounError("the prompt is empty: write one that has the noun of each residual")
     if start_percent > end_percent:
@@ -48,7 +53,7 @@ def place_concepts(
         check_architecture(concept.residual, layers)
         sharing = [c for c in concepts if c.occurrence == "auto" and _same_noun(c, concept)]
         turn = next((index for index, other in enumerate(sharing) if other is concept), 0)
-        rows = _rows(clip, text, concept, turn, len(sharing))
+        rows = _rows(clip, text, pseudo_words, concept, turn, len(sharing))
         residual, region = concept.residual, concept.region
         if region is not None and not region.any():
             raise ValueError(f"region{concept.slot} is all black: {residual.noun!r} could appear nowhere")
@@ -61,9 +66,11 @@ def _same_noun(one: ConceptInput, other: ConceptInput) -> bool:
     return one.residual.noun.lower().split() == other.residual.noun.lower().split()
 
 
-def _rows(clip: Any, text: str, concept: ConceptInput, turn: int, sharing: int) -> tuple[int, ...]:
+def _rows(
+    clip: Any, text: str, pseudo_words: int, concept: ConceptInput, turn: int, sharing: int
+) -> tuple[int, ...]:
     noun = concept.residual.noun
-    spans = noun_spans(clip, text, noun)
+    spans = noun_spans(clip, text, noun, pseudo_words)
     if not spans:
         raise NounError(f"residual{concept.slot} is of the noun {noun!r}, which is not a word of the prompt {text!r}")
     try:
@@ -71,6 +78,15 @@ def _rows(clip: Any, text: str, concept: ConceptInput, turn: int, sharing: int) 
     except NounError as error:
         raise NounError(f"residual{concept.slot}: {error} of the noun {noun!r} in the prompt {text!r}") from None
     return tuple(row for span in chosen for row in span)
+
+
+def _pseudo_words(conditioning: list, text: str) -> int:
+    """Tokens of the S* in a CONDITIONING, 0 for none. Raises ValueError where it is known to be of another text."""
+    words = [extras[WORD] for _, extras in conditioning if WORD in extras]
+    other = next((word.prompt for word in words if word.prompt != text), None)
+    if other is not None:
+        raise ValueError(f"the conditioning is of the prompt {other!r}, and text is {text!r}: give both the same prompt")
+    return max((len(word.rows) for word in words), default=0)
 
 
 def _concept_inputs(suffix: str) -> list:
@@ -183,6 +199,14 @@ class InfusionAttentionPatch(io.ComfyNode):
                 ),
                 io.Mask.Input("region", optional=True, tooltip="Where in the picture the first concept may appear."),
                 *[entry for suffix in MORE_CONCEPTS for entry in _concept_inputs(suffix)],
+                io.Conditioning.Input(
+                    "conditioning",
+                    optional=True,
+                    tooltip=(
+                        "The same text, encoded already, such as PromptNet Encode's with S*: the concepts are placed in it. "
+                        "Not connected: the text is encoded here."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model, ready to draw the concepts of the conditioning."),
@@ -192,14 +216,16 @@ class InfusionAttentionPatch(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, clip, text, residual, strength, start_percent, end_percent, occurrence, stream, region=None, **more
-    ) -> io.NodeOutput:
+        cls, model, clip, text, residual, strength, start_percent, end_percent, occurrence, stream, region=None,
+        conditioning=None, **more,
+    ) -> io.NodeOutput:  # fmt: skip
         if clip is None:
             raise ValueError("clip is None: the checkpoint that was loaded has no text encoder")
         layers = model_layers(model)
         concepts = [ConceptInput("", residual, strength, occurrence, region), *_more_concepts(more)]
-        placed = place_concepts(clip, text, layers, concepts, start_percent, end_percent)
-        conditioning = encode_prompt(clip, text, placed)
+        pseudo_words = 0 if conditioning is None else _pseudo_words(conditioning, text)
+        placed = place_concepts(clip, text, layers, concepts, start_percent, end_percent, pseudo_words)
+        conditioning = encode_prompt(clip, text, placed) if conditioning is None else carrying(conditioning, placed)
         width = conditioning[0][0].shape[-1]
         if width != layers[0].context_dim:
             raise ValueError(

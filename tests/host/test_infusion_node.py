@@ -208,7 +208,7 @@ def test_the_schema_is_frozen(infused):
     assert schema.node_id == "ProFusion_InfusionAttentionPatch"
     assert [entry.id for entry in schema.inputs] == [
         "model", "clip", "text", "residual", "strength", "start_percent", "end_percent", "occurrence", "stream", "region",
-        *[name.format(suffix) for suffix in ("_2", "_3", "_4") for name in concept],
+        *[name.format(suffix) for suffix in ("_2", "_3", "_4") for name in concept], "conditioning",
     ]  # fmt: skip
     assert [output.io_type for output in schema.outputs] == ["MODEL", "CONDITIONING"]
     assert [entry.id for entry in schema.inputs if not entry.optional] == [entry.id for entry in schema.inputs][:9]

@@ -287,6 +287,42 @@ def test_bad_inputs_of_a_residual_from_a_promptnet_are_explained(studio, inputs,
         studio.seed(**{name: value() if callable(value) else value for name, value in inputs.items()})
 
 
+def test_a_residual_is_placed_in_the_prompt_that_has_s(studio, infused_toybox):
+    """At its noun, wherever S* has moved it to; S* stays what it was, and F is the run without residuals, bit for bit."""
+    text, residual = "a photo of (S*:1.2) on snow", infused_toybox.residual(size=2.0, noun="snow")
+    positive, plain = studio.encode(text=text)
+    expected = studio.draw(positive, text=plain)
+    patched, placed = infused_toybox.patch(residual, model=studio.model, text=text, conditioning=positive)
+    (context, extras), host = placed[0], studio.pack.nodes.host
+    assert torch.equal(context, positive[0][0]) and host.KEY not in positive[0][1]
+    assert extras[studio.modules["nodes.host_fusion"].WORD] is positive[0][1][studio.modules["nodes.host_fusion"].WORD]
+    (concept,) = extras[host.KEY]
+    assert concept.placement.rows == (9,)  # <start> a photo of S* (four pseudo-words) on snow
+    foundations = []
+    watched = host.add_streams(patched, infused_toybox.layers, False, foundations.append)
+    customised = studio.draw(placed, watched, text=plain)
+    assert torch.equal(studio.model.model.process_latent_out(foundations[0].float()), expected)
+    assert customised.isfinite().all() and not torch.equal(customised, expected)
+
+
+def test_residuals_are_placed_one_after_another_in_one_conditioning(studio, infused_toybox):
+    text = "a star and a ball"
+    encoded = tiny.encode(studio.clip, text)
+    one, another = infused_toybox.residual(noun="star"), infused_toybox.residual(noun="ball")
+    _, placed = infused_toybox.patch(one, model=studio.model, text=text, conditioning=encoded)
+    _, placed = infused_toybox.patch(another, model=studio.model, text=text, conditioning=placed)
+    _, both = infused_toybox.patch(one, model=studio.model, text=text, residual_2=another)
+    key = studio.pack.nodes.host.KEY
+    assert [concept.placement.rows for concept in placed[0][1][key]] == [c.placement.rows for c in both[0][1][key]]
+    assert torch.equal(placed[0][0], both[0][0])
+
+
+def test_a_conditioning_with_s_of_another_text_is_refused(studio, infused_toybox):
+    positive, _ = studio.encode()
+    with pytest.raises(ValueError, match=r"of the prompt 'a photo of S\* on snow', and text is 'a S\* on snow'"):
+        infused_toybox.patch(infused_toybox.residual(noun="snow"), text="a S* on snow", conditioning=positive)
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
