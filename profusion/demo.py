@@ -1,4 +1,5 @@
-"""The main job, start to end, without a host: learn a concept from a few pictures, draw it in new places, measure both."""
+"""The main job, start to end, without a host: a concept in new places, by Infusion from a few pictures, and by ProFusion from
+one of them and no training; both are measured alike."""
 
 from __future__ import annotations
 
@@ -12,16 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .fusion import FusionOptions, Guidance
 from .pictures import grid, loss_plot, read_pictures, to_image
+from .promptnet.pseudo_word import PLACEHOLDER
 from .residual import Residual, save_residual
 from .toybox import world
+from .toybox.fused import FusedToybox
 from .toybox.judge import Judge
 from .toybox.pipeline import SIZE, Toybox, seeded
-from .toybox.similarity import background_change, concept_similarity
+from .toybox.scores import likeness_among, picture_scores
+from .toybox.similarity import concept_similarity
 from .training import TrainingOptions
 
 CONCEPT = "slate and apricot mushroom"
 GUIDANCE = 2.0  # a residual is amplified with the rest of the condition: what is right at 1 is garish at 4
+FUSED_GUIDANCE = Guidance(weights=(1.0, 0.5), cfg=4.0)  # of S* and of the plain text
+FRESH_NOISE = 10_000  # seeds the fusion stage's noise, which must not be the noise that the picture starts from
 PICTURES = 4
 PROMPTS = (
     "a photo of a {} on grass",
@@ -74,68 +81,60 @@ def train(toybox: Toybox, concept: Concept, options: TrainingOptions, say: Say) 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One prompt's pictures, (B, 96, 96, 3) each: plain and customised from the same seeds, plain from others."""
+    """One prompt's pictures, (B, 96, 96, 3) each: plain, Infusion's and ProFusion's from the same seeds, plain from others."""
 
     prompt: str
     plain: Tensor
     customised: Tensor
+    profusion: Tensor
     other_seeds: Tensor
 
 
-def draw(toybox: Toybox, residual: Residual, prompt: str, seeds: Sequence[int], steps: int) -> Drawing:
-    plain, customised = toybox.generate_customised(prompt, [residual], seeded(*seeds), steps, GUIDANCE)
+def draw(
+    fused: FusedToybox, residual: Residual, picture: Tensor, prompt: str, seeds: Sequence[int], steps: int
+) -> Drawing:
+    """prompt: with {} for the noun. ProFusion has not been trained on anything: it sees one picture (1, 96, 96, 3)."""
+    toybox, text = fused.toybox, prompt.format(residual.noun)
+    plain, customised = toybox.generate_customised(text, [residual], seeded(*seeds), steps, GUIDANCE)
     others = seeded(*(seed + 1000 for seed in seeds))
-    other = toybox.generate([prompt] * len(seeds), others, steps, GUIDANCE)
-    return Drawing(prompt, *(toybox.vae.pictures(latents) for latents in (plain, customised, other)))
+    other = toybox.generate([text] * len(seeds), others, steps, GUIDANCE)
+    word = fused.generate(
+        prompt.format(PLACEHOLDER), [residual.noun] * len(seeds), [picture] * len(seeds), seeded(*seeds), FUSED_GUIDANCE, FusionOptions(),
+        steps, seeded(FRESH_NOISE)[0],
+    )  # fmt: skip
+    return Drawing(text, *(toybox.vae.pictures(latents) for latents in (plain, customised, word, other)))
 
 
 def score(toybox: Toybox, concept: Concept, drawings: Sequence[Drawing], judge: Judge) -> Report:
-    """Means over all drawings, per stream.
+    """Means over all drawings, per stream: see `picture_scores`.
 
-    concept_similarity: the appearance inside the object, against the references, 0..1. The references themselves
-    reach `references`, and what the autoencoder makes of them `autoencoder`: no latent can do better. background_change: mean absolute difference (0..1) outside the objects, against the plain
-    picture. caption_noun_accuracy: how often the judge sees the prompt's noun.
+    The references themselves reach `references`, and what the autoencoder makes of them `autoencoder`: no latent can do
+    better. way_to_the_references: 0 for the plain picture's likeness, 1 for theirs.
     """
     streams = {
-        "plain": torch.cat([drawing.plain for drawing in drawings]),
-        "customised": torch.cat([drawing.customised for drawing in drawings]),
-        "other_seeds": torch.cat([drawing.other_seeds for drawing in drawings]),
+        name: torch.cat([getattr(drawing, name) for drawing in drawings])
+        for name in ("plain", "customised", "other_seeds", "profusion")
     }
-    masks = {name: judge.object_mask(pictures) for name, pictures in streams.items()}
-    scores: Report = {}
-    for name, pictures in streams.items():
-        union = torch.maximum(masks[name], masks["plain"])
-        similarity = concept_similarity(pictures, masks[name], concept.pictures, concept.masks)
-        nouns = [noun == concept.noun for noun in judge.nouns(pictures)]
-        scores[name] = {
-            "concept_similarity": round(similarity.mean().item(), 4),
-            "background_change": round(background_change(pictures, streams["plain"], union).mean().item(), 5),
-            "caption_noun_accuracy": round(sum(nouns) / len(nouns), 4),
-        }
-    ceiling = _reference_similarity(concept)
-    plain, customised = (scores[name]["concept_similarity"] for name in ("plain", "customised"))
-    other = scores["other_seeds"]["background_change"]
-    scores["references"] = {"concept_similarity": round(ceiling, 4)}
+    known = concept.pictures, concept.masks
+    scores: Report = {
+        name: picture_scores(pictures, streams["plain"], concept.noun, *known, judge) for name, pictures in streams.items()
+    }
+    ceiling = likeness_among(*known)
     decoded = toybox.vae.pictures(toybox.vae.latents(concept.pictures))
-    kept = concept_similarity(decoded, concept.masks, concept.pictures, concept.masks).mean().item()
+    kept = concept_similarity(decoded, concept.masks, *known).mean().item()
+
+    def relative(name: str) -> dict[str, float]:
+        likeness, plain = scores[name]["concept_similarity"], scores["plain"]["concept_similarity"]
+        change, other = scores[name]["background_change"], scores["other_seeds"]["background_change"]
+        return {
+            "way_to_the_references": round((likeness - plain) / max(ceiling - plain, 1e-6), 4),
+            "background_change_of_another_seed": round(change / max(other, 1e-6), 4),
+        }
+
+    scores["references"] = {"concept_similarity": round(ceiling, 4)}
     scores["autoencoder"] = {"concept_similarity": round(kept, 4)}
-    scores["way_to_the_references"] = round((customised - plain) / max(ceiling - plain, 1e-6), 4)
-    scores["background_change_of_another_seed"] = round(scores["customised"]["background_change"] / max(other, 1e-6), 4)
-    return scores
-
-
-def _reference_similarity(concept: Concept) -> float:
-    """How alike the references are among themselves: what a perfect copy would score."""
-    if len(concept.pictures) == 1:
-        return 1.0
-    kept = []
-    for index in range(len(concept.pictures)):
-        rest = [other for other in range(len(concept.pictures)) if other != index]
-        one = slice(index, index + 1)
-        kept.append(
-            concept_similarity(concept.pictures[one], concept.masks[one], concept.pictures[rest], concept.masks[rest])
-        )
-    return torch.cat(kept).mean().item()
+    scores["profusion"] |= relative("profusion")
+    return scores | relative("customised")
 
 
 def run(
@@ -150,12 +149,13 @@ def run(
     """Train, draw, measure; write grid.png, residual.safetensors, loss.png and report.json into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    toybox, judge = Toybox.load(), Judge.load()
+    fused, judge = FusedToybox.load(), Judge.load()
+    toybox = fused.toybox
     say(f"learning {concept.name!r} (noun {concept.noun!r}) from {len(concept.pictures)} pictures")
     residual, losses, seconds = train(toybox, concept, options, say)
     drawings = []
     for prompt in prompts:
-        drawings.append(draw(toybox, residual, prompt.format(concept.noun), seeds, sampling_steps))
+        drawings.append(draw(fused, residual, concept.pictures[:1], prompt, seeds, sampling_steps))
         say(f"drawn: {drawings[-1].prompt}")
     preview = to_image(drawings[0].customised[0])
     saved = save_residual(residual, out / "residual.safetensors", preview=preview)
@@ -178,12 +178,13 @@ def run(
 
 
 def _grid(concept: Concept, drawings: Sequence[Drawing]):
-    """References on top, then the plain and the customised picture of each prompt under the same seed."""
+    """References on top, then each prompt's plain picture and what both methods make of the same seed."""
     first = [*concept.pictures[: len(drawings)]]
-    rows = [("pictures to learn from", first)]
+    rows = [("pictures to learn from (ProFusion: the first)", first)]
     for column in range(min(2, len(drawings[0].plain))):
         rows.append(("plain", [drawing.plain[column] for drawing in drawings]))
         rows.append(("Infusion, same seed", [drawing.customised[column] for drawing in drawings]))
+        rows.append(("ProFusion, one picture, same seed", [drawing.profusion[column] for drawing in drawings]))
     return grid(rows, [drawing.prompt for drawing in drawings])
 
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from ..diffusion import eps_denoiser, sample_euler, sampling_sigmas
 from ..fusion import FusionOptions, Guidance, Mode, Stage, guide, mean_prediction, sample_fusion
 from ..infusion import cross_attention_layers
+from ..promptnet.file import load_promptnet
 from ..promptnet.network import KNOTS, PromptNet, interpolated, merged
 from ..promptnet.pseudo_word import PLACEHOLDER, encode_tokens, prompt_tokens, scaled, with_noun
 from ..promptnet.seed import seed_residual
 from ..residual import Residual
 from ..training import PROMPTS
-from .pipeline import STEPS, Toybox, initial_noise, noun_rows
+from .pipeline import STEPS, Toybox, initial_noise, noun_rows, weight_file
 
 ALONE = f"a photo of {PLACEHOLDER}"
 
@@ -41,6 +42,11 @@ class FusedToybox:
     toybox: Toybox
     promptnet: PromptNet
     rows: int = 0
+
+    @classmethod
+    def load(cls) -> FusedToybox:
+        """The shipped weights; FileNotFoundError says which are missing."""
+        return cls(Toybox.load(), load_promptnet(weight_file("promptnet")))
 
     @torch.no_grad()
     def words(self, pictures: Tensor, timesteps: Tensor) -> Tensor:

@@ -1,0 +1,76 @@
+"""The demo on Toybox: what it leaves behind, and that both methods' pictures are measured alike."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from profusion import demo
+from profusion.toybox.fused import FusedToybox
+from profusion.toybox.judge import Judge
+from profusion.toybox.pipeline import NETWORKS, WEIGHTS, seeded
+from profusion.training import TrainingOptions
+
+pytestmark = pytest.mark.skipif(
+    not all((WEIGHTS / f"toybox_{name}.safetensors").is_file() for name in (*NETWORKS, "judge", "promptnet")),
+    reason="Toybox's weights are not there: train them with `python -m training.toybox`",
+)
+SEEDS, STEPS = (2, 1), 3
+
+
+@pytest.fixture(scope="module")
+def fused():
+    return FusedToybox.load()
+
+
+@pytest.fixture(scope="module")
+def concept():
+    return demo.drawn_concept()
+
+
+@pytest.fixture(scope="module")
+def drawing(fused, concept):
+    residual, _, _ = demo.train(fused.toybox, concept, TrainingOptions(steps=1), lambda _: None)
+    return demo.draw(fused, residual, concept.pictures[:1], "a photo of a {} on snow", SEEDS, STEPS)
+
+
+def test_it_writes_its_report_and_a_grid_of_both_methods(tmp_path, concept):
+    prompts = ("a photo of a {} on grass", "a photo of a {} at night")
+    report = demo.run(tmp_path, concept, TrainingOptions(steps=2), prompts, SEEDS, STEPS, lambda _: None)
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert report["prompts"] == ["a photo of a mushroom on grass", "a photo of a mushroom at night"]
+    assert {"plain", "customised", "other_seeds", "profusion", "references", "autoencoder"} <= report.keys()
+    rows = 1 + 3 * len(SEEDS)  # the references, then plain, Infusion and ProFusion from each seed
+    assert Image.open(tmp_path / "grid.png").height >= rows * 2 * 96
+    assert {path.name for path in tmp_path.iterdir()} >= {"residual.safetensors", "loss.png"}
+
+
+def test_infusions_pictures_are_those_of_its_seeds_alone(fused, drawing):
+    plain = fused.toybox.generate(["a photo of a mushroom on snow"] * 2, seeded(*SEEDS), STEPS, demo.GUIDANCE)
+    torch.testing.assert_close(drawing.plain, fused.toybox.vae.pictures(plain), rtol=0, atol=1e-4)
+    assert not torch.equal(drawing.customised, drawing.plain)
+
+
+def test_profusion_draws_what_its_one_picture_shows(fused, concept, drawing):
+    residual, _, _ = demo.train(fused.toybox, concept, TrainingOptions(steps=1), lambda _: None)
+    other = demo.drawn_concept("gold and navy cup").pictures[:1]
+    again = demo.draw(fused, residual, other, "a photo of a {} on snow", SEEDS, STEPS)
+    assert torch.equal(again.customised, drawing.customised)
+    assert not torch.allclose(again.profusion, drawing.profusion, atol=1e-2)
+
+
+def test_both_methods_are_scored_alike(fused, concept, drawing):
+    same = replace(drawing, profusion=drawing.customised)
+    scores = demo.score(fused.toybox, concept, [same, same], Judge.load())
+    relative = {"way_to_the_references", "background_change_of_another_seed"}
+    assert scores["profusion"] == {**scores["customised"], **{name: scores[name] for name in relative}}
+
+
+def test_a_copy_of_the_references_is_all_the_way_there(fused, concept, drawing):
+    copied = replace(drawing, profusion=concept.pictures[:2], plain=drawing.plain)
+    scores = demo.score(fused.toybox, concept, [copied], Judge.load())
+    assert scores["profusion"]["way_to_the_references"] > 0.9
+    assert scores["profusion"]["caption_noun_accuracy"] == 1
+    assert scores["plain"]["background_change"] == 0 < scores["profusion"]["background_change"]
