@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 HOST_VERSION = "0.3.64"
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 ROW, WIDGET, HEADER, TEXT_BOX = 22, 26, 40, 110
+TITLE, GROUP_TITLE, MARGIN = 30, 34, 16
 
 
 @dataclass
@@ -28,6 +31,13 @@ class Node:
         """An output by name (or place), to be connected."""
         names = list(getattr(self.definition, "RETURN_NAMES", None) or self.definition.RETURN_TYPES)
         return self, names.index(output) if isinstance(output, str) else output
+
+    @property
+    def below(self) -> tuple[int, int]:
+        """Where the next node of a column goes. Our nodes may show a line of text once they have run."""
+        x, y = self.position
+        shown = 2 * WIDGET if self.type.startswith("ProFusion_") else 0
+        return x, y + self.size[1] + shown + TITLE + MARGIN
 
 
 @dataclass
@@ -69,8 +79,16 @@ class Graph:
     def note(self, text: str, at: tuple[int, int], size: tuple[int, int]) -> None:
         self.notes.append({"text": text, "at": at, "size": size})
 
-    def group(self, title: str, x: int, y: int, width: int, height: int, color: str = "#3f789e") -> None:
-        bounds = [x, y, width, height]
+    @contextmanager
+    def group(self, title: str, color: str = "#3f789e") -> Iterator[None]:
+        """A titled frame around the nodes that are placed meanwhile."""
+        first = len(self.nodes)
+        yield
+        nodes = self.nodes[first:]
+        left, top = (min(node.position[axis] for node in nodes) - MARGIN for axis in (0, 1))
+        right, bottom = (max(node.position[axis] + node.size[axis] for node in nodes) + MARGIN for axis in (0, 1))
+        top -= TITLE + GROUP_TITLE
+        bounds = [left, top, right - left, bottom - top]
         self.groups.append(
             {"id": len(self.groups) + 1, "title": title, "bounding": bounds, "color": color, "font_size": 24, "flags": {}}
         )

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tools import profusion_workflows as profusion
 from tools.graph import Graph, Node
 
 ROOT = Path(__file__).parents[1]
@@ -122,6 +123,10 @@ WORKFLOWS = {
     "infusion_train_and_generate": train_and_generate,
     "infusion_two_concepts": two_concepts,
     "infusion_sd15": sd15,
+    "profusion_one_image": profusion.one_image,
+    "profusion_finetune": profusion.finetune,
+    "profusion_two_references": profusion.two_references,
+    "profusion_with_infusion": profusion.with_infusion,
 }
 
 

@@ -75,6 +75,7 @@ def test_the_frontend_opens_it_and_makes_the_same_prompt(path, browser, server):
     made = {number: {"class_type": node["class_type"], "inputs": node["inputs"]} for number, node in opened["prompt"].items()}
     assert {k: v["inputs"] for k, v in made.items()} == {k: v["inputs"] for k, v in expected.items()}
     _no_two_overlap(opened["boxes"])
+    _groups_hold_whole_nodes(workflow["groups"], opened["boxes"])
 
 
 def _no_two_overlap(boxes):
@@ -83,3 +84,18 @@ def _no_two_overlap(boxes):
         for b, bx, by, bw, bh in boxes[index + 1 :]:
             apart = ax + aw <= bx or bx + bw <= ax or ay + ah <= by - 30 or by + bh <= ay - 30
             assert apart, f"nodes {a} and {b} overlap"
+
+
+def _groups_hold_whole_nodes(groups, boxes):
+    """A node and its title are in a group or out of it, and in one group at most."""
+    taken = {}
+    for group in groups:
+        left, top, width, height = group["bounding"]
+        for node, x, y, wide, high in boxes:
+            out = x + wide <= left or left + width <= x or y + high <= top or top + height <= y - 30
+            inside = left <= x and x + wide <= left + width and top <= y - 30 and y + high <= top + height
+            assert out or inside, f"the group {group['title']!r} cuts node {node}"
+            if inside:
+                assert node not in taken, f"node {node} is in {taken.get(node)!r} and in {group['title']!r}"
+                taken[node] = group["title"]
+        assert group["title"] in taken.values(), f"the group {group['title']!r} is empty"

@@ -21,6 +21,18 @@ NODES = {
     "ProFusion_InfusionAttentionPatch",
     "ProFusion_ConceptScores",
     "ProFusion_OverfitReport",
+    "ProFusion_PromptNetLoader",
+    "ProFusion_PromptNetEncode",
+    "ProFusion_PromptNetFinetune",
+    "ProFusion_ConceptAugment",
+    "ProFusion_FusionGuider",
+    "ProFusion_FusionSampler",
+    "ProFusion_FusionKSampler",
+}
+
+FILES = {
+    "ProFusion_ResidualSaver": ("profusion_residuals",),
+    "ProFusion_PromptNetFinetune": ("profusion_promptnets", "loras"),
 }
 
 
@@ -74,13 +86,21 @@ def test_a_workflow_names_only_known_nodes_and_carries_its_origin(path, object_i
             assert ours or object_info[node["type"]]["python_module"].split(".")[0] in ("nodes", "comfy_extras")
 
 
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_picture_stands_beside_a_control_of_its_seed(path, object_info):
+    prompt = to_prompt(json.loads(path.read_text()), object_info)
+    seeds = {node["inputs"]["seed"] for node in prompt.values() if node["class_type"] in ("KSampler", "ProFusion_FusionKSampler")}
+    seeds |= {node["inputs"]["noise_seed"] for node in prompt.values() if node["class_type"] == "RandomNoise"}
+    assert len(seeds) == 1
+    loaders = [number for number, node in prompt.items() if node["class_type"] in ("ProFusion_ToyboxLoader", "CheckpointLoaderSimple")]
+    assert any(node["class_type"] == "KSampler" and node["inputs"]["model"][0] in loaders for node in prompt.values())
+
+
 @pytest.mark.parametrize("path", [p for p in WORKFLOWS if "sd15" not in p.stem], ids=lambda path: path.stem)
 def test_a_toybox_workflow_finishes(path, server, object_info):
     prompt = to_prompt(json.loads(path.read_text()), object_info)
-    for node in prompt.values():  # the same graph, a shorter training: what it learns is measured elsewhere
-        if node["class_type"] == "ProFusion_ResidualTrainer":
-            node["inputs"]["steps"] = 3
-        if node["class_type"] == "KSampler":
+    for node in prompt.values():  # the same graph, shorter trainings and runs: what they make is measured elsewhere
+        if "steps" in node["inputs"]:
             node["inputs"]["steps"] = 3
     entry = server.run(prompt)
     pictures = [item for output in entry["outputs"].values() for item in output.get("images", [])]
@@ -88,4 +108,7 @@ def test_a_toybox_workflow_finishes(path, server, object_info):
     for item in pictures:
         data = server.fetch(f"/view?filename={item['filename']}&subfolder={item['subfolder']}&type={item['type']}")
         Image.open(io.BytesIO(data)).verify()
-    assert list(Path(server.base, "models", "profusion_residuals").rglob("*.safetensors"))
+    kinds = {node["class_type"] for node in prompt.values()}
+    for kind, folders in FILES.items():
+        for folder in folders if kind in kinds else ():
+            assert list(Path(server.base, "models", folder).rglob("*.safetensors")), f"{kind} left no file in {folder}"
