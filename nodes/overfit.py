@@ -116,7 +116,7 @@ class _Report:
                 plain = self._draw(self._model, positive, self._count)
             others = self._draw(self._model, positive, self._count, skip=self._count)
             self._plain[noun] = self.drawn[f"{BASE} ({noun})"] = plain
-            self._add_distance(f"{BASE}, other seeds ({noun})", plain, others)
+            self._add_distance(f"other seeds ({noun})", plain, others)
             self._scores.append(Score(ROWS, f"{BASE} ({noun})", cost.rows / self._count, better="lower"))
         return self._plain[noun]
 
@@ -127,7 +127,7 @@ class _Report:
         found = wasserstein_distance(plain, drawn)
         self._scores.append(Score(WASSERSTEIN, name, found.distance, better="lower"))
         if found.note:
-            self._notes.append(f"{WASSERSTEIN}: {found.note}.")
+            self._notes.append(f"{WASSERSTEIN}, {name}: {found.note}.")
 
 
 class OverfitReport(io.ComfyNode):
