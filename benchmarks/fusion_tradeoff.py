@@ -2,12 +2,6 @@
 
 Cost: UNet rows a step, counted, and time over that of plain guidance by text with as many steps, S* included: in one process,
 in turns. Scores: `benchmarks.fusion_judging`, and how much lower they are than the full scheme's on the same pictures and seeds.
-
-The guided prediction is written around that of the prompt with S*, e(S*, C), which every scheme evaluates at every call:
-
-    e(S*, C) + d_0 + s (w / (1 + w) d_C - d_0),      d_0 = e(0) - e(S*, C),      d_C = e(C) - e(S*, C).
-
-The differences d change more slowly than the predictions: a scheme can keep them from the call before.
 """
 
 from __future__ import annotations
@@ -15,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,110 +20,48 @@ from benchmarks.charts import Point, scatter
 from benchmarks.fusion_ablation import SHIPPED
 from benchmarks.fusion_judging import PROMPTS, References, references, scores
 from benchmarks.timing import against, interleaved
-from profusion.diffusion import sampling_sigmas, timestep_of
-from profusion.fusion import FusionOptions, Guidance, Stage, guide, mean_prediction
+from profusion.diffusion import sampling_sigmas
+from profusion.fusion import FusionOptions, Guidance
 from profusion.pictures import stacked
 from profusion.promptnet.file import load_promptnet
-from profusion.toybox.fused import Conditions, FusedToybox, PredictStage
+from profusion.toybox.fused import FusedToybox
 from profusion.toybox.judge import Judge
 from profusion.toybox.pipeline import Toybox, seeded
 
 
 @dataclass(frozen=True)
-class Terms:
-    """Where a call has the plain text C and the empty prompt 0 from, beside (S*, C), which it evaluates.
-
-    "new": it evaluates them. "kept": the last difference is taken again. "stale": the last prediction e(0) itself is.
-    "none": the text is left out.
-    """
-
-    text: str = "new"
-    nothing: str = "new"
-
-
-BOTH, ALONE, KEPT = Terms(), Terms("none"), Terms("kept", "kept")
-TEXT_KEPT, NOTHING_KEPT, NOTHING_STALE = Terms("kept"), Terms(nothing="kept"), Terms(nothing="stale")
-
-
-@dataclass(frozen=True)
 class Scheme:
-    """What is evaluated where. Levels before the share `end` of a run, each `every`-th of them, have a fusion stage, which
-    evaluates `fusion`, and the refinement after it `refined`; `rest`, in turns, is for the other levels."""
+    """A way to sample. end: the share of the run that has a fusion stage. refresh: `Guidance.refresh`. text: whether the
+    plain text is one of the terms."""
 
     name: str
-    rest: tuple[Terms, ...]
-    fusion: Terms = BOTH
-    refined: Terms = BOTH
     end: float = 0.0
-    every: int = 1
+    refresh: int = 1
+    text: bool = True
 
-    def fused(self, step: int, steps: int) -> bool:
-        return step < round(self.end * steps) and step % self.every == 0 and step < steps - 1
+    def guidance(self, given: Guidance) -> Guidance:
+        return replace(given, weights=given.weights if self.text else given.weights[:1], refresh=self.refresh)
 
-    def terms(self, stage: Stage, step: int, steps: int) -> Terms:
-        if stage == "fusion":
-            return self.fusion
-        return self.refined if self.fused(step, steps) else self.rest[step % len(self.rest)]
-
-
-FULL = Scheme("full", (BOTH,), end=1.0)
-SCHEMES = (
-    Scheme("plain guidance by S*, C", (ALONE,)),
-    Scheme("no fusion stage", (BOTH,)),
-    Scheme("no fusion stage, d_C every second step", (BOTH, TEXT_KEPT)),
-    Scheme("no fusion stage, d_0 and d_C every second step", (BOTH, KEPT)),
-    FULL,
-    Scheme("full, every second step", (BOTH,), end=1.0, every=2),
-    *(Scheme(f"full, first {end:.0%}", (BOTH,), end=end) for end in (0.2, 0.4, 0.6)),
-    Scheme("full, first 40%, S* alone in the fusion stage", (BOTH,), ALONE, BOTH, 0.4),
-    Scheme("full, first 40%, S* alone after it", (ALONE,), BOTH, BOTH, 0.4),
-    Scheme("full, first 40%, S* alone but in the fusion stage", (ALONE,), BOTH, ALONE, 0.4),
-    *(Scheme(f"S* alone, first {end:.0%}", (ALONE,), ALONE, ALONE, end) for end in (0.2, 0.4, 0.6)),
-    Scheme("e(0) from the fusion stage, first 40%, S* alone after it", (ALONE,), BOTH, NOTHING_STALE, 0.4),
-    Scheme("d_0 from the fusion stage, first 40%, S* alone after it", (ALONE,), BOTH, NOTHING_KEPT, 0.4),
-    Scheme("d_0 and d_C from the fusion stage", (BOTH,), BOTH, KEPT, 1.0),
-    *(
-        Scheme(f"d_0 and d_C from the fusion stage, first {end:.0%}, S* alone after it", (ALONE,), BOTH, KEPT, end)
-        for end in (0.2, 0.4)
-    ),
-    Scheme("d_0 and d_C from the fusion stage, first 40%, every second step after it", (BOTH, KEPT), BOTH, KEPT, 0.4),
-)
+    def options(self, steps: int) -> FusionOptions:
+        """A fusion stage at the first levels, as many as the share says."""
+        fused = round(self.end * steps)
+        return FusionOptions(1, sigma_end=sampling_sigmas(steps)[fused - 1].item()) if fused else FusionOptions(0)
 
 
-@dataclass(frozen=True)
-class Levels(FusionOptions):
-    """A fusion stage at these sigmas alone."""
-
-    sigmas: frozenset[float] = frozenset()
-
-    def repeats_at(self, sigma: float, sigma_next: float) -> int:
-        return super().repeats_at(sigma, sigma_next) if sigma in self.sigmas else 0
-
-
-def options_of(scheme: Scheme, steps: int) -> FusionOptions:
-    sigmas = sampling_sigmas(steps)[:-1].tolist()
-    return Levels(sigmas=frozenset(sigma for step, sigma in enumerate(sigmas) if scheme.fused(step, steps)))
+def _schemes() -> tuple[Scheme, ...]:
+    windows = {0.0: "no fusion stage", **{end: f"fusion in the first {end:.0%}" for end in (0.2, 0.4, 0.6)}, 1.0: "full"}
+    return (
+        Scheme("plain guidance by S*, C", text=False),
+        *(
+            Scheme(name if refresh == 1 else f"{name}, refresh {refresh}", end, refresh)
+            for end, name in windows.items()
+            for refresh in (1, 2, 3)
+        ),
+    )
 
 
-def predictor(fused: FusedToybox, given: Conditions, guidance: Guidance, scheme: Scheme, steps: int) -> PredictStage:
-    """The guided noise of a run, which keeps what it may use again."""
-    times = timestep_of(sampling_sigmas(steps)[:-1]).tolist()
-    predictions: dict[str, Tensor] = {}
-    differences: dict[str, Tensor] = {}
-
-    def predict(x: Tensor, t: Tensor, stage: Stage) -> Tensor:
-        terms = scheme.terms(stage, times.index(int(t[0])), steps)
-        fusing = stage == "fusion"
-        new = [name for name in ("text", "nothing") if getattr(terms, name) == "new"]
-        contexts = [given.word(t[:1], guidance.gamma if fusing else 1.0), *(getattr(given, name) for name in new)]
-        word, *others = fused.evaluate(x, t, contexts)
-        for name, prediction in zip(new, others, strict=True):
-            predictions[name], differences[name] = prediction, prediction - word
-        nothing = predictions["nothing"] if terms.nothing == "stale" else word + differences["nothing"]
-        mean = word if terms.text == "none" else mean_prediction([word, word + differences["text"]], guidance.weights)
-        return guide(nothing, mean, guidance.fusion_cfg if fusing else guidance.cfg)
-
-    return predict
+SCHEMES = _schemes()
+FULL = next(scheme for scheme in SCHEMES if scheme.name == "full")
 
 
 def draw(
@@ -137,8 +69,9 @@ def draw(
     pictures: Sequence[Tensor], generators: Sequence[torch.Generator], fresh: torch.Generator,
 ) -> Tensor:  # fmt: skip
     """Latents by a scheme, one for each picture."""
-    given = fused.conditions(prompt, nouns, pictures)
-    return fused.sample(predictor(fused, given, guidance, scheme, steps), generators, options_of(scheme, steps), steps, fresh)
+    return fused.generate(
+        prompt, nouns, pictures, generators, scheme.guidance(guidance), scheme.options(steps), steps, fresh
+    )
 
 
 def costs(fused: FusedToybox, guidance: Guidance, steps: int, batch: int, rounds: int) -> dict[str, dict[str, float]]:

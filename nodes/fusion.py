@@ -39,6 +39,14 @@ def _guidance_inputs() -> list:
     ]  # fmt: skip
 
 
+def _refresh_input() -> io.Int.Input:
+    return io.Int.Input(
+        "refresh", default=2, min=1, max=10, optional=True,
+        tooltip="Where there are several conditionings, only one evaluation of so many asks all of them; those between ask the "
+        "first, and take what the others and the negative add from the last time. 2: plain guidance's cost. 1: the paper's.",
+    )  # fmt: skip
+
+
 def _stage_inputs() -> list:
     return [
         io.Int.Input(
@@ -93,15 +101,16 @@ class FusionGuiderNode(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip="The unconditional: an empty prompt, or what you do not want."),
                 *_guidance_inputs(),
                 *[entry for suffix in MORE_TERMS for entry in _term_inputs(suffix)],
+                _refresh_input(),
             ],
             outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced.")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, conditioning, weight, negative, cfg, fusion_cfg, gamma, mode, **more) -> io.NodeOutput:
+    def execute(cls, model, conditioning, weight, negative, cfg, fusion_cfg, gamma, mode, refresh=2, **more) -> io.NodeOutput:
         conditionings, weights = _terms((conditioning, weight), more)
         guider = FusionGuider(model)
-        guider.set_terms(conditionings, negative, Guidance(weights, cfg, fusion_cfg, gamma, mode))
+        guider.set_terms(conditionings, negative, Guidance(weights, cfg, fusion_cfg, gamma, mode, refresh))
         return io.NodeOutput(guider)
 
 
@@ -177,6 +186,7 @@ class FusionKSampler(io.ComfyNode):
                     "text_weight", default=0.5, min=-10.0, max=10.0, step=0.05, optional=True,
                     tooltip="Weight of the plain text beside S*, which has 1.",
                 ),
+                _refresh_input(),
             ],
             outputs=[io.Latent.Output(tooltip="The drawn latent.")],
             hidden=[io.Hidden.unique_id],
@@ -185,11 +195,11 @@ class FusionKSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise, fusion_steps, eta,
-        fusion_start, fusion_end, fusion_cfg, gamma, mode, text=None, text_weight=0.5,
+        fusion_start, fusion_end, fusion_cfg, gamma, mode, text=None, text_weight=0.5, refresh=2,
     ) -> io.NodeOutput:  # fmt: skip
         terms, weights = ([positive], (1.0,)) if text is None else ([positive, text], (1.0, text_weight))
         guider = FusionGuider(model)
-        guider.set_terms(terms, negative, Guidance(weights, cfg, fusion_cfg, gamma, mode))
+        guider.set_terms(terms, negative, Guidance(weights, cfg, fusion_cfg, gamma, mode, refresh))
         plan = comfy.samplers.KSampler(
             model, steps=steps, device=model.load_device, sampler=sampler_name, scheduler=scheduler, denoise=denoise,
             model_options=model.model_options,

@@ -18,7 +18,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..profusion.fusion import FusionOptions, Guidance, fusion_stage, mean_prediction, segments
+from ..profusion.fusion import FusionOptions, Guidance, KeptDifferences, fusion_stage, mean_prediction, segments
 
 WORD = "profusion_word"
 STAGE = "profusion_stage"
@@ -65,10 +65,15 @@ class FusionGuider(comfy.samplers.CFGGuider):
                 cond.setdefault("prompt_type", "positive")
         self._contexts: dict[int, Callable] = {}
         self._own: dict[int, bool] = {}
+        self._begin()
+
+    def _begin(self) -> None:
         self.rows = self.calls = 0
+        several = sum(1 for weight in self.guidance.weights if weight) > 1  # one alone is the plain guider, to the bit
+        self._kept = KeptDifferences(self.guidance.refresh if several else 1)
 
     def sample(self, noise, latent_image, sampler, sigmas, *args, **kwargs):
-        self.rows = self.calls = 0
+        self._begin()
         sampling = self.model_patcher.get_model_object("model_sampling")
         alone = self.guidance.mode == "independent"
         words = {id(cond[WORD]): cond[WORD] for name in self._names for cond in self.original_conds[name] if WORD in cond}
@@ -85,12 +90,9 @@ class FusionGuider(comfy.samplers.CFGGuider):
         gamma = self.guidance.gamma if fusing else 1.0
         used = [(name, weight) for name, weight in zip(self._names, self.guidance.weights, strict=True) if weight]
         terms = [self._at(self.conds[name], x, float(timestep.flatten()[0]), gamma) for name, _ in used]
-        unneeded = math.isclose(cfg, 1.0) and not model_options.get("disable_cfg1_optimization", False)
-        negative = None if unneeded else self.conds.get("negative")
+        negative = None if self._without_negative(cfg, model_options) else self.conds.get("negative")
         conds = [terms[0], negative, *terms[1:]]
-        self.rows += len(x) * sum(len(group) for group in conds if group)
-        self.calls += 1
-        predicted = _calc_conds(self.inner_model, conds, x, timestep, model_options)
+        predicted = self._predictions(conds, x, timestep, model_options)
         for function in model_options.get("sampler_pre_cfg_function", []):
             predicted = function(
                 {"conds": conds, "conds_out": predicted, "cond_scale": cfg, "timestep": timestep, "input": x,
@@ -100,6 +102,19 @@ class FusionGuider(comfy.samplers.CFGGuider):
         return comfy.samplers.cfg_function(
             self.inner_model, mean, predicted[1], cfg, x, timestep, model_options=model_options, cond=terms[0], uncond=negative
         )
+
+    def _without_negative(self, cfg: float, model_options: dict) -> bool:
+        """Whether guidance needs no negative: not by this scale, nor by the other stage's where differences are kept for it."""
+        scales = (cfg,) if self._kept.always else (self.cfg, self.guidance.fusion_cfg)
+        return all(math.isclose(scale, 1.0) for scale in scales) and not model_options.get("disable_cfg1_optimization", False)
+
+    def _predictions(self, conds: list, x: Tensor, timestep: Tensor, model_options: dict) -> list[Tensor]:
+        """Of all conds, though not all are evaluated at every call."""
+        asked = conds if self._kept.due else conds[:1]
+        self.rows += len(x) * sum(len(group) for group in asked if group)
+        self.calls += 1
+        evaluated = _calc_conds(self.inner_model, asked, x, timestep, model_options)
+        return self._kept.complete(evaluated, float(timestep.flatten()[0]) or 1.0)
 
     def _at(self, conds: list[dict], x: Tensor, sigma: float, gamma: float) -> list[dict]:
         """The conds of a term as they are at this noise level."""

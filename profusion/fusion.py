@@ -73,6 +73,7 @@ class Guidance:
     weights: of each condition. cfg: the scale in the refinement stage. fusion_cfg and gamma: the scale, and the factor of
     S*'s rows in the context, in the fusion stage (the authors' code: 3 and 0.8). mode: "dependent" evaluates S* within its
     prompt, e(S*, C); "independent" in a prompt of its own, e(S*), so that only the other conditions say the text.
+    refresh: of how many evaluations one asks all conditions, where there are several (see `KeptDifferences`); the paper: 1.
     """
 
     weights: tuple[float, ...]
@@ -80,6 +81,7 @@ class Guidance:
     fusion_cfg: float = 3.0
     gamma: float = 0.8
     mode: Mode = "dependent"
+    refresh: int = 1
 
     def __post_init__(self) -> None:
         if not self.weights:
@@ -90,6 +92,45 @@ class Guidance:
         for name in ("cfg", "fusion_cfg", "gamma"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)} is not a finite number")
+        if self.refresh < 1:
+            raise ValueError(f"refresh={self.refresh}: give 1 (all conditions at every evaluation) or more")
+
+
+class KeptDifferences:
+    """What the other predictions of a run differ from the first by, evaluated at one call of `refresh` and kept between.
+
+    The guided prediction is e_1 + d_0 + s (sum_i w_i d_i / sum w - d_0) with d_i = e_i - e_1 and d_0 = e_0 - e_1. From one
+    noise level to the next the differences change less than the predictions do, so that a call between can do with e_1 alone:
+    one row where (S*, C), C and nothing are three.
+    """
+
+    def __init__(self, refresh: int):
+        self._refresh, self._calls = refresh, 0
+        self._kept: list[Tensor] = []
+
+    @property
+    def always(self) -> bool:
+        """Whether nothing is ever kept."""
+        return self._refresh == 1
+
+    @property
+    def due(self) -> bool:
+        """Whether the next call needs all predictions, not the first alone."""
+        return self._calls % self._refresh == 0
+
+    def complete(self, predictions: Sequence[Tensor], unit: float = 1.0) -> list[Tensor]:
+        """All predictions, from all or from the first alone; where all are due they come back as they are.
+
+        unit: what a prediction's difference is proportional to at equal difference of noise: 1 where noise is predicted,
+        sigma where denoised pictures are (x0 = x - sigma eps).
+        """
+        if self.due:
+            self._kept = [(other - predictions[0]) / unit for other in predictions[1:]] if not self.always else []
+            completed = list(predictions)
+        else:
+            completed = [predictions[0], *(predictions[0] + kept * unit for kept in self._kept)]
+        self._calls += 1
+        return completed
 
 
 def swap_share(ratio: float | Tensor, eta: float) -> float | Tensor:

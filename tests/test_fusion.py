@@ -8,6 +8,7 @@ import torch
 from profusion.diffusion import _alphas_cumprod, sample_euler, sampling_sigmas
 from profusion.fusion import (
     FusionOptions,
+    KeptDifferences,
     expected_calls,
     fusion_stage,
     guide,
@@ -208,3 +209,27 @@ def test_options_are_checked(options, message):
 def test_weights_are_checked(weights, message):
     with pytest.raises(ValueError, match=message):
         mean_prediction([torch.zeros(1), torch.zeros(1)], weights)
+
+
+def test_differences_are_kept_between_refreshes(generator):
+    predictions = [torch.randn(3, 2, 4, 6, 6, generator=generator) for _ in range(4)]
+    kept, units = KeptDifferences(3), (4.0, 2.0, 1.0, 0.5)
+    completed = []
+    for batch, unit in zip(predictions, units, strict=True):
+        completed.append((kept.due, kept.complete(list(batch) if kept.due else [batch[0]], unit)))
+    assert [due for due, _ in completed] == [True, False, False, True]
+    for call in (0, 3):
+        assert all(map(torch.equal, completed[call][1], predictions[call]))
+    for call in (1, 2):
+        for index in range(3):
+            scale = units[call] / units[0]
+            expected = predictions[call][0] + scale * (predictions[0][index] - predictions[0][0])
+            torch.testing.assert_close(completed[call][1][index], expected)
+
+
+def test_a_refresh_of_one_keeps_nothing(generator):
+    kept = KeptDifferences(1)
+    for _ in range(3):
+        assert kept.due
+        batch = list(torch.randn(2, 1, 4, 6, 6, generator=generator))
+        assert all(map(torch.equal, kept.complete(batch, 0.0), batch))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion import eps_denoiser, sample_euler, sampling_sigmas
-from ..fusion import FusionOptions, Guidance, Mode, Stage, guide, mean_prediction, sample_fusion
+from ..fusion import FusionOptions, Guidance, KeptDifferences, Mode, Stage, guide, mean_prediction, sample_fusion
 from ..infusion import cross_attention_layers
 from ..promptnet.file import load_promptnet
 from ..promptnet.network import KNOTS, PromptNet, interpolated, merged
@@ -137,13 +137,14 @@ class FusedToybox:
         two. fresh: see `sample`.
         """
         given = self.conditions(prompt, nouns, pictures, guidance.mode)
+        weights = [weight for weight in guidance.weights if weight]
+        kept = KeptDifferences(guidance.refresh if len(weights) > 1 else 1)
 
         def predict(x: Tensor, t: Tensor, stage: Stage) -> Tensor:
             fusing = stage == "fusion"
             terms = [given.word(t[:1], guidance.gamma if fusing else 1.0), given.text]
-            used = [(term, weight) for term, weight in zip(terms, guidance.weights, strict=False) if weight]
-            *conditional, nothing = self.evaluate(x, t, [*(term for term, _ in used), given.nothing])
-            mean = mean_prediction(conditional, [weight for _, weight in used])
-            return guide(nothing, mean, guidance.fusion_cfg if fusing else guidance.cfg)
+            contexts = [term for term, weight in zip(terms, guidance.weights, strict=False) if weight] + [given.nothing]
+            *conditional, nothing = kept.complete(self.evaluate(x, t, contexts if kept.due else contexts[:1]))
+            return guide(nothing, mean_prediction(conditional, weights), guidance.fusion_cfg if fusing else guidance.cfg)
 
         return self.sample(predict, generators, options, steps, fresh)

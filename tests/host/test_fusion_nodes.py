@@ -30,6 +30,7 @@ def node(pack):
             "seed": 7, "steps": 4, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0,
             "latent_image": {"samples": torch.zeros(1, 4, 8, 8)}, "fusion_steps": 1, "eta": 1.0, "fusion_start": 0.0,
             "fusion_end": 1.0, "fusion_cfg": 3.0, "gamma": 0.8, "mode": "dependent",
+            "refresh": 1,
         }  # fmt: skip
         with torch.inference_mode():
             output = pack.nodes.fusion.FusionKSampler.execute(model, positive=positive, negative=negative, **{**defaults, **inputs})
@@ -67,7 +68,7 @@ def test_the_schemas_are_valid(pack):
 @pytest.mark.parametrize("sampler", comfy_samplers.KSampler.SAMPLERS)
 def test_without_fusion_steps_and_further_terms_it_is_ksampler_bit_for_bit(node, model, texts, sampler):
     positive, _, negative = texts
-    for inputs in ({"fusion_steps": 0}, {"eta": 0.0}):
+    for inputs in ({"fusion_steps": 0}, {"eta": 0.0, "refresh": 2}):
         same = node(model, positive, negative, sampler_name=sampler, **inputs)
         assert torch.equal(same, tiny.sample(model, positive, negative, sampler, steps=4))
 
@@ -105,6 +106,38 @@ def test_all_terms_of_a_step_are_one_batch_and_are_counted(node, counted, texts,
     assert stages == ["fusion", None] * 3 + [None]  # none before the last step
     assert all((rows, sorted(which)) == (6, [0, 1, 2]) for rows, which, _ in counted.calls)
     assert shown == ["5.25 UNet rows a step and picture (plain guidance: 2)"]  # 7 calls of 3, in 4 steps
+
+
+def test_refresh_saves_rows_where_there_are_several_terms(node, counted, texts):
+    positive, text, negative = texts
+    node(counted.model, positive, negative, text=text, refresh=2)
+    assert [rows for rows, *_ in counted.calls] == [3, 1, 3, 1, 3, 1, 3]
+    assert all(which == (0,) for rows, which, _ in counted.calls if rows == 1)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "dpmpp_sde"])
+def test_what_refresh_keeps_is_the_difference_of_noise(node, model, texts, sampler, monkeypatch):
+    """Where the terms do differ by the same noise at every level, keeping changes nothing: denoised pictures then differ
+    by that times sigma, which the kept differences must follow."""
+    offsets = dict(zip((0, 1, 2), torch.randn(3, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5)), strict=True))
+
+    def straight(inner_model, conds, x, sigma, model_options):
+        return [x / (1 + sigma**2) - sigma * offsets[index] for index, _ in enumerate(conds)]
+
+    monkeypatch.setattr(comfy_samplers, "calc_cond_batch", straight)
+    positive, text, negative = texts
+    every, second = (node(model, positive, negative, text=text, sampler_name=sampler, refresh=refresh) for refresh in (1, 2))
+    torch.testing.assert_close(second, every, rtol=1e-4, atol=1e-4 * every.abs().max().item())
+
+
+def test_a_stage_without_guidance_does_not_spoil_what_is_kept_for_the_other(node, counted, texts):
+    """At cfg 1 the negative is left out, but its difference is needed where the other stage has guidance."""
+    positive, text, negative = texts
+    result = node(counted.model, positive, negative, text=text, refresh=2, fusion_cfg=1.0)
+    assert result.isfinite().all() and counted.calls[0][0] == 3
+    counted.calls.clear()
+    node(counted.model, positive, negative, text=text, refresh=2, fusion_cfg=1.0, cfg=1.0)
+    assert [rows for rows, *_ in counted.calls] == [2, 1, 2, 1, 2, 1, 2]
 
 
 def test_the_stages_are_the_kernels(node, model, texts, pack):
@@ -234,7 +267,7 @@ def test_the_guider_and_the_sampler_compose_with_the_hosts_own(pack, model, text
 
 @pytest.mark.parametrize(
     ("inputs", "message"),
-    [({"eta": 1.5}, "eta=1.5"), ({"text_weight": -1.0}, "sum to 0"), ({"fusion_start": 0.6, "fusion_end": 0.3}, "never act")],
+    [({"eta": 1.5}, "eta=1.5"), ({"text_weight": -1.0}, "sum to 0"), ({"fusion_start": 0.6, "fusion_end": 0.3}, "never act"), ({"refresh": 0}, "refresh=0")],
 )
 def test_bad_inputs_are_explained(node, model, texts, inputs, message):
     positive, text, negative = texts

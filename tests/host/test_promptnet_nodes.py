@@ -63,6 +63,7 @@ class Studio:
             "seed": 7, "steps": 4, "cfg": 4.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0,
             "latent_image": {"samples": torch.zeros(1, 4, 12, 12)}, "fusion_steps": 1, "eta": 1.0, "fusion_start": 0.0,
             "fusion_end": 1.0, "fusion_cfg": 3.0, "gamma": 0.8, "mode": "dependent",
+            "refresh": 1,
         }  # fmt: skip
         negative = tiny.encode(self.clip, "")
         with torch.inference_mode():

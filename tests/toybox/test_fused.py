@@ -97,6 +97,18 @@ def test_rows_are_counted(fused):
     assert fused.rows - before == (3 + 4) * 3 * 2  # no fusion stage before the last step; three conditions; two pictures
 
 
+def test_refresh_is_for_several_conditions(fused):
+    """With one there is nothing to save: the run is the same, to the bit. With two, plain guidance's rows are enough."""
+    given = ("a S*", ["ball"], [pictures(1)])
+    drawn = [
+        fused.generate(*given, seeded(1), Guidance((1.0,), refresh=refresh), FusionOptions(0), 4) for refresh in (1, 2)
+    ]
+    assert torch.equal(*drawn)
+    before = fused.rows
+    fused.generate(*given, seeded(1), Guidance((1.0, 0.5), refresh=2), FusionOptions(0), 4)
+    assert fused.rows - before == 2 * 4
+
+
 def test_s_alone_says_nothing_of_the_prompt(fused):
     """independent: the rest of the prompt reaches the picture through the plain text only, which has no weight here."""
     guidance = Guidance((1.0, 0.0), CFG, mode="independent")
