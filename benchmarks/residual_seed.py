@@ -140,10 +140,7 @@ def measure(fused: FusedToybox, judge: Judge, concept: demo.Concept, given: argp
     began, toybox = time.monotonic(), fused.toybox
     options = TrainingOptions(max(given.at), given.learning_rate, seed=given.seed)
     judged = Yardstick(toybox, judge, concept, options.preserve, given.sampling_steps)
-    shown = concept.pictures
-    if given.masked:
-        shown = torch.lerp(torch.full_like(shown, 0.5), shown, concept.masks[..., None])
-    seed, found = fused.seed(shown, concept.noun), {}
+    seed, found = fused.seed(concept.pictures, concept.masks, concept.noun), {}
     for name, start in (("zero", scaled(seed, 0.0)), ("seed", seed)):
         found[name] = {}
         for step, point in curve(toybox, concept, options, start, judged, given.at):
@@ -182,7 +179,6 @@ def main() -> None:
     parser.add_argument("--promptnet", type=Path, default=WEIGHTS / "toybox_promptnet.safetensors", help="the PromptNet's file")
     parser.add_argument("--concepts", type=int, default=4, choices=range(1, len(world.CONCEPTS) + 1), help="how many")
     parser.add_argument("--at", type=int, nargs="+", default=list(AT), help="training steps at which both are judged")
-    parser.add_argument("--masked", action="store_true", help="show PromptNet the things alone, on grey")
     parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--sampling-steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the trainings")

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..profusion.diffusion import alphas_cumprod
-from ..profusion.pictures import concept_pictures
 from ..profusion.promptnet.file import SUFFIX, load_promptnet, official_promptnet
 from ..profusion.promptnet.network import (
     KNOTS,
@@ -94,12 +93,6 @@ def check_connected(**parts: Any) -> None:
             raise ValueError(f"{name} is None: the checkpoint that was loaded has none")
 
 
-def encode_images(promptnet: LoadedPromptNet, vae: Any, clip_vision: Any, images: Tensor, masks: Tensor | None) -> Reference:
-    """A node's IMAGE, grey where its MASK is black."""
-    pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
-    return encode_pictures(promptnet, vae, clip_vision, pictures if masks is None else shown(pictures, weights))
-
-
 def encode_pictures(promptnet: LoadedPromptNet, vae: Any, clip_vision: Any, pictures: Tensor) -> Reference:
     """Pictures (P, H, W, 3) in [0, 1]; H and W multiples of the VAE's. Raises PromptNetError where something does not fit."""
     tokens = clip_vision.encode_image(pictures)["last_hidden_state"]
@@ -141,10 +134,9 @@ class WordInPrompt:
         """A CONDITIONING for any sampler: its S* is the mean over the timesteps."""
         return [[self.context, {"pooled_output": self.pooled, WORD: self}]]
 
-    def over_time(self, prompt: str) -> tuple[Tensor, tuple[int, ...]]:
-        """Another prompt with the S* of each knot: contexts (K, L, D), and S*'s rows."""
-        contexts, _, rows = self._encode(prompt, self._words)
-        return contexts, rows
+    def in_prompt(self, prompt: str) -> Tensor:
+        """The context (1, L, D) of another prompt with the same static S*."""
+        return self._encode(prompt, self._words.mean(dim=0, keepdim=True))[0]
 
     def contexts(self, model_sampling: Any, alone: bool) -> Callable[[Tensor, float], Tensor]:
         """See `host_fusion.Word`."""

@@ -8,16 +8,16 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..profusion.infusion import architecture_name
+from ..profusion.pictures import concept_pictures
 from ..profusion.promptnet.file import SUFFIX
 from ..profusion.promptnet.network import PromptNetError, check_fits
 from ..profusion.promptnet.pseudo_word import PLACEHOLDER, with_noun
-from ..profusion.promptnet.seed import seed_residual
+from ..profusion.promptnet.seed import PROMPTS, ResidualSeed, attention_modules
 from ..profusion.toybox.pipeline import WEIGHTS
-from ..profusion.training import PROMPTS
 from .folders import PROMPTNETS, find, fingerprint, register, why_not_found
 from .host import model_layers
-from .host_promptnet import LoadedPromptNet, WordInPrompt, check_connected, encode_images, load
-from .host_training import encode_prompts
+from .host_promptnet import LoadedPromptNet, WordInPrompt, check_connected, encode_pictures, load, shown
+from .host_training import Progress, TrainedModel, encode_prompts, encode_references
 from .messages import show
 
 TOYBOX = "Toybox"
@@ -118,7 +118,10 @@ class PromptNetEncode(io.ComfyNode):
     def execute(cls, promptnet: LoadedPromptNet, clip, clip_vision, vae, images, text, noun, masks=None) -> io.NodeOutput:
         check_connected(clip=clip, clip_vision=clip_vision, vae=vae)
         plain = with_noun(text, noun)
-        word = WordInPrompt(promptnet, clip, encode_images(promptnet, vae, clip_vision, images, masks), text)
+        pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
+        if masks is not None:
+            pictures = shown(pictures, weights)
+        word = WordInPrompt(promptnet, clip, encode_pictures(promptnet, vae, clip_vision, pictures), text)
         return io.NodeOutput(word.conditioning(), clip.encode_from_tokens_scheduled(clip.tokenize(plain)))
 
 
@@ -130,19 +133,19 @@ class ResidualFromPromptNet(io.ComfyNode):
             display_name="Residual from PromptNet",
             category="ProFusion",
             description=(
-                "Turns what PromptNet sees in pictures into a residual at the class noun, without training: the noun's value "
-                "becomes that of S*. Train it further in Residual Trainer, or draw it with Infusion Attention Patch."
+                "Turns what PromptNet sees in pictures into a residual at the class noun, without training, in the time of a "
+                "few steps of it. Train it further in Residual Trainer, or draw it with Infusion Attention Patch."
             ),
             inputs=[
                 io.Custom("PROMPTNET").Input("promptnet", tooltip="From PromptNet Loader."),
                 io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
                 io.ClipVision.Input("clip_vision", tooltip="The image encoder that the PromptNet was trained with."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
-                io.Model.Input("model", tooltip="The model that the residual is for. Nothing is evaluated: it says which layers there are."),
+                io.Model.Input("model", tooltip="The model that the residual is for. LoRAs and other patches on it take part."),
                 io.Image.Input("images", tooltip="The picture, or several of the same thing, of which the mean counts: those to train on."),
                 io.String.Input("noun", default="", tooltip="The class noun, such as cat: the one that Residual Trainer is given."),
                 io.Mask.Input(
-                    "masks", optional=True, tooltip="White where the thing is, one for each picture or one for all; the rest is grey."
+                    "masks", optional=True, tooltip="White where the thing is, one for each picture or one for all: what is around it stays."
                 ),
             ],
             outputs=[
@@ -156,10 +159,20 @@ class ResidualFromPromptNet(io.ComfyNode):
         noun, layers = noun.strip(), model_layers(model)
         check_fits(promptnet.config, architecture=architecture_name(layers))
         conditionings, rows = encode_prompts(clip, noun, layers)
-        spoken = [prompt.format(PLACEHOLDER) for prompt in PROMPTS]
-        word = WordInPrompt(promptnet, clip, encode_images(promptnet, vae, clip_vision, images, masks), spoken[0])
-        plain = [(conditioning[0][0], places) for conditioning, places in zip(conditionings, rows, strict=True)]
-        return io.NodeOutput(seed_residual([word.over_time(prompt) for prompt in spoken], plain, layers, noun))
+        pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
+        references = encode_references(model, vae, pictures, weights)
+        word = WordInPrompt(promptnet, clip, encode_pictures(promptnet, vae, clip_vision, pictures), PROMPTS[0][1])
+        spoken = [word.in_prompt(prompt) for _, prompt in PROMPTS]
+        trained, modules = TrainedModel(model, conditionings), attention_modules(model.get_model_object("diffusion_model"))
+        seeding = ResidualSeed(trained.predict_noise, references, rows, spoken, modules, layers, noun, trained.sigmas)
+        progress = Progress(seeding.batches)
+
+        def work() -> None:
+            for done in seeding.steps():
+                progress.report(done)
+
+        trained.run(work, (seeding.batch_size, *references[0].latent.shape))
+        return io.NodeOutput(seeding.residual())
 
 
 NODES = [PromptNetLoader, PromptNetEncode, ResidualFromPromptNet]

@@ -14,9 +14,8 @@ from ..infusion import cross_attention_layers
 from ..promptnet.file import load_promptnet
 from ..promptnet.network import KNOTS, PromptNet, interpolated, merged
 from ..promptnet.pseudo_word import PLACEHOLDER, encode_tokens, prompt_tokens, scaled, with_noun
-from ..promptnet.seed import seed_residual
+from ..promptnet.seed import PROMPTS, ResidualSeed, attention_modules
 from ..residual import Residual
-from ..training import PROMPTS
 from .pipeline import STEPS, Toybox, initial_noise, noun_rows, weight_file
 
 ALONE = f"a photo of {PLACEHOLDER}"
@@ -56,15 +55,20 @@ class FusedToybox:
         pairs = zip(latents.split(1), tokens.split(1), strict=True)
         return merged([self.promptnet.embed_all(latent, token, timesteps) for latent, token in pairs])
 
-    @torch.no_grad()
-    def seed(self, pictures: Tensor, noun: str) -> Residual:
-        """A residual from which a training on these pictures (P, 96, 96, 3) of one thing may start."""
-        words = self.words(pictures, torch.tensor(KNOTS))
-        spoken = [self._encoded(prompt.format(PLACEHOLDER), words) for prompt in PROMPTS]
-        prompts = [prompt.format(noun) for prompt in PROMPTS]
-        plain = [(self.toybox.context(prompt), noun_rows(prompt, noun)) for prompt in prompts]
-        layers = cross_attention_layers(dict(self.toybox.unet.named_parameters()))
-        return seed_residual(spoken, plain, layers, noun)
+    def seed(self, pictures: Tensor, masks: Tensor, noun: str) -> Residual:
+        """A residual from which a training on these pictures (P, 96, 96, 3) of one thing, masks (P, 96, 96), may start."""
+        word = self.words(pictures, torch.tensor(KNOTS)).mean(dim=0, keepdim=True)  # (1, tokens, width)
+        plain = [prompt.format(noun) for prompt, _ in PROMPTS]
+        with torch.no_grad():
+            spoken = [self._encoded(prompt, word)[0] for _, prompt in PROMPTS]
+        unet, predict_noise = self.toybox.unet, self.toybox.noise_predictor(plain)
+        layers = cross_attention_layers(dict(unet.named_parameters()))
+        rows = [noun_rows(prompt, noun) for prompt in plain]
+        references = self.toybox.references(pictures, masks)
+        seeding = ResidualSeed(predict_noise, references, rows, spoken, attention_modules(unet), layers, noun)
+        for _ in seeding.steps():
+            pass
+        return seeding.residual()
 
     @torch.no_grad()
     def contexts(self, prompt: str, pictures: Sequence[Tensor]) -> Callable[[Tensor, float], Tensor]:

@@ -178,16 +178,17 @@ class Toybox:
     ) -> ResidualTraining:
         """A residual's training on pictures (M, H, W, 3) in [0, 1] and masks (M, H, W); H and W multiples of 8."""
         prompts = [prompt.format(noun) for prompt in PROMPTS]
-        sides = [self._references(pictures, masks)]
+        sides = [self.references(pictures, masks)]
         if options.flip:
-            sides.append(self._references(pictures.flip(2), masks.flip(2)))
+            sides.append(self.references(pictures.flip(2), masks.flip(2)))
         layers = cross_attention_layers(dict(self.unet.named_parameters()))
         rows = [noun_rows(prompt, noun) for prompt in prompts]
         return ResidualTraining(
             self.noise_predictor(prompts), sides[0], rows, layers, noun, options, sides[-1] if options.flip else (), resume
         )
 
-    def _references(self, pictures: Tensor, masks: Tensor) -> list[Reference]:
+    def references(self, pictures: Tensor, masks: Tensor) -> list[Reference]:
+        """Pictures (M, H, W, 3) and masks (M, H, W) as a training takes them."""
         latents = self.vae.latents(pictures)
         weights = latent_masks(masks, latents.shape[-2:])
         return [Reference(latent, weight) for latent, weight in zip(latents, weights, strict=True)]

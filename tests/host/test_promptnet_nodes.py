@@ -223,14 +223,36 @@ def test_residuals_and_s_meet_in_one_graph(studio, infused_toybox):
     assert customised.isfinite().all() and not torch.equal(customised, expected)
 
 
-def test_a_residual_from_a_promptnet_is_the_kernel_s(studio):
-    kernel, pictures = studio.modules["profusion.toybox.fused"], studio.pictures(2)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_residual_from_a_promptnet_is_the_kernel_s(studio, masked):
+    kernel, pictures, masks = studio.modules["profusion.toybox.fused"], studio.pictures(2), torch.ones(2, 96, 96)
+    masks[:, :, :40] = 1 - masked
     toybox = studio.modules["profusion.toybox.pipeline"].Toybox.load()
-    expected = kernel.FusedToybox(toybox, studio.promptnet.network).seed(pictures, "cat")
-    residual = studio.seed(" cat ", pictures)
+    expected = kernel.FusedToybox(toybox, studio.promptnet.network).seed(pictures, masks, "cat")
+    residual = studio.seed(" cat ", pictures, masks=masks if masked else None)
     assert (residual.noun, residual.steps, residual.layers) == ("cat", 0, expected.layers)
-    assert residual.architecture == "Toybox" and residual.delta.abs().max() > 0.01
-    torch.testing.assert_close(residual.delta, expected.delta, rtol=0, atol=1e-4)
+    assert residual.architecture == "Toybox" and expected.delta.norm() > 1
+    assert (residual.delta - expected.delta).norm() < 1e-3 * expected.delta.norm()
+
+
+def test_cancel_stops_a_residual_from_a_promptnet(studio):
+    import comfy.model_management as management
+    import comfy.utils
+
+    done = []
+
+    def hook(value, total, preview, node_id=None):
+        done.append(value)
+        management.interrupt_current_processing(value == 2)
+
+    comfy.utils.set_progress_bar_global_hook(hook)
+    try:
+        with pytest.raises(management.InterruptProcessingException):
+            studio.seed()
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+        management.interrupt_current_processing(False)
+    assert done == [1, 2]
 
 
 def test_a_residual_from_a_promptnet_is_drawn_and_saved(studio, infused_toybox, tmp_path):
@@ -258,16 +280,6 @@ def test_a_training_starts_from_a_residual_from_a_promptnet(studio, tmp_path, mo
         trained = trainer.execute(studio.model, studio.clip, studio.vae, **arguments, resume=start).args[0]
     moved = (trained.delta - start.delta).abs()
     assert trained.steps == 1 and trained.seed == 5 and 0 < moved.max() <= 1.01 * rate
-
-
-def test_masks_make_the_rest_grey_for_a_residual_too(studio):
-    mask = torch.zeros(1, 96, 96)
-    mask[:, 20:70, 20:70] = 1
-    one, other = studio.pictures(seed=1), studio.pictures(seed=1)
-    other[:, :10] = 0.9  # outside the mask
-    masked = [studio.seed(pictures=picture, masks=mask).delta for picture in (one, other)]
-    torch.testing.assert_close(*masked, rtol=0, atol=1e-5)
-    assert not torch.allclose(studio.seed(pictures=one).delta, masked[0], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
