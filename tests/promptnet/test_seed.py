@@ -5,7 +5,6 @@ import torch
 from torch.nn import functional as F
 
 from profusion.infusion import Placement, cross_attention_layers, customised_patches, foundation_patches
-from profusion.models.configs import UNetConfig
 from profusion.models.unet import CrossAttention
 from profusion.promptnet import seed
 from profusion.promptnet.seed import PROMPTS, ResidualSeed, attention_modules, demand, least_squares
@@ -68,9 +67,6 @@ def test_a_value_that_alone_differs_is_found_again(attention, monkeypatch):
 
 def test_a_noun_that_nobody_looks_at_asks_for_nothing():
     assert torch.equal(least_squares(drawn(4, 4, 24), torch.zeros(4), torch.zeros(4, 4)), torch.zeros(24))
-
-
-SMALL = UNetConfig(32, (1, 2), 1, (1, 1), 1, 24, num_heads=2)
 
 
 def seeding(small, words, batches=2, **inputs):
