@@ -177,7 +177,7 @@ def table(measured: Sequence[Measured], at: Sequence[int]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--promptnet", type=Path, default=WEIGHTS / "toybox_promptnet.safetensors", help="the PromptNet's file")
-    parser.add_argument("--concepts", type=int, default=4, choices=range(1, len(world.CONCEPTS) + 1), help="how many")
+    parser.add_argument("--concepts", type=int, default=4, choices=range(2, len(world.CONCEPTS) + 1), help="how many")
     parser.add_argument("--at", type=int, nargs="+", default=list(AT), help="training steps at which both are judged")
     parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--sampling-steps", type=int, default=20)
