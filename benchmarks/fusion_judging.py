@@ -42,6 +42,11 @@ class References:
     def nouns(self) -> list[str]:
         return [scene.objects[0].noun for scene in self.scenes]
 
+    def only(self, index: int) -> References:
+        """One of them."""
+        part = slice(index, index + 1)
+        return References(self.pictures[part], self.masks[part], self.scenes[part])
+
 
 def references(count: int, seed: int) -> References:
     """Single objects of combinations that training never drew."""
@@ -75,13 +80,16 @@ def rounded(values: Sequence[float]) -> list[float]:
     return [round(value, 4) for value in mean_interval(values)]
 
 
-def scores(draw: Draw, judge: Judge, known: References, prompts: Sequence[str], batch: int) -> Scores:
-    """Draw every reference under every prompt, and judge."""
+def scores(
+    draw: Draw, judge: Judge, known: References, prompts: Sequence[str], batch: int, first_seed: int = 0
+) -> Scores:
+    """Draw every reference under every prompt, and judge. first_seed: of the first reference; the next has the next."""
     concept, nouns, texts = [], [], []
     for number, prompt in enumerate(prompts):
         for first in range(0, len(known.scenes), batch):
             some = range(first, min(first + batch, len(known.scenes)))
-            starts, fresh = seeded(*(7000 * number + index for index in some)), torch.Generator().manual_seed(7000 * number + first)
+            base = 7000 * number + first_seed
+            starts, fresh = seeded(*(base + index for index in some)), torch.Generator().manual_seed(base + first)
             pictures = draw(prompt, known.nouns[first : some.stop], known.pictures[first : some.stop].split(1), starts, fresh)
             text, pictures = _text(judge, pictures, prompt)
             seen = judge.look(pictures)

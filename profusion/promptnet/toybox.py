@@ -8,9 +8,11 @@ from torch import Tensor
 from ..diffusion import timestep_of
 from ..models.tokenizer import words_to_ids
 from ..toybox.pipeline import Toybox
+from .changes import attention_layers, start_changes
+from .finetune import FinetuneOptions, FinetunePictures, FinetuneTraining
 from .network import TOYBOX_PROMPTNET, PromptNet, PromptNetConfig, PromptNetError, typical_embedding
 from .pseudo_word import encode_tokens, prompt_tokens
-from .training import PROMPTS, PictureSet, PromptNetOptions, PromptNetTraining
+from .training import PROMPTS, EncodeWord, PictureSet, PredictNoise, PromptNetOptions, PromptNetTraining
 
 
 def new_promptnet(
@@ -34,6 +36,21 @@ def toybox_training(
     toybox: Toybox, network: PromptNet, pictures: PictureSet, options: PromptNetOptions
 ) -> PromptNetTraining:
     """A PromptNet's training on Toybox. `toybox.unet`, `toybox.text` and `network` are on the device to train on."""
+    return PromptNetTraining(network, *_evaluation(toybox, network, options), pictures, options)
+
+
+def toybox_finetuning(
+    toybox: Toybox, network: PromptNet, pictures: FinetunePictures, options: FinetuneOptions, attention: bool = True
+) -> FinetuneTraining:
+    """A PromptNet's fine-tuning and, if asked for, that of Toybox's attention layers, whose `changes` are to be put on it by
+    `changes.changed` while it trains and while it draws. network: a `trainable_copy`."""
+    layers = attention_layers(dict(toybox.unet.named_parameters())) if attention else {}
+    changes = start_changes(layers, options.rank, torch.Generator().manual_seed(options.seed))
+    return FinetuneTraining(network, *_evaluation(toybox, network, options), pictures, options, changes)
+
+
+def _evaluation(toybox: Toybox, network: PromptNet, options: PromptNetOptions) -> tuple[PredictNoise, EncodeWord]:
+    """How a training evaluates Toybox's UNet, and its text encoder with S*."""
     prompts = [prompt_tokens(prompt, network.config.tokens) for prompt in options.prompts]
 
     def predict_noise(x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
@@ -43,4 +60,4 @@ def toybox_training(
     def encode_word(prompt: int, pseudo_word: Tensor) -> Tensor:
         return encode_tokens(toybox.text, *prompts[prompt], pseudo_word, holds_position=network.config.holds_position)
 
-    return PromptNetTraining(network, predict_noise, encode_word, pictures, options)
+    return predict_noise, encode_word

@@ -1,0 +1,218 @@
+"""What fine-tuning to one picture adds: `python -m benchmarks.fusion_finetune --json FILE`, on Toybox.
+
+Each unseen picture has a PromptNet of its own, of 50 steps (ProFusion, arXiv 2305.13579, section 3.1), together with the UNet's
+attention layers. Its drawings are judged as `benchmarks.fusion_judging` says, in the ablation's variants: after fine-tuning on
+the picture alone; on the picture and three variants of it, its object on other backgrounds, drawn by inpainting as Concept Augment
+does; and, of PromptNet alone on the first `--regularised` pictures, with a penalty of so much strength on how far S* leaves the
+noun's own word, which the paper does without.
+
+Every picture's figures are kept beside --json as they are made, and a run that was stopped goes on after the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.fusion_ablation import SHIPPED, Variant, variants
+from benchmarks.fusion_judging import PROMPTS, References, Scores, references, scores
+from profusion.augment import composite, redrawn_cells, soft_edge, variant_prompts
+from profusion.diffusion import sample_euler, sampling_sigmas
+from profusion.fusion import FusionOptions
+from profusion.models.tokenizer import words_to_ids
+from profusion.promptnet.changes import changed, patch_tensors
+from profusion.promptnet.data import encoded_pictures
+from profusion.promptnet.file import load_promptnet
+from profusion.promptnet.finetune import FinetuneOptions, FinetunePictures, FinetuneTraining, trainable_copy
+from profusion.promptnet.network import PromptNet
+from profusion.promptnet.pseudo_word import prompt_tokens
+from profusion.promptnet.toybox import toybox_finetuning
+from profusion.toybox.fused import FusedToybox
+from profusion.toybox.judge import Judge
+from profusion.toybox.pipeline import Toybox, initial_noise, seeded
+from profusion.toybox.world import BACKGROUND_PHRASES
+
+PLACES = ("grass", "sea", "sand")  # of the variants; none of those that the judged prompts name
+PENALTIES = (1.0, 10.0, 100.0)
+EDGE = 4  # pixels over which a variant's object fades into its background, as Concept Augment has it
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to fine-tune. augmented: on variants too. attention: whether the UNet's layers learn. penalty: see `Penalised`."""
+
+    name: str
+    augmented: bool = False
+    attention: bool = True
+    penalty: float = 0.0
+    trained: bool = True
+
+
+NONE = Setting("not fine-tuned", trained=False)
+SETTINGS = (NONE, Setting("the picture alone"), Setting("with augmentation", augmented=True))
+REGULARISED = tuple(
+    Setting(f"PromptNet alone, penalty {penalty:g}", attention=False, penalty=penalty) for penalty in (0.0, *PENALTIES)
+)
+
+
+@torch.no_grad()
+def augmented(toybox: Toybox, picture: Tensor, mask: Tensor, noun: str, seed: int, steps: int, cfg: float) -> Tensor:
+    """The picture (96, 96, 3) and, for each of PLACES, one in which what is around its object is drawn anew: (4, 96, 96, 3)."""
+    texts = variant_prompts("\n".join(f"a photo of a %noun% {BACKGROUND_PHRASES[place]}" for place in PLACES), noun)
+    latent = toybox.vae.latents(picture[None])
+    redrawn = redrawn_cells(mask, tuple(latent.shape[-2:]))
+    noise = initial_noise(seeded(*(seed + index for index in range(len(texts)))))
+    evaluate = toybox.evaluator(toybox.context(texts), cfg)
+
+    def inpaint(x: Tensor, sigma: Tensor) -> Tensor:
+        given = latent + sigma.view(-1, 1, 1, 1) * noise
+        return torch.where(redrawn > 0, evaluate(torch.where(redrawn > 0, x, given), sigma, {}), latent)
+
+    drawn = toybox.vae.pictures(sample_euler(inpaint, noise, sampling_sigmas(steps)))
+    edge = soft_edge(mask, EDGE)
+    return torch.stack([picture, *(composite(one, picture, edge) for one in drawn)])
+
+
+class Penalised:
+    """Adds penalty * the mean square of S* - noun to a fine-tuning's loss: how far S* may leave the noun's embedding."""
+
+    def __init__(self, training: FinetuneTraining, noun: Tensor, penalty: float):
+        encode, error, words = training._encode_word, training._error, []
+
+        def remember(prompt: int, word: Tensor) -> Tensor:
+            words[:] = [word]
+            return encode(prompt, word)
+
+        def penalised(*given) -> Tensor:
+            return error(*given) + penalty * (words[0] - noun).square().mean()
+
+        training._encode_word, training._error = remember, penalised
+
+
+def finetuned(
+    fused: FusedToybox, known: References, index: int, setting: Setting, options: FinetuneOptions, sampling: tuple[int, float]
+) -> tuple[PromptNet, AbstractContextManager, dict[str, float]]:
+    """A picture's own PromptNet; what its drawings are to be made within; and seconds and bytes."""
+    if not setting.trained:
+        return fused.promptnet, nullcontext(), {}
+    toybox, noun = fused.toybox, known.nouns[index]
+    pictures = known.pictures[index : index + 1]
+    if setting.augmented:
+        pictures = augmented(toybox, pictures[0], known.masks[index], noun, 5000 + 10 * index, *sampling)
+    given = encoded_pictures(toybox, pictures)
+    network = trainable_copy(fused.promptnet)
+    training = toybox_finetuning(toybox, network, FinetunePictures(given.latents, given.image_tokens), options, setting.attention)
+    if setting.penalty:
+        embeddings = toybox.text.text_model.embeddings
+        rows = prompt_tokens(options.prompts[0], network.config.tokens)[1]
+        typical = embeddings.token_embedding.weight[words_to_ids(noun)].mean(dim=0)
+        Penalised(training, typical + embeddings.position_embedding.weight[list(rows)], setting.penalty)
+    started = time.perf_counter()
+    with changed(toybox.unet, training.changes):
+        for _ in training.steps():
+            pass
+    seconds = round(time.perf_counter() - started, 2)
+    size = sum(value.numel() * value.element_size() for value in patch_tensors(training.changes).values())
+    return network.requires_grad_(False), changed(toybox.unet, training.changes), {"seconds": seconds, "patch_bytes": size}
+
+
+def judged(
+    fused: FusedToybox, judge: Judge, known: References, index: int, ways: Sequence[Variant], steps: int
+) -> dict[str, dict[str, list]]:
+    """Scores of one picture under every prompt, by variant."""
+    one, found = known.only(index), {}
+    for way in ways:
+
+        def draw(prompt, nouns, pictures, generators, fresh, way=way) -> Tensor:
+            latents = fused.generate(prompt, nouns, pictures, generators, way.guidance, way.options, steps, fresh)
+            return fused.toybox.vae.pictures(latents)
+
+        result = scores(draw, judge, one, PROMPTS, 1, first_seed=index)
+        found[way.name] = {"concept": result.concept, "noun": result.noun, "text": result.text}
+    return found
+
+
+def table(figures: dict[str, dict[str, dict]], names: Sequence[str]) -> str:
+    """In Markdown: a row for each setting and variant."""
+    lines = ["| fine-tuned on | sampled by | concept | noun | text |", "| --- | --- | --- | --- | --- |"]
+    for setting in names:
+        for way, one in figures[setting].items():
+            lines.append(
+                f"| {setting} | {way} | {one['concept'][0]:.3f} ± {one['concept'][1]:.3f} | "
+                f"{one['noun']['share']:.1%} | {one['text']['share']:.1%} |"
+            )
+    return "\n".join(lines)
+
+
+def gathered(rows: Sequence[dict]) -> dict[str, dict[str, dict]]:
+    """The figures of all pictures together: by setting, by variant."""
+    found: dict[str, dict[str, dict]] = {}
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        some = [row["scores"] for row in rows if row["setting"] == setting]
+        found[setting] = {
+            way: Scores(*([value for one in some for value in one[way][key]] for key in ("concept", "noun", "text"))).as_json()
+            for way in some[0]
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--promptnet", type=Path, default=SHIPPED, help="the PromptNet's file")
+    parser.add_argument("--count", type=int, default=32, help="unseen pictures")
+    parser.add_argument("--regularised", type=int, default=16, help="of these, with a penalty")
+    parser.add_argument("--training-steps", type=int, default=50)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--attention-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=20, help="of sampling")
+    parser.add_argument("--cfg", type=float, default=4.0)
+    parser.add_argument("--text-weight", type=float, default=0.5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, required=True, help="write the figures here, and a table beside them")
+    given = parser.parse_args()
+    recipe = {key: str(value) for key, value in vars(given).items() if key != "json"}
+    kept = given.json.with_suffix(".part.json")
+    rows = json.loads(kept.read_text()) if kept.is_file() else []
+    rows = [row for row in rows if row["recipe"] == recipe]
+    done = {(row["setting"], row["picture"]) for row in rows}
+
+    toybox, network, judge = Toybox.load(), load_promptnet(given.promptnet), Judge.load()
+    known = references(given.count, given.seed)
+    rates = {"learning_rate": given.learning_rate, "attention_learning_rate": given.attention_learning_rate}
+    options = FinetuneOptions(steps=given.training_steps, **rates)
+    ways = variants(given.cfg, given.text_weight, FusionOptions())
+    work = [(setting, index, ways) for setting in SETTINGS for index in range(given.count)]
+    work += [(setting, index, ways[:2]) for setting in REGULARISED for index in range(min(given.regularised, given.count))]
+    for setting, index, some in work:
+        if (setting.name, index) in done:
+            continue
+        fused = FusedToybox(toybox, network)
+        own, within, cost = finetuned(fused, known, index, setting, replace(options, seed=index), (given.steps, given.cfg))
+        with within:
+            found = judged(FusedToybox(toybox, own), judge, known, index, some, given.steps)
+        rows.append({"setting": setting.name, "picture": index, "recipe": recipe, "scores": found, **cost})
+        kept.write_text(json.dumps(rows))
+        mean = sum(found[some[0].name]["concept"]) / len(PROMPTS)
+        print(f"{setting.name}, picture {index + 1}: concept {mean:.3f}  {json.dumps(cost)}", flush=True)
+
+    figures = gathered(rows)
+    timed = [row["seconds"] for row in rows if row["setting"] == SETTINGS[1].name]
+    cost = {"seconds_of_fine_tuning": sorted(timed)[len(timed) // 2], "patch_bytes": max(row.get("patch_bytes", 0) for row in rows)}
+    text = "\n\n".join(table(figures, [setting.name for setting in some]) for some in (SETTINGS, REGULARISED))
+    text += f"\n\n{given.training_steps} steps of batch {options.batch_size} take {cost['seconds_of_fine_tuning']:.1f} s here; "
+    text += f"the changes of the attention layers take {cost['patch_bytes']:,} bytes.\n"
+    given.json.write_text(json.dumps({**recipe, **cost, "figures": figures}, indent=1) + "\n")
+    given.json.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
