@@ -6,24 +6,26 @@ the picture alone; on the picture and three variants of it, its object on other 
 does; and, of PromptNet alone on the first `--regularised` pictures, with a penalty of so much strength on how far S* leaves the
 noun's own word, which the paper does without.
 
-Every picture's figures are kept beside --json as they are made, and a run that was stopped goes on after the last.
+Every picture's figures are kept beside --json, and a run that was stopped goes on after the last.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.fusion_ablation import SHIPPED, Variant, variants
-from benchmarks.fusion_judging import PROMPTS, References, Scores, references, scores
+from benchmarks.fusion_judging import PROMPTS, Draw, References, Scores, references, scores
+from benchmarks.jobs import Job, Runner, file_name
 from profusion.augment import composite, redrawn_cells, soft_edge, variant_prompts
 from profusion.diffusion import sample_euler, sampling_sigmas
 from profusion.fusion import FusionOptions
@@ -32,7 +34,6 @@ from profusion.promptnet.changes import changed, patch_tensors
 from profusion.promptnet.data import encoded_pictures
 from profusion.promptnet.file import load_promptnet
 from profusion.promptnet.finetune import FinetuneOptions, FinetunePictures, FinetuneTraining, trainable_copy
-from profusion.promptnet.network import PromptNet
 from profusion.promptnet.pseudo_word import prompt_tokens
 from profusion.promptnet.toybox import toybox_finetuning
 from profusion.toybox.fused import FusedToybox
@@ -61,6 +62,26 @@ SETTINGS = (NONE, Setting("the picture alone"), Setting("with augmentation", aug
 REGULARISED = tuple(
     Setting(f"PromptNet alone, penalty {penalty:g}", attention=False, penalty=penalty) for penalty in (0.0, *PENALTIES)
 )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all settings have in common; see the command line."""
+
+    promptnet: Path
+    count: int
+    training_steps: int
+    learning_rate: float
+    attention_learning_rate: float
+    steps: int
+    cfg: float
+    text_weight: float
+    seed: int
+
+    def options(self, index: int) -> FinetuneOptions:
+        """Of a picture's training."""
+        rates = {"learning_rate": self.learning_rate, "attention_learning_rate": self.attention_learning_rate}
+        return FinetuneOptions(steps=self.training_steps, seed=index, **rates)
 
 
 @torch.no_grad()
@@ -99,10 +120,10 @@ class Penalised:
 
 def finetuned(
     fused: FusedToybox, known: References, index: int, setting: Setting, options: FinetuneOptions, sampling: tuple[int, float]
-) -> tuple[PromptNet, AbstractContextManager, dict[str, float]]:
-    """A picture's own PromptNet; what its drawings are to be made within; and seconds and bytes."""
+) -> tuple[FusedToybox, AbstractContextManager, dict[str, int]]:
+    """A picture's own PromptNet; what its drawings are to be made within; and the bytes of that."""
     if not setting.trained:
-        return fused.promptnet, nullcontext(), {}
+        return fused, nullcontext(), {}
     toybox, noun = fused.toybox, known.nouns[index]
     pictures = known.pictures[index : index + 1]
     if setting.augmented:
@@ -115,29 +136,34 @@ def finetuned(
         rows = prompt_tokens(options.prompts[0], network.config.tokens)[1]
         typical = embeddings.token_embedding.weight[words_to_ids(noun)].mean(dim=0)
         Penalised(training, typical + embeddings.position_embedding.weight[list(rows)], setting.penalty)
-    started = time.perf_counter()
     with changed(toybox.unet, training.changes):
         for _ in training.steps():
             pass
-    seconds = round(time.perf_counter() - started, 2)
     size = sum(value.numel() * value.element_size() for value in patch_tensors(training.changes).values())
-    return network.requires_grad_(False), changed(toybox.unet, training.changes), {"seconds": seconds, "patch_bytes": size}
+    own = FusedToybox(toybox, network.requires_grad_(False))
+    return own, changed(toybox.unet, training.changes), {"patch_bytes": size}
 
 
-def judged(
-    fused: FusedToybox, judge: Judge, known: References, index: int, ways: Sequence[Variant], steps: int
-) -> dict[str, dict[str, list]]:
-    """Scores of one picture under every prompt, by variant."""
-    one, found = known.only(index), {}
-    for way in ways:
+@lru_cache(maxsize=1)
+def _studio(promptnet: Path, count: int, seed: int) -> tuple[FusedToybox, Judge, References]:
+    return FusedToybox(Toybox.load(), load_promptnet(promptnet)), Judge.load(), references(count, seed)
 
-        def draw(prompt, nouns, pictures, generators, fresh, way=way) -> Tensor:
-            latents = fused.generate(prompt, nouns, pictures, generators, way.guidance, way.options, steps, fresh)
-            return fused.toybox.vae.pictures(latents)
 
-        result = scores(draw, judge, one, PROMPTS, 1, first_seed=index)
-        found[way.name] = {"concept": result.concept, "noun": result.noun, "text": result.text}
-    return found
+def one_picture(recipe: Recipe, setting: Setting, index: int, ways: Sequence[Variant]) -> dict:
+    """Fine-tune to a picture and draw it: its scores under every prompt by variant, and what the training cost."""
+    fused, judge, known = _studio(recipe.promptnet, recipe.count, recipe.seed)
+    own, within, cost = finetuned(fused, known, index, setting, recipe.options(index), (recipe.steps, recipe.cfg))
+
+    def drawn_by(way: Variant) -> Draw:
+        def draw(prompt, nouns, pictures, generators, fresh) -> Tensor:
+            latents = own.generate(prompt, nouns, pictures, generators, way.guidance, way.options, recipe.steps, fresh)
+            return own.toybox.vae.pictures(latents)
+
+        return draw
+
+    with within:
+        found = {way.name: vars(scores(drawn_by(way), judge, known.only(index), PROMPTS, 1, first_seed=index)) for way in ways}
+    return {"setting": setting.name, "scores": found, **cost}
 
 
 def table(figures: dict[str, dict[str, dict]], names: Sequence[str]) -> str:
@@ -168,7 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--promptnet", type=Path, default=SHIPPED, help="the PromptNet's file")
     parser.add_argument("--count", type=int, default=32, help="unseen pictures")
-    parser.add_argument("--regularised", type=int, default=16, help="of these, with a penalty")
+    parser.add_argument("--regularised", type=int, default=8, help="of these, with a penalty")
     parser.add_argument("--training-steps", type=int, default=50)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--attention-learning-rate", type=float, default=1e-3)
@@ -176,41 +202,26 @@ def main() -> None:
     parser.add_argument("--cfg", type=float, default=4.0)
     parser.add_argument("--text-weight", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
     parser.add_argument("--json", type=Path, required=True, help="write the figures here, and a table beside them")
-    given = parser.parse_args()
-    recipe = {key: str(value) for key, value in vars(given).items() if key != "json"}
-    kept = given.json.with_suffix(".part.json")
-    rows = json.loads(kept.read_text()) if kept.is_file() else []
-    rows = [row for row in rows if row["recipe"] == recipe]
-    done = {(row["setting"], row["picture"]) for row in rows}
-
-    toybox, network, judge = Toybox.load(), load_promptnet(given.promptnet), Judge.load()
-    known = references(given.count, given.seed)
-    rates = {"learning_rate": given.learning_rate, "attention_learning_rate": given.attention_learning_rate}
-    options = FinetuneOptions(steps=given.training_steps, **rates)
-    ways = variants(given.cfg, given.text_weight, FusionOptions())
-    work = [(setting, index, ways) for setting in SETTINGS for index in range(given.count)]
-    work += [(setting, index, ways[:2]) for setting in REGULARISED for index in range(min(given.regularised, given.count))]
-    for setting, index, some in work:
-        if (setting.name, index) in done:
-            continue
-        fused = FusedToybox(toybox, network)
-        own, within, cost = finetuned(fused, known, index, setting, replace(options, seed=index), (given.steps, given.cfg))
-        with within:
-            found = judged(FusedToybox(toybox, own), judge, known, index, some, given.steps)
-        rows.append({"setting": setting.name, "picture": index, "recipe": recipe, "scores": found, **cost})
-        kept.write_text(json.dumps(rows))
-        mean = sum(found[some[0].name]["concept"]) / len(PROMPTS)
-        print(f"{setting.name}, picture {index + 1}: concept {mean:.3f}  {json.dumps(cost)}", flush=True)
-
+    given = vars(parser.parse_args())
+    out, workers, regularised = given.pop("json"), given.pop("workers"), given.pop("regularised")
+    recipe = Recipe(**given)
+    ways = variants(recipe.cfg, recipe.text_weight, FusionOptions())
+    work = [(setting, index, ways) for setting in SETTINGS for index in range(recipe.count)]
+    work += [(setting, index, ways[:2]) for setting in REGULARISED for index in range(min(regularised, recipe.count))]
+    folder = out.with_suffix(".work")
+    said = {name: str(value) for name, value in given.items()}
+    rows = Runner(said, workers).run([
+        Job(folder / file_name(setting.name, str(index)), partial(one_picture, recipe, setting, index, some), f"{setting.name}: {index + 1}")
+        for setting, index, some in work
+    ])  # fmt: skip
     figures = gathered(rows)
-    timed = [row["seconds"] for row in rows if row["setting"] == SETTINGS[1].name]
-    cost = {"seconds_of_fine_tuning": sorted(timed)[len(timed) // 2], "patch_bytes": max(row.get("patch_bytes", 0) for row in rows)}
+    size = max(row.get("patch_bytes", 0) for row in rows)
     text = "\n\n".join(table(figures, [setting.name for setting in some]) for some in (SETTINGS, REGULARISED))
-    text += f"\n\n{given.training_steps} steps of batch {options.batch_size} take {cost['seconds_of_fine_tuning']:.1f} s here; "
-    text += f"the changes of the attention layers take {cost['patch_bytes']:,} bytes.\n"
-    given.json.write_text(json.dumps({**recipe, **cost, "figures": figures}, indent=1) + "\n")
-    given.json.with_suffix(".md").write_text(text)
+    text += f"\n\nThe changes of the attention layers take {size:,} bytes.\n"
+    out.write_text(json.dumps({**said, "patch_bytes": size, "figures": figures}, indent=1) + "\n")
+    out.with_suffix(".md").write_text(text)
     print(text)
 
 

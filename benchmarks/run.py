@@ -9,22 +9,18 @@ nothing depends on how many there are but the seconds.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
-import torch
-
 from benchmarks.fusion_ablation import SHIPPED
+from benchmarks.jobs import Job, Runner, file_name
 from benchmarks.judging import PROMPTS, Yardstick
 from benchmarks.overfitting import Overfitting
 from benchmarks.peers import PEERS, PLAIN, Peer
@@ -142,67 +138,19 @@ def final(kind: type[Peer], name: str, rate: float, guidance: float, setting: Se
     }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Job:
-    """Something whose result is a file; `work` is called in another process."""
-
-    path: Path
-    work: Callable[[], dict]
-    title: str
-
-
 @dataclass
 class Bench:
-    """A run in a work folder, by so many processes (0: this one). `say` shows progress."""
+    """The peers' part, in a work folder, by so many processes (0: this one)."""
 
     setting: Setting
     work: Path
     workers: int
     kinds: tuple[type[Peer], ...] = (*PEERS, PLAIN)
     say: Callable[[str], None] = partial(print, flush=True)
-    started: float = field(default_factory=time.monotonic)
-
-    def result(self, path: Path) -> dict | None:
-        """What an earlier run left; None where there is nothing, or something of another setting."""
-        if not path.is_file():
-            return None
-        found = json.loads(path.read_text())
-        return found["result"] if found["setting"] == json.loads(json.dumps(asdict(self.setting))) else None
 
     def run(self, jobs: list[Job]) -> list[dict]:
-        """The results of all jobs, in order; those that are missing are made."""
-        self.work.mkdir(parents=True, exist_ok=True)
-        missing = [job for job in jobs if self.result(job.path) is None]
-        if missing:
-            self.say(f"{len(jobs) - len(missing)} of {len(jobs)} are there already")
-            self._make(missing)
-        return [self.result(job.path) for job in jobs]
-
-    def _make(self, jobs: list[Job]) -> None:
-        started = time.monotonic()
-        for count, (job, result) in enumerate(self._results(jobs), start=1):
-            self._write(job.path, result)
-            passed = time.monotonic() - started
-            left = passed / count * (len(jobs) - count) / 60
-            self.say(f"[{count}/{len(jobs)}] {job.title}; {passed / 60:.1f} min, about {left:.0f} more")
-
-    def _results(self, jobs: list[Job]) -> Iterator[tuple[Job, dict]]:
-        """Each job with its result, as they are done."""
-        if not self.workers:
-            yield from ((job, job.work()) for job in jobs)
-            return
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
-        try:
-            running = {pool.submit(job.work): job for job in jobs}
-            yield from ((running[done], done.result()) for done in as_completed(running))
-        finally:  # what is not begun, after an error or an interruption, is not begun
-            pool.shutdown(cancel_futures=True)
-
-    def _write(self, path: Path, result: dict) -> None:
-        unfinished = path.with_name(path.name + ".part")
-        unfinished.write_text(json.dumps({"setting": asdict(self.setting), "result": result}))
-        unfinished.replace(path)
+        """See `Runner`."""
+        return Runner(asdict(self.setting), self.workers, self.say).run(jobs)
 
     def peers(self) -> dict:
         """Every peer that can run here: its trials and its results; and why others cannot."""
@@ -225,8 +173,7 @@ class Bench:
         return {"absent": absent, "trials": trials, "finals": self.run(jobs)}
 
     def _path(self, *words: str) -> Path:
-        """A file name of these words, and nothing else that files do not like."""
-        return self.work / ("__".join("".join(c if c.isalnum() or c in ".-" else "_" for c in word) for word in words) + ".json")
+        return self.work / file_name(*words)
 
 
 @dataclass(frozen=True)

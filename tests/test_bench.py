@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import charts, judging, mixtures, report, run
+from benchmarks.jobs import Job, Runner
 from benchmarks.peers import OURS, PEERS
 from profusion.diffusion import eps_denoiser, sample_euler, sampling_sigmas, training_sigmas
 from profusion.pictures import INK
@@ -21,6 +22,10 @@ def bench(folder, setting=TINY, **more):
     return run.Bench(setting, folder, 0, say=lambda line: None, **more)
 
 
+def runner(**setting):
+    return Runner(setting, 0, say=lambda line: None)
+
+
 def jobs(folder, made, stop_at=None):
     def work(number):
         if number == stop_at:
@@ -28,29 +33,29 @@ def jobs(folder, made, stop_at=None):
         made.append(number)
         return {"number": number}
 
-    return [run.Job(folder / f"{number}.json", partial(work, number), str(number)) for number in range(4)]
+    return [Job(folder / f"{number}.json", partial(work, number), str(number)) for number in range(4)]
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path):
     made = []
     with pytest.raises(KeyboardInterrupt):
-        bench(tmp_path).run(jobs(tmp_path, made, stop_at=2))
+        runner().run(jobs(tmp_path, made, stop_at=2))
     assert made == [0, 1]
-    assert bench(tmp_path).run(jobs(tmp_path, made)) == [{"number": number} for number in range(4)]
+    assert runner().run(jobs(tmp_path, made)) == [{"number": number} for number in range(4)]
     assert made == [0, 1, 2, 3]
 
 
 def test_results_of_another_setting_are_made_anew(tmp_path):
     made = []
-    bench(tmp_path).run(jobs(tmp_path, made))
-    bench(tmp_path, replace(TINY, seeds=2)).run(jobs(tmp_path, made))
+    runner().run(jobs(tmp_path, made))
+    runner(seeds=2).run(jobs(tmp_path, made))
     assert made == [0, 1, 2, 3] * 2
 
 
 def test_half_a_file_is_no_result(tmp_path):
     made = []
     (tmp_path / "0.part").write_text('{"setting"')
-    bench(tmp_path).run(jobs(tmp_path, made))
+    runner().run(jobs(tmp_path, made))
     assert made == [0, 1, 2, 3]
 
 
