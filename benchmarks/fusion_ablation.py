@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.fusion_judging import PROMPTS, References, Scores, likeness, references, rounded, scores
 from benchmarks.rates import Rate
+from benchmarks.results import percent, plus_minus, table, write
 from profusion.fusion import FusionOptions, Guidance
 from profusion.promptnet.file import load_promptnet
 from profusion.toybox import world
@@ -103,6 +104,22 @@ class MeanWord:
         return self._mean.expand(len(timesteps), -1, -1)
 
 
+def words_table(measured: dict[str, dict], count: int) -> str:
+    rows = [
+        (name, percent(one["noun"]), percent(one["color"]), plus_minus(one["concept"])) for name, one in measured.items()
+    ]
+    return f"{count} unseen pictures.\n\n" + table(("drawn by", "right noun", "right colours", "likeness to the picture"), rows)
+
+
+def ablation_table(measured: dict[str, dict], count: int) -> str:
+    rows = [
+        (name, plus_minus(one["concept"]), percent(one["noun"]), percent(one["text"]), f"{one['rows_a_step']:.2f}")
+        for name, one in measured.items()
+    ]
+    heads = ("sampling", "likeness to the picture", "right noun", "rest of the prompt followed", "UNet rows a step")
+    return f"{count} unseen pictures x {len(PROMPTS)} prompts, with 95 % intervals.\n\n" + table(heads, rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--figures", choices=("ablation", "words"), default="ablation")
@@ -129,9 +146,8 @@ def main() -> None:
             rows = (fused.rows - before) / given.count / len(PROMPTS) / given.steps
             measured[variant.name]["rows_a_step"] = round(rows, 2)
             print(variant.name, json.dumps(measured[variant.name]), flush=True)
-    print(json.dumps(measured, indent=1))
-    if given.json:
-        given.json.write_text(json.dumps({**{k: str(v) for k, v in vars(given).items()}, "figures": measured}, indent=1) + "\n")
+    shown = words_table if given.figures == "words" else ablation_table
+    write(given.json, vars(given), measured, shown(measured, given.count))
 
 
 if __name__ == "__main__":

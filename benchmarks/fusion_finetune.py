@@ -12,7 +12,6 @@ Every picture's figures are kept beside --json, and a run that was stopped goes 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,6 +25,7 @@ from torch import Tensor
 from benchmarks.fusion_ablation import SHIPPED, Variant, variants
 from benchmarks.fusion_judging import PROMPTS, Draw, References, Scores, references, scores
 from benchmarks.jobs import Job, Runner, file_name
+from benchmarks.results import percent, plus_minus, table, write
 from profusion.augment import composite, redrawn_cells, soft_edge, variant_prompts
 from profusion.diffusion import sample_euler, sampling_sigmas
 from profusion.fusion import FusionOptions
@@ -166,16 +166,14 @@ def one_picture(recipe: Recipe, setting: Setting, index: int, ways: Sequence[Var
     return {"setting": setting.name, "scores": found, **cost}
 
 
-def table(figures: dict[str, dict[str, dict]], names: Sequence[str]) -> str:
-    """In Markdown: a row for each setting and variant."""
-    lines = ["| fine-tuned on | sampled by | concept | noun | text |", "| --- | --- | --- | --- | --- |"]
-    for setting in names:
-        for way, one in figures[setting].items():
-            lines.append(
-                f"| {setting} | {way} | {one['concept'][0]:.3f} ± {one['concept'][1]:.3f} | "
-                f"{one['noun']['share']:.1%} | {one['text']['share']:.1%} |"
-            )
-    return "\n".join(lines)
+def part(figures: dict[str, dict[str, dict]], names: Sequence[str]) -> str:
+    """The table of some settings: a row for each, and for each variant."""
+    rows = [
+        (setting, way, plus_minus(one["concept"]), percent(one["noun"]), percent(one["text"]))
+        for setting in names
+        for way, one in figures[setting].items()
+    ]
+    return table(("fine-tuned on", "sampling", "likeness to the picture", "right noun", "rest of the prompt followed"), rows)
 
 
 def gathered(rows: Sequence[dict]) -> dict[str, dict[str, dict]]:
@@ -218,11 +216,11 @@ def main() -> None:
     ])  # fmt: skip
     figures = gathered(rows)
     size = max(row.get("patch_bytes", 0) for row in rows)
-    text = "\n\n".join(table(figures, [setting.name for setting in some]) for some in (SETTINGS, REGULARISED))
-    text += f"\n\nThe changes of the attention layers take {size:,} bytes.\n"
-    out.write_text(json.dumps({**said, "patch_bytes": size, "figures": figures}, indent=1) + "\n")
-    out.with_suffix(".md").write_text(text)
-    print(text)
+    first = f"{recipe.count} unseen pictures x {len(PROMPTS)} prompts; {recipe.training_steps} steps each."
+    second = f"The first {regularised} of them, with a penalty on how far S* leaves the noun:"
+    tables = [part(figures, [setting.name for setting in some]) for some in (SETTINGS, REGULARISED)]
+    last = f"The changes of the attention layers take {size:,} bytes."
+    write(out, {**said, "patch_bytes": size}, figures, "\n\n".join((first, tables[0], second, tables[1], last)))
 
 
 if __name__ == "__main__":

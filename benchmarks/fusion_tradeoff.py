@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks.charts import Point, scatter
 from benchmarks.fusion_ablation import SHIPPED
 from benchmarks.fusion_judging import PROMPTS, References, references, scores
+from benchmarks.results import percent, plus_minus, table, write
 from benchmarks.timing import against, interleaved
 from profusion.diffusion import sampling_sigmas
 from profusion.fusion import FusionOptions, Guidance
@@ -110,20 +111,18 @@ def judged(
     return {name: {**one.as_json(), "more_than_full": one.minus(found[FULL.name])} for name, one in found.items()}
 
 
-def table(figures: dict[str, dict]) -> str:
-    """In Markdown, numbered as in the chart."""
-    lines = [
-        "|   | scheme | rows a step | time | concept | noun | text | concept, less full | text, less full |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+def markdown(figures: dict[str, dict]) -> str:
+    """The table, numbered as in the chart."""
+    rows = []
     for number, (name, one) in enumerate(figures.items(), start=1):
         less = one["more_than_full"]
-        lines.append(
-            f"| {number} | {name} | {one['rows_a_step']:.2f} | {one.get('times_plain', float('nan')):.2f} | "
-            f"{one['concept'][0]:.3f} ± {one['concept'][1]:.3f} | {one['noun']['share']:.1%} | {one['text']['share']:.1%} | "
-            f"{less['concept'][0]:+.3f} ± {less['concept'][1]:.3f} | {less['text'][0]:+.1%} ± {less['text'][1]:.1%} |"
-        )
-    return "\n".join(lines)
+        rows.append((
+            number, name, f"{one['rows_a_step']:.2f}", f"{one.get('times_plain', float('nan')):.2f}", plus_minus(one["concept"]),
+            percent(one["noun"]), percent(one["text"]), f"{less['concept'][0]:+.3f} ± {less['concept'][1]:.3f}",
+            f"{less['text'][0]:+.1%} ± {less['text'][1]:.1%}",
+        ))  # fmt: skip
+    heads = ("", "scheme", "UNet rows a step", "time over plain guidance", "likeness", "noun", "text", "likeness, less full", "text, less full")
+    return table(heads, rows)
 
 
 def chart(figures: dict[str, dict]) -> Image.Image:
@@ -160,8 +159,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=7, help="of timing; 0: rows alone")
     parser.add_argument("--timed-batch", type=int, default=1, help="pictures drawn at once where time is taken")
-    parser.add_argument("--json", type=Path, default=None, help="write the figures here")
-    parser.add_argument("--chart", type=Path, default=None, help="draw the curve here, as PNG")
+    parser.add_argument("--json", type=Path, default=None, help="write the figures here, and a table and the curve beside them")
     given = parser.parse_args()
     fused, judge = FusedToybox(Toybox.load(), load_promptnet(given.promptnet)), Judge.load()
     guidance = Guidance((1.0, given.text_weight), given.cfg)
@@ -169,11 +167,7 @@ def main() -> None:
     known = references(given.count, given.seed)
     found = judged(fused, judge, known, PROMPTS[: given.prompts], guidance, given.steps, given.batch)
     figures = {scheme.name: {**cost[scheme.name], **found[scheme.name]} for scheme in SCHEMES}
-    print(table(figures))
-    if given.json:
-        given.json.write_text(json.dumps({**{k: str(v) for k, v in vars(given).items()}, "figures": figures}, indent=1) + "\n")
-    if given.chart:
-        chart(figures).save(given.chart)
+    write(given.json, vars(given), figures, markdown(figures), chart(figures))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.results import table, write
 from benchmarks.timing import against, interleaved
 from profusion.promptnet.toybox import new_promptnet
 from profusion.toybox.pipeline import Toybox
@@ -128,11 +128,9 @@ def main() -> None:
     if host is None:
         parser.error("no ComfyUI found: set COMFYUI_PATH to a checkout")
     figures = measure(Studio(load_pack(host), given.steps, given.batch), given.rounds)
-    for name, values in figures.items():
-        print(f"{name:44s} {values['seconds']:7.3f} s a picture  {values['times_plain']:5.2f} x plain")
-    if given.json:
-        recipe = {"steps": given.steps, "batch": given.batch, "rounds": given.rounds, "threads": torch.get_num_threads()}
-        given.json.write_text(json.dumps({**recipe, "figures": figures}, indent=1) + "\n")
+    rows = [(name, f"{one['seconds']:.3f}", f"{one['times_plain']:.2f}") for name, one in figures.items()]
+    recipe = {**vars(given), "threads": torch.get_num_threads()}
+    write(given.json, recipe, figures, table(("in ComfyUI, on Toybox", "s a picture", "times the plain KSampler"), rows))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.fusion_judging import PROMPTS, references, scores
+from benchmarks.results import percent, plus_minus, table, write
 from profusion.diffusion import sample_euler, sampling_sigmas, timestep_of, training_sigmas
 from profusion.infusion import ExtraOptions, Patches, layer_name
 from profusion.models.attention import attention
@@ -194,7 +195,8 @@ def main() -> None:
 
         found[f"scale {scale:g}"] = scores(answer, judge, known, PROMPTS, 32).as_json()
         print(f"scale {scale:g}", json.dumps(found[f"scale {scale:g}"]), flush=True)
-    given.json.write_text(json.dumps({**{k: str(v) for k, v in vars(given).items()}, "figures": found}, indent=1) + "\n")
+    rows = [(name, plus_minus(one["concept"]), percent(one["noun"]), percent(one["text"])) for name, one in found.items()]
+    write(given.json, vars(given), found, table(("image prompt", "likeness to the picture", "right noun", "rest of the prompt followed"), rows))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from benchmarks.results import table, write
 from profusion.diffusion import eps_denoiser, sample_euler, sampling_sigmas, timestep_of, training_sigmas
 from profusion.metrics import fisher_divergence, noisy_latents, predictions
 from profusion.pictures import ACCENT, INK, PAPER, font
@@ -225,6 +225,16 @@ def run(pretraining: int, steps: int, points: int) -> tuple[dict, Image.Image]:
     return found, sheet
 
 
+def markdown(found: dict[str, dict[str, dict]]) -> str:
+    rows = [
+        (figure, name, f"{one['concept_error']:.3f}", f"{one['concept_peaks']} of {one['peaks']}", one["other_peaks"], f"{one['fisher']:.4f}")
+        for figure, models in found.items()
+        for name, one in models.items()
+    ]
+    heads = ("", "customised", "error at the concept", "its peaks drawn", "fewest peaks of another word", "moved at other words")
+    return table(heads, rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pretraining", type=int, default=6000, help="steps of the base models")
@@ -234,11 +244,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     found, sheet = run(given.pretraining, given.steps, given.points)
-    print(json.dumps(found, indent=1))
-    if given.json:
-        recipe = {"pretraining": given.pretraining, "steps": given.steps, "points": given.points}
-        given.json.write_text(json.dumps({**recipe, "figures": found}, indent=1) + "\n")
-        sheet.save(given.json.with_suffix(".png"))
+    write(given.json, vars(given), found, markdown(found), sheet)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ resident size of a process that loads Toybox, trains two steps and draws one pic
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import subprocess
@@ -19,6 +18,7 @@ import torch
 
 from benchmarks.host_cost import Studio, find_host, load_pack
 from benchmarks.peers import PEERS, PLAIN, Peer
+from benchmarks.results import table, write
 from benchmarks.timing import interleaved
 from profusion.demo import drawn_concept
 from profusion.metrics.cost import measured
@@ -110,17 +110,15 @@ def measure(rounds: int, steps: int) -> dict[str, dict[str, float | None]]:
 
 
 def markdown(found: dict[str, dict[str, float | None]]) -> str:
-    lines = [
-        "| | s a sampling step | times plain | UNet rows of it | s a training step | UNet rows of it | peak memory, MB |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for name, one in found.items():
         cells = [
             one["seconds_a_sampling_step"], one["times_plain"], one.get("rows_a_sampling_step"),
             one["seconds_a_training_step"], one.get("rows_a_training_step"), one["peak_bytes"] and round(one["peak_bytes"] / 1e6),
         ]  # fmt: skip
-        lines.append(f"| {name} | {' | '.join('' if cell is None else f'{cell:g}' for cell in cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, *("" if cell is None else f"{cell:g}" for cell in cells)])
+    heads = ("", "s a sampling step", "times plain", "UNet rows of it", "s a training step", "UNet rows of it", "peak memory, MB")
+    return table(heads, rows)
 
 
 def main() -> None:
@@ -135,11 +133,7 @@ def main() -> None:
         print(alone(given.alone))
         return
     found = measure(given.rounds, given.steps)
-    print(markdown(found))
-    if given.json:
-        recipe = {"rounds": given.rounds, "steps": given.steps, "threads": torch.get_num_threads()}
-        given.json.write_text(json.dumps({**recipe, "figures": found}, indent=1) + "\n")
-        given.json.with_suffix(".md").write_text(markdown(found))
+    write(given.json, {"rounds": given.rounds, "steps": given.steps, "threads": torch.get_num_threads()}, found, markdown(found))
 
 
 if __name__ == "__main__":

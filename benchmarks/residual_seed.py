@@ -9,7 +9,6 @@ the same. Without training, the seed is also judged at other strengths.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.rates import mean_interval
+from benchmarks.results import table, write
 from profusion import demo
 from profusion.diffusion import training_sigmas
 from profusion.infusion import Placement, customised_patches, foundation_patches
@@ -150,28 +150,30 @@ def measure(fused: FusedToybox, judge: Judge, concept: demo.Concept, given: argp
     return Measured(concept.name, found["zero"], found["seed"], {s: judged(scaled(seed, s)) for s in STRENGTHS})
 
 
-def table(measured: Sequence[Measured], at: Sequence[int]) -> str:
+def markdown(measured: Sequence[Measured], at: Sequence[int]) -> str:
     """Means over concepts, with the 95 % interval of the difference, and the steps from zero that come to the same."""
-    lines = ["step  similarity: zero   seed  difference       zero needs | loss: zero   seed  difference          zero needs"]
     means = {
         (name, part): [sum(getattr(one, name)[step][part] for one in measured) / len(measured) for step in at]
         for name in ("zero", "seed")
         for part in (0, 1)
     }
+    rows = []
     for index, step in enumerate(at):
-        cells = []
+        cells = [step]
         for part, digits in ((0, 3), (1, 4)):
             mean, half = mean_interval([one.seed[step][part] - one.zero[step][part] for one in measured])
             needed = steps_needed(at, means["zero", part], means["seed", part][index], rising=part == 0)
-            words = f"over {at[-1]}" if needed is None else f"{needed:.0f}"
-            zero, seed = means["zero", part][index], means["seed", part][index]
-            cells.append(f"{zero:.{digits}f}  {seed:.{digits}f}  {mean:+.{digits}f} ± {half:.{digits}f}  {words:>10}")
-        lines.append(f"{step:4d}              {cells[0]} |    {cells[1]}")
+            cells += [f"{means[name, part][index]:.{digits}f}" for name in ("zero", "seed")]
+            cells += [f"{mean:+.{digits}f} ± {half:.{digits}f}", f"over {at[-1]}" if needed is None else f"{needed:.0f}"]
+        rows.append(cells)
+    heads = ["step", *(f"{what}{column}" for what in ("likeness, ", "loss, ") for column in ("from zero", "from S*", "difference", "steps from zero"))]
+    strengths = []
     for strength in STRENGTHS:
         points = [one.strengths[strength] for one in measured]
         similarity, loss = (sum(point[part] for point in points) / len(points) for part in (0, 1))
-        lines.append(f"seed x {strength}, step 0: similarity {similarity:.3f}, loss {loss:.4f}")
-    return "\n".join(lines)
+        strengths.append((strength, f"{similarity:.3f}", f"{loss:.4f}"))
+    untrained = table(("strength of the residual from S*, untrained", "likeness", "loss"), strengths)
+    return f"{len(measured)} unseen concepts.\n\n{table(heads, rows)}\n\n{untrained}"
 
 
 def main() -> None:
@@ -188,10 +190,8 @@ def main() -> None:
     fused, judge = FusedToybox(Toybox.load(), load_promptnet(given.promptnet)), Judge.load()
     names = list(world.CONCEPTS)[: given.concepts]
     measured = [measure(fused, judge, demo.drawn_concept(name), given) for name in names]
-    print(table(measured, given.at))
-    if given.json:
-        figures = {one.name: {"zero": one.zero, "seed": one.seed, "strengths": one.strengths} for one in measured}
-        given.json.write_text(json.dumps({"given": {k: str(v) for k, v in vars(given).items()}, "figures": figures}, indent=1) + "\n")
+    figures = {one.name: {"zero": one.zero, "seed": one.seed, "strengths": one.strengths} for one in measured}
+    write(given.json, vars(given), figures, markdown(measured, given.at))
 
 
 if __name__ == "__main__":

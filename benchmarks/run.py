@@ -2,8 +2,8 @@
 
 Each result is a file in the work folder, so that a run that was stopped goes on where it was. In order: every peer's learning
 rate and guidance are searched on two concepts; then it is trained on the others, and judged; then the parts that are not about
-peers run, one after the other, in processes of their own. Jobs use one thread each, and there is one for each processor:
-nothing depends on how many there are but the seconds.
+peers run in processes of their own. Jobs use one thread each, and there is one for each processor: nothing depends on how many
+there are but the seconds. At the end README.md and docs/evidence.md have the new tables.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
-from benchmarks.fusion_ablation import SHIPPED
+from benchmarks.host_cost import find_host
 from benchmarks.jobs import Job, Runner, file_name
 from benchmarks.judging import PROMPTS, Yardstick
 from benchmarks.overfitting import Overfitting
 from benchmarks.peers import PEERS, PLAIN, Peer
 from benchmarks.report import write_report
+from benchmarks.results import RESULTS, ROOT, include
 from profusion.demo import Concept, drawn_concept
 from profusion.pictures import grid
 from profusion.toybox import world
@@ -32,7 +34,6 @@ from profusion.toybox.judge import Judge
 from profusion.toybox.pipeline import Toybox
 from profusion.training import TrainingOptions
 
-ROOT = Path(__file__).resolve().parents[1]
 TUNING = ("slate and apricot mushroom", "gold and navy cup")  # the first is the demo's, on which Infusion was developed
 TABLE = tuple(name for name in world.CONCEPTS if name not in TUNING)
 GUIDANCES = (2.0, 4.0)
@@ -178,61 +179,93 @@ class Bench:
 
 @dataclass(frozen=True)
 class Part:
-    """A benchmark with a command of its own, which writes the JSON that --json names, and may write more beside it.
+    """A benchmark with a command of its own, which writes the JSON that --json names, and a table and pictures beside it.
 
-    why_not: empty where it can run. long: left to the full setting.
+    quick: further arguments in the quick setting; None: it is left to the full one. alone: it takes times, or has processes of
+    its own; the others run side by side, with one thread each. host: whether it needs a ComfyUI.
     """
 
     name: str
     arguments: tuple[str, ...]
-    why_not: Callable[[], str] = str
-    long: bool = False
+    quick: tuple[str, ...] | None = ()
+    alone: bool = False
+    host: bool = False
 
-    def run(self, work: Path, out: Path, say: Callable[[str], None]) -> None:
+    def why_not(self) -> str:
+        """Why it cannot run here; empty if it can."""
+        if self.host and find_host() is None:
+            return "no ComfyUI at COMFYUI_PATH or ~/comfy/ComfyUI"
+        return ""
+
+    def run(self, setting: str, work: Path, out: Path, say: Callable[[str], None]) -> None:
         """Run it unless its result is in the work folder, and copy what it wrote: its JSON and what has the same stem."""
         target = work.resolve() / f"{self.name}.json"
         if why := self.why_not():
             say(f"SKIPPED {self.name}: {why}")
             return
         if not target.is_file():
-            say(f"{self.name}: {' '.join(self.arguments)}")
             work.mkdir(parents=True, exist_ok=True)
-            subprocess.run([sys.executable, "-m", *self.arguments, "--json", str(target)], cwd=ROOT, check=True)
+            arguments = [*self.arguments, *((self.quick or ()) if setting != "full" else ())]
+            command = [sys.executable, "-m", *arguments, "--json", str(target)]
+            log, started = target.with_suffix(".log"), time.monotonic()
+            say(f"{self.name}: {' '.join(arguments)}  (see {log})")
+            threads = {} if self.alone else {"OMP_NUM_THREADS": "1"}
+            with log.open("w") as lines:
+                subprocess.run(command, cwd=ROOT, check=True, stdout=lines, stderr=lines, env={**os.environ, **threads})
+            say(f"{self.name}: done in {(time.monotonic() - started) / 60:.1f} min")
         for path in target.parent.glob(f"{self.name}.*"):
             if path.suffix in (".json", ".md", ".png"):
                 shutil.copy(path, out)
 
 
-def _why_no_promptnet() -> str:
-    return "" if SHIPPED.is_file() else f"Toybox's PromptNet is not there: {SHIPPED}"
-
-
 PARTS = (
+    Part("captions", ("benchmarks.toybox_captions",)),
+    Part("words", ("benchmarks.fusion_ablation", "--figures", "words", "--count", "64")),
+    Part("fusion_ablation", ("benchmarks.fusion_ablation",)),
+    Part("residual_seed", ("benchmarks.residual_seed",), ("--concepts", "3")),
     Part("mixtures", ("benchmarks.mixtures",)),
-    Part("peer_cost", ("benchmarks.peer_cost",)),
-    Part("fusion_ablation", ("benchmarks.fusion_ablation",), _why_no_promptnet),
-    Part("fusion_tradeoff", ("benchmarks.fusion_tradeoff",), _why_no_promptnet, long=True),
-    Part("image_prompt", ("benchmarks.image_prompt",), long=True),
+    Part("residual_bytes", ("benchmarks.residual_bytes",)),
+    Part("image_prompt", ("benchmarks.image_prompt",), None),
+    Part("fusion_finetune", ("benchmarks.fusion_finetune",), ("--count", "8", "--regularised", "4"), alone=True),
+    Part("fusion_tradeoff", ("benchmarks.fusion_tradeoff",), ("--count", "8"), alone=True),
+    Part("peer_cost", ("benchmarks.peer_cost",), alone=True),
+    Part("host_cost", ("benchmarks.host_cost",), alone=True, host=True),
 )
+
+
+def run_parts(parts: Sequence[Part], workers: int, run: Callable[[Part], None]) -> None:
+    """Those that may run side by side, so many at a time; then each that must run alone."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        together = [pool.submit(run, part) for part in parts if not part.alone]
+        try:
+            for done in as_completed(together):
+                done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    for part in parts:
+        if part.alone:
+            run(part)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--setting", choices=SETTINGS, default="quick")
     parser.add_argument("--work", type=Path, help="where unfinished work is kept (default: bench-work/SETTING)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--only", nargs="+", choices=["peers", *(part.name for part in PARTS)], help="leave the others out")
     given = parser.parse_args()
+    started, say = time.monotonic(), partial(print, flush=True)
     work = given.work or ROOT / "bench-work" / given.setting
     given.out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(SETTINGS[given.setting], work, given.workers)
+    bench = Bench(SETTINGS[given.setting], work, given.workers, say=say)
     if not given.only or "peers" in given.only:
         write_report(bench.peers(), given.setting, asdict(bench.setting), work, given.out)
-    for part in PARTS:
-        if part.name in given.only if given.only else given.setting == "full" or not part.long:
-            part.run(work, given.out, bench.say)
-    bench.say(f"done in {(time.monotonic() - bench.started) / 60:.1f} min: {given.out}")
+    chosen = [part for part in PARTS if (part.name in given.only if given.only else given.setting == "full" or part.quick is not None)]
+    run_parts(chosen, given.workers, lambda part: part.run(given.setting, work, given.out, say))
+    if given.out == RESULTS and not given.only:
+        include()
+    say(f"done in {(time.monotonic() - started) / 60:.1f} min: {given.out}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ if the object that it finds wears the one colour of a plain look, or the two of 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from benchmarks.rates import Rate
+from benchmarks.results import percent, table, write
 from profusion.pictures import to_image
 from profusion.toybox import world
 from profusion.toybox.colors import palette_shares, wears
@@ -181,10 +181,10 @@ def main() -> None:
             measured["through the VAE"] = rates(outcomes(judge, through_the_vae(toybox, scenes), scenes))
         shown += zip(pictures[:kept], prompts.captions, found, strict=False)
     print(report(measured))
-    if options.json:
-        figures = {name: {part: rate.as_json() for part, rate in by_part.items()} for name, by_part in measured.items()}
-        recipe = {"steps": options.steps, "guidance": options.guidance, "seed": options.seed}
-        options.json.write_text(json.dumps({**recipe, "sets": figures}, indent=1) + "\n")
+    figures = {name: {part: rate.as_json() for part, rate in by_part.items()} for name, by_part in measured.items()}
+    rows = [(name, part, rate["count"], percent(rate)) for name, by_part in figures.items() for part, rate in by_part.items()]
+    recipe = {"count": options.count, "steps": options.steps, "guidance": options.guidance, "seed": options.seed}
+    write(options.json, recipe, figures, table(("captions", "part", "pictures", "right"), rows))
     if options.sheet:
         pictures, captions, found = zip(*shown, strict=True)
         contact_sheet(pictures, captions, found).save(options.sheet)

@@ -2,13 +2,14 @@
 
 import json
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
-from benchmarks import charts, judging, mixtures, report, run
+from benchmarks import charts, judging, mixtures, report, results, run
 from benchmarks.jobs import Job, Runner
 from benchmarks.peers import OURS, PEERS
 from profusion.diffusion import eps_denoiser, sample_euler, sampling_sigmas, training_sigmas
@@ -83,17 +84,52 @@ def test_prompts_name_places_and_second_objects_of_the_world():
         assert prompt.second not in nouns
 
 
-def test_a_part_runs_once_and_its_files_are_copied(tmp_path):
+def test_a_part_runs_once_and_its_files_are_copied(tmp_path, monkeypatch):
     work, out, said = tmp_path / "work", tmp_path / "out", []
     out.mkdir()
-    part = run.Part("version", ("benchmarks.mixtures", "--pretraining", "1", "--steps", "1", "--points", "8"))
-    (work).mkdir()
-    (work / "version.json").write_text("{}")
-    (work / "version.png").write_text("picture")
-    part.run(work, out, said.append)
-    assert said == [] and {path.name for path in out.iterdir()} == {"version.json", "version.png"}
-    replace(part, name="other", why_not=lambda: "no weights").run(work, out, said.append)
-    assert said == ["SKIPPED other: no weights"] and len(list(out.iterdir())) == 2
+    part = run.Part("bytes", ("benchmarks.residual_bytes",))
+    part.run("quick", work, out, said.append)
+    assert {path.name for path in out.iterdir()} == {"bytes.json", "bytes.md"}
+    assert "| Toybox | 10 of width 128 | 1.5 KB |" in (out / "bytes.md").read_text()
+    ran = len(said)
+    (work / "bytes.png").write_text("picture")
+    part.run("quick", work, out, said.append)
+    assert ran == len(said) == 2 and (out / "bytes.png").is_file()
+    monkeypatch.setattr(run, "find_host", lambda: None)
+    replace(part, name="other", host=True).run("quick", work, out, said.append)
+    assert said[-1].startswith("SKIPPED other: no ComfyUI") and not list(out.glob("other*"))
+
+
+def test_what_takes_times_runs_after_the_rest_and_alone():
+    running, order, most = [], [], []
+
+    def work(part):
+        running.append(part)
+        most.append(len(running))
+        time.sleep(0.05)
+        running.remove(part)
+        order.append((part.name, part.alone, len(running)))
+
+    parts = [run.Part("timed", (), alone=True), *(run.Part(str(number), ()) for number in range(4))]
+    run.run_parts(parts, 2, work)
+    assert order[-1] == ("timed", True, 0) and max(most) == 2 and most[-1] == 1 and len(order) == 5
+
+
+def test_documents_say_what_the_results_say(tmp_path):
+    (tmp_path / "one.md").write_text("| 2 |\n")
+    text = "before\n<!-- bench: one -->\n| 1 |\n| old |\n<!-- /bench -->\nafter <!-- bench: one -->\n<!-- /bench -->"
+    now = results.included(text, tmp_path)
+    assert now == "before\n<!-- bench: one -->\n| 2 |\n<!-- /bench -->\nafter <!-- bench: one -->\n| 2 |\n<!-- /bench -->"
+    assert results.included(now, tmp_path) == now
+    with pytest.raises(FileNotFoundError):
+        results.included(text.replace("one", "two"), tmp_path)
+
+
+@pytest.mark.parametrize("document", results.DOCUMENTS, ids=lambda path: path.name)
+def test_no_document_was_left_behind(document):
+    text = document.read_text()
+    assert "<!-- bench: " in text
+    assert results.included(text) == text, "run `python -m benchmarks.results`"
 
 
 def final(peer, concept, score, curve=()):
