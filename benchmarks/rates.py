@@ -6,6 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
+from profusion.metrics import scores
+
 
 def wilson_interval(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval of a proportion, 95 % by default; (0, 1) of nothing at all."""
@@ -17,11 +21,10 @@ def wilson_interval(right: int, count: int, z: float = 1.96) -> tuple[float, flo
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def mean_interval(values: Sequence[float], z: float = 1.96) -> tuple[float, float]:
-    """Mean and half the width of its interval, 95 % by default."""
-    mean = sum(values) / len(values)
-    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
-    return mean, z * spread / math.sqrt(len(values))
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval (Student's); NaN for that of one value."""
+    mean, low, high = scores.mean_interval(torch.tensor([float(value) for value in values], dtype=torch.float64))
+    return mean, (high - low) / 2
 
 
 @dataclass(frozen=True)

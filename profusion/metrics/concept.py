@@ -51,8 +51,9 @@ def concept_scores(
     """CLIP-T by every encoder of pictures and texts, likeness to the references by all; also of objects and of backgrounds,
     where there are masks.
 
-    prompts: one for each generated picture, or one for all; not needed where no encoder takes texts. What the references score among themselves stands below, as in the
-    papers' tables: what a perfect copy would. Raises MetricError where pictures or prompts are missing.
+    prompts: one for each generated picture, or one for all; not needed where no encoder takes texts. What the references score
+    among themselves stands below, as in the papers' tables: what a perfect copy would. Raises MetricError where pictures or
+    prompts are missing.
     """
     if not len(generated.images):
         raise MetricError("no generated pictures: give at least one")
