@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -63,7 +65,7 @@ class Runner:
             yield from ((job, job.work()) for job in jobs)
             return
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+        pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=_prepare)
         try:
             running = {pool.submit(job.work): job for job in jobs}
             yield from ((running[done], done.result()) for done in as_completed(running))
@@ -75,6 +77,18 @@ class Runner:
         unfinished = path.with_name(path.name + ".part")
         unfinished.write_text(json.dumps({"setting": self.setting, "result": result}))
         unfinished.replace(path)
+
+
+def _prepare() -> None:
+    """A worker has one thread, and ends with the run that started it, even one that was killed."""
+    torch.set_num_threads(1)
+    run = multiprocessing.parent_process()
+
+    def follow() -> None:
+        run.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def file_name(*words: str) -> str:

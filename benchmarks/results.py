@@ -19,8 +19,13 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "evidence.md")
 _BLOCK = re.compile(r"(?<=<!-- bench: )(?P<name>\S+)(?P<open> -->\n).*?(?=<!-- /bench -->)", re.DOTALL)
 
 
-def write(path: Path | None, recipe: Mapping, figures: object, markdown: str, picture: Image.Image | None = None) -> None:
-    """Print the table; where there is a path, write `path` (.json), and the table and the picture beside it."""
+def write(
+    path: Path | None, recipe: Mapping, figures: object, markdown: str, picture: Image.Image | None = None, short: str = ""
+) -> None:
+    """Print the table; where there is a path, write `path` (.json), and the table and the picture beside it.
+
+    short: what README says of it, in a sentence or a smaller table; written as NAME.short.md.
+    """
     print(markdown, flush=True)
     if path is None:
         return
@@ -28,6 +33,8 @@ def write(path: Path | None, recipe: Mapping, figures: object, markdown: str, pi
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"recipe": said, "figures": figures}, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown.rstrip("\n") + "\n")
+    if short:
+        path.with_suffix(".short.md").write_text(short.rstrip("\n") + "\n")
     if picture is not None:
         picture.save(path.with_suffix(".png"))
 

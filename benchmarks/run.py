@@ -43,16 +43,16 @@ GUIDANCES = (2.0, 4.0)
 class Setting:
     """How much is done. checkpoints: training steps of the overfitting curves, of the first `curve_concepts`."""
 
-    training_steps: int = 150
-    sampling_steps: int = 15
+    training_steps: int = 100
+    sampling_steps: int = 12
     concepts: int = 8
     prompts: int = 8
     seeds: int = 4
     tuning_seeds: int = 2
     rates: int = 3
     curve_concepts: int = 1
-    checkpoints: tuple[int, ...] = (50, 150, 400, 800)
-    class_pictures: int = 48
+    checkpoints: tuple[int, ...] = (50, 100, 200, 400)
+    class_pictures: int = 32
     fisher_draws: int = 4
 
 
@@ -219,14 +219,14 @@ class Part:
 
 
 PARTS = (
-    Part("captions", ("benchmarks.toybox_captions",)),
+    Part("captions", ("benchmarks.toybox_captions",), ("--count", "256")),
     Part("words", ("benchmarks.fusion_ablation", "--figures", "words", "--count", "64")),
     Part("fusion_ablation", ("benchmarks.fusion_ablation",)),
-    Part("residual_seed", ("benchmarks.residual_seed",), ("--concepts", "3")),
+    Part("residual_seed", ("benchmarks.residual_seed",), ("--concepts", "2")),
     Part("mixtures", ("benchmarks.mixtures",)),
     Part("residual_bytes", ("benchmarks.residual_bytes",)),
     Part("image_prompt", ("benchmarks.image_prompt",), None),
-    Part("fusion_finetune", ("benchmarks.fusion_finetune",), ("--count", "8", "--regularised", "4"), alone=True),
+    Part("fusion_finetune", ("benchmarks.fusion_finetune",), ("--count", "6", "--regularised", "2"), alone=True),
     Part("fusion_tradeoff", ("benchmarks.fusion_tradeoff",), ("--count", "8"), alone=True),
     Part("peer_cost", ("benchmarks.peer_cost",), alone=True),
     Part("host_cost", ("benchmarks.host_cost",), alone=True, host=True),

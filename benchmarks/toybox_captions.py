@@ -184,7 +184,12 @@ def main() -> None:
     figures = {name: {part: rate.as_json() for part, rate in by_part.items()} for name, by_part in measured.items()}
     rows = [(name, part, rate["count"], percent(rate)) for name, by_part in figures.items() for part, rate in by_part.items()]
     recipe = {"count": options.count, "steps": options.steps, "guidance": options.guidance, "seed": options.seed}
-    write(options.json, recipe, figures, table(("captions", "part", "pictures", "right"), rows))
+    shares = {part: f"{rate['share']:.1%}" for part, rate in figures["unseen"].items()}
+    short = (
+        f"On {options.count} captions that it has never seen it draws the right noun in {shares['noun']}, the right place in "
+        f"{shares['background']} and the right colours in {shares['color']} of its pictures."
+    )
+    write(options.json, recipe, figures, table(("captions", "part", "pictures", "right"), rows), short=short)
     if options.sheet:
         pictures, captions, found = zip(*shown, strict=True)
         contact_sheet(pictures, captions, found).save(options.sheet)
