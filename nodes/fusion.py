@@ -62,8 +62,8 @@ def _stage_inputs() -> list:
             tooltip="The share of sampling after which there is a fusion stage.",
         ),
         io.Float.Input(
-            "fusion_end", default=1.0, min=0.0, max=1.0, step=0.01,
-            tooltip="The share of sampling until which there is a fusion stage. Each stage costs an evaluation.",
+            "fusion_end", default=0.2, min=0.0, max=1.0, step=0.01,
+            tooltip="The share of sampling until which there is a fusion stage. Each stage costs an evaluation. 1: the paper's.",
         ),
     ]  # fmt: skip
 

@@ -109,6 +109,7 @@ def finetune(graph: Graph) -> None:
         trainer = graph.add(
             "ProFusion_PromptNetFinetune", (840, 0), wide=340, promptnet=promptnet["PROMPTNET"], model=base["MODEL"],
             clip=base["CLIP"], clip_vision=base["CLIP_VISION"], vae=base["VAE"], images=variants["images"],
+            learning_rate=1e-4, attention_learning_rate=1e-3,  # what a model as small as Toybox needs
         )  # fmt: skip
         preview(graph, trainer.below, "Loss", trainer["loss_plot"], 340)
     with graph.group("4. The picture becomes a word"):
