@@ -21,7 +21,7 @@ from profusion.fusion import FusionOptions, Guidance
 from profusion.promptnet.file import load_promptnet
 from profusion.toybox import world
 from profusion.toybox.colors import palette_shares, wears
-from profusion.toybox.fused import FusedToybox
+from profusion.toybox.fused import FUSED_SHARE, GUIDED, FusedToybox, first_levels
 from profusion.toybox.judge import Judge
 from profusion.toybox.pipeline import WEIGHTS, Toybox, seeded
 
@@ -140,7 +140,8 @@ def main() -> None:
         measured = words(fused, judge, known, given.steps, given.cfg)
     else:
         measured = {}
-        for variant in variants(given.cfg, given.text_weight, FusionOptions(given.repeats, given.eta)):
+        default = Variant("as Fusion KSampler comes", replace(GUIDED, cfg=given.cfg), first_levels(FUSED_SHARE, given.steps))
+        for variant in (*variants(given.cfg, given.text_weight, FusionOptions(given.repeats, given.eta)), default):
             before = fused.rows
             measured[variant.name] = measure(fused, judge, known, variant, given.steps, given.batch).as_json()
             rows = (fused.rows - before) / given.count / len(PROMPTS) / given.steps

@@ -21,11 +21,10 @@ from benchmarks.fusion_ablation import SHIPPED
 from benchmarks.fusion_judging import PROMPTS, References, references, scores
 from benchmarks.results import percent, plus_minus, table, write
 from benchmarks.timing import against, interleaved
-from profusion.diffusion import sampling_sigmas
 from profusion.fusion import FusionOptions, Guidance
 from profusion.pictures import stacked
 from profusion.promptnet.file import load_promptnet
-from profusion.toybox.fused import FusedToybox
+from profusion.toybox.fused import FusedToybox, first_levels
 from profusion.toybox.judge import Judge
 from profusion.toybox.pipeline import Toybox, seeded
 
@@ -45,8 +44,7 @@ class Scheme:
 
     def options(self, steps: int) -> FusionOptions:
         """A fusion stage at the first levels, as many as the share says."""
-        fused = round(self.end * steps)
-        return FusionOptions(1, sigma_end=sampling_sigmas(steps)[fused - 1].item()) if fused else FusionOptions(0)
+        return first_levels(self.end, steps)
 
 
 def _schemes() -> tuple[Scheme, ...]:

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .fusion import FusionOptions, Guidance
 from .pictures import grid, loss_plot, read_pictures, to_image
 from .promptnet.pseudo_word import PLACEHOLDER
 from .residual import Residual, save_residual
 from .toybox import world
-from .toybox.fused import FusedToybox
+from .toybox.fused import FUSED_SHARE, GUIDED, FusedToybox, first_levels
 from .toybox.judge import Judge
 from .toybox.pipeline import SIZE, Toybox, seeded
 from .toybox.scores import likeness_among, picture_scores
@@ -27,7 +26,6 @@ from .training import TrainingOptions
 
 CONCEPT = "slate and apricot mushroom"
 GUIDANCE = 2.0  # a residual is amplified with the rest of the condition: what is right at 1 is garish at 4
-FUSED_GUIDANCE = Guidance(weights=(1.0, 0.5), cfg=4.0)  # of S* and of the plain text
 FRESH_NOISE = 10_000  # seeds the fusion stage's noise, which must not be the noise that the picture starts from
 PICTURES = 4
 PROMPTS = (
@@ -99,8 +97,8 @@ def draw(
     others = seeded(*(seed + 1000 for seed in seeds))
     other = toybox.generate([text] * len(seeds), others, steps, GUIDANCE)
     word = fused.generate(
-        prompt.format(PLACEHOLDER), [residual.noun] * len(seeds), [picture] * len(seeds), seeded(*seeds), FUSED_GUIDANCE, FusionOptions(),
-        steps, seeded(FRESH_NOISE)[0],
+        prompt.format(PLACEHOLDER), [residual.noun] * len(seeds), [picture] * len(seeds), seeded(*seeds), GUIDED,
+        first_levels(FUSED_SHARE, steps), steps, seeded(FRESH_NOISE)[0],
     )  # fmt: skip
     return Drawing(text, *(toybox.vae.pictures(latents) for latents in (plain, customised, word, other)))
 

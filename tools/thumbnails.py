@@ -19,11 +19,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from profusion import demo
-from profusion.fusion import FusionOptions
 from profusion.pictures import INK, PAPER, from_image, grid, to_image
 from profusion.toybox import world
-from profusion.toybox.fused import FusedToybox
-from profusion.toybox.pipeline import seeded
+from profusion.toybox.fused import FUSED_SHARE, GUIDED, FusedToybox, first_levels
+from profusion.toybox.pipeline import STEPS, seeded
 from tests.host.live import Server, to_prompt
 
 ROOT = Path(__file__).parents[1]
@@ -113,7 +112,7 @@ def make_readme_picture() -> None:
     for place in PLACES:
         latents = [
             fused.generate(
-                place.format("S*"), [toy.noun], [toy.pictures], seeded(1), demo.FUSED_GUIDANCE, FusionOptions(),
+                place.format("S*"), [toy.noun], [toy.pictures], seeded(1), GUIDED, first_levels(FUSED_SHARE, STEPS),
                 fresh=seeded(demo.FRESH_NOISE)[0],
             )
             for toy in toys

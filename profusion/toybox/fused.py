@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,9 +20,18 @@ from ..residual import Residual
 from .pipeline import STEPS, Toybox, initial_noise, noun_rows, weight_file
 
 ALONE = f"a photo of {PLACEHOLDER}"
+# As Fusion KSampler comes, with the cfg that Toybox takes: S* and the plain text, a fusion stage in the first fifth of a run.
+GUIDED = Guidance((1.0, 0.5), cfg=4.0, refresh=2)
+FUSED_SHARE = 0.2
 
 PredictStage = Callable[[Tensor, Tensor, Stage], Tensor]
 """The guided noise of variance-preserving latents x (B, 4, 12, 12) at timesteps (B,), in a stage."""
+
+
+def first_levels(share: float, steps: int) -> FusionOptions:
+    """A fusion stage at those of `steps` noise levels that lie before the share of the run; none at 0."""
+    fused = math.ceil(share * steps - 1e-9)
+    return FusionOptions(sigma_end=sampling_sigmas(steps)[fused - 1].item()) if fused else FusionOptions(0)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Fusion Sampling in the host: nothing changes where nothing is asked for, and any sampler can refine."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -56,6 +58,30 @@ class Counted:
 @pytest.fixture
 def counted(model, pack):
     return Counted(model, pack.nodes.host_fusion.STAGE)
+
+
+def test_the_kernel_knows_how_the_node_comes(pack):
+    """Demo and benchmarks draw as the node does."""
+    defaults = {entry.id: getattr(entry, "default", None) for entry in pack.nodes.fusion.FusionKSampler.GET_SCHEMA().inputs}
+    kernel = importlib.import_module(f"{pack.__name__}.profusion.toybox.fused")
+    guided, options = kernel.GUIDED, kernel.first_levels(kernel.FUSED_SHARE, 20)
+    for name in ("fusion_cfg", "gamma", "mode", "refresh"):
+        assert defaults[name] == getattr(guided, name)
+    assert guided.weights == (1.0, defaults["text_weight"])
+    assert (defaults["fusion_steps"], defaults["eta"], defaults["fusion_start"]) == (options.repeats, options.eta, 0.0)
+    assert defaults["fusion_end"] == kernel.FUSED_SHARE
+
+
+def test_the_kernel_and_the_node_fuse_the_same_levels(node, counted, texts, pack):
+    positive, text, negative = texts
+    kernel = importlib.import_module(f"{pack.__name__}.profusion.toybox.fused")
+    for steps in (5, 12, 20, 25):
+        counted.calls.clear()
+        node(counted.model, positive, negative, steps=steps, scheduler="simple", fusion_end=0.2)
+        sigmas = comfy_samplers.KSampler(counted.model, steps, counted.model.load_device, "euler", "simple").sigmas.tolist()
+        options = kernel.first_levels(0.2, steps)
+        expected = sum(options.repeats_at(one, after) for one, after in zip(sigmas, sigmas[1:], strict=False))
+        assert [stage for *_, stage in counted.calls].count("fusion") == expected > 0
 
 
 def test_the_schemas_are_valid(pack):
