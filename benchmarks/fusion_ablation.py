@@ -49,6 +49,15 @@ def variants(cfg: float, text_weight: float, options: FusionOptions) -> list[Var
     ]
 
 
+def reasons(cfg: float, options: FusionOptions) -> list[Variant]:
+    """What the fusion stage does by itself: both stages without the plain text, and that without less of S* in the first."""
+    alone = Guidance((1.0,), cfg)
+    return [
+        Variant("both stages, no plain text", alone, options),
+        Variant("both stages, no plain text, gamma 1", replace(alone, gamma=1.0), options),
+    ]
+
+
 def measure(fused: FusedToybox, judge: Judge, known: References, variant: Variant, steps: int, batch: int) -> Scores:
     """All pictures under all prompts."""
 
@@ -140,8 +149,9 @@ def main() -> None:
         measured = words(fused, judge, known, given.steps, given.cfg)
     else:
         measured = {}
+        options = FusionOptions(given.repeats, given.eta)
         default = Variant("as Fusion KSampler comes", replace(GUIDED, cfg=given.cfg), first_levels(FUSED_SHARE, given.steps))
-        for variant in (*variants(given.cfg, given.text_weight, FusionOptions(given.repeats, given.eta)), default):
+        for variant in (*variants(given.cfg, given.text_weight, options), *reasons(given.cfg, options), default):
             before = fused.rows
             measured[variant.name] = measure(fused, judge, known, variant, given.steps, given.batch).as_json()
             rows = (fused.rows - before) / given.count / len(PROMPTS) / given.steps
