@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..profusion.fusion import FusionOptions, Guidance, KeptDifferences, fusion_stage, mean_prediction, segments
+from .host import KEY as STREAM
 
 WORD = "profusion_word"
 STAGE = "profusion_stage"
@@ -69,8 +70,15 @@ class FusionGuider(comfy.samplers.CFGGuider):
 
     def _begin(self) -> None:
         self.rows = self.calls = 0
-        several = sum(1 for weight in self.guidance.weights if weight) > 1  # one alone is the plain guider, to the bit
-        self._kept = KeptDifferences(self.guidance.refresh if several else 1)
+        self._kept: dict[Any, KeptDifferences] = {}
+
+    def _kept_in(self, model_options: dict) -> KeptDifferences:
+        """Infusion samples two streams in step, on latents of their own: what one keeps is nothing to the other."""
+        stream = model_options.get("transformer_options", {}).get(STREAM)
+        if stream not in self._kept:
+            several = sum(1 for weight in self.guidance.weights if weight) > 1  # one alone is the plain guider, to the bit
+            self._kept[stream] = KeptDifferences(self.guidance.refresh if several else 1)
+        return self._kept[stream]
 
     def sample(self, noise, latent_image, sampler, sigmas, *args, **kwargs):
         self._begin()
@@ -82,7 +90,7 @@ class FusionGuider(comfy.samplers.CFGGuider):
         try:
             return super().sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
-            self._contexts, self._own = {}, {}
+            self._contexts, self._own, self._kept = {}, {}, {}
 
     def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006 (the host's own signature)
         fusing = model_options.get("transformer_options", {}).get(STAGE) == "fusion"
@@ -90,9 +98,10 @@ class FusionGuider(comfy.samplers.CFGGuider):
         gamma = self.guidance.gamma if fusing else 1.0
         used = [(name, weight) for name, weight in zip(self._names, self.guidance.weights, strict=True) if weight]
         terms = [self._at(self.conds[name], x, float(timestep.flatten()[0]), gamma) for name, _ in used]
-        negative = None if self._without_negative(cfg, model_options) else self.conds.get("negative")
+        kept = self._kept_in(model_options)
+        negative = None if self._without_negative(cfg, kept, model_options) else self.conds.get("negative")
         conds = [terms[0], negative, *terms[1:]]
-        predicted = self._predictions(conds, x, timestep, model_options)
+        predicted = self._predictions(conds, kept, x, timestep, model_options)
         for function in model_options.get("sampler_pre_cfg_function", []):
             predicted = function(
                 {"conds": conds, "conds_out": predicted, "cond_scale": cfg, "timestep": timestep, "input": x,
@@ -103,18 +112,20 @@ class FusionGuider(comfy.samplers.CFGGuider):
             self.inner_model, mean, predicted[1], cfg, x, timestep, model_options=model_options, cond=terms[0], uncond=negative
         )
 
-    def _without_negative(self, cfg: float, model_options: dict) -> bool:
+    def _without_negative(self, cfg: float, kept: KeptDifferences, model_options: dict) -> bool:
         """Whether guidance needs no negative: not by this scale, nor by the other stage's where differences are kept for it."""
-        scales = (cfg,) if self._kept.always else (self.cfg, self.guidance.fusion_cfg)
+        scales = (cfg,) if kept.always else (self.cfg, self.guidance.fusion_cfg)
         return all(math.isclose(scale, 1.0) for scale in scales) and not model_options.get("disable_cfg1_optimization", False)
 
-    def _predictions(self, conds: list, x: Tensor, timestep: Tensor, model_options: dict) -> list[Tensor]:
+    def _predictions(
+        self, conds: list, kept: KeptDifferences, x: Tensor, timestep: Tensor, model_options: dict
+    ) -> list[Tensor]:
         """Of all conds, though not all are evaluated at every call."""
-        asked = conds if self._kept.due else conds[:1]
+        asked = conds if kept.due else conds[:1]
         self.rows += len(x) * sum(len(group) for group in asked if group)
         self.calls += 1
         evaluated = _calc_conds(self.inner_model, asked, x, timestep, model_options)
-        return self._kept.complete(evaluated, float(timestep.flatten()[0]) or 1.0)
+        return kept.complete(evaluated, float(timestep.flatten()[0]) or 1.0)
 
     def _at(self, conds: list[dict], x: Tensor, sigma: float, gamma: float) -> list[dict]:
         """The conds of a term as they are at this noise level."""

@@ -210,17 +210,27 @@ def test_a_conditioning_that_was_zeroed_out_stays_so(studio):
     assert all(not contexts[0].any() for _, _, contexts in seen)
 
 
-def test_residuals_and_s_meet_in_one_graph(studio, infused_toybox):
+@pytest.mark.parametrize("refresh", [1, 2])
+def test_residuals_and_s_meet_in_one_graph(studio, infused_toybox, refresh):
     """Infusion's two streams under Fusion Sampling: F is the run without residuals, bit for bit."""
     residual = infused_toybox.residual(size=2.0, noun="snow")
     positive, plain = studio.encode()
-    expected = studio.draw(positive, text=plain)
+    expected = studio.draw(positive, text=plain, refresh=refresh)
     patched, placed = infused_toybox.patch(residual, model=studio.model, text="a photo of cat on snow")
     foundations = []
     watched = studio.pack.nodes.host.add_streams(patched, infused_toybox.layers, False, foundations.append)
-    customised = studio.draw(positive, watched, text=placed)
+    customised = studio.draw(positive, watched, text=placed, refresh=refresh)
     assert torch.equal(studio.model.model.process_latent_out(foundations[0].float()), expected)
     assert customised.isfinite().all() and not torch.equal(customised, expected)
+
+
+def test_a_residual_of_nothing_leaves_kept_differences_as_they_were(studio, infused_toybox):
+    """Both streams keep their own: with nothing to add, C is the plain run, too."""
+    positive, plain = studio.encode()
+    expected = studio.draw(positive, text=plain, refresh=2)
+    residual = infused_toybox.residual(size=0.0, noun="snow")
+    patched, placed = infused_toybox.patch(residual, model=studio.model, text="a photo of cat on snow")
+    assert torch.equal(studio.draw(positive, patched, text=placed, refresh=2), expected)
 
 
 @pytest.mark.parametrize("masked", [False, True])
