@@ -21,6 +21,8 @@ from profusion.promptnet.toybox import new_promptnet
 from profusion.toybox.pipeline import Toybox
 
 ROOT = Path(__file__).resolve().parents[1]
+FINETUNE, FINETUNES = "PromptNet Finetune, 50 steps of batch 4, once for a picture", 3
+PICTURE = torch.rand(1, 96, 96, 3, generator=torch.Generator().manual_seed(0))
 PROMPT, NOUNS = "a photo of a ball and a star and a cup and a cat on grass", ("ball", "star", "cup", "cat")
 
 
@@ -58,6 +60,8 @@ class Studio:
         self.model, self.clip = pack.nodes.host_models.load_model(), pack.nodes.host_models.load_clip()
         self.positive, self.negative = self.encode(PROMPT), self.encode("")
         self.latent = torch.zeros(batch, 4, 12, 12)
+        network = new_promptnet(Toybox.load()).eval().requires_grad_(False)  # what it has learnt costs no time
+        self.promptnet = pack.nodes.host_promptnet.handed_to_the_host(network, "untrained")
         layers = pack.nodes.host.model_layers(self.model)
         names = tuple(layer.name for layer in layers)
         generator = torch.Generator().manual_seed(0)
@@ -79,12 +83,20 @@ class Studio:
         return lambda: self.ksampler(model, positive)
 
     def word(self) -> Callable[[], list]:
-        """S* of a picture in a prompt, as a CONDITIONING: PromptNet and text encoder. What PromptNet has learnt costs no time."""
+        """S* of a picture in a prompt, as a CONDITIONING: PromptNet and text encoder."""
         glue, models = self.nodes.host_promptnet, self.nodes.host_models
-        promptnet = glue.handed_to_the_host(new_promptnet(Toybox.load()).eval().requires_grad_(False), "untrained")
-        picture = torch.rand(1, 96, 96, 3, generator=torch.Generator().manual_seed(0))
-        reference = glue.encode_pictures(promptnet, models.load_vae(), models.load_clip_vision(), picture)
-        return lambda: glue.WordInPrompt(promptnet, self.clip, reference, "a photo of S* on grass").conditioning()
+        reference = glue.encode_pictures(self.promptnet, models.load_vae(), models.load_clip_vision(), PICTURE)
+        return lambda: glue.WordInPrompt(self.promptnet, self.clip, reference, "a photo of S* on grass").conditioning()
+
+    def finetune(self) -> None:
+        """What PromptNet Finetune does with one picture, as its inputs come."""
+        models, options = self.nodes.host_models, self.nodes.host_finetune.FinetuneOptions(learning_rate=2e-5)
+        vision, vae = models.load_clip_vision(), models.load_vae()
+        with torch.inference_mode():
+            finetuning = self.nodes.host_finetune.Finetuning(
+                self.promptnet, self.model, self.clip, vision, vae, PICTURE, None, True, options
+            )
+            finetuning.run(lambda: None)
 
     def fusion(self, positive: list, text: bool, **changes) -> Callable[[], None]:
         """Fusion KSampler with the defaults of its own inputs, except for these."""
@@ -112,9 +124,12 @@ def measure(studio: Studio, rounds: int) -> dict[str, dict[str, float]]:
         "Fusion KSampler, first 40 %, 1 term": studio.fusion(positive, False, fusion_end=0.4),
         "Fusion KSampler as it comes": studio.fusion(positive, True),
     }
+    plain = "plain KSampler"
     with torch.inference_mode():
         times = interleaved(tasks, rounds)
-    return against(times, "plain KSampler", len(studio.latent))
+    beside = interleaved({plain: torch.inference_mode()(tasks[plain]), FINETUNE: studio.finetune}, FINETUNES)
+    found = against(times, plain, len(studio.latent))
+    return found | {FINETUNE: against(beside, plain, len(studio.latent))[FINETUNE]}
 
 
 def main() -> None:
