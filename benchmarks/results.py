@@ -29,7 +29,7 @@ def write(
     print(markdown, flush=True)
     if path is None:
         return
-    said = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in recipe.items()}
+    said = {name: value.name if isinstance(value, Path) else value for name, value in recipe.items() if name != "json"}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"recipe": said, "figures": figures}, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown.rstrip("\n") + "\n")
