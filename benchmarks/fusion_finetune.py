@@ -193,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--promptnet", type=Path, default=SHIPPED, help="the PromptNet's file")
     parser.add_argument("--count", type=int, default=32, help="unseen pictures")
-    parser.add_argument("--regularised", type=int, default=8, help="of these, with a penalty")
+    parser.add_argument("--regularised", type=int, default=4, help="of these, with a penalty")
     parser.add_argument("--training-steps", type=int, default=50)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--attention-learning-rate", type=float, default=1e-3)
