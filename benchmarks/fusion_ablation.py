@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.fusion_judging import PROMPTS, References, Scores, likeness, references, rounded, scores
+from benchmarks.fusion_judging import PROMPTS, Draw, References, likeness, references, rounded, scores
 from benchmarks.rates import Rate
 from benchmarks.results import percent, plus_minus, table, write
 from profusion.fusion import FusionOptions, Guidance
@@ -58,15 +58,15 @@ def reasons(cfg: float, options: FusionOptions) -> list[Variant]:
     ]
 
 
-def measure(fused: FusedToybox, judge: Judge, known: References, variant: Variant, steps: int, batch: int) -> Scores:
-    """All pictures under all prompts."""
+def drawn_by(fused: FusedToybox, variant: Variant, steps: int) -> Draw:
+    """How pictures are drawn by a variant."""
 
     def draw(prompt, nouns, pictures, generators, fresh) -> Tensor:
         return fused.toybox.vae.pictures(
             fused.generate(prompt, nouns, pictures, generators, variant.guidance, variant.options, steps, fresh)
         )
 
-    return scores(draw, judge, known, PROMPTS, batch)
+    return draw
 
 
 def words(fused: FusedToybox, judge: Judge, known: References, steps: int, cfg: float) -> dict[str, dict]:
@@ -153,7 +153,8 @@ def main() -> None:
         default = Variant("as Fusion KSampler comes", replace(GUIDED, cfg=given.cfg), first_levels(FUSED_SHARE, given.steps))
         for variant in (*variants(given.cfg, given.text_weight, options), *reasons(given.cfg, options), default):
             before = fused.rows
-            measured[variant.name] = measure(fused, judge, known, variant, given.steps, given.batch).as_json()
+            drawn = scores(drawn_by(fused, variant, given.steps), judge, known, PROMPTS, given.batch)
+            measured[variant.name] = drawn.as_json()
             rows = (fused.rows - before) / given.count / len(PROMPTS) / given.steps
             measured[variant.name]["rows_a_step"] = round(rows, 2)
             print(variant.name, json.dumps(measured[variant.name]), flush=True)

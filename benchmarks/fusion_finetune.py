@@ -12,7 +12,6 @@ Every picture's figures are kept beside --json, and a run that was stopped goes 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,20 +22,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.fusion_ablation import SHIPPED, Variant, variants
-from benchmarks.fusion_judging import PROMPTS, Draw, References, Scores, references, scores
+from benchmarks.fusion_ablation import SHIPPED, Variant, drawn_by, variants
+from benchmarks.fusion_judging import PROMPTS, References, Scores, references, scores
 from benchmarks.jobs import Job, Runner, file_name
 from benchmarks.results import percent, plus_minus, table, write
 from profusion.augment import composite, redrawn_cells, soft_edge, variant_prompts
 from profusion.diffusion import sample_euler, sampling_sigmas
 from profusion.fusion import FusionOptions
-from profusion.models.tokenizer import words_to_ids
+from profusion.metrics.cost import stored_bytes
 from profusion.promptnet.changes import changed, patch_tensors
-from profusion.promptnet.data import encoded_pictures
+from profusion.promptnet.data import digest, encoded_pictures
 from profusion.promptnet.file import load_promptnet
 from profusion.promptnet.finetune import FinetuneOptions, FinetunePictures, FinetuneTraining, trainable_copy
-from profusion.promptnet.pseudo_word import prompt_tokens
-from profusion.promptnet.toybox import toybox_finetuning
+from profusion.promptnet.toybox import starting_word, toybox_finetuning
 from profusion.toybox.fused import FusedToybox
 from profusion.toybox.judge import Judge
 from profusion.toybox.pipeline import Toybox, initial_noise, seeded
@@ -49,7 +47,7 @@ EDGE = 4  # pixels over which a variant's object fades into its background, as C
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to fine-tune. augmented: on variants too. attention: whether the UNet's layers learn. penalty: see `Penalised`."""
+    """One way to fine-tune. augmented: on variants too. attention: whether the UNet's layers learn. penalty: see `penalise`."""
 
     name: str
     augmented: bool = False
@@ -103,20 +101,18 @@ def augmented(toybox: Toybox, picture: Tensor, mask: Tensor, noun: str, seed: in
     return torch.stack([picture, *(composite(one, picture, edge) for one in drawn)])
 
 
-class Penalised:
-    """Adds penalty * the mean square of S* - noun to a fine-tuning's loss: how far S* may leave the noun's embedding."""
+def penalise(training: FinetuneTraining, noun: Tensor, penalty: float) -> None:
+    """Add penalty * the mean square of S* - noun to a fine-tuning's loss: how far S* may leave the noun's embedding."""
+    encode, error, words = training._encode_word, training._error, []
 
-    def __init__(self, training: FinetuneTraining, noun: Tensor, penalty: float):
-        encode, error, words = training._encode_word, training._error, []
+    def remember(prompt: int, word: Tensor) -> Tensor:
+        words[:] = [word]
+        return encode(prompt, word)
 
-        def remember(prompt: int, word: Tensor) -> Tensor:
-            words[:] = [word]
-            return encode(prompt, word)
+    def penalised(*given) -> Tensor:
+        return error(*given) + penalty * (words[0] - noun).square().mean()
 
-        def penalised(*given) -> Tensor:
-            return error(*given) + penalty * (words[0] - noun).square().mean()
-
-        training._encode_word, training._error = remember, penalised
+    training._encode_word, training._error = remember, penalised
 
 
 def finetuned(
@@ -133,14 +129,11 @@ def finetuned(
     network = trainable_copy(fused.promptnet)
     training = toybox_finetuning(toybox, network, FinetunePictures(given.latents, given.image_tokens), options, setting.attention)
     if setting.penalty:
-        embeddings = toybox.text.text_model.embeddings
-        rows = prompt_tokens(options.prompts[0], network.config.tokens)[1]
-        typical = embeddings.token_embedding.weight[words_to_ids(noun)].mean(dim=0)
-        Penalised(training, typical + embeddings.position_embedding.weight[list(rows)], setting.penalty)
+        penalise(training, starting_word(toybox, network.config, noun), setting.penalty)
     with changed(toybox.unet, training.changes):
         for _ in training.steps():
             pass
-    size = sum(value.numel() * value.element_size() for value in patch_tensors(training.changes).values())
+    size = stored_bytes(patch_tensors(training.changes).values())
     own = FusedToybox(toybox, network.requires_grad_(False))
     return own, changed(toybox.unet, training.changes), {"patch_bytes": size}
 
@@ -154,16 +147,11 @@ def one_picture(recipe: Recipe, setting: Setting, index: int, ways: Sequence[Var
     """Fine-tune to a picture and draw it: its scores under every prompt by variant, and what the training cost."""
     fused, judge, known = _studio(recipe.promptnet, recipe.count, recipe.seed)
     own, within, cost = finetuned(fused, known, index, setting, recipe.options(index), (recipe.steps, recipe.cfg))
-
-    def drawn_by(way: Variant) -> Draw:
-        def draw(prompt, nouns, pictures, generators, fresh) -> Tensor:
-            latents = own.generate(prompt, nouns, pictures, generators, way.guidance, way.options, recipe.steps, fresh)
-            return own.toybox.vae.pictures(latents)
-
-        return draw
-
     with within:
-        found = {way.name: vars(scores(drawn_by(way), judge, known.only(index), PROMPTS, 1, first_seed=index)) for way in ways}
+        found = {
+            way.name: vars(scores(drawn_by(own, way, recipe.steps), judge, known.only(index), PROMPTS, 1, first_seed=index))
+            for way in ways
+        }
     return {"setting": setting.name, "scores": found, **cost}
 
 
@@ -210,7 +198,7 @@ def main() -> None:
     work = [(setting, index, ways) for setting in SETTINGS for index in range(recipe.count)]
     work += [(setting, index, ways[:2]) for setting in REGULARISED for index in range(min(regularised, recipe.count))]
     folder = out.with_suffix(".work")
-    said = {**given, "promptnet": hashlib.sha256(recipe.promptnet.read_bytes()).hexdigest()[:16]}  # wherever it lies
+    said = {**given, "promptnet": digest(recipe.promptnet)}  # wherever it lies
     rows = Runner(said, workers).run([
         Job(folder / file_name(setting.name, str(index)), partial(one_picture, recipe, setting, index, some), f"{setting.name}: {index + 1}")
         for setting, index, some in work

@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.charts import Point, scatter
-from benchmarks.fusion_ablation import SHIPPED
+from benchmarks.fusion_ablation import SHIPPED, Variant, drawn_by
 from benchmarks.fusion_judging import PROMPTS, References, references, scores
 from benchmarks.results import percent, plus_minus, table, write
 from benchmarks.timing import against, interleaved
-from profusion.fusion import FusionOptions, Guidance
+from profusion.fusion import Guidance
 from profusion.pictures import stacked
 from profusion.promptnet.file import load_promptnet
 from profusion.toybox.fused import FusedToybox, first_levels
@@ -39,12 +39,10 @@ class Scheme:
     refresh: int = 1
     text: bool = True
 
-    def guidance(self, given: Guidance) -> Guidance:
-        return replace(given, weights=given.weights if self.text else given.weights[:1], refresh=self.refresh)
-
-    def options(self, steps: int) -> FusionOptions:
-        """A fusion stage at the first levels, as many as the share says."""
-        return first_levels(self.end, steps)
+    def variant(self, given: Guidance, steps: int) -> Variant:
+        """With a fusion stage at the first levels, as many as the share says."""
+        weights = given.weights if self.text else given.weights[:1]
+        return Variant(self.name, replace(given, weights=weights, refresh=self.refresh), first_levels(self.end, steps))
 
 
 def _schemes() -> tuple[Scheme, ...]:
@@ -63,24 +61,15 @@ SCHEMES = _schemes()
 FULL = next(scheme for scheme in SCHEMES if scheme.name == "full")
 
 
-def draw(
-    fused: FusedToybox, guidance: Guidance, scheme: Scheme, steps: int, prompt: str, nouns: Sequence[str],
-    pictures: Sequence[Tensor], generators: Sequence[torch.Generator], fresh: torch.Generator,
-) -> Tensor:  # fmt: skip
-    """Latents by a scheme, one for each picture."""
-    return fused.generate(
-        prompt, nouns, pictures, generators, scheme.guidance(guidance), scheme.options(steps), steps, fresh
-    )
-
-
 def costs(fused: FusedToybox, guidance: Guidance, steps: int, batch: int, rounds: int) -> dict[str, dict[str, float]]:
     """Rows a step, and time over that of plain guidance by text."""
     known, plain = references(batch, 0), "plain guidance by text"
     prompt, starts = PROMPTS[0], range(batch)
 
     def task(scheme: Scheme) -> Callable[[], Tensor]:
-        return lambda: draw(
-            fused, guidance, scheme, steps, prompt, known.nouns, known.pictures.split(1), seeded(*starts), torch.Generator()
+        one = scheme.variant(guidance, steps)
+        return lambda: fused.generate(
+            prompt, known.nouns, known.pictures.split(1), seeded(*starts), one.guidance, one.options, steps, torch.Generator()
         )
 
     tasks = {scheme.name: task(scheme) for scheme in SCHEMES}
@@ -100,11 +89,8 @@ def judged(
     """Scores of every scheme, and how far they are from the full one's."""
     found = {}
     for scheme in (FULL, *(scheme for scheme in SCHEMES if scheme != FULL)):
-
-        def pictures(*given, scheme=scheme) -> Tensor:
-            return fused.toybox.vae.pictures(draw(fused, guidance, scheme, steps, *given))
-
-        found[scheme.name] = scores(pictures, judge, known, prompts, batch)
+        draw = drawn_by(fused, scheme.variant(guidance, steps), steps)
+        found[scheme.name] = scores(draw, judge, known, prompts, batch)
         print(scheme.name, json.dumps(found[scheme.name].as_json()), flush=True)
     return {name: {**one.as_json(), "more_than_full": one.minus(found[FULL.name])} for name, one in found.items()}
 

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -60,13 +61,17 @@ class Studio:
         self.model, self.clip = pack.nodes.host_models.load_model(), pack.nodes.host_models.load_clip()
         self.positive, self.negative = self.encode(PROMPT), self.encode("")
         self.latent = torch.zeros(batch, 4, 12, 12)
-        network = new_promptnet(Toybox.load()).eval().requires_grad_(False)  # what it has learnt costs no time
-        self.promptnet = pack.nodes.host_promptnet.handed_to_the_host(network, "untrained")
         layers = pack.nodes.host.model_layers(self.model)
         names = tuple(layer.name for layer in layers)
         generator = torch.Generator().manual_seed(0)
         residual = pack.profusion.residual.Residual
         self.residuals = [residual(torch.randn(len(layers), 1, 128, generator=generator), noun, names, "Toybox") for noun in NOUNS]
+
+    @cached_property
+    def promptnet(self):
+        """What it has learnt costs no time."""
+        network = new_promptnet(Toybox.load()).eval().requires_grad_(False)
+        return self.nodes.host_promptnet.handed_to_the_host(network, "untrained")
 
     def encode(self, text: str) -> list:
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))

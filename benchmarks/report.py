@@ -13,6 +13,7 @@ from PIL import Image
 from benchmarks.charts import lines
 from benchmarks.judging import BACKBONES, METRICS
 from benchmarks.peers import OURS, PEERS, PLAIN
+from benchmarks.results import table as markdown_table
 from profusion.metrics.chart import chart
 from profusion.metrics.scores import Score, Scores, number
 from profusion.pictures import stacked
@@ -117,15 +118,15 @@ def markdown(found: dict, setting: dict, scores: Scores) -> str:
 
 def _trials(trials: Sequence[dict]) -> str:
     notes = {kind.name: kind.note for kind in (*PEERS, PLAIN)}
-    lines = ["| | learning rates tried, and their scores | what is trained |", "| --- | --- | --- |"]
+    rows = []
     for name in dict.fromkeys(trial["peer"] for trial in trials):
         tried = [
             f"{trial['rate']:g}: {' / '.join(number(score) for score in trial['scores'].values())}"
             for trial in trials
             if trial["peer"] == name
         ]
-        lines.append(f"| {name} | {'; '.join(tried)} | {notes[name]} |")
-    return "\n".join(lines)
+        rows.append((name, "; ".join(tried), notes[name]))
+    return markdown_table(("", "learning rates tried, and their scores", "what is trained"), rows)
 
 
 def _curves(curves: dict[str, list[dict]]) -> str:
@@ -133,12 +134,11 @@ def _curves(curves: dict[str, list[dict]]) -> str:
     if not curves:
         return ""
     steps = [point["steps"] for point in next(iter(curves.values()))]
-    lines = [f"| Fisher per element / Wasserstein after | {' | '.join(f'{step} steps' for step in steps)} |"]
-    lines.append("| --- " * (len(steps) + 1) + "|")
-    for peer, points in curves.items():
-        cells = [f"{number(point['fisher'])} / {number(point['wasserstein'])}" for point in points]
-        lines.append(f"| {peer} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [
+        (peer, *(f"{number(point['fisher'])} / {number(point['wasserstein'])}" for point in points))
+        for peer, points in curves.items()
+    ]
+    return markdown_table(("Fisher per element / Wasserstein after", *(f"{step} steps" for step in steps)), rows)
 
 
 def _samples(finals: Sequence[dict], work: Path) -> Image.Image:

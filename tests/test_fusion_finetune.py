@@ -6,7 +6,9 @@ import torch
 from benchmarks import fusion_finetune as bench
 from benchmarks.fusion_ablation import SHIPPED
 from benchmarks.fusion_judging import references
+from profusion.models.tokenizer import words_to_ids
 from profusion.promptnet.file import load_promptnet
+from profusion.promptnet.pseudo_word import prompt_tokens
 from profusion.toybox.fused import FusedToybox
 from profusion.toybox.pipeline import Toybox
 
@@ -59,10 +61,9 @@ def test_each_picture_has_a_promptnet_of_its_own_and_the_shipped_one_stays(fused
 
 def test_the_penalty_pulls_s_to_the_noun(fused, known):
     """The more of it, the nearer; what is measured is the distance that it names."""
-    toybox = fused.toybox
-    embeddings = toybox.text.text_model.embeddings
-    rows = list(bench.prompt_tokens("a photo of S*", 4)[1])
-    noun = embeddings.token_embedding.weight[bench.words_to_ids(known.nouns[0])].mean(dim=0) + embeddings.position_embedding.weight[rows]
+    embeddings = fused.toybox.text.text_model.embeddings
+    rows = list(prompt_tokens("a photo of S*", 4)[1])
+    noun = embeddings.token_embedding.weight[words_to_ids(known.nouns[0])].mean(dim=0) + embeddings.position_embedding.weight[rows]
     apart = []
     for penalty in (0.0, 100.0):
         own, *_ = trained(fused, known, bench.Setting("", attention=False, penalty=penalty), steps=5)

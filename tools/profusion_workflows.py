@@ -65,17 +65,23 @@ def control(graph: Graph, at: At, base: Node, text: Output, start: dict[str, Out
         show(graph, (at[0] + 340, at[1]), base, sampler["LATENT"], "Plain words, same seed")
 
 
-def one_image(graph: Graph) -> None:
+def one_picture(graph: Graph, note: str) -> tuple[Node, Node]:
+    """The first group, and what the workflow says of itself."""
     with graph.group("1. A model, and one picture"):
         base, promptnet = studio(graph)
         preview(graph, promptnet.below, "The one picture", base["pictures"])
-    graph.note(
+    graph.note(note, NOTE, (380, 340))
+    return base, promptnet
+
+
+def one_image(graph: Graph) -> None:
+    base, promptnet = one_picture(
+        graph,
         "### ProFusion: one picture, no training\nPress *Run*. PromptNet looks at one picture of a toy that the model has "
         "never seen and writes it into the prompt as the word `S*`. Fusion KSampler draws it together with the rest of the "
         "text. Below it: the same seed with the toy's noun in plain words.\n\nChange the **Prompt**: it needs `S*` once. With a "
         "checkpoint of your own, use a PromptNet and a CLIP Vision model that belong to it.",
-        NOTE, (380, 340),
-    )  # fmt: skip
+    )
     with graph.group("2. The picture becomes a word"):
         prompt = graph.add("PrimitiveStringMultiline", (440, 0), "Prompt", wide=340, value=ALONE)
         word = encode(graph, prompt.below, base, promptnet["PROMPTNET"], base, prompt["STRING"])
@@ -88,16 +94,13 @@ def one_image(graph: Graph) -> None:
 
 
 def finetune(graph: Graph) -> None:
-    with graph.group("1. A model, and one picture"):
-        base, promptnet = studio(graph)
-        preview(graph, promptnet.below, "The one picture", base["pictures"])
-    graph.note(
+    base, promptnet = one_picture(
+        graph,
         "### Fine-tune to one picture\n*PromptNet Finetune* takes 50 steps on the picture and on variants that *Concept "
         "Augment* draws of it: the toy stays, what is around it changes. To train on the picture alone, bypass Concept Augment "
         "(Ctrl+B). A minute or two on a CPU.\n\nThe model that came in is not altered: its changes are a file in "
         "`models/loras`, and the PromptNet that belongs to them is in `models/profusion_promptnets`.",
-        NOTE, (380, 340),
-    )  # fmt: skip
+    )
     with graph.group("2. Variants of the picture"):
         variants = graph.add(
             "ProFusion_ConceptAugment", (440, 0), wide=340, model=base["MODEL"], clip=base["CLIP"], vae=base["VAE"],

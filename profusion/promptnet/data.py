@@ -48,9 +48,9 @@ def toybox_pictures(
         pictures, what = drawn_pictures(count, seed), f"{count} pictures drawn from seed {seed}"
     else:
         read, _ = read_pictures(Path(source), SIZE)
-        digest = hashlib.sha256((read * 255).round().byte().numpy().tobytes()).hexdigest()[:16]
-        pictures, count, what = iter(read), len(read), f"{len(read)} pictures {digest}"
-    key = json.dumps([what, *(_digest(weight_file(network)) for network in ("vae", "vision"))])
+        contents = hashlib.sha256((read * 255).round().byte().numpy().tobytes()).hexdigest()[:16]
+        pictures, count, what = iter(read), len(read), f"{len(read)} pictures {contents}"
+    key = json.dumps([what, *(digest(weight_file(network)) for network in ("vae", "vision"))])
     kept = None if cache is None else read_cache(cache, key)
     if kept is not None:
         say(f"{count} pictures from {cache}")
@@ -93,5 +93,6 @@ def read_cache(path: Path, key: str) -> PictureSet | None:
         return None
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """Says whether two files have the same contents, wherever they lie."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -20,16 +20,23 @@ def new_promptnet(
 ) -> PromptNet:
     """A PromptNet that is about to be trained: its encoder is Toybox's, its S* a noun's embedding or the mean word's,
     with the position of the first training prompt where it holds one."""
+    start = starting_word(toybox, config, noun)
+    _, spread = typical_embedding(toybox.text.text_model.embeddings.token_embedding.weight)
+    return PromptNet.from_unet(toybox.unet.state_dict(), config, torch.Generator().manual_seed(seed), start, spread)
+
+
+def starting_word(toybox: Toybox, config: PromptNetConfig, noun: str | None = None) -> Tensor:
+    """S* as a noun's embedding or the mean word's, (width,); (tokens, width) where it holds its position."""
     embeddings = toybox.text.text_model.embeddings
     table = embeddings.token_embedding.weight
-    start, spread = typical_embedding(table)
+    start, _ = typical_embedding(table)
     if noun is not None:
         start = table[words_to_ids(noun)].mean(dim=0)
         if not start.any():
             raise PromptNetError(f"Toybox was never taught the word {noun!r}: start from a noun it knows, or from none")
     if config.holds_position:
         start = start + embeddings.position_embedding.weight[list(prompt_tokens(PROMPTS[0], config.tokens)[1])]
-    return PromptNet.from_unet(toybox.unet.state_dict(), config, torch.Generator().manual_seed(seed), start, spread)
+    return start
 
 
 def toybox_training(
