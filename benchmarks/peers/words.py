@@ -15,7 +15,7 @@ class TextualInversion(Peer):
     """The embedding of a new word S*, which takes the noun's place."""
 
     name = "Textual Inversion"
-    rates = (0.003, 0.01, 0.03)
+    rates = (0.01, 0.03, 0.1)
     note = "the embedding of one word, begun as the noun's"
 
     def __init__(self, toybox, noun):
