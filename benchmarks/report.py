@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,39 +13,53 @@ from benchmarks.charts import lines
 from benchmarks.judging import BACKBONES, METRICS
 from benchmarks.peers import OURS, PEERS, PLAIN
 from benchmarks.results import table as markdown_table
+from benchmarks.results import write
 from profusion.metrics.chart import chart
 from profusion.metrics.scores import Score, Scores, number
 from profusion.pictures import stacked
 from profusion.toybox import world
 
 STORED = ("bytes", "numbers")
+SHORT = ("concept likeness", "noun right", "rest of the prompt right", "score", "bytes")
 FISHER = "Fisher divergence on prompts without the concept, a number per element (0: nothing moved)"
 WASSERSTEIN = "Wasserstein distance between the class before and the concept after"
 
 
-def write_report(found: dict, name: str, setting: dict, work: Path, out: Path) -> None:
-    """peers.json, peers.md, and the charts peers.png, samples.png, fisher.png and wasserstein.png where there are curves."""
-    finals = found["finals"]
-    scores, curves = table(finals), overfitting_curves(finals)
-    everything = {
-        "setting": {"name": name, **setting},
-        "machine": {"processor": platform.machine(), "torch": torch.__version__, "threads_a_job": 1},
-        "absent": found["absent"],
+def write_peers(finals: Sequence[dict], trials: Sequence[dict], absent: dict[str, str], setting: dict, work: Path, out: Path) -> None:
+    """peers.json, peers.md, peers.short.md, peers.png and samples.png; setting: `benchmarks.run.Setting`'s fields."""
+    scores = table(finals)
+    found = {
+        "absent": absent,
         "table": scores.as_json()["scores"],
         "difference": difference(finals).as_json()["scores"],
-        "curves": curves,
-        "trials": found["trials"],
+        "trials": trials,
         "finals": [{key: value for key, value in one.items() if key != "pictures"} for one in finals],
     }
-    (out / "peers.json").write_text(json.dumps(everything, indent=1) + "\n")
-    (out / "peers.md").write_text(markdown(found, setting, scores))
     judged = tuple(score for score in scores.scores if score.metric not in STORED)
-    chart(Scores(judged), 900).save(out / "peers.png")
+    short = Scores(tuple(score for score in scores.scores if score.metric in SHORT))
+    parts = (_counts(finals, setting), _missing(absent))
+    write(
+        out / "peers.json", {**setting, **_machine()}, found, markdown(finals, trials, absent, setting, scores),
+        chart(Scores(judged), 900), "\n\n".join(part for part in (parts[0], short.markdown(), parts[1]) if part),
+    )  # fmt: skip
     _samples(finals, work).save(out / "samples.png")
+
+
+def write_curves(curves: Sequence[dict], absent: dict[str, str], setting: dict, out: Path) -> None:
+    """curves.json, curves.md, fisher.png and wasserstein.png; setting: `benchmarks.run.CurveSetting`'s fields."""
+    found = overfitting_curves(curves)
+    said = (
+        f"Concepts: {len({one['concept'] for one in curves})}; each peer at the rate that was best for it above, trained on. "
+        f"{setting['class_pictures']} pictures of the class and of the concept.\n\n{_curves(found)}\n\n{_missing(absent)}"
+    )
+    write(out / "curves.json", {**setting, **_machine()}, {"absent": absent, "curves": found}, said)
     for measure, title in (("fisher", FISHER), ("wasserstein", WASSERSTEIN)):
-        series = {peer: [(point["steps"], point[measure]) for point in line] for peer, line in curves.items()}
-        if series:
-            lines(series, title, "training steps", log_up=measure == "fisher").save(out / f"{measure}.png")
+        series = {peer: [(point["steps"], point[measure]) for point in line] for peer, line in found.items()}
+        lines(series, title, "training steps", log_up=measure == "fisher").save(out / f"{measure}.png")
+
+
+def _machine() -> dict[str, object]:
+    return {"processor": platform.machine(), "torch": torch.__version__, "threads_a_job": 1}
 
 
 def _by_peer(finals: Sequence[dict]) -> dict[str, list[dict]]:
@@ -83,37 +96,46 @@ def difference(finals: Sequence[dict]) -> Scores:
     )
 
 
-def overfitting_curves(finals: Sequence[dict]) -> dict[str, list[dict]]:
+def overfitting_curves(curves: Sequence[dict]) -> dict[str, list[dict]]:
     """For each peer, means over concepts of both metrics at each number of steps."""
-    curves = {}
-    for peer, results in _by_peer(finals).items():
-        points = [one["curve"] for one in results if one["curve"]]
-        if points:
-            curves[peer] = [
-                {"steps": group[0]["steps"], **{key: sum(p[key] for p in group) / len(group) for key in ("fisher", "wasserstein")}}
-                for group in zip(*points, strict=True)
-            ]
-    return curves
+    return {
+        peer: [
+            {"steps": group[0]["steps"], **{key: sum(p[key] for p in group) / len(group) for key in ("fisher", "wasserstein")}}
+            for group in zip(*(one["curve"] for one in results), strict=True)
+        ]
+        for peer, results in _by_peer(curves).items()
+    }
 
 
-def markdown(found: dict, setting: dict, scores: Scores) -> str:
-    """The tables that README and docs include."""
-    finals = found["finals"]
-    count = sum(len(one["pictures"]) for one in finals) // max(1, len(_by_peer(finals)))
-    concepts = len({one["concept"] for one in finals})
+def markdown(
+    finals: Sequence[dict], trials: Sequence[dict], absent: Mapping[str, str], setting: Mapping, scores: Scores
+) -> str:
+    """What docs include of the peers."""
     parts = [
-        f"{concepts} concepts x {setting['prompts']} prompts x {setting['seeds']} seeds = {count} pictures for each; "
-        f"{setting['training_steps']} training steps of batch 4 on 4 pictures, {setting['sampling_steps']} sampling steps. "
-        "Intervals are 95 %, over concepts (Student's).",
+        _counts(finals, setting),
         scores.markdown(),
-        "Score less that of Infusion, own trajectory, concept by concept:",
+        f"Score less that of {OURS.name}, concept by concept:",
         difference(finals).markdown(),
         "How each was tuned, all on the same two other concepts (score at guidance 2 / 4), and what it is:",
-        _trials(found["trials"]),
-        _curves(overfitting_curves(finals)),
-        *(f"Not measured: {name} ({why})." for name, why in found["absent"].items()),
+        _trials(trials),
+        _missing(absent),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _counts(finals: Sequence[dict], setting: Mapping) -> str:
+    """From how much the figures are."""
+    concepts = len({one["concept"] for one in finals})
+    count = sum(len(one["pictures"]) for one in finals) // max(1, len(_by_peer(finals)))
+    return (
+        f"{concepts} concepts x {setting['prompts']} prompts x {setting['seeds']} seeds = {count} pictures for each; "
+        f"{setting['training_steps']} training steps of batch 4 on 4 pictures, {setting['sampling_steps']} sampling steps. "
+        "Intervals are 95 %, over concepts (Student's)."
+    )
+
+
+def _missing(absent: Mapping[str, str]) -> str:
+    return "\n\n".join(f"Not measured: {name} ({why})." for name, why in absent.items())
 
 
 def _trials(trials: Sequence[dict]) -> str:
@@ -131,8 +153,6 @@ def _trials(trials: Sequence[dict]) -> str:
 
 def _curves(curves: dict[str, list[dict]]) -> str:
     """Fisher and Wasserstein at each number of steps."""
-    if not curves:
-        return ""
     steps = [point["steps"] for point in next(iter(curves.values()))]
     rows = [
         (peer, *(f"{number(point['fisher'])} / {number(point['wasserstein'])}" for point in points))

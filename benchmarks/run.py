@@ -1,8 +1,8 @@
 """Everything that README and docs claim, measured again: `make bench`, or `python -m benchmarks.run [--setting quick|full]`.
 
 Each result is a file in the work folder, so that a run that was stopped goes on where it was. In order: every peer's learning
-rate and guidance are searched on two concepts; then it is trained on the others, and judged; then the parts that are not about
-peers run in processes of their own. Jobs use one thread each, and there is one for each processor: nothing depends on how many
+rate and guidance are searched on two concepts; it is trained on the others, and judged; it is trained on, and how far it overfits is
+measured on the way; then the parts that are not about peers run in processes of their own. Jobs use one thread each, and there is one for each processor: nothing depends on how many
 there are but the seconds. At the end README.md and docs/evidence.md have the new tables.
 """
 
@@ -16,8 +16,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 from benchmarks.host_cost import find_host
@@ -25,7 +25,8 @@ from benchmarks.jobs import Job, Runner, file_name
 from benchmarks.judging import PROMPTS, Yardstick
 from benchmarks.overfitting import Overfitting
 from benchmarks.peers import PEERS, PLAIN, Peer
-from benchmarks.report import write_report
+from benchmarks.peers.lora import Lora
+from benchmarks.report import write_curves, write_peers
 from benchmarks.results import RESULTS, ROOT, include
 from profusion.demo import Concept, drawn_concept
 from profusion.pictures import grid
@@ -40,8 +41,19 @@ GUIDANCES = (2.0, 4.0)
 
 
 @dataclass(frozen=True)
+class CurveSetting:
+    """Overfitting of the first so many concepts, measured at these training steps: see `Overfitting`."""
+
+    checkpoints: tuple[int, ...] = (50, 100, 200, 400)
+    concepts: int = 1
+    sampling_steps: int = 12
+    class_pictures: int = 32
+    fisher_draws: int = 4
+
+
+@dataclass(frozen=True)
 class Setting:
-    """How much is done. checkpoints: training steps of the overfitting curves, of the first `curve_concepts`."""
+    """How much is done to compare the peers."""
 
     training_steps: int = 100
     sampling_steps: int = 12
@@ -50,20 +62,14 @@ class Setting:
     seeds: int = 4
     tuning_seeds: int = 2
     rates: int = 3
-    curve_concepts: int = 1
-    checkpoints: tuple[int, ...] = (50, 100, 200, 400)
-    class_pictures: int = 32
-    fisher_draws: int = 4
 
 
-SETTINGS = {
-    "quick": Setting(),
-    "full": Setting(
-        training_steps=400, sampling_steps=25, curve_concepts=4, checkpoints=(50, 100, 200, 500, 1000, 2000), class_pictures=128,
-        fisher_draws=16,
-    ),
-    "tiny": Setting(2, 2, 1, 1, 1, 1, 1, 1, (1, 2), 2, 1),
-}  # fmt: skip
+SETTINGS = {"quick": Setting(), "full": Setting(training_steps=400, sampling_steps=25), "tiny": Setting(2, 2, 1, 1, 1, 1, 1)}
+CURVES = {
+    "quick": CurveSetting(),
+    "full": CurveSetting((50, 100, 200, 500, 1000, 2000), 4, 25, 128, 16),
+    "tiny": CurveSetting((1, 2), 1, 2, 2, 1),
+}
 
 
 @lru_cache(maxsize=1)
@@ -115,63 +121,90 @@ def best(trials: Iterable[dict]) -> tuple[float, float]:
 
 
 def final(kind: type[Peer], name: str, rate: float, guidance: float, setting: Setting, strip: Path) -> dict:
-    """A peer on one concept: figures of its pictures, and for the first concepts the overfitting curves."""
-    toybox, concept = _studio()[0], drawn_concept(name)
-    peer = kind(toybox, concept.noun)
-    marks, curve, figures = {setting.training_steps}, [], []
-    overfitting = None
-    if rate and TABLE.index(name) < setting.curve_concepts:
-        marks |= set(setting.checkpoints)
-        overfitting = Overfitting(
-            toybox, concept.noun, setting.fisher_draws, setting.class_pictures, setting.sampling_steps, guidance
-        )
-    training = stops(peer.steps(concept, TrainingOptions(max(marks), rate)), marks) if rate else [setting.training_steps]
-    for step in training:
-        if step == setting.training_steps:
-            figures, first = judged(peer, concept, setting, setting.seeds, guidance)
-            grid([(kind.name, first)]).save(strip)
-        if overfitting is not None:
-            curve.append({"steps": step, **overfitting.measure(peer)})
+    """A peer trained on one concept: the figures of its pictures."""
+    concept = drawn_concept(name)
+    peer = kind(_studio()[0], concept.noun)
+    if rate:
+        for _ in peer.steps(concept, TrainingOptions(setting.training_steps, rate)):
+            pass
+    figures, first = judged(peer, concept, setting, setting.seeds, guidance)
+    grid([(kind.name, first)]).save(strip)
     numbers = sum(value.numel() for value in peer.trained().values())
     return {
         "peer": kind.name, "concept": name, "rate": rate, "guidance": guidance, "numbers": numbers,
-        "bytes": peer.size() if numbers else 0, "strip": strip.name, "pictures": figures, "curve": curve,
+        "bytes": peer.size() if numbers else 0, "strip": strip.name, "pictures": figures,
     }  # fmt: skip
+
+
+def curve(kind: type[Peer], name: str, rate: float, guidance: float, setting: CurveSetting) -> dict:
+    """How far a peer overfits on one concept, after each number of training steps."""
+    toybox, concept = _studio()[0], drawn_concept(name)
+    peer = kind(toybox, concept.noun)
+    overfitting = Overfitting(
+        toybox, concept.noun, setting.fisher_draws, setting.class_pictures, setting.sampling_steps, guidance
+    )
+    training = peer.steps(concept, TrainingOptions(max(setting.checkpoints), rate))
+    points = [{"steps": step, **overfitting.measure(peer)} for step in stops(training, setting.checkpoints)]
+    return {"peer": kind.name, "concept": name, "rate": rate, "guidance": guidance, "curve": points}
 
 
 @dataclass
 class Bench:
-    """The peers' part, in a work folder, by so many processes (0: this one)."""
+    """The peers' parts, in a work folder, by so many processes (0: this one)."""
 
     setting: Setting
+    curve_setting: CurveSetting
     work: Path
     workers: int
     kinds: tuple[type[Peer], ...] = (*PEERS, PLAIN)
     say: Callable[[str], None] = partial(print, flush=True)
 
-    def run(self, jobs: list[Job]) -> list[dict]:
-        """See `Runner`."""
-        return Runner(asdict(self.setting), self.workers, self.say).run(jobs)
-
-    def peers(self) -> dict:
-        """Every peer that can run here: its trials and its results; and why others cannot."""
-        absent = {kind.name: why for kind in self.kinds if (why := kind.why_unavailable())}
-        for name, why in absent.items():
+    @cached_property
+    def absent(self) -> dict[str, str]:
+        """The peers that cannot run here, and why."""
+        found = {kind.name: why for kind in self.kinds if (why := kind.why_unavailable())}
+        for name, why in found.items():
             self.say(f"SKIPPED {name}: {why}")
-        kinds = [kind for kind in self.kinds if kind.name not in absent]
-        trials = self.run([
+        return found
+
+    @cached_property
+    def trials(self) -> list[dict]:
+        """Every learning rate of every peer, tried."""
+        return self._run(self.setting, [
             Job(self._path("tune", kind.name, str(rate)), partial(tune, kind, rate, self.setting), f"try {kind.name} at {rate:g}")
-            for kind in kinds
+            for kind in self._present()
             for rate in (kind.rates[: self.setting.rates] or (0.0,))
         ])  # fmt: skip
+
+    def finals(self) -> list[dict]:
+        """Every peer at its best on every concept."""
         jobs = []
         for name in TABLE[: self.setting.concepts]:
-            for kind in kinds:
-                rate, guidance = best(trial for trial in trials if trial["peer"] == kind.name)
+            for kind in self._present():
+                rate, guidance = self._best(kind)
                 path = self._path("final", kind.name, name, f"{rate:g}_{guidance:g}")  # anew where another rate is the best
                 work = partial(final, kind, name, rate, guidance, self.setting, path.with_suffix(".png"))
                 jobs.append(Job(path, work, f"{kind.name}: {name}"))
-        return {"absent": absent, "trials": trials, "finals": self.run(jobs)}
+        return self._run(self.setting, jobs)
+
+    def curves(self) -> list[dict]:
+        """How every peer that learns overfits, trained by its best rate for longer; the longest first."""
+        jobs = []
+        for kind in sorted((kind for kind in self._present() if kind.rates), key=lambda kind: kind is not Lora):
+            rate, guidance = self._best(kind)
+            for name in TABLE[: self.curve_setting.concepts]:
+                path = self._path("curve", kind.name, name, f"{rate:g}_{guidance:g}")
+                jobs.append(Job(path, partial(curve, kind, name, rate, guidance, self.curve_setting), f"curve of {kind.name}: {name}"))
+        return self._run(self.curve_setting, jobs)
+
+    def _present(self) -> list[type[Peer]]:
+        return [kind for kind in self.kinds if kind.name not in self.absent]
+
+    def _best(self, kind: type[Peer]) -> tuple[float, float]:
+        return best(trial for trial in self.trials if trial["peer"] == kind.name)
+
+    def _run(self, setting: Setting | CurveSetting, jobs: list[Job]) -> list[dict]:
+        return Runner(asdict(setting), self.workers, self.say).run(jobs)
 
     def _path(self, *words: str) -> Path:
         return self.work / file_name(*words)
@@ -253,14 +286,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where unfinished work is kept (default: bench-work/SETTING)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--only", nargs="+", choices=["peers", *(part.name for part in PARTS)], help="leave the others out")
+    parser.add_argument("--only", nargs="+", choices=["peers", "curves", *(part.name for part in PARTS)], help="leave the others out")
+    parser.add_argument("--checkpoints", nargs="+", type=int, help="training steps at which overfitting is measured")
     given = parser.parse_args()
     started, say = time.monotonic(), partial(print, flush=True)
     work = given.work or ROOT / "bench-work" / given.setting
     given.out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(SETTINGS[given.setting], work, given.workers, say=say)
+    curves = CURVES[given.setting]
+    curves = replace(curves, checkpoints=tuple(given.checkpoints or curves.checkpoints))
+    bench = Bench(SETTINGS[given.setting], curves, work, given.workers, say=say)
     if not given.only or "peers" in given.only:
-        write_report(bench.peers(), given.setting, asdict(bench.setting), work, given.out)
+        write_peers(bench.finals(), bench.trials, bench.absent, asdict(bench.setting), work, given.out)
+    if not given.only or "curves" in given.only:
+        write_curves(bench.curves(), bench.absent, asdict(curves), given.out)
     chosen = [part for part in PARTS if (part.name in given.only if given.only else given.setting == "full" or part.quick is not None)]
     run_parts(chosen, given.workers, lambda part: part.run(given.setting, work, given.out, say))
     if given.out == RESULTS and not given.only:

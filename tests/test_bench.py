@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
@@ -16,11 +16,9 @@ from profusion.diffusion import eps_denoiser, sample_euler, sampling_sigmas, tra
 from profusion.pictures import INK
 from profusion.toybox import world
 
-TINY = run.SETTINGS["tiny"]
 
-
-def bench(folder, setting=TINY, **more):
-    return run.Bench(setting, folder, 0, say=lambda line: None, **more)
+def bench(folder, **more):
+    return run.Bench(run.SETTINGS["tiny"], run.CURVES["tiny"], folder, 0, say=lambda line: None, **more)
 
 
 def runner(**setting):
@@ -132,9 +130,9 @@ def test_no_document_was_left_behind(document):
     assert results.included(text) == text, "run `python -m benchmarks.results`"
 
 
-def final(peer, concept, score, curve=()):
+def final(peer, concept, score):
     pictures = [{key: value for key in judging.METRICS} for value in (score - 0.1, score + 0.1)]
-    return {"peer": peer, "concept": concept, "bytes": 10, "numbers": 5, "pictures": pictures, "curve": list(curve)}
+    return {"peer": peer, "concept": concept, "bytes": 10, "numbers": 5, "pictures": pictures}
 
 
 def test_intervals_are_over_concepts_not_over_pictures():
@@ -162,14 +160,22 @@ def test_the_whole_of_it_on_one_peer(tmp_path, monkeypatch):
     """A trial, curves, table, charts; and Infusion leaves prompts without the concept exactly alone."""
     monkeypatch.setattr(run, "TUNING", run.TUNING[:1])
     monkeypatch.setattr(run, "GUIDANCES", run.GUIDANCES[:1])
-    found = bench(tmp_path / "work", kinds=(OURS,)).peers()
-    report.write_report(found, "tiny", {"prompts": 1, "seeds": 1, "training_steps": 2, "sampling_steps": 2}, tmp_path / "work", tmp_path)
-    kept = json.loads((tmp_path / "peers.json").read_text())
-    (curve,) = kept["curves"].values()
+    one = bench(tmp_path / "work", kinds=(OURS,))
+    report.write_peers(one.finals(), one.trials, one.absent, asdict(one.setting), one.work, tmp_path)
+    report.write_curves(one.curves(), one.absent, asdict(one.curve_setting), tmp_path)
+    (curve,) = json.loads((tmp_path / "curves.json").read_text())["figures"]["curves"].values()
     assert [point["fisher"] for point in curve] == [0.0, 0.0]
     assert all(point["wasserstein"] > 0 for point in curve)
-    assert OURS.name in (tmp_path / "peers.md").read_text()
+    assert all(OURS.name in (tmp_path / name).read_text() for name in ("peers.md", "peers.short.md", "curves.md"))
     assert {"peers.png", "samples.png", "fisher.png", "wasserstein.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_overfitting_curves_are_means_over_concepts():
+    def curve(peer, *fishers):
+        return {"peer": peer, "curve": [{"steps": 50 * i, "fisher": f, "wasserstein": 2 * f} for i, f in enumerate(fishers, start=1)]}
+
+    found = report.overfitting_curves([curve(OURS.name, 1.0, 2.0), curve(OURS.name, 3.0, 6.0)])
+    assert found == {OURS.name: [{"steps": 50, "fisher": 2.0, "wasserstein": 4.0}, {"steps": 100, "fisher": 4.0, "wasserstein": 8.0}]}
 
 
 def test_the_exact_noise_is_the_score_of_the_noised_mixture(generator):
