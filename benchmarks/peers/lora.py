@@ -47,7 +47,7 @@ class Lora(Peer):
     """
 
     name = "LoRA, the host's trainer"
-    rates = (1e-3, 3e-3, 1e-2)
+    rates = (3e-3, 1e-2, 3e-2)
     note = f"rank {RANK} by ComfyUI's Train LoRA and Load LoRA, '{RARE_WORD}' before the noun; its own draws and loss, no mask"
 
     def __init__(self, toybox, noun):

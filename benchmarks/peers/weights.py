@@ -16,7 +16,7 @@ class DreamBooth(Peer):
     """Every weight of the UNet, with the paper's class-prior loss on pictures that the model itself drew of the class."""
 
     name = "DreamBooth"
-    rates = (1e-4, 3e-4, 1e-3)
+    rates = (3e-4, 1e-3, 3e-3)
     note = f"the whole UNet, '{RARE_WORD}' before the noun, class-prior loss of weight 1; the text tower stays"
     prior = 1.0
 
@@ -34,7 +34,7 @@ class CustomDiffusion(DreamBooth):
     """The keys and values of every cross-attention layer, and a new word S* before the noun."""
 
     name = "Custom Diffusion-style K, V"
-    rates = (3e-4, 1e-3, 3e-3)
+    rates = (1e-3, 3e-3, 1e-2)
     note = "W_K, W_V of the cross-attention layers and a word before the noun, class-prior loss of weight 1"
 
     def __init__(self, toybox, noun):
