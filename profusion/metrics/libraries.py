@@ -48,7 +48,7 @@ class OpenClip:
             self._model, _, self._preprocess = open_clip.create_model_and_transforms(
                 model, pretrained=weights, force_quick_gelu=weights == OPENAI
             )
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
             raise MetricError(f"open_clip cannot make {name} with the weights {weights}: {error}") from error
         self._tokenize = open_clip.get_tokenizer(model)
         self._model.eval().requires_grad_(False)
@@ -73,7 +73,7 @@ class Timm:
             raise MetricError("timm is not installed: pip install timm, or leave the further backbone out") from None
         try:
             self._model = timm.create_model(name, pretrained=weights, num_classes=0).eval().requires_grad_(False)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise MetricError(f"timm cannot make {name}: {error}") from error
         self._preprocess = timm.data.create_transform(**timm.data.resolve_data_config({}, model=self._model))
         self.name, self.measure = f"timm {name}", "DINO" if "dino" in name else "image similarity"

@@ -73,6 +73,17 @@ def test_timms_features():
         Timm("no-such-model", weights=False)
 
 
+def test_weights_that_cannot_be_had_are_named(monkeypatch):
+    timm = pytest.importorskip("timm", reason="timm is not installed: its adapter is not tested")
+
+    def unreachable(*_, **__):
+        raise OSError("no connection")
+
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    with pytest.raises(MetricError, match=r"cannot make vit_small_patch16_224\.dino: no connection"):
+        Timm()
+
+
 def test_what_to_install_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
     monkeypatch.setitem(sys.modules, "timm", None)
