@@ -1,4 +1,4 @@
-"""The one file that touches ComfyUI's internals: its text encoders, its model's parameters and its sampling run.
+"""Infusion in the host: where a noun is in its prompts, which layers its model has, and both streams in its sampling run.
 
 Infusion is two wrappers on the MODEL, both under one key, and nothing else. SAMPLER_SAMPLE runs the sampler for F and
 for C in step; CALC_COND_BATCH evaluates each stream with its patches. What a concept does, and where, travels in the
