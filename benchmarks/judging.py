@@ -10,9 +10,9 @@ from torch import Tensor
 from profusion.demo import Concept
 from profusion.metrics.encoders import ToyboxEncoder
 from profusion.metrics.similarity import image_similarity, prompt_similarity
-from profusion.toybox.judge import Judge, halves
+from profusion.toybox.judge import Judge, halves, whole
 from profusion.toybox.pipeline import Toybox
-from profusion.toybox.similarity import concept_similarity
+from profusion.toybox.similarity import background_change, concept_similarity
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,10 @@ METRICS = {
     "likeness": "concept likeness",
     "noun": "noun right",
     "place": "rest of the prompt right",
+    "moved": "rest of the picture moved",
     "score": "score",
 }
+LOWER = ("moved",)  # is better
 
 
 class JudgeTrunk:
@@ -80,24 +82,40 @@ class Yardstick:
     def __init__(self, toybox: Toybox, judge: Judge):
         self.judge, self.pair, self.trunk = judge, ToyboxEncoder(toybox), JudgeTrunk(judge)
 
-    def figures(self, concept: Concept, prompt: Prompt, pictures: Tensor) -> list[dict[str, float]]:
-        """Pictures (B, 96, 96, 3) of one prompt.
+    def figures(self, concept: Concept, prompt: Prompt, pictures: Tensor, plain: Tensor) -> list[dict[str, float]]:
+        """Pictures (B, 96, 96, 3) of one prompt, and what the plain model draws from the same seeds.
 
         likeness: of the appearance inside the object to the references, 0..1. place: whether the background is that of the
         prompt, and the second object, if it has one, too. score: the likeness of a picture whose noun and place are both
-        right, 0 of others: what learning rates are chosen by. CLIP-T is of the prompt in plain words.
+        right, 0 of others: what learning rates are chosen by. CLIP-T is of the prompt in plain words. moved: mean absolute
+        difference to the plain picture (0..1) wherever neither has the concept; `other_seeds` is the same between plain pictures
+        of different seeds.
         """
         features = self.pair.images(pictures)
         clip_t = prompt_similarity(features, self.pair.texts([prompt.text.format(concept.noun)]))
         clip_i = image_similarity(features, self.pair.images(concept.pictures))
         dino = image_similarity(self.trunk.images(pictures), self.trunk.images(concept.pictures))
-        own, other = halves(pictures).chunk(2) if prompt.second else (pictures, None)
+        own, other = _apart(pictures, prompt)
         seen = self.judge.look(own)
         likeness = concept_similarity(own, seen.object_mask, concept.pictures, concept.masks)
         nouns = torch.tensor([noun == concept.noun for noun in seen.nouns])
         places = torch.tensor([place == prompt.place for place in seen.backgrounds])
         if other is not None:
             places &= torch.tensor([noun == prompt.second for noun in self.judge.nouns(other)])
-        columns = (clip_t, clip_i, dino, likeness, nouns.float(), places.float(), likeness * nouns * places)
+        masks, plain_masks = (self._concept_masks(drawn, prompt) for drawn in (pictures, plain))
+        moved = background_change(pictures, plain, torch.maximum(masks, plain_masks))
+        other_seeds = background_change(plain, plain.roll(1, 0), torch.maximum(plain_masks, plain_masks.roll(1, 0)))
+        columns = (clip_t, clip_i, dino, likeness, nouns, places, moved, likeness * nouns * places, other_seeds)
         rows = torch.stack([column.float() for column in columns], dim=1).tolist()
-        return [{key: round(value, 5) for key, value in zip(METRICS, row, strict=True)} for row in rows]
+        return [{key: round(value, 5) for key, value in zip((*METRICS, "other_seeds"), row, strict=True)} for row in rows]
+
+    def _concept_masks(self, pictures: Tensor, prompt: Prompt) -> Tensor:
+        """Where the concept is, (B, 96, 96); nowhere in the half of a second object."""
+        own, other = _apart(pictures, prompt)
+        masks = self.judge.object_mask(own)
+        return masks if other is None else whole(masks, torch.zeros_like(masks))
+
+
+def _apart(pictures: Tensor, prompt: Prompt) -> tuple[Tensor, Tensor | None]:
+    """Pictures of the concept, and of the second object where a prompt has one."""
+    return halves(pictures).chunk(2) if prompt.second else (pictures, None)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from benchmarks.charts import lines
-from benchmarks.judging import BACKBONES, METRICS
+from benchmarks.judging import BACKBONES, LOWER, METRICS
 from benchmarks.peers import OURS, PEERS, PLAIN
 from benchmarks.results import table as markdown_table
 from benchmarks.results import write
@@ -20,7 +20,7 @@ from profusion.pictures import stacked
 from profusion.toybox import world
 
 STORED = ("bytes", "numbers")
-SHORT = ("concept likeness", "noun right", "rest of the prompt right", "score", "bytes")
+SHORT = ("concept likeness", "noun right", "rest of the prompt right", "rest of the picture moved", "score", "bytes")
 FISHER = "Fisher divergence on prompts without the concept, a number per element (0: nothing moved)"
 WASSERSTEIN = "Wasserstein distance between the class before and the concept after"
 
@@ -80,7 +80,8 @@ def table(finals: Sequence[dict]) -> Scores:
     for metric, title in METRICS.items():
         for peer, results in _by_peer(finals).items():
             samples = concept_means(results, metric)
-            scores.append(Score.of(title, peer, samples, backbone=BACKBONES.get(metric, "")))
+            better = "lower" if metric in LOWER else "higher"
+            scores.append(Score.of(title, peer, samples, backbone=BACKBONES.get(metric, ""), better=better))
     for peer, results in _by_peer(finals).items():
         scores += [Score(stored, peer, max(one[stored] for one in results), better="lower") for stored in STORED]
     return Scores(tuple(scores))
@@ -127,10 +128,12 @@ def _counts(finals: Sequence[dict], setting: Mapping) -> str:
     """From how much the figures are."""
     concepts = len({one["concept"] for one in finals})
     count = sum(len(one["pictures"]) for one in finals) // max(1, len(_by_peer(finals)))
+    seeds = concept_means([one for one in finals if one["peer"] == finals[0]["peer"]], "other_seeds").mean().item()
     return (
         f"{concepts} concepts x {setting['prompts']} prompts x {setting['seeds']} seeds = {count} pictures for each; "
         f"{setting['training_steps']} training steps of batch 4 on 4 pictures, {setting['sampling_steps']} sampling steps. "
-        "Intervals are 95 %, over concepts (Student's)."
+        "Intervals are 95 %, over concepts (Student's). The rest of the picture, without the concept, is compared with the plain "
+        f"model's picture of the same seed; plain pictures of different seeds differ by {number(seeds)}."
     )
 
 

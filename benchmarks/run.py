@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
+from torch import Tensor
+
 from benchmarks.host_cost import find_host
 from benchmarks.jobs import Job, Runner, file_name
 from benchmarks.judging import PROMPTS, Yardstick
@@ -85,6 +87,13 @@ def stops(losses: Iterable[float], marks: Iterable[int]) -> Iterator[int]:
             yield step
 
 
+@lru_cache(maxsize=64)
+def plain_pictures(prompt: str, seeds: tuple[int, ...], steps: int, guidance: float) -> Tensor:
+    """What the plain model draws: the same for every peer."""
+    toybox = _studio()[0]
+    return toybox.vae.pictures(PLAIN(toybox, "").generate(prompt, list(seeds), steps, guidance))
+
+
 def judged(peer: Peer, concept: Concept, setting: Setting, seeds: int, guidance: float) -> tuple[list[dict], list]:
     """Figures of every picture, and the first picture of each prompt."""
     toybox, _, yardstick = _studio()
@@ -94,7 +103,8 @@ def judged(peer: Peer, concept: Concept, setting: Setting, seeds: int, guidance:
         latents = peer.generate(prompt.text.format(peer.phrase), chosen, setting.sampling_steps, guidance)
         pictures = toybox.vae.pictures(latents)
         first.append(pictures[0])
-        for seed, found in zip(chosen, yardstick.figures(concept, prompt, pictures), strict=True):
+        plain = plain_pictures(prompt.text.format(concept.noun), tuple(chosen), setting.sampling_steps, guidance)
+        for seed, found in zip(chosen, yardstick.figures(concept, prompt, pictures, plain), strict=True):
             figures.append({"prompt": prompt.text, "seed": seed, **found})
     return figures, first
 

@@ -12,9 +12,12 @@ import torch
 from benchmarks import charts, judging, mixtures, report, results, run
 from benchmarks.jobs import Job, Runner
 from benchmarks.peers import OURS, PEERS
+from profusion.demo import drawn_concept
 from profusion.diffusion import eps_denoiser, sample_euler, sampling_sigmas, training_sigmas
 from profusion.pictures import INK
 from profusion.toybox import world
+from profusion.toybox.judge import Judge
+from profusion.toybox.pipeline import Toybox
 
 
 def bench(folder, **more):
@@ -130,8 +133,24 @@ def test_no_document_was_left_behind(document):
     assert results.included(text) == text, "run `python -m benchmarks.results`"
 
 
+@pytest.mark.parametrize("prompt", judging.PROMPTS[:2], ids=["one object", "two objects"])
+def test_what_moved_is_judged_where_the_concept_is_not(prompt):
+    """Repainting the concept's half moves nothing where the concept fills it; repainting the other half does."""
+    yardstick, concept = judging.Yardstick(Toybox.load(), Judge.load()), drawn_concept(run.TABLE[0])
+    plain = concept.pictures
+    same, *_ = yardstick.figures(concept, prompt, plain, plain)
+    assert same["moved"] == 0 < same["other_seeds"] and {*judging.METRICS, "other_seeds"} == set(same)
+    object_only = torch.where(concept.masks[..., None] > 0.5, 1 - plain, plain)
+    elsewhere = plain.clone()
+    elsewhere[:, :, 80:] = 1 - elsewhere[:, :, 80:]
+    own, other = (yardstick.figures(concept, prompt, drawn, plain)[0]["moved"] for drawn in (object_only, elsewhere))
+    assert other > 0.05
+    if prompt.second is None:
+        assert own < 0.1 * other
+
+
 def final(peer, concept, score):
-    pictures = [{key: value for key in judging.METRICS} for value in (score - 0.1, score + 0.1)]
+    pictures = [{key: value for key in (*judging.METRICS, "other_seeds")} for value in (score - 0.1, score + 0.1)]
     return {"peer": peer, "concept": concept, "bytes": 10, "numbers": 5, "pictures": pictures}
 
 

@@ -82,6 +82,12 @@ def halves(pictures: Tensor) -> Tensor:
     return torch.cat([pictures[:, :, columns], pictures[:, :, columns + middle]])
 
 
+def whole(left: Tensor, right: Tensor) -> Tensor:
+    """`halves` undone: (B, 96, 96, ...) of left and of right halves -> (B, 96, 96, ...)."""
+    kept = slice(SIZE // 4, SIZE // 4 + SIZE // 2)
+    return torch.cat([left[:, :, kept], right[:, :, kept]], dim=2)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the judge sees in each of B pictures: probabilities of NOUNS (B, 13), BACKGROUNDS (B, 6) and PATTERNS (B, 4; no

@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 
 from profusion.toybox import world
-from profusion.toybox.judge import Judge, JudgeError, JudgeNetwork, halves, save_judge
+from profusion.toybox.judge import Judge, JudgeError, JudgeNetwork, halves, save_judge, whole
 from profusion.toybox.pipeline import weight_file
 
 
@@ -83,6 +83,7 @@ def test_halves_repeat_their_edges():
     left, right = halves(columns)
     assert left[0].tolist() == [0.0] * 24 + list(range(48)) + [47.0] * 24
     assert right[0].tolist() == [48.0] * 24 + list(range(48, 96)) + [95.0] * 24
+    assert torch.equal(whole(*halves(columns).chunk(2)), columns)
 
 
 def test_a_batch_is_judged_as_its_pictures_are(judge):
