@@ -44,11 +44,12 @@ def canvas(graph: Graph, at: At, base: Node) -> dict[str, Output]:
     return {"negative": negative["CONDITIONING"], "latent_image": latent["LATENT"]}
 
 
-def show(graph: Graph, at: At, base: Node, latent: Output, title: str, saved: bool = False) -> None:
-    """Decode what was drawn and show it. A workflow's own result is saved."""
+def show(graph: Graph, at: At, base: Node, latent: Output, title: str, saved: bool = False) -> Node:
+    """Decode what was drawn and show it; returns the decoder. A workflow's own result is saved."""
     picture = graph.add("VAEDecode", at, wide=180, samples=latent, vae=base["VAE"])
     kind, options = ("SaveImage", {"filename_prefix": "profusion"}) if saved else ("PreviewImage", {})
     graph.add(kind, picture.below, title, wide=340, tall=260, images=picture["IMAGE"], **options)
+    return picture
 
 
 def fused(graph: Graph, at: At, base: Node, title: str, saved: bool = False, **linked: Any) -> None:

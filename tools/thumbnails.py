@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from profusion import demo
@@ -46,6 +46,7 @@ THUMBNAILS = {
     "profusion_finetune": Thumbnail("profusion_finetune", "one picture, 50 steps"),
     "profusion_two_references": Thumbnail("profusion_two_references", "two things, a picture each"),
     "profusion_with_infusion": Thumbnail("profusion_with_infusion", "both methods, one prompt"),
+    "overfitting": Thumbnail("overfitting", "does it overfit? measure it"),
 }
 README = "readme"
 PLACES = ("a photo of a {} on grass", "a photo of a {} on snow", "a photo of a {} by a brick wall")
@@ -64,7 +65,7 @@ def board(left: Sequence[Tensor], right: Tensor, label: str) -> Image.Image:
     y, x = GAP + SIDE // 2, SIDE + 2 * GAP + 14
     draw.line([(x, y), (x + 50, y)], INK, 5)
     draw.polygon([(x + 50, y - 12), (x + 68, y), (x + 50, y + 12)], INK)
-    image.paste(to_image(right).resize((SIDE, SIDE), Image.Resampling.LANCZOS), (width - SIDE - GAP, GAP))
+    image.paste(ImageOps.pad(to_image(right), (SIDE, SIDE), Image.Resampling.LANCZOS, PAPER), (width - SIDE - GAP, GAP))
     draw.text((width / 2, SIDE + GAP + 16), label, INK, ImageFont.load_default(17), anchor="mm")
     return image
 

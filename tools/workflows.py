@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import profusion_workflows as profusion
+from tools import score_workflows as scores
 from tools.graph import Graph, Node
 
 ROOT = Path(__file__).parents[1]
@@ -127,6 +128,7 @@ WORKFLOWS = {
     "profusion_finetune": profusion.finetune,
     "profusion_two_references": profusion.two_references,
     "profusion_with_infusion": profusion.with_infusion,
+    "overfitting": scores.overfitting,
 }
 
 

@@ -1,0 +1,62 @@
+"""The shipped workflow that measures: what a concept brought, and what it changed besides."""
+
+from __future__ import annotations
+
+from tools.graph import Graph
+from tools.profusion_workflows import KSAMPLER, NOTE, ROW, SIDE, canvas, control, encode, preview, show, studio
+
+OTHERS = "a photo of a cup on grass\na photo of a ball on snow\na picture of a cat at night\na photo of a star by a brick wall"
+CLASS = "a photo of a S*"
+
+
+def overfitting(graph: Graph) -> None:
+    with graph.group("1. A model, and pictures of a toy"):
+        base, promptnet = studio(graph, count=4)
+        preview(graph, promptnet.below, "The pictures", base["pictures"])
+    graph.note(
+        "### Does it overfit?\nPress *Run*. The same toy is learned twice: as an Infusion residual, and by tuning the model's "
+        "attention layers. *Overfit Report* then asks both what they draw where the toy is not meant, and of its class: 0 is not "
+        "moved at all. *Concept Scores* says how much of the toy is there. A few minutes on a CPU.\n\nTo measure what you have, "
+        "connect your model, with its LoRA or whatever was done to it, to **customised**, and the model without it to **model**; "
+        "write its class noun, and **prompts** without that noun.",
+        NOTE, (380, 400),
+    )  # fmt: skip
+    with graph.group("2. Learn it as a residual"):
+        residual = graph.add(
+            "ProFusion_ResidualTrainer", (440, 0), wide=340, model=base["MODEL"], clip=base["CLIP"], vae=base["VAE"],
+            images=base["pictures"], masks=base["masks"], noun=base["noun"], steps=250, learning_rate=0.01, sample_cfg=2.0,
+        )  # fmt: skip
+    with graph.group("3. Learn it by tuning attention layers"):
+        tuned = graph.add(
+            "ProFusion_PromptNetFinetune", (440, ROW), wide=340, promptnet=promptnet["PROMPTNET"], model=base["MODEL"],
+            clip=base["CLIP"], clip_vision=base["CLIP_VISION"], vae=base["VAE"], images=base["pictures"],
+            learning_rate=1e-4, attention_learning_rate=1e-3,  # what a model as small as Toybox needs
+        )  # fmt: skip
+        text = graph.add("PrimitiveStringMultiline", tuned.below, "The concept", wide=340, value=CLASS)
+        word = encode(graph, text.below, base, tuned["PROMPTNET"], base, text["STRING"])
+    with graph.group("4. What changed besides the toy"):
+        many = graph.add("EmptyLatentImage", (840, 0), "So many pictures of the class", wide=340, width=SIDE, height=SIDE, batch_size=16)
+        report = graph.add(
+            "ProFusion_OverfitReport", many.below, wide=340, model=base["MODEL"], clip=base["CLIP"], latent=many["LATENT"],
+            noun=base["noun"], prompts=OTHERS, steps=15, cfg=KSAMPLER["cfg"], customised=tuned["MODEL"], conditioning=word["with_word"],
+            residual=residual["RESIDUAL"], vae=base["VAE"],
+        )  # fmt: skip
+        graph.add("SaveImage", report.below, "Report", wide=340, tall=400, images=report["chart"], filename_prefix="overfit_report")
+    with graph.group("5. The toy in a new place"):
+        prompt = graph.add("PrimitiveStringMultiline", (1240, 0), "Prompt", wide=340, value="a photo of a mushroom on snow")
+        patch = graph.add(
+            "ProFusion_InfusionAttentionPatch", prompt.below, wide=340, model=base["MODEL"], clip=base["CLIP"],
+            text=prompt["STRING"], residual=residual["RESIDUAL"],
+        )  # fmt: skip
+        plain = graph.add("CLIPTextEncode", patch.below, "Plain prompt", wide=340, clip=base["CLIP"], text=prompt["STRING"])
+        start = canvas(graph, plain.below, base)
+    with graph.group("6. Drawn, and measured against the pictures"):
+        sampler = graph.add(
+            "KSampler", (1640, 0), "With the residual", wide=300, model=patch["MODEL"], positive=patch["CONDITIONING"], **start, **KSAMPLER,
+        )  # fmt: skip
+        drawn = show(graph, (1980, 0), base, sampler["LATENT"], "With the residual", saved=True)
+        scores = graph.add(
+            "ProFusion_ConceptScores", (2360, 0), wide=340, images=drawn["IMAGE"], references=base["pictures"], prompt=prompt["STRING"],
+        )  # fmt: skip
+        preview(graph, scores.below, "Scores", scores["chart"], 340)
+    control(graph, (1640, ROW), base, plain["CONDITIONING"], start)
