@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,13 +21,15 @@ from profusion.pictures import stacked
 from profusion.toybox import world
 
 STORED = ("bytes", "numbers")
-SHORT = ("concept likeness", "noun right", "rest of the prompt right", "rest of the picture moved", "score", "bytes")
+ENDS = {"moved": (0.0, math.inf), **{name: (0.0, 1.0) for name in ("likeness", "noun", "place", "score")}}  # -1 and 1: cosines
+COMPARED = ("score", "moved")
+SHORT = tuple(METRICS[name] for name in ("likeness", "noun", "place", "moved")) + ("bytes",)
 FISHER = "Fisher divergence on prompts without the concept, a number per element (0: nothing moved)"
 WASSERSTEIN = "Wasserstein distance between the class before and the concept after"
 
 
 def write_peers(finals: Sequence[dict], trials: Sequence[dict], absent: dict[str, str], setting: dict, work: Path, out: Path) -> None:
-    """peers.json, peers.md, peers.short.md, peers.png and samples.png; setting: `benchmarks.run.Setting`'s fields."""
+    """peers.json, peers.md, peers.short.md, peers.png and samples.jpg; setting: `benchmarks.run.Setting`'s fields."""
     scores = table(finals)
     found = {
         "absent": absent,
@@ -42,7 +45,7 @@ def write_peers(finals: Sequence[dict], trials: Sequence[dict], absent: dict[str
         out / "peers.json", {**setting, **_machine()}, found, markdown(finals, trials, absent, setting, scores),
         chart(Scores(judged), 900), "\n\n".join(part for part in (parts[0], short.markdown(), parts[1]) if part),
     )  # fmt: skip
-    _samples(finals, work).save(out / "samples.png")
+    _samples(finals, work).save(out / "samples.jpg", quality=88)
 
 
 def write_curves(curves: Sequence[dict], absent: dict[str, str], setting: dict, out: Path) -> None:
@@ -69,8 +72,18 @@ def _by_peer(finals: Sequence[dict]) -> dict[str, list[dict]]:
 
 
 def concept_means(results: Iterable[dict], metric: str) -> torch.Tensor:
-    """The mean over the pictures of each concept, (concepts,): pictures of one concept are not independent, concepts are."""
-    means = [sum(picture[metric] for picture in one["pictures"]) / len(one["pictures"]) for one in results]
+    """The mean over the pictures of each concept, (concepts,): pictures of one concept are not independent, concepts are.
+
+    How far pictures moved is taken as a share of how far plain ones of other seeds are apart.
+    """
+
+    def mean(pictures: Sequence[dict], metric: str) -> float:
+        return sum(picture[metric] for picture in pictures) / len(pictures)
+
+    means = [
+        mean(one["pictures"], metric) / (max(mean(one["pictures"], "other_seeds"), 1e-6) if metric == "moved" else 1)
+        for one in results
+    ]
     return torch.tensor(means, dtype=torch.float64)
 
 
@@ -80,21 +93,25 @@ def table(finals: Sequence[dict]) -> Scores:
     for metric, title in METRICS.items():
         for peer, results in _by_peer(finals).items():
             samples = concept_means(results, metric)
-            better = "lower" if metric in LOWER else "higher"
-            scores.append(Score.of(title, peer, samples, backbone=BACKBONES.get(metric, ""), better=better))
+            more = {"backbone": BACKBONES.get(metric, ""), "better": "lower" if metric in LOWER else "higher"}
+            scores.append(Score.of(title, peer, samples, ENDS.get(metric, (-1.0, 1.0)), **more))
     for peer, results in _by_peer(finals).items():
         scores += [Score(stored, peer, max(one[stored] for one in results), better="lower") for stored in STORED]
     return Scores(tuple(scores))
 
 
 def difference(finals: Sequence[dict]) -> Scores:
-    """Each peer's score less ours on the same concepts, with 95 % intervals: what an ordering rests on."""
+    """How much each peer differs from ours on the same concepts, with 95 % intervals: what an ordering rests on."""
     peers = _by_peer(finals)
-    ours = concept_means(peers.get(OURS.name, ()), "score")
-    others = {name: results for name, results in peers.items() if name != OURS.name and len(results) == len(ours)}
-    return Scores(
-        tuple(Score.of("score less Infusion's", name, concept_means(results, "score") - ours) for name, results in others.items())
-    )
+    found = []
+    for metric in COMPARED:
+        ours = concept_means(peers.get(OURS.name, ()), metric)
+        for name, results in peers.items():
+            if name != OURS.name and len(results) == len(ours):
+                less = concept_means(results, metric) - ours
+                better = "lower" if metric in LOWER else "higher"
+                found.append(Score.of(f"{METRICS[metric]}, less Infusion's", name, less, better=better))
+    return Scores(tuple(found))
 
 
 def overfitting_curves(curves: Sequence[dict]) -> dict[str, list[dict]]:
@@ -115,7 +132,7 @@ def markdown(
     parts = [
         _counts(finals, setting),
         scores.markdown(),
-        f"Score less that of {OURS.name}, concept by concept:",
+        f"Less those of {OURS.name}, concept by concept:",
         difference(finals).markdown(),
         "How each was tuned, all on the same two other concepts (score at guidance 2 / 4), and what it is:",
         _trials(trials),
@@ -128,12 +145,11 @@ def _counts(finals: Sequence[dict], setting: Mapping) -> str:
     """From how much the figures are."""
     concepts = len({one["concept"] for one in finals})
     count = sum(len(one["pictures"]) for one in finals) // max(1, len(_by_peer(finals)))
-    seeds = concept_means([one for one in finals if one["peer"] == finals[0]["peer"]], "other_seeds").mean().item()
     return (
         f"{concepts} concepts x {setting['prompts']} prompts x {setting['seeds']} seeds = {count} pictures for each; "
         f"{setting['training_steps']} training steps of batch 4 on 4 pictures, {setting['sampling_steps']} sampling steps. "
         "Intervals are 95 %, over concepts (Student's). The rest of the picture, without the concept, is compared with the plain "
-        f"model's picture of the same seed; plain pictures of different seeds differ by {number(seeds)}."
+        "model's of the same seed: 0 is equal, 1 as far from it as plain pictures of other seeds are."
     )
 
 

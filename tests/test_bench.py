@@ -163,7 +163,8 @@ def test_intervals_are_over_concepts_not_over_pictures():
 def test_differences_are_taken_concept_by_concept():
     other = PEERS[3].name
     finals = [final(OURS.name, "a", 0.2), final(OURS.name, "b", 0.9), final(other, "a", 0.3), final(other, "b", 1.0)]
-    (score,) = report.difference(finals).scores
+    score, moved = report.difference(finals).scores
+    assert moved.mean == pytest.approx(0) and moved.better == "lower"  # of each, as far as another seed
     assert score.subject == other and score.mean == pytest.approx(0.1) and score.high == pytest.approx(0.1)
 
 
@@ -186,7 +187,7 @@ def test_the_whole_of_it_on_one_peer(tmp_path, monkeypatch):
     assert [point["fisher"] for point in curve] == [0.0, 0.0]
     assert all(point["wasserstein"] > 0 for point in curve)
     assert all(OURS.name in (tmp_path / name).read_text() for name in ("peers.md", "peers.short.md", "curves.md"))
-    assert {"peers.png", "samples.png", "fisher.png", "wasserstein.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"peers.png", "samples.jpg", "fisher.png", "wasserstein.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_overfitting_curves_are_means_over_concepts():
