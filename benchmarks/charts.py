@@ -63,8 +63,10 @@ def lines(series: Mapping[str, Line], title: str, across: str, log_up: bool = Fa
     draw = ImageDraw.Draw(image)
     left, right, top, bottom = 64, size[0] - 250, 40, size[1] - 40
     xs = sorted({x for line in series.values() for x, _ in line})
-    ys = [y for line in series.values() for _, y in line if y > 0] or [1.0]
-    floor = min(ys) / 3 if log_up else 0.0
+    all_ys = [y for line in series.values() for _, y in line]
+    ys = [y for y in all_ys if y > 0] or [1.0]
+    zeros = not log_up or min(all_ys) <= 0
+    floor = min(ys) / (3 if zeros else 1.5) if log_up else 0.0
     high = max(ys) * (1.5 if log_up else 1.08)
 
     def across_at(x: float) -> float:
@@ -82,10 +84,10 @@ def lines(series: Mapping[str, Line], title: str, across: str, log_up: bool = Fa
         y = bottom - share * (bottom - top)
         value = floor * (high / floor) ** share if log_up else share * high
         draw.line([(left, y), (right, y)], FAINT)
-        draw.text((left - 6, y), "0" if share == 0 else f"{value:.3g}", INK, font(11), anchor="rm")
+        draw.text((left - 6, y), "0" if zeros and share == 0 else f"{value:.3g}", INK, font(11), anchor="rm")
     for x in xs:
         draw.text((across_at(x), bottom + 6), f"{x:g}", INK, font(11), anchor="ma")
-    for index, (name, line) in enumerate(series.items()):
+    for index, (name, line) in reversed([*enumerate(series.items())]):  # the first lie on top
         color = COLORS[index % len(COLORS)]
         points = [(across_at(x), up_at(y)) for x, y in sorted(line)]
         if len(points) > 1:

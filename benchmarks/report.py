@@ -12,7 +12,8 @@ from PIL import Image
 
 from benchmarks.charts import lines
 from benchmarks.judging import BACKBONES, LOWER, METRICS
-from benchmarks.peers import OURS, PEERS, PLAIN
+from benchmarks.peers import OURS, PEERS, PLAIN, Peer
+from benchmarks.peers.residuals import InfusionPaperLoss, WithoutLock
 from benchmarks.results import table as markdown_table
 from benchmarks.results import write
 from profusion.metrics.chart import chart
@@ -22,7 +23,7 @@ from profusion.toybox import world
 
 STORED = ("bytes", "numbers")
 ENDS = {"moved": (0.0, math.inf), **{name: (0.0, 1.0) for name in ("likeness", "noun", "place", "score")}}  # -1 and 1: cosines
-COMPARED = ("score", "moved")
+COMPARED = ("likeness", "moved", "score")
 SHORT = tuple(METRICS[name] for name in ("likeness", "noun", "place", "moved")) + ("bytes",)
 FISHER = "Fisher divergence on prompts without the concept, a number per element (0: nothing moved)"
 WASSERSTEIN = "Wasserstein distance between the class before and the concept after"
@@ -35,6 +36,7 @@ def write_peers(finals: Sequence[dict], trials: Sequence[dict], absent: dict[str
         "absent": absent,
         "table": scores.as_json()["scores"],
         "difference": difference(finals).as_json()["scores"],
+        "lock": lock(finals).as_json()["scores"],
         "trials": trials,
         "finals": [{key: value for key, value in one.items() if key != "pictures"} for one in finals],
     }
@@ -52,13 +54,13 @@ def write_curves(curves: Sequence[dict], absent: dict[str, str], setting: dict, 
     """curves.json, curves.md, fisher.png and wasserstein.png; setting: `benchmarks.run.CurveSetting`'s fields."""
     found = overfitting_curves(curves)
     said = (
-        f"Concepts: {len({one['concept'] for one in curves})}; each peer at the rate that was best for it above, trained on. "
-        f"{setting['class_pictures']} pictures of the class and of the concept.\n\n{_curves(found)}\n\n{_missing(absent)}"
+        f"Concepts: {len({one['concept'] for one in curves})}. Each peer is trained on at the rate, and draws with the guidance, that were "
+        f"best for it above. {setting['class_pictures']} pictures of the class, and as many of the concept.\n\n{_curves(found)}\n\n{_missing(absent)}"
     )
     write(out / "curves.json", {**setting, **_machine()}, {"absent": absent, "curves": found}, said)
     for measure, title in (("fisher", FISHER), ("wasserstein", WASSERSTEIN)):
         series = {peer: [(point["steps"], point[measure]) for point in line] for peer, line in found.items()}
-        lines(series, title, "training steps", log_up=measure == "fisher").save(out / f"{measure}.png")
+        lines(series, title, "training steps", log_up=True).save(out / f"{measure}.png")
 
 
 def _machine() -> dict[str, object]:
@@ -100,18 +102,23 @@ def table(finals: Sequence[dict]) -> Scores:
     return Scores(tuple(scores))
 
 
-def difference(finals: Sequence[dict]) -> Scores:
-    """How much each peer differs from ours on the same concepts, with 95 % intervals: what an ordering rests on."""
+def difference(finals: Sequence[dict], base: type[Peer] = OURS) -> Scores:
+    """How much each peer differs from one of them on the same concepts, with 95 % intervals: what an ordering rests on."""
     peers = _by_peer(finals)
     found = []
     for metric in COMPARED:
-        ours = concept_means(peers.get(OURS.name, ()), metric)
+        known = concept_means(peers.get(base.name, ()), metric)
         for name, results in peers.items():
-            if name != OURS.name and len(results) == len(ours):
-                less = concept_means(results, metric) - ours
-                better = "lower" if metric in LOWER else "higher"
-                found.append(Score.of(f"{METRICS[metric]}, less Infusion's", name, less, better=better))
+            if name != base.name and len(results) == len(known):
+                less = concept_means(results, metric) - known
+                found.append(Score.of(METRICS[metric], name, less, better="lower" if metric in LOWER else "higher"))
     return Scores(tuple(found))
+
+
+def lock(finals: Sequence[dict]) -> Scores:
+    """What the lock alone changes: without it, less with it, both trained by the same loss."""
+    found = difference(finals, InfusionPaperLoss).scores
+    return Scores(tuple(score for score in found if score.subject == WithoutLock.name))
 
 
 def overfitting_curves(curves: Sequence[dict]) -> dict[str, list[dict]]:
@@ -132,8 +139,10 @@ def markdown(
     parts = [
         _counts(finals, setting),
         scores.markdown(),
-        f"Less those of {OURS.name}, concept by concept:",
+        f"Less {OURS.name}, concept by concept:",
         difference(finals).markdown(),
+        f"Less {InfusionPaperLoss.name}, which differs by the lock alone:",
+        lock(finals).markdown(),
         "How each was tuned, all on the same two other concepts (score at guidance 2 / 4), and what it is:",
         _trials(trials),
         _missing(absent),

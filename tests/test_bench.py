@@ -163,7 +163,7 @@ def test_intervals_are_over_concepts_not_over_pictures():
 def test_differences_are_taken_concept_by_concept():
     other = PEERS[3].name
     finals = [final(OURS.name, "a", 0.2), final(OURS.name, "b", 0.9), final(other, "a", 0.3), final(other, "b", 1.0)]
-    score, moved = report.difference(finals).scores
+    _, moved, score = report.difference(finals).scores
     assert moved.mean == pytest.approx(0) and moved.better == "lower"  # of each, as far as another seed
     assert score.subject == other and score.mean == pytest.approx(0.1) and score.high == pytest.approx(0.1)
 
@@ -174,6 +174,15 @@ def test_zeros_stand_at_the_bottom_of_a_logarithmic_chart():
     rows = {y for y in range(height) for x in range(80, 400) if image.getpixel((x, y)) == color}
     assert rows and min(rows) > height - 46
     assert any(image.getpixel((x, 18)) == INK for x in range(12, 60))
+
+
+def test_a_logarithmic_chart_without_zeros_has_none_on_its_axis():
+    def label(series):
+        image = charts.lines({"line": series}, "title", "steps", log_up=True)
+        return image.crop((0, image.height - 50, 62, image.height - 30)).tobytes()
+
+    assert label([(50, 0.3), (100, 0.0)]) != label([(50, 0.3), (100, 0.3)])
+    assert label([(50, 0.3), (100, 0.0)]) == label([(50, 0.6), (100, 0.0)])  # a 0, whatever else there is
 
 
 def test_the_whole_of_it_on_one_peer(tmp_path, monkeypatch):
