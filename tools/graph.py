@@ -65,7 +65,7 @@ class Graph:
         known = {name for name, *_ in inputs_of(definition)}
         if set(values) - known:
             raise ValueError(f"{type} has no input {sorted(set(values) - known)}; it has {sorted(known)}")
-        height = HEADER + ROW * max(_sockets(definition), len(definition.RETURN_TYPES)) + tall
+        height = HEADER + ROW * max(_sockets(definition, values), len(definition.RETURN_TYPES)) + tall
         for name, kind, options in inputs_of(definition):
             if is_widget(kind, options) and not isinstance(values.get(name), tuple):
                 height += TEXT_BOX if options.get("multiline") else WIDGET
@@ -216,8 +216,11 @@ def is_widget(kind: str, options: dict) -> bool:
     return kind in WIDGET_TYPES and not options.get("forceInput")
 
 
-def _sockets(definition: Any) -> int:
-    return sum(not is_widget(kind, options) for _, kind, options in inputs_of(definition))
+def _sockets(definition: Any, values: dict[str, Any]) -> int:
+    """How many inputs are sockets: those of no widget, and widgets that something is connected to."""
+    return sum(
+        not is_widget(kind, options) or isinstance(values.get(name), tuple) for name, kind, options in inputs_of(definition)
+    )
 
 
 def _default(kind: str, options: dict) -> Any:

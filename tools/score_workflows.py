@@ -44,12 +44,12 @@ def overfitting(graph: Graph) -> None:
         graph.add("SaveImage", report.below, "Report", wide=340, tall=400, images=report["chart"], filename_prefix="overfit_report")
     with graph.group("5. The toy in a new place"):
         prompt = graph.add("PrimitiveStringMultiline", (1240, 0), "Prompt", wide=340, value="a photo of a mushroom on snow")
+        plain = graph.add("CLIPTextEncode", prompt.below, "Plain prompt", wide=340, clip=base["CLIP"], text=prompt["STRING"])
+        start = canvas(graph, plain.below, base)
         patch = graph.add(
-            "ProFusion_InfusionAttentionPatch", prompt.below, wide=340, model=base["MODEL"], clip=base["CLIP"],
+            "ProFusion_InfusionAttentionPatch", start["latent_image"][0].below, wide=340, model=base["MODEL"], clip=base["CLIP"],
             text=prompt["STRING"], residual=residual["RESIDUAL"],
         )  # fmt: skip
-        plain = graph.add("CLIPTextEncode", patch.below, "Plain prompt", wide=340, clip=base["CLIP"], text=prompt["STRING"])
-        start = canvas(graph, plain.below, base)
     with graph.group("6. Drawn, and measured against the pictures"):
         sampler = graph.add(
             "KSampler", (1640, 0), "With the residual", wide=300, model=patch["MODEL"], positive=patch["CONDITIONING"], **start, **KSAMPLER,
