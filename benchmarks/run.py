@@ -264,8 +264,8 @@ class Part:
 PARTS = (
     Part("captions", ("benchmarks.toybox_captions",), ("--count", "256")),
     Part("words", ("benchmarks.fusion_ablation", "--figures", "words", "--count", "64")),
-    Part("fusion_ablation", ("benchmarks.fusion_ablation",)),
-    Part("residual_seed", ("benchmarks.residual_seed",), ("--concepts", "3")),
+    Part("fusion_ablation", ("benchmarks.fusion_ablation",), ("--count", "16")),
+    Part("residual_seed", ("benchmarks.residual_seed",), ("--concepts", "2", "--at", "0", "50", "200")),
     Part("mixtures", ("benchmarks.mixtures",)),
     Part("residual_bytes", ("benchmarks.residual_bytes",)),
     Part("image_prompt", ("benchmarks.image_prompt",), None),
