@@ -269,8 +269,8 @@ PARTS = (
     Part("mixtures", ("benchmarks.mixtures",)),
     Part("residual_bytes", ("benchmarks.residual_bytes",)),
     Part("image_prompt", ("benchmarks.image_prompt",), None),
-    Part("fusion_finetune", ("benchmarks.fusion_finetune",), ("--count", "6", "--regularised", "2"), alone=True),
-    Part("fusion_tradeoff", ("benchmarks.fusion_tradeoff",), ("--count", "8"), alone=True),
+    Part("fusion_finetune", ("benchmarks.fusion_finetune",), ("--count", "4", "--regularised", "2"), alone=True),
+    Part("fusion_tradeoff", ("benchmarks.fusion_tradeoff",), ("--count", "4", "--rounds", "3"), alone=True),
     Part("peer_cost", ("benchmarks.peer_cost",), alone=True),
     Part("host_cost", ("benchmarks.host_cost",), alone=True, host=True),
 )
