@@ -102,20 +102,20 @@ class Yardstick:
         places = torch.tensor([place == prompt.place for place in seen.backgrounds])
         if other is not None:
             places &= torch.tensor([noun == prompt.second for noun in self.judge.nouns(other)])
-        masks, plain_masks = (self._concept_masks(drawn, prompt) for drawn in (pictures, plain))
+        masks = _in_the_whole(seen.object_mask, prompt)
+        plain_masks = _in_the_whole(self.judge.object_mask(_apart(plain, prompt)[0]), prompt)
         moved = background_change(pictures, plain, torch.maximum(masks, plain_masks))
         other_seeds = background_change(plain, plain.roll(1, 0), torch.maximum(plain_masks, plain_masks.roll(1, 0)))
         columns = (clip_t, clip_i, dino, likeness, nouns, places, moved, likeness * nouns * places, other_seeds)
         rows = torch.stack([column.float() for column in columns], dim=1).tolist()
         return [{key: round(value, 5) for key, value in zip((*METRICS, "other_seeds"), row, strict=True)} for row in rows]
 
-    def _concept_masks(self, pictures: Tensor, prompt: Prompt) -> Tensor:
-        """Where the concept is, (B, 96, 96); nowhere in the half of a second object."""
-        own, other = _apart(pictures, prompt)
-        masks = self.judge.object_mask(own)
-        return masks if other is None else whole(masks, torch.zeros_like(masks))
-
 
 def _apart(pictures: Tensor, prompt: Prompt) -> tuple[Tensor, Tensor | None]:
     """Pictures of the concept, and of the second object where a prompt has one."""
     return halves(pictures).chunk(2) if prompt.second else (pictures, None)
+
+
+def _in_the_whole(masks: Tensor, prompt: Prompt) -> Tensor:
+    """Masks of what `_apart` gives of the concept, in the whole pictures: nowhere in the half of a second object."""
+    return whole(masks, torch.zeros_like(masks)) if prompt.second else masks

@@ -65,7 +65,7 @@ class Graph:
         known = {name for name, *_ in inputs_of(definition)}
         if set(values) - known:
             raise ValueError(f"{type} has no input {sorted(set(values) - known)}; it has {sorted(known)}")
-        height = HEADER + ROW * max(_sockets(definition, values), len(definition.RETURN_TYPES)) + tall
+        height = HEADER + ROW * max(len(_linked(definition, values)), len(definition.RETURN_TYPES)) + tall
         for name, kind, options in inputs_of(definition):
             if is_widget(kind, options) and not isinstance(values.get(name), tuple):
                 height += TEXT_BOX if options.get("multiline") else WIDGET
@@ -96,7 +96,7 @@ class Graph:
     def to_workflow(self) -> dict:
         links, outgoing = [], {}
         for node in self.nodes:
-            for slot, (name, _, _) in enumerate(self._linked(node)):
+            for slot, (name, _, _) in enumerate(_linked(node.definition, node.values)):
                 value = node.values.get(name)
                 if isinstance(value, tuple):
                     source, output = value
@@ -137,18 +137,9 @@ class Graph:
             prompt[str(node.id)] = {"class_type": node.type, "inputs": values}
         return prompt
 
-    @staticmethod
-    def _linked(node: Node) -> list[tuple[str, str, dict]]:
-        """The inputs that are sockets here: those of no widget, and widgets that something is connected to."""
-        return [
-            (name, kind, options)
-            for name, kind, options in inputs_of(node.definition)
-            if not is_widget(kind, options) or isinstance(node.values.get(name), tuple)
-        ]
-
     def _node(self, node: Node, order: int, incoming: dict, outgoing: dict) -> dict:
         sockets = []
-        for slot, (name, kind, options) in enumerate(self._linked(node)):
+        for slot, (name, kind, options) in enumerate(_linked(node.definition, node.values)):
             socket = {"name": name, "type": kind, "link": incoming.get((node.id, slot))}
             if is_widget(kind, options):
                 socket["widget"] = {"name": name}
@@ -216,11 +207,13 @@ def is_widget(kind: str, options: dict) -> bool:
     return kind in WIDGET_TYPES and not options.get("forceInput")
 
 
-def _sockets(definition: Any, values: dict[str, Any]) -> int:
-    """How many inputs are sockets: those of no widget, and widgets that something is connected to."""
-    return sum(
-        not is_widget(kind, options) or isinstance(values.get(name), tuple) for name, kind, options in inputs_of(definition)
-    )
+def _linked(definition: Any, values: dict[str, Any]) -> list[tuple[str, str, dict]]:
+    """The inputs that are sockets: those of no widget, and widgets that something is connected to."""
+    return [
+        (name, kind, options)
+        for name, kind, options in inputs_of(definition)
+        if not is_widget(kind, options) or isinstance(values.get(name), tuple)
+    ]
 
 
 def _default(kind: str, options: dict) -> Any:

@@ -37,6 +37,22 @@ def encode(graph: Graph, at: At, base: Node, promptnet: Output, shown: Node, tex
     )  # fmt: skip
 
 
+def residual_trainer(graph: Graph, at: At, base: Node) -> Node:
+    """Infusion's training on the loader's pictures."""
+    return graph.add(
+        "ProFusion_ResidualTrainer", at, wide=340, model=base["MODEL"], clip=base["CLIP"], vae=base["VAE"],
+        images=base["pictures"], masks=base["masks"], noun=base["noun"], steps=250, learning_rate=0.01, sample_cfg=2.0,
+    )  # fmt: skip
+
+
+def finetuner(graph: Graph, at: At, base: Node, promptnet: Output, images: Output) -> Node:
+    """ProFusion's fine-tuning to pictures, at the rates that a model as small as Toybox needs."""
+    return graph.add(
+        "ProFusion_PromptNetFinetune", at, wide=340, promptnet=promptnet, model=base["MODEL"], clip=base["CLIP"],
+        clip_vision=base["CLIP_VISION"], vae=base["VAE"], images=images, learning_rate=1e-4, attention_learning_rate=1e-3,
+    )  # fmt: skip
+
+
 def canvas(graph: Graph, at: At, base: Node) -> dict[str, Output]:
     """What all samplers start from."""
     negative = graph.add("CLIPTextEncode", at, "Negative prompt", wide=340, clip=base["CLIP"], text="")
@@ -110,11 +126,7 @@ def finetune(graph: Graph) -> None:
         )  # fmt: skip
         preview(graph, variants.below, "To be learned from", variants["images"], 340)
     with graph.group("3. Fine-tune"):
-        trainer = graph.add(
-            "ProFusion_PromptNetFinetune", (840, 0), wide=340, promptnet=promptnet["PROMPTNET"], model=base["MODEL"],
-            clip=base["CLIP"], clip_vision=base["CLIP_VISION"], vae=base["VAE"], images=variants["images"],
-            learning_rate=1e-4, attention_learning_rate=1e-3,  # what a model as small as Toybox needs
-        )  # fmt: skip
+        trainer = finetuner(graph, (840, 0), base, promptnet["PROMPTNET"], variants["images"])
         preview(graph, trainer.below, "Loss", trainer["loss_plot"], 340)
     with graph.group("4. The picture becomes a word"):
         prompt = graph.add("PrimitiveStringMultiline", (1240, 0), "Prompt", wide=340, value=ALONE)
@@ -183,10 +195,7 @@ def with_infusion(graph: Graph) -> None:
         NOTE, (380, 380),
     )  # fmt: skip
     with graph.group("2. Infusion: train a residual"):
-        trainer = graph.add(
-            "ProFusion_ResidualTrainer", (440, 0), wide=340, model=base["MODEL"], clip=base["CLIP"], vae=base["VAE"],
-            images=base["pictures"], masks=base["masks"], noun=base["noun"], steps=250, learning_rate=0.01, sample_cfg=2.0,
-        )  # fmt: skip
+        trainer = residual_trainer(graph, (440, 0), base)
         loss = preview(graph, trainer.below, "Loss", trainer["loss_plot"], 340)
         graph.add("ProFusion_ResidualSaver", loss.below, wide=340, residual=trainer["RESIDUAL"], preview=trainer["samples"])
     with graph.group("3. ProFusion: the picture becomes a word"):

@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from tools.graph import Graph
-from tools.profusion_workflows import KSAMPLER, NOTE, ROW, SIDE, canvas, control, encode, preview, show, studio
+from tools.profusion_workflows import (
+    KSAMPLER,
+    NOTE,
+    ROW,
+    SIDE,
+    canvas,
+    control,
+    encode,
+    finetuner,
+    preview,
+    residual_trainer,
+    show,
+    studio,
+)
 
 OTHERS = "a photo of a cup on grass\na photo of a ball on snow\na picture of a cat at night\na photo of a star by a brick wall"
 CLASS = "a photo of a S*"
@@ -22,16 +35,9 @@ def overfitting(graph: Graph) -> None:
         NOTE, (380, 400),
     )  # fmt: skip
     with graph.group("2. Learn it as a residual"):
-        residual = graph.add(
-            "ProFusion_ResidualTrainer", (440, 0), wide=340, model=base["MODEL"], clip=base["CLIP"], vae=base["VAE"],
-            images=base["pictures"], masks=base["masks"], noun=base["noun"], steps=250, learning_rate=0.01, sample_cfg=2.0,
-        )  # fmt: skip
+        residual = residual_trainer(graph, (440, 0), base)
     with graph.group("3. Learn it by tuning attention layers"):
-        tuned = graph.add(
-            "ProFusion_PromptNetFinetune", (440, ROW), wide=340, promptnet=promptnet["PROMPTNET"], model=base["MODEL"],
-            clip=base["CLIP"], clip_vision=base["CLIP_VISION"], vae=base["VAE"], images=base["pictures"],
-            learning_rate=1e-4, attention_learning_rate=1e-3,  # what a model as small as Toybox needs
-        )  # fmt: skip
+        tuned = finetuner(graph, (440, ROW), base, promptnet["PROMPTNET"], base["pictures"])
         text = graph.add("PrimitiveStringMultiline", tuned.below, "The concept", wide=340, value=CLASS)
         word = encode(graph, text.below, base, tuned["PROMPTNET"], base, text["STRING"])
     with graph.group("4. What changed besides the toy"):
