@@ -11,9 +11,17 @@ from PIL import Image, ImageDraw
 from profusion.pictures import ACCENT, FAINT, INK, PAPER, font
 
 COLORS = (
-    (214, 86, 48), (240, 150, 60), (150, 60, 30), (120, 120, 128), (40, 110, 190),
-    (30, 150, 110), (130, 60, 170), (200, 60, 140), (140, 140, 20), (20, 20, 24),
-)  # fmt: skip
+    (214, 86, 48),
+    (240, 150, 60),
+    (150, 60, 30),
+    (120, 120, 128),
+    (40, 110, 190),
+    (30, 150, 110),
+    (130, 60, 170),
+    (200, 60, 140),
+    (140, 140, 20),
+    (20, 20, 24),
+)
 
 Line = Sequence[tuple[float, float]]
 
@@ -38,7 +46,9 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str, size: tuple[int
     y_low, y_high = _range([point.y + sign * point.half for point in points for sign in (-1, 1)])
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return left + (right - left) * (x - x_low) / (x_high - x_low), bottom - (bottom - top) * (y - y_low) / (y_high - y_low)
+        return left + (right - left) * (x - x_low) / (x_high - x_low), bottom - (bottom - top) * (y - y_low) / (
+            y_high - y_low
+        )
 
     draw.text((left, 12), y_label, INK, font(15))
     draw.text((right, height - 14), x_label, INK, font(15), anchor="rm")

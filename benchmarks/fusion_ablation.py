@@ -76,7 +76,9 @@ def words(fused: FusedToybox, judge: Judge, known: References, steps: int, cfg: 
     mean = FusedToybox(fused.toybox, MeanWord(fused, known.pictures))
 
     def with_word(source: FusedToybox) -> Tensor:
-        return source.generate("a photo of S*", known.nouns, pictures, seeded(*seeds), Guidance((1.0,), cfg), NO_FUSION, steps)
+        return source.generate(
+            "a photo of S*", known.nouns, pictures, seeded(*seeds), Guidance((1.0,), cfg), NO_FUSION, steps
+        )
 
     def in_words(prompts: list[str]) -> Tensor:
         return fused.toybox.generate(prompts, seeded(*seeds), steps, cfg)
@@ -115,9 +117,12 @@ class MeanWord:
 
 def words_table(measured: dict[str, dict], count: int) -> str:
     rows = [
-        (name, percent(one["noun"]), percent(one["color"]), plus_minus(one["concept"])) for name, one in measured.items()
+        (name, percent(one["noun"]), percent(one["color"]), plus_minus(one["concept"]))
+        for name, one in measured.items()
     ]
-    return f"{count} unseen pictures.\n\n" + table(("drawn by", "right noun", "right colours", "likeness to the picture"), rows)
+    return f"{count} unseen pictures.\n\n" + table(
+        ("drawn by", "right noun", "right colours", "likeness to the picture"), rows
+    )
 
 
 def ablation_table(measured: dict[str, dict], count: int) -> str:
@@ -150,7 +155,9 @@ def main() -> None:
     else:
         measured = {}
         options = FusionOptions(given.repeats, given.eta)
-        default = Variant("as Fusion KSampler comes", replace(GUIDED, cfg=given.cfg), first_levels(FUSED_SHARE, given.steps))
+        default = Variant(
+            "as Fusion KSampler comes", replace(GUIDED, cfg=given.cfg), first_levels(FUSED_SHARE, given.steps)
+        )
         for variant in (*variants(given.cfg, given.text_weight, options), *reasons(given.cfg, options), default):
             before = fused.rows
             drawn = scores(drawn_by(fused, variant, given.steps), judge, known, PROMPTS, given.batch)

@@ -116,7 +116,12 @@ def penalise(training: FinetuneTraining, noun: Tensor, penalty: float) -> None:
 
 
 def finetuned(
-    fused: FusedToybox, known: References, index: int, setting: Setting, options: FinetuneOptions, sampling: tuple[int, float]
+    fused: FusedToybox,
+    known: References,
+    index: int,
+    setting: Setting,
+    options: FinetuneOptions,
+    sampling: tuple[int, float],
 ) -> tuple[FusedToybox, AbstractContextManager, dict[str, int]]:
     """A picture's own PromptNet; what its drawings are to be made within; and the bytes of that."""
     if not setting.trained:
@@ -127,7 +132,9 @@ def finetuned(
         pictures = augmented(toybox, pictures[0], known.masks[index], noun, 5000 + 10 * index, *sampling)
     given = encoded_pictures(toybox, pictures)
     network = trainable_copy(fused.promptnet)
-    training = toybox_finetuning(toybox, network, FinetunePictures(given.latents, given.image_tokens), options, setting.attention)
+    training = toybox_finetuning(
+        toybox, network, FinetunePictures(given.latents, given.image_tokens), options, setting.attention
+    )
     if setting.penalty:
         penalise(training, starting_word(toybox, network.config, noun), setting.penalty)
     with changed(toybox.unet, training.changes):
@@ -149,7 +156,9 @@ def one_picture(recipe: Recipe, setting: Setting, index: int, ways: Sequence[Var
     own, within, cost = finetuned(fused, known, index, setting, recipe.options(index), (recipe.steps, recipe.cfg))
     with within:
         found = {
-            way.name: vars(scores(drawn_by(own, way, recipe.steps), judge, known.only(index), PROMPTS, 1, first_seed=index))
+            way.name: vars(
+                scores(drawn_by(own, way, recipe.steps), judge, known.only(index), PROMPTS, 1, first_seed=index)
+            )
             for way in ways
         }
     return {"setting": setting.name, "scores": found, **cost}
@@ -162,7 +171,9 @@ def part(figures: dict[str, dict[str, dict]], names: Sequence[str]) -> str:
         for setting in names
         for way, one in figures[setting].items()
     ]
-    return table(("fine-tuned on", "sampling", "likeness to the picture", "right noun", "rest of the prompt followed"), rows)
+    return table(
+        ("fine-tuned on", "sampling", "likeness to the picture", "right noun", "rest of the prompt followed"), rows
+    )
 
 
 def gathered(rows: Sequence[dict]) -> dict[str, dict[str, dict]]:
@@ -171,7 +182,9 @@ def gathered(rows: Sequence[dict]) -> dict[str, dict[str, dict]]:
     for setting in dict.fromkeys(row["setting"] for row in rows):
         some = [row["scores"] for row in rows if row["setting"] == setting]
         found[setting] = {
-            way: Scores(*([value for one in some for value in one[way][key]] for key in ("concept", "noun", "text"))).as_json()
+            way: Scores(
+                *([value for one in some for value in one[way][key]] for key in ("concept", "noun", "text"))
+            ).as_json()
             for way in some[0]
         }
     return found
@@ -199,10 +212,16 @@ def main() -> None:
     work += [(setting, index, ways[:2]) for setting in REGULARISED for index in range(min(regularised, recipe.count))]
     folder = out.with_suffix(".work")
     said = {**given, "promptnet": digest(recipe.promptnet)}  # wherever it lies
-    rows = Runner(said, workers).run([
-        Job(folder / file_name(setting.name, str(index)), partial(one_picture, recipe, setting, index, some), f"{setting.name}: {index + 1}")
-        for setting, index, some in work
-    ])  # fmt: skip
+    rows = Runner(said, workers).run(
+        [
+            Job(
+                folder / file_name(setting.name, str(index)),
+                partial(one_picture, recipe, setting, index, some),
+                f"{setting.name}: {index + 1}",
+            )
+            for setting, index, some in work
+        ]
+    )
     figures = gathered(rows)
     size = max(row.get("patch_bytes", 0) for row in rows)
     first = f"{recipe.count} unseen pictures x {len(PROMPTS)} prompts; {recipe.training_steps} steps each."

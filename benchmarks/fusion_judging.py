@@ -22,7 +22,11 @@ from profusion.toybox.pipeline import seeded
 from profusion.toybox.similarity import concept_similarity
 
 BESIDE_A_STAR = "a S* and a blue star"
-BACKGROUNDS = {"a photo of a S* on snow": "snow", "a photo of a S* at night": "night", "a photo of a S* by a brick wall": "wall"}
+BACKGROUNDS = {
+    "a photo of a S* on snow": "snow",
+    "a photo of a S* at night": "night",
+    "a photo of a S* by a brick wall": "wall",
+}
 PROMPTS = (*BACKGROUNDS, BESIDE_A_STAR)
 _BLUE = world.Appearance("plain", world.PALETTE["blue"], None, "blue")
 
@@ -66,7 +70,11 @@ class Scores:
     text: list[bool]
 
     def as_json(self) -> dict[str, object]:
-        return {"concept": rounded(self.concept), "noun": Rate.of(self.noun).as_json(), "text": Rate.of(self.text).as_json()}
+        return {
+            "concept": rounded(self.concept),
+            "noun": Rate.of(self.noun).as_json(),
+            "text": Rate.of(self.text).as_json(),
+        }
 
     def minus(self, other: Scores) -> dict[str, list[float]]:
         """Means and half 95 % intervals of what each picture scores more than the other's of the same seed and prompt."""
@@ -90,7 +98,9 @@ def scores(
             some = range(first, min(first + batch, len(known.scenes)))
             base = 7000 * number + first_seed
             starts, fresh = seeded(*(base + index for index in some)), torch.Generator().manual_seed(base + first)
-            pictures = draw(prompt, known.nouns[first : some.stop], known.pictures[first : some.stop].split(1), starts, fresh)
+            pictures = draw(
+                prompt, known.nouns[first : some.stop], known.pictures[first : some.stop].split(1), starts, fresh
+            )
             text, pictures = _text(judge, pictures, prompt)
             seen = judge.look(pictures)
             concept += likeness(pictures, seen.object_mask, known, some)

@@ -46,7 +46,11 @@ class Scheme:
 
 
 def _schemes() -> tuple[Scheme, ...]:
-    windows = {0.0: "no fusion stage", **{end: f"fusion in the first {end:.0%}" for end in (0.2, 0.4, 0.6)}, 1.0: "full"}
+    windows = {
+        0.0: "no fusion stage",
+        **{end: f"fusion in the first {end:.0%}" for end in (0.2, 0.4, 0.6)},
+        1.0: "full",
+    }
     return (
         Scheme("plain guidance by S*, C", text=False),
         *(
@@ -69,7 +73,14 @@ def costs(fused: FusedToybox, guidance: Guidance, steps: int, batch: int, rounds
     def task(scheme: Scheme) -> Callable[[], Tensor]:
         one = scheme.variant(guidance, steps)
         return lambda: fused.generate(
-            prompt, known.nouns, known.pictures.split(1), seeded(*starts), one.guidance, one.options, steps, torch.Generator()
+            prompt,
+            known.nouns,
+            known.pictures.split(1),
+            seeded(*starts),
+            one.guidance,
+            one.options,
+            steps,
+            torch.Generator(),
         )
 
     tasks = {scheme.name: task(scheme) for scheme in SCHEMES}
@@ -78,13 +89,21 @@ def costs(fused: FusedToybox, guidance: Guidance, steps: int, batch: int, rounds
         before = fused.rows
         run()
         rows[name] = round((fused.rows - before) / batch / steps, 2)
-    tasks[plain] = lambda: fused.toybox.generate(["a photo of a cat on snow"] * batch, seeded(*starts), steps, guidance.cfg)
+    tasks[plain] = lambda: fused.toybox.generate(
+        ["a photo of a cat on snow"] * batch, seeded(*starts), steps, guidance.cfg
+    )
     times = against(interleaved(tasks, rounds), plain, batch) if rounds else {name: {} for name in tasks}
     return {name: {"rows_a_step": rows[name], **times[name]} for name in tasks}
 
 
 def judged(
-    fused: FusedToybox, judge: Judge, known: References, prompts: Sequence[str], guidance: Guidance, steps: int, batch: int
+    fused: FusedToybox,
+    judge: Judge,
+    known: References,
+    prompts: Sequence[str],
+    guidance: Guidance,
+    steps: int,
+    batch: int,
 ) -> dict[str, dict]:
     """Scores of every scheme, and how far they are from the full one's."""
     found = {}
@@ -100,12 +119,30 @@ def markdown(figures: dict[str, dict]) -> str:
     rows = []
     for number, (name, one) in enumerate(figures.items(), start=1):
         less = one["more_than_full"]
-        rows.append((
-            number, name, f"{one['rows_a_step']:.2f}", f"{one.get('times_plain', float('nan')):.2f}", plus_minus(one["concept"]),
-            percent(one["noun"]), percent(one["text"]), f"{less['concept'][0]:+.3f} ± {less['concept'][1]:.3f}",
-            f"{less['text'][0]:+.1%} ± {less['text'][1]:.1%}",
-        ))  # fmt: skip
-    heads = ("", "scheme", "UNet rows a step", "time over plain guidance", "likeness", "noun", "text", "likeness, less full", "text, less full")
+        rows.append(
+            (
+                number,
+                name,
+                f"{one['rows_a_step']:.2f}",
+                f"{one.get('times_plain', float('nan')):.2f}",
+                plus_minus(one["concept"]),
+                percent(one["noun"]),
+                percent(one["text"]),
+                f"{less['concept'][0]:+.3f} ± {less['concept'][1]:.3f}",
+                f"{less['text'][0]:+.1%} ± {less['text'][1]:.1%}",
+            )
+        )
+    heads = (
+        "",
+        "scheme",
+        "UNet rows a step",
+        "time over plain guidance",
+        "likeness",
+        "noun",
+        "text",
+        "likeness, less full",
+        "text, less full",
+    )
     return table(heads, rows)
 
 
@@ -116,7 +153,13 @@ def chart(figures: dict[str, dict]) -> Image.Image:
     panels = []
     for name, label in (("concept", "likeness to the reference"), ("text", "share of prompts followed besides S*")):
         points = [
-            Point(one[cost], one["concept"][0] if name == "concept" else one["text"]["share"], half(one, name), str(number), one[cost] <= most)
+            Point(
+                one[cost],
+                one["concept"][0] if name == "concept" else one["text"]["share"],
+                half(one, name),
+                str(number),
+                one[cost] <= most,
+            )
             for number, one in enumerate(figures.values(), start=1)
         ]
         panels.append(scatter(points, "time over plain guidance" if most == 1.5 else "UNet rows a step", label))
@@ -143,7 +186,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=7, help="of timing; 0: rows alone")
     parser.add_argument("--timed-batch", type=int, default=1, help="pictures drawn at once where time is taken")
-    parser.add_argument("--json", type=Path, default=None, help="write the figures here, and a table and the curve beside them")
+    parser.add_argument(
+        "--json", type=Path, default=None, help="write the figures here, and a table and the curve beside them"
+    )
     given = parser.parse_args()
     fused, judge = FusedToybox(Toybox.load(), load_promptnet(given.promptnet)), Judge.load()
     guidance = Guidance((1.0, given.text_weight), given.cfg)

@@ -41,7 +41,9 @@ def load_pack(host: Path):
     from comfy.cli_args import args
 
     args.cpu = not torch.cuda.is_available()
-    spec = importlib.util.spec_from_file_location("profusion_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    spec = importlib.util.spec_from_file_location(
+        "profusion_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules["profusion_pack"] = module
     spec.loader.exec_module(module)
@@ -65,7 +67,9 @@ class Studio:
         names = tuple(layer.name for layer in layers)
         generator = torch.Generator().manual_seed(0)
         residual = pack.profusion.residual.Residual
-        self.residuals = [residual(torch.randn(len(layers), 1, 128, generator=generator), noun, names, "Toybox") for noun in NOUNS]
+        self.residuals = [
+            residual(torch.randn(len(layers), 1, 128, generator=generator), noun, names, "Toybox") for noun in NOUNS
+        ]
 
     @cached_property
     def promptnet(self):
@@ -78,7 +82,19 @@ class Studio:
 
     def ksampler(self, model, positive) -> None:
         noise = self._sample.prepare_noise(self.latent, 1)
-        self._sample.sample(model, noise, self.steps, 4.0, "euler", "simple", positive, self.negative, self.latent, disable_pbar=True, seed=1)
+        self._sample.sample(
+            model,
+            noise,
+            self.steps,
+            4.0,
+            "euler",
+            "simple",
+            positive,
+            self.negative,
+            self.latent,
+            disable_pbar=True,
+            seed=1,
+        )
 
     def infusion(self, count: int, stream: str) -> Callable[[], None]:
         more = {f"residual_{index}": residual for index, residual in enumerate(self.residuals[1:count], start=2)}
@@ -106,8 +122,16 @@ class Studio:
     def fusion(self, positive: list, text: bool, **changes) -> Callable[[], None]:
         """Fusion KSampler with the defaults of its own inputs, except for these."""
         node = self.nodes.fusion.FusionKSampler
-        inputs = {entry.id: entry.default for entry in node.GET_SCHEMA().inputs if getattr(entry, "default", None) is not None}
-        inputs |= {"steps": self.steps, "cfg": 4.0, "positive": positive, "negative": self.negative, "model": self.model}
+        inputs = {
+            entry.id: entry.default for entry in node.GET_SCHEMA().inputs if getattr(entry, "default", None) is not None
+        }
+        inputs |= {
+            "steps": self.steps,
+            "cfg": 4.0,
+            "positive": positive,
+            "negative": self.negative,
+            "model": self.model,
+        }
         inputs |= {"text": self.encode("a photo of a ball on grass")} if text else {}
         return lambda: node.execute(**{**inputs, "latent_image": {"samples": self.latent}, **changes})
 
@@ -150,7 +174,9 @@ def main() -> None:
     figures = measure(Studio(load_pack(host), given.steps, given.batch), given.rounds)
     rows = [(name, f"{one['seconds']:.3f}", f"{one['times_plain']:.2f}") for name, one in figures.items()]
     recipe = {**vars(given), "threads": torch.get_num_threads()}
-    write(given.json, recipe, figures, table(("in ComfyUI, on Toybox", "s a picture", "times the plain KSampler"), rows))
+    write(
+        given.json, recipe, figures, table(("in ComfyUI, on Toybox", "s a picture", "times the plain KSampler"), rows)
+    )
 
 
 if __name__ == "__main__":

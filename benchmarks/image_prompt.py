@@ -156,7 +156,14 @@ def train(
 
 @torch.no_grad()
 def draw(
-    toybox: Toybox, adapter: ImagePrompt, prompts: Sequence[str], pictures: Tensor, generators, steps: int, cfg: float, scale: float
+    toybox: Toybox,
+    adapter: ImagePrompt,
+    prompts: Sequence[str],
+    pictures: Tensor,
+    generators,
+    steps: int,
+    cfg: float,
+    scale: float,
 ) -> Tensor:
     """A picture for each prompt in plain words and its reference (B, 96, 96, 3) -> (B, 96, 96, 3)."""
     evaluate = toybox.evaluator(toybox.context(prompts), cfg)
@@ -182,7 +189,9 @@ def main() -> None:
     if kept.is_file():
         adapter.load_state_dict(load_file(kept))
     else:
-        for step, loss in enumerate(train(toybox, adapter, examples(toybox, given.examples), given.training_steps), start=1):
+        for step, loss in enumerate(
+            train(toybox, adapter, examples(toybox, given.examples), given.training_steps), start=1
+        ):
             if step % 100 == 0:
                 print(f"train {step}/{given.training_steps}  loss {loss:.4f}", flush=True)
         save_file(adapter.state_dict(), kept)
@@ -195,8 +204,15 @@ def main() -> None:
 
         found[f"scale {scale:g}"] = scores(answer, judge, known, PROMPTS, 32).as_json()
         print(f"scale {scale:g}", json.dumps(found[f"scale {scale:g}"]), flush=True)
-    rows = [(name, plus_minus(one["concept"]), percent(one["noun"]), percent(one["text"])) for name, one in found.items()]
-    write(given.json, vars(given), found, table(("image prompt", "likeness to the picture", "right noun", "rest of the prompt followed"), rows))
+    rows = [
+        (name, plus_minus(one["concept"]), percent(one["noun"]), percent(one["text"])) for name, one in found.items()
+    ]
+    write(
+        given.json,
+        vars(given),
+        found,
+        table(("image prompt", "likeness to the picture", "right noun", "rest of the prompt followed"), rows),
+    )
 
 
 if __name__ == "__main__":

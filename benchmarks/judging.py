@@ -108,7 +108,9 @@ class Yardstick:
         other_seeds = background_change(plain, plain.roll(1, 0), torch.maximum(plain_masks, plain_masks.roll(1, 0)))
         columns = (clip_t, clip_i, dino, likeness, nouns, places, moved, likeness * nouns * places, other_seeds)
         rows = torch.stack([column.float() for column in columns], dim=1).tolist()
-        return [{key: round(value, 5) for key, value in zip((*METRICS, "other_seeds"), row, strict=True)} for row in rows]
+        return [
+            {key: round(value, 5) for key, value in zip((*METRICS, "other_seeds"), row, strict=True)} for row in rows
+        ]
 
 
 def _apart(pictures: Tensor, prompt: Prompt) -> tuple[Tensor, Tensor | None]:

@@ -84,7 +84,9 @@ class PointModel(nn.Module):
         """Points of a word, (count, 2)."""
         words = torch.full((count,), word)
         denoise = eps_denoiser(lambda x, t: self(x, t, words))
-        return sample_euler(denoise, torch.randn(count, 2, 1, 1, generator=generator), sampling_sigmas(steps)).flatten(1)
+        return sample_euler(denoise, torch.randn(count, 2, 1, 1, generator=generator), sampling_sigmas(steps)).flatten(
+            1
+        )
 
 
 Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
@@ -124,7 +126,16 @@ class Figure:
 
 
 def figures() -> tuple[Figure, Figure]:
-    offsets = [(0.0, 0.0), (0.25, 0.0), (-0.25, 0.0), (0.0, 0.25), (0.0, -0.25), (0.25, -0.25), (-0.25, 0.25), (-0.25, -0.25)]
+    offsets = [
+        (0.0, 0.0),
+        (0.25, 0.0),
+        (-0.25, 0.0),
+        (0.0, 0.25),
+        (0.0, -0.25),
+        (0.25, -0.25),
+        (-0.25, 0.25),
+        (-0.25, -0.25),
+    ]
     agnostic = Figure("four peaks", tuple(corner[None] for corner in CORNERS), torch.tensor([[-0.4, -1.2]]), (0,))
     words = tuple(GRID + torch.tensor(offset) for offset in offsets)
     return agnostic, Figure("25 peaks, 5 seen", words, GRID + torch.tensor([0.2, 0.2]), tuple(SEEN))
@@ -158,7 +169,11 @@ def customised(base: PointModel, figure: Figure, steps: int, every_weight: bool)
         return mixture(seen, count, generator), torch.zeros(count, dtype=torch.long)
 
     frequencies = model.frequencies
-    weights = [parameter for parameter in model.parameters() if parameter is not frequencies] if every_weight else [model.words.weight]
+    weights = (
+        [parameter for parameter in model.parameters() if parameter is not frequencies]
+        if every_weight
+        else [model.words.weight]
+    )
     for parameter in weights:
         parameter.requires_grad_(True)
     train(model, weights, draw, steps, 1e-3 if every_weight else 3e-2, seed=2)
@@ -173,7 +188,9 @@ def measure(figure: Figure, base: PointModel, model: PointModel, points: int) ->
     concept, apart = noisy_latents(clean[:1], 512, generator), noisy_latents(clean[1:], 128, generator)
     exact = exact_noise(concept.x.flatten(1), concept.sigma, figure.concept)[..., None, None]
     learned = predictions(model.predict, concept, 128)
-    before, after = (predictions(lambda x, s, i, one=one: one.predict(x, s, i + 1), apart, 128) for one in (base, model))
+    before, after = (
+        predictions(lambda x, s, i, one=one: one.predict(x, s, i + 1), apart, 128) for one in (base, model)
+    )
     drawn = [model.draw(word, points, torch.Generator().manual_seed(4)) for word in range(len(figure.words))]
     return {
         "fisher": fisher_divergence(before, after).per_element,
@@ -210,7 +227,10 @@ def run(pretraining: int, steps: int, points: int) -> tuple[dict, Image.Image]:
         base = pretrained(figure, pretraining)
         shown = 1 if len(figure.concept) > 1 else len(figure.words)  # the other words' grids would hide the concept's
         models = {"before": base}
-        models |= {name: customised(base, figure, steps, every) for name, every in (("every weight", True), ("one vector", False))}
+        models |= {
+            name: customised(base, figure, steps, every)
+            for name, every in (("every weight", True), ("one vector", False))
+        }
         found[figure.title] = {name: measure(figure, base, model, points) for name, model in models.items()}
         seen = mixture(figure.concept[list(figure.seen)], points // 4, torch.Generator().manual_seed(5))
         panels = [panel(f"{figure.title}: to learn", [seen], figure.concept)]
@@ -227,11 +247,25 @@ def run(pretraining: int, steps: int, points: int) -> tuple[dict, Image.Image]:
 
 def markdown(found: dict[str, dict[str, dict]]) -> str:
     rows = [
-        (figure, name, f"{one['concept_error']:.3f}", f"{one['concept_peaks']} of {one['peaks']}", one["other_peaks"], f"{one['fisher']:.4f}")
+        (
+            figure,
+            name,
+            f"{one['concept_error']:.3f}",
+            f"{one['concept_peaks']} of {one['peaks']}",
+            one["other_peaks"],
+            f"{one['fisher']:.4f}",
+        )
         for figure, models in found.items()
         for name, one in models.items()
     ]
-    heads = ("", "customised", "error at the concept", "its peaks drawn", "fewest peaks of another word", "moved at other words")
+    heads = (
+        "",
+        "customised",
+        "error at the concept",
+        "its peaks drawn",
+        "fewest peaks of another word",
+        "moved at other words",
+    )
     return table(heads, rows)
 
 

@@ -86,11 +86,15 @@ def measure(rounds: int, steps: int) -> dict[str, dict[str, float | None]]:
     if host is not None:
         studio = Studio(load_pack(host), steps, 1)
         runs = {HOST_PLAIN: lambda: studio.ksampler(studio.model, studio.positive)}
-        runs |= {f"Infusion in ComfyUI, {mode}": studio.infusion(1, mode) for mode in ("own trajectory", "shared latent")}
+        runs |= {
+            f"Infusion in ComfyUI, {mode}": studio.infusion(1, mode) for mode in ("own trajectory", "shared latent")
+        }
         draw |= {name: torch.inference_mode()(run) for name, run in runs.items()}
     train = {name: one.train for name, one in peers.items() if one.training is not None}
     counted = {name: one.rows() for name, one in peers.items()}
-    tasks = {("draw", name): task for name, task in draw.items()} | {("train", name): task for name, task in train.items()}
+    tasks = {("draw", name): task for name, task in draw.items()} | {
+        ("train", name): task for name, task in train.items()
+    }
     times = interleaved(tasks, rounds)
     found: dict[str, dict[str, float | None]] = {}
     for name in draw:
@@ -113,11 +117,23 @@ def markdown(found: dict[str, dict[str, float | None]]) -> str:
     rows = []
     for name, one in found.items():
         cells = [
-            one["seconds_a_sampling_step"], one["times_plain"], one.get("rows_a_sampling_step"),
-            one["seconds_a_training_step"], one.get("rows_a_training_step"), one["peak_bytes"] and round(one["peak_bytes"] / 1e6),
-        ]  # fmt: skip
+            one["seconds_a_sampling_step"],
+            one["times_plain"],
+            one.get("rows_a_sampling_step"),
+            one["seconds_a_training_step"],
+            one.get("rows_a_training_step"),
+            one["peak_bytes"] and round(one["peak_bytes"] / 1e6),
+        ]
         rows.append([name, *("" if cell is None else f"{cell:g}" for cell in cells)])
-    heads = ("", "s a sampling step", "times plain", "UNet rows of it", "s a training step", "UNet rows of it", "peak memory, MB")
+    heads = (
+        "",
+        "s a sampling step",
+        "times plain",
+        "UNet rows of it",
+        "s a training step",
+        "UNet rows of it",
+        "peak memory, MB",
+    )
     return table(heads, rows)
 
 
@@ -133,7 +149,12 @@ def main() -> None:
         print(alone(given.alone))
         return
     found = measure(given.rounds, given.steps)
-    write(given.json, {"rounds": given.rounds, "steps": given.steps, "threads": torch.get_num_threads()}, found, markdown(found))
+    write(
+        given.json,
+        {"rounds": given.rounds, "steps": given.steps, "threads": torch.get_num_threads()},
+        found,
+        markdown(found),
+    )
 
 
 if __name__ == "__main__":

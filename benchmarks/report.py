@@ -22,14 +22,19 @@ from profusion.pictures import stacked
 from profusion.toybox import world
 
 STORED = ("bytes", "numbers")
-ENDS = {"moved": (0.0, math.inf), **{name: (0.0, 1.0) for name in ("likeness", "noun", "place", "score")}}  # -1 and 1: cosines
+ENDS = {
+    "moved": (0.0, math.inf),
+    **{name: (0.0, 1.0) for name in ("likeness", "noun", "place", "score")},
+}  # -1 and 1: cosines
 COMPARED = ("likeness", "moved", "score")
 SHORT = tuple(METRICS[name] for name in ("likeness", "noun", "place", "moved")) + ("bytes",)
 FISHER = "Fisher divergence on prompts without the concept, a number per element (0: nothing moved)"
 WASSERSTEIN = "Wasserstein distance between the class before and the concept after"
 
 
-def write_peers(finals: Sequence[dict], trials: Sequence[dict], absent: dict[str, str], setting: dict, work: Path, out: Path) -> None:
+def write_peers(
+    finals: Sequence[dict], trials: Sequence[dict], absent: dict[str, str], setting: dict, work: Path, out: Path
+) -> None:
     """peers.json, peers.md, peers.short.md, peers.png and samples.jpg; setting: `benchmarks.run.Setting`'s fields."""
     scores = table(finals)
     found = {
@@ -44,9 +49,13 @@ def write_peers(finals: Sequence[dict], trials: Sequence[dict], absent: dict[str
     short = Scores(tuple(score for score in scores.scores if score.metric in SHORT))
     parts = (_counts(finals, setting), _missing(absent))
     write(
-        out / "peers.json", {**setting, **_machine()}, found, markdown(finals, trials, absent, setting, scores),
-        chart(Scores(judged), 900), "\n\n".join(part for part in (parts[0], short.markdown(), parts[1]) if part),
-    )  # fmt: skip
+        out / "peers.json",
+        {**setting, **_machine()},
+        found,
+        markdown(finals, trials, absent, setting, scores),
+        chart(Scores(judged), 900),
+        "\n\n".join(part for part in (parts[0], short.markdown(), parts[1]) if part),
+    )
     _samples(finals, work).save(out / "samples.jpg", quality=88)
 
 
@@ -70,7 +79,11 @@ def _machine() -> dict[str, object]:
 def _by_peer(finals: Sequence[dict]) -> dict[str, list[dict]]:
     """The results of each peer, in the order of PEERS."""
     names = [kind.name for kind in (*PEERS, PLAIN)]
-    return {name: [one for one in finals if one["peer"] == name] for name in names if any(one["peer"] == name for one in finals)}
+    return {
+        name: [one for one in finals if one["peer"] == name]
+        for name in names
+        if any(one["peer"] == name for one in finals)
+    }
 
 
 def concept_means(results: Iterable[dict], metric: str) -> torch.Tensor:
@@ -125,7 +138,10 @@ def overfitting_curves(curves: Sequence[dict]) -> dict[str, list[dict]]:
     """For each peer, means over concepts of both metrics at each number of steps."""
     return {
         peer: [
-            {"steps": group[0]["steps"], **{key: sum(p[key] for p in group) / len(group) for key in ("fisher", "wasserstein")}}
+            {
+                "steps": group[0]["steps"],
+                **{key: sum(p[key] for p in group) / len(group) for key in ("fisher", "wasserstein")},
+            }
             for group in zip(*(one["curve"] for one in results), strict=True)
         ]
         for peer, results in _by_peer(curves).items()

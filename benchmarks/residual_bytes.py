@@ -26,7 +26,11 @@ def measure(folder: Path) -> dict[str, dict[str, int]]:
         width, names = layers[0].context_dim, tuple(layer.name for layer in layers)
         delta = torch.randn(len(layers), 1, width, generator=torch.Generator().manual_seed(0))
         residual = Residual(delta, "cat", names, architecture_name(layers))
-        found[name] = {"layers": len(layers), "width": width, "bytes": save_residual(residual, folder / "residual.safetensors").size}
+        found[name] = {
+            "layers": len(layers),
+            "width": width,
+            "bytes": save_residual(residual, folder / "residual.safetensors").size,
+        }
     return found
 
 
@@ -36,7 +40,10 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder))
-    rows = [(name, f"{one['layers']} of width {one['width']}", f"{one['bytes'] / 1000:.1f} KB") for name, one in found.items()]
+    rows = [
+        (name, f"{one['layers']} of width {one['width']}", f"{one['bytes'] / 1000:.1f} KB")
+        for name, one in found.items()
+    ]
     write(given.json, {}, found, table(("model", "cross-attention layers", "residual file"), rows))
 
 

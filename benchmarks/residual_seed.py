@@ -61,7 +61,9 @@ class Yardstick:
         scores = []
         for prompt in demo.PROMPTS:
             text = prompt.format(residual.noun)
-            drawn = self._toybox.generate_customised(text, [residual], seeded(*SEEDS), self._sampling_steps, demo.GUIDANCE)
+            drawn = self._toybox.generate_customised(
+                text, [residual], seeded(*SEEDS), self._sampling_steps, demo.GUIDANCE
+            )
             pictures = self._toybox.vae.pictures(drawn[1])
             masks = self._judge.object_mask(pictures)
             scores.append(concept_similarity(pictures, masks, self._concept.pictures, self._concept.masks))
@@ -83,7 +85,9 @@ class Yardstick:
         noisy, queries = self._latents[picture] + sigma.view(-1, 1, 1, 1) * noise, {}
         plain = self._predict(noisy, sigma, prompt, foundation_patches(queries))
         placement = Placement(residual.delta, residual.layers, self._rows[prompt])
-        predicted = self._predict(noisy, sigma, prompt, customised_patches(queries, lambda options, chunk: (placement,)))
+        predicted = self._predict(
+            noisy, sigma, prompt, customised_patches(queries, lambda options, chunk: (placement,))
+        )
         return residual_loss(predicted, noise, plain, self._masks[picture], self._preserve).item()
 
 
@@ -146,7 +150,10 @@ def measure(fused: FusedToybox, judge: Judge, concept: demo.Concept, given: argp
         for step, point in curve(toybox, concept, options, start, judged, given.at):
             found[name][step] = point
             seconds = time.monotonic() - began
-            print(f"{concept.name}, from {name}, step {step}: similarity {point[0]:.3f}, loss {point[1]:.4f}  ({seconds:.0f} s)", flush=True)
+            print(
+                f"{concept.name}, from {name}, step {step}: similarity {point[0]:.3f}, loss {point[1]:.4f}  ({seconds:.0f} s)",
+                flush=True,
+            )
     return Measured(concept.name, found["zero"], found["seed"], {s: judged(scaled(seed, s)) for s in STRENGTHS})
 
 
@@ -164,9 +171,19 @@ def markdown(measured: Sequence[Measured], at: Sequence[int]) -> str:
             mean, half = mean_interval([one.seed[step][part] - one.zero[step][part] for one in measured])
             needed = steps_needed(at, means["zero", part], means["seed", part][index], rising=part == 0)
             cells += [f"{means[name, part][index]:.{digits}f}" for name in ("zero", "seed")]
-            cells += [f"{mean:+.{digits}f} ± {half:.{digits}f}", f"over {at[-1]}" if needed is None else f"{needed:.0f}"]
+            cells += [
+                f"{mean:+.{digits}f} ± {half:.{digits}f}",
+                f"over {at[-1]}" if needed is None else f"{needed:.0f}",
+            ]
         rows.append(cells)
-    heads = ["step", *(f"{what}{column}" for what in ("likeness, ", "loss, ") for column in ("from zero", "from S*", "difference", "steps from zero"))]
+    heads = [
+        "step",
+        *(
+            f"{what}{column}"
+            for what in ("likeness, ", "loss, ")
+            for column in ("from zero", "from S*", "difference", "steps from zero")
+        ),
+    ]
     strengths = []
     for strength in STRENGTHS:
         points = [one.strengths[strength] for one in measured]
@@ -178,7 +195,9 @@ def markdown(measured: Sequence[Measured], at: Sequence[int]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--promptnet", type=Path, default=WEIGHTS / "toybox_promptnet.safetensors", help="the PromptNet's file")
+    parser.add_argument(
+        "--promptnet", type=Path, default=WEIGHTS / "toybox_promptnet.safetensors", help="the PromptNet's file"
+    )
     parser.add_argument("--concepts", type=int, default=4, choices=range(2, len(world.CONCEPTS) + 1), help="how many")
     parser.add_argument("--at", type=int, nargs="+", default=list(AT), help="training steps at which both are judged")
     parser.add_argument("--learning-rate", type=float, default=0.01)

@@ -20,7 +20,12 @@ _BLOCK = re.compile(r"(?<=<!-- bench: )(?P<name>\S+)(?P<open> -->\n).*?(?=<!-- /
 
 
 def write(
-    path: Path | None, recipe: Mapping, figures: object, markdown: str, picture: Image.Image | None = None, short: str = ""
+    path: Path | None,
+    recipe: Mapping,
+    figures: object,
+    markdown: str,
+    picture: Image.Image | None = None,
+    short: str = "",
 ) -> None:
     """Print the table; where there is a path, write `path` (.json), and the table and the picture beside it.
 
@@ -59,7 +64,9 @@ def plus_minus(mean: Iterable[float], digits: int = 3) -> str:
 
 def included(text: str, folder: Path = RESULTS) -> str:
     """A document with what the results say now. Raises FileNotFoundError for a result that is not there."""
-    return _BLOCK.sub(lambda found: f"{found['name']}{found['open']}{(folder / (found['name'] + '.md')).read_text()}", text)
+    return _BLOCK.sub(
+        lambda found: f"{found['name']}{found['open']}{(folder / (found['name'] + '.md')).read_text()}", text
+    )
 
 
 def include(folder: Path = RESULTS) -> None:

@@ -66,7 +66,11 @@ class Setting:
     rates: int = 3
 
 
-SETTINGS = {"quick": Setting(), "full": Setting(training_steps=400, sampling_steps=25), "tiny": Setting(2, 2, 1, 1, 1, 1, 1)}
+SETTINGS = {
+    "quick": Setting(),
+    "full": Setting(training_steps=400, sampling_steps=25),
+    "tiny": Setting(2, 2, 1, 1, 1, 1, 1),
+}
 CURVES = {
     "quick": CurveSetting(),
     "full": CurveSetting((50, 100, 200, 500, 1000, 2000), 4, 25, 128, 16),
@@ -141,9 +145,15 @@ def final(kind: type[Peer], name: str, rate: float, guidance: float, setting: Se
     grid([(kind.name, first)]).save(strip)
     numbers = sum(value.numel() for value in peer.trained().values())
     return {
-        "peer": kind.name, "concept": name, "rate": rate, "guidance": guidance, "numbers": numbers,
-        "bytes": peer.size() if numbers else 0, "strip": strip.name, "pictures": figures,
-    }  # fmt: skip
+        "peer": kind.name,
+        "concept": name,
+        "rate": rate,
+        "guidance": guidance,
+        "numbers": numbers,
+        "bytes": peer.size() if numbers else 0,
+        "strip": strip.name,
+        "pictures": figures,
+    }
 
 
 def curve(kind: type[Peer], name: str, rate: float, guidance: float, setting: CurveSetting) -> dict:
@@ -180,11 +190,18 @@ class Bench:
     @cached_property
     def trials(self) -> list[dict]:
         """Every learning rate of every peer, tried."""
-        return self._run(self.setting, [
-            Job(self._path("tune", kind.name, str(rate)), partial(tune, kind, rate, self.setting), f"try {kind.name} at {rate:g}")
-            for kind in self._present()
-            for rate in (kind.rates[: self.setting.rates] or (0.0,))
-        ])  # fmt: skip
+        return self._run(
+            self.setting,
+            [
+                Job(
+                    self._path("tune", kind.name, str(rate)),
+                    partial(tune, kind, rate, self.setting),
+                    f"try {kind.name} at {rate:g}",
+                )
+                for kind in self._present()
+                for rate in (kind.rates[: self.setting.rates] or (0.0,))
+            ],
+        )
 
     def finals(self) -> list[dict]:
         """Every peer at its best on every concept."""
@@ -192,7 +209,9 @@ class Bench:
         for name in TABLE[: self.setting.concepts]:
             for kind in self._present():
                 rate, guidance = self._best(kind)
-                path = self._path("final", kind.name, name, f"{rate:g}_{guidance:g}")  # anew where another rate is the best
+                path = self._path(
+                    "final", kind.name, name, f"{rate:g}_{guidance:g}"
+                )  # anew where another rate is the best
                 work = partial(final, kind, name, rate, guidance, self.setting, path.with_suffix(".png"))
                 jobs.append(Job(path, work, f"{kind.name}: {name}"))
         return self._run(self.setting, jobs)
@@ -204,7 +223,13 @@ class Bench:
             rate, guidance = self._best(kind)
             for name in TABLE[: self.curve_setting.concepts]:
                 path = self._path("curve", kind.name, name, f"{rate:g}_{guidance:g}")
-                jobs.append(Job(path, partial(curve, kind, name, rate, guidance, self.curve_setting), f"curve of {kind.name}: {name}"))
+                jobs.append(
+                    Job(
+                        path,
+                        partial(curve, kind, name, rate, guidance, self.curve_setting),
+                        f"curve of {kind.name}: {name}",
+                    )
+                )
         return self._run(self.curve_setting, jobs)
 
     def _present(self) -> list[type[Peer]]:
@@ -296,7 +321,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where unfinished work is kept (default: bench-work/SETTING)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--only", nargs="+", choices=["peers", "curves", *(part.name for part in PARTS)], help="leave the others out")
+    parser.add_argument(
+        "--only", nargs="+", choices=["peers", "curves", *(part.name for part in PARTS)], help="leave the others out"
+    )
     parser.add_argument("--checkpoints", nargs="+", type=int, help="training steps at which overfitting is measured")
     given = parser.parse_args()
     started, say = time.monotonic(), partial(print, flush=True)
@@ -309,7 +336,11 @@ def main() -> None:
         write_peers(bench.finals(), bench.trials, bench.absent, asdict(bench.setting), work, given.out)
     if not given.only or "curves" in given.only:
         write_curves(bench.curves(), bench.absent, asdict(curves), given.out)
-    chosen = [part for part in PARTS if (part.name in given.only if given.only else given.setting == "full" or part.quick is not None)]
+    chosen = [
+        part
+        for part in PARTS
+        if (part.name in given.only if given.only else given.setting == "full" or part.quick is not None)
+    ]
     run_parts(chosen, given.workers, lambda part: part.run(given.setting, work, given.out, say))
     if given.out == RESULTS and not given.only:
         include()

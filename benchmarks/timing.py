@@ -25,7 +25,9 @@ def against(times: Mapping[str, Sequence[float]], plain: str, pictures: int = 1)
     return {
         name: {
             "seconds": round(statistics.median(values) / pictures, 4),
-            "times_plain": round(statistics.median(one / base for one, base in zip(values, times[plain], strict=True)), 3),
+            "times_plain": round(
+                statistics.median(one / base for one, base in zip(values, times[plain], strict=True)), 3
+            ),
         }
         for name, values in times.items()
     }

@@ -83,9 +83,7 @@ def _shares(attention: Tensor, masks: Tensor, nouns: Tensor, ends: Tensor) -> li
     inside = F.adaptive_avg_pool2d(masks[:, None], math.isqrt(attention.shape[1])).flatten(1)  # (B, T)
     noun = attention[torch.arange(len(nouns)), :, nouns]  # (B, T)
     padding = (attention * (torch.arange(attention.shape[2]) >= ends[:, None])[:, None]).sum(dim=2)
-    return [
-        ((share * cells).sum() / cells.sum()).item() for share in (noun, padding) for cells in (inside, 1 - inside)
-    ]
+    return [((share * cells).sum() / cells.sum()).item() for share in (noun, padding) for cells in (inside, 1 - inside)]
 
 
 # --- the swap ----------------------------------------------------------------------------------------------------
@@ -176,9 +174,7 @@ class Swapped:
 def measure(judge: Judge, pair: Pair, swap: Swap, bare: bool) -> list[Swapped]:
     """Judge each picture of a swap. Of a bare prompt, whose own colours are open, more than half must be the donor's."""
     looks = {name: judge.look(getattr(swap, name)) for name in ("plain", "swapped", "other_seeds")}
-    before, after = (
-        palette_shares(getattr(swap, name), looks[name].body_mask) for name in ("plain", "swapped")
-    )
+    before, after = (palette_shares(getattr(swap, name), looks[name].body_mask) for name in ("plain", "swapped"))
     mine, others = (_indices(look) for look in pair.looks)
     masks = {name: look.object_mask for name, look in looks.items()}
     moved, other = (
@@ -218,8 +214,10 @@ class Verdict:
 
     @classmethod
     def of(cls, results: Sequence[Swapped]) -> Verdict:
-        mean = {name: float(np.mean([getattr(r, name) for r in results])) for name in
-                ("share_before", "share_after", "overlap", "background", "background_other_seed")}  # fmt: skip
+        mean = {
+            name: float(np.mean([getattr(r, name) for r in results]))
+            for name in ("share_before", "share_after", "overlap", "background", "background_other_seed")
+        }
         counted = (Rate.of([getattr(r, name) for r in results]) for name in ("followed", "wears_donor", "noun_kept"))
         moved = mean["background"] / max(mean["background_other_seed"], 1e-6)
         return cls(*counted, mean["share_before"], mean["share_after"], mean["overlap"], moved)
@@ -259,10 +257,13 @@ def shares_table(shares: dict[str, Shares]) -> str:
     rows = [(layer, asdict(share)) for layer, share in shares.items()]
     mean = {name: float(np.mean([row[name] for _, row in rows])) for name in rows[0][1]}
     head = "  layer          noun: in object  outside   end + padding: in object  outside"
-    return "\n".join([head] + [
-        f"  {layer:14} {row['noun_inside']:15.2f} {row['noun_outside']:8.2f} {row['padding_inside']:26.2f} {row['padding_outside']:8.2f}"
-        for layer, row in [*rows, ("mean", mean)]
-    ])  # fmt: skip
+    return "\n".join(
+        [head]
+        + [
+            f"  {layer:14} {row['noun_inside']:15.2f} {row['noun_outside']:8.2f} {row['padding_inside']:26.2f} {row['padding_outside']:8.2f}"
+            for layer, row in [*rows, ("mean", mean)]
+        ]
+    )
 
 
 def noun_share(shares: dict[str, Shares]) -> float:
@@ -311,8 +312,12 @@ def gate(shares: dict[str, dict[str, Shares]], verdicts: dict[tuple[str, str], V
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", type=Path, default=None, help="folder with Toybox's weights (default: the shipped)")
-    parser.add_argument("--judge-weights", type=Path, default=None, help="folder with the judge's (default: the shipped)")
+    parser.add_argument(
+        "--weights", type=Path, default=None, help="folder with Toybox's weights (default: the shipped)"
+    )
+    parser.add_argument(
+        "--judge-weights", type=Path, default=None, help="folder with the judge's (default: the shipped)"
+    )
     parser.add_argument("--pictures", type=int, default=64, help="drawn pictures whose attention is looked at")
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=4, help="pictures a pair")

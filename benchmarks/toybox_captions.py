@@ -105,7 +105,10 @@ def generate(toybox: Toybox, prompts: Prompts, steps: int, guidance: float, batc
         done = first + len(captions)
         pace = (time.monotonic() - started) / done
         left = pace * (len(prompts.captions) - done)
-        print(f"{prompts.name} {done}/{len(prompts.captions)}  {pace:.2f} s a picture, {left / 60:.1f} min left", flush=True)
+        print(
+            f"{prompts.name} {done}/{len(prompts.captions)}  {pace:.2f} s a picture, {left / 60:.1f} min left",
+            flush=True,
+        )
     return torch.cat(pictures)
 
 
@@ -117,7 +120,10 @@ def through_the_vae(toybox: Toybox, scenes: Sequence[world.Scene]) -> Tensor:
 
 def rates(found: Sequence[Outcome]) -> dict[str, Rate]:
     """How often each part of the captions was followed."""
-    every = {key: [right for outcome in found for right in outcome[key]] for key in ("noun", "background", "color", "pattern")}
+    every = {
+        key: [right for outcome in found for right in outcome[key]]
+        for key in ("noun", "background", "color", "pattern")
+    }
     return {key: Rate.of(values) for key, values in every.items() if values}
 
 
@@ -146,22 +152,30 @@ def report(measured: dict[str, dict[str, Rate]]) -> str:
         lines.append(name)
         for part, rate in by_part.items():
             goal = GOALS.get(part) if name == "unseen" else None
-            verdict = "" if goal is None else f"  goal {100 * goal:.0f} %: {'reached' if rate.share >= goal else 'MISSED'}"
+            verdict = (
+                "" if goal is None else f"  goal {100 * goal:.0f} %: {'reached' if rate.share >= goal else 'MISSED'}"
+            )
             lines.append(f"  {part:10} {rate}{verdict}")
     return "\n".join(lines)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", type=Path, default=None, help="folder with Toybox's weights (default: the shipped)")
-    parser.add_argument("--judge-weights", type=Path, default=None, help="folder with the judge's (default: the shipped)")
+    parser.add_argument(
+        "--weights", type=Path, default=None, help="folder with Toybox's weights (default: the shipped)"
+    )
+    parser.add_argument(
+        "--judge-weights", type=Path, default=None, help="folder with the judge's (default: the shipped)"
+    )
     parser.add_argument("--count", type=int, default=512, help="unseen captions; the other sets are an eighth of it")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=None, help="write the figures here")
-    parser.add_argument("--sheet", type=Path, default=None, help="write the first pictures of each set here, as one PNG")
+    parser.add_argument(
+        "--sheet", type=Path, default=None, help="write the first pictures of each set here, as one PNG"
+    )
     parser.add_argument("--shown", type=int, default=48, help="unseen pictures on the sheet")
     return parser.parse_args()
 
@@ -182,7 +196,11 @@ def main() -> None:
         shown += zip(pictures[:kept], prompts.captions, found, strict=False)
     print(report(measured))
     figures = {name: {part: rate.as_json() for part, rate in by_part.items()} for name, by_part in measured.items()}
-    rows = [(name, part, rate["count"], percent(rate)) for name, by_part in figures.items() for part, rate in by_part.items()]
+    rows = [
+        (name, part, rate["count"], percent(rate))
+        for name, by_part in figures.items()
+        for part, rate in by_part.items()
+    ]
     recipe = {"count": options.count, "steps": options.steps, "guidance": options.guidance, "seed": options.seed}
     shares = {part: f"{rate['share']:.1%}" for part, rate in figures["unseen"].items()}
     short = (

@@ -47,7 +47,9 @@ def measure(unet: UNet, cells: int) -> tuple[int, int]:
 
     def predict(x: Tensor, sigma: Tensor, prompt: int, patches: Patches) -> Tensor:
         options = {"patches": patches, "cond_or_uncond": [0]}
-        return unet(x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt(), timestep_of(sigma), context, transformer_options=options)
+        return unet(
+            x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt(), timestep_of(sigma), context, transformer_options=options
+        )
 
     references = [Reference(torch.randn(4, cells, cells), torch.ones(cells, cells))]
     training = ResidualTraining(predict, references, [ROWS], layers, "cat", TrainingOptions(batch_size=1))

@@ -47,9 +47,20 @@ class _Inpainting:
         """One picture (H, W, 3), the object's place included."""
         noise = comfy.sample.prepare_noise(self._latent, seed)
         drawn = comfy.sample.sample(
-            self._model, noise, steps, cfg, sampler, scheduler, self._encode(prompt), self._negative, self._latent,
-            noise_mask=self._redrawn, callback=callback, disable_pbar=True, seed=seed,
-        )  # fmt: skip
+            self._model,
+            noise,
+            steps,
+            cfg,
+            sampler,
+            scheduler,
+            self._encode(prompt),
+            self._negative,
+            self._latent,
+            noise_mask=self._redrawn,
+            callback=callback,
+            disable_pbar=True,
+            seed=seed,
+        )
         return self._vae.decode(drawn).float().cpu()[0, ..., :3]
 
 
@@ -66,32 +77,55 @@ class ConceptAugment(io.ComfyNode):
                 "object and not its background."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="Any model that draws pictures; one for inpainting draws the best backgrounds."),
+                io.Model.Input(
+                    "model", tooltip="Any model that draws pictures; one for inpainting draws the best backgrounds."
+                ),
                 io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
                 io.Image.Input("image", tooltip="The picture of the object."),
                 io.Mask.Input("mask", tooltip="White where the object is."),
                 io.String.Input(
-                    "noun", default="", tooltip=f"What the object is, such as cat: it takes the place of {NOUN} in the prompts."
+                    "noun",
+                    default="",
+                    tooltip=f"What the object is, such as cat: it takes the place of {NOUN} in the prompts.",
                 ),
                 io.String.Input(
-                    "prompts", multiline=True, dynamic_prompts=False, default=PROMPTS,
+                    "prompts",
+                    multiline=True,
+                    dynamic_prompts=False,
+                    default=PROMPTS,
                     tooltip="What the variants show, one prompt a line, used in turn. Name the object, which the model sees.",
                 ),
                 io.Int.Input("count", default=4, min=1, max=64, tooltip="How many variants to draw."),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
                     tooltip="Of the first variant's noise; the second has the next seed, and so on.",
                 ),
                 io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps of each variant."),
                 io.Float.Input(
-                    "cfg", default=6.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                    "cfg",
+                    default=6.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
                     tooltip="Guidance: 4 for Toybox, 6 to 8 for Stable Diffusion.",
                 ),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="As in KSampler."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip="As in KSampler."),
+                io.Combo.Input(
+                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="As in KSampler."
+                ),
+                io.Combo.Input(
+                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip="As in KSampler."
+                ),
                 io.Int.Input(
-                    "feather", default=4, min=0, max=128,
+                    "feather",
+                    default=4,
+                    min=0,
+                    max=128,
                     tooltip="Pixels outside the mask over which the picture fades into the new background.",
                 ),
                 io.Boolean.Input(
@@ -103,13 +137,27 @@ class ConceptAugment(io.ComfyNode):
                 io.Mask.Output(display_name="masks", tooltip="The object's mask, once for each of them."),
             ],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, model, clip, vae, image, mask, noun, prompts, count, seed, steps, cfg, sampler_name, scheduler, feather,
+        cls,
+        model,
+        clip,
+        vae,
+        image,
+        mask,
+        noun,
+        prompts,
+        count,
+        seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        feather,
         include_picture,
-    ) -> io.NodeOutput:  # fmt: skip
+    ) -> io.NodeOutput:
         for name, part in (("clip", clip), ("vae", vae)):
             if part is None:
                 raise ValueError(f"{name} is None: the checkpoint that was loaded has none")

@@ -113,43 +113,69 @@ class PromptNetFinetune(io.ComfyNode):
                 io.ClipVision.Input("clip_vision", tooltip="The image encoder that the PromptNet was trained with."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
                 io.Image.Input("images", tooltip="The picture, or variants of it, of one size."),
-                io.Int.Input("steps", default=50, min=1, max=100_000, tooltip="How long to train: about 50 in the paper."),
+                io.Int.Input(
+                    "steps", default=50, min=1, max=100_000, tooltip="How long to train: about 50 in the paper."
+                ),
                 io.Float.Input(
-                    "learning_rate", default=2e-5, min=1e-7, max=1.0, step=1e-6, round=False,
+                    "learning_rate",
+                    default=2e-5,
+                    min=1e-7,
+                    max=1.0,
+                    step=1e-6,
+                    round=False,
                     tooltip="How far each step moves PromptNet: 1e-5 to 1e-4 is usual.",
                 ),
                 io.Boolean.Input(
-                    "train_attention", default=True,
+                    "train_attention",
+                    default=True,
                     tooltip="Train the attention layers of the model too, as in the paper. Off: only PromptNet.",
                 ),
                 io.Float.Input(
-                    "attention_learning_rate", default=1e-4, min=1e-7, max=1.0, step=1e-6, round=False,
+                    "attention_learning_rate",
+                    default=1e-4,
+                    min=1e-7,
+                    max=1.0,
+                    step=1e-6,
+                    round=False,
                     tooltip="How far each step moves the attention layers: 1e-4 to 1e-3 with a rank, 1e-5 without.",
                 ),
                 io.Int.Input(
-                    "rank", default=8, min=0, max=256,
+                    "rank",
+                    default=8,
+                    min=0,
+                    max=256,
                     tooltip="Of the attention layers' changes. More can learn more, and makes a larger file. 0: the full "
                     "difference, as in the paper, in a file as large as these layers.",
                 ),
                 io.Int.Input(
-                    "batch_size", default=4, min=1, max=64,
+                    "batch_size",
+                    default=4,
+                    min=1,
+                    max=64,
                     tooltip="Noisy pictures in each step. Lower it if memory runs out.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
                     tooltip="Of the training's noise. The same seed trains the same.",
                 ),
                 io.String.Input(
-                    "filename_prefix", default="profusion/finetuned",
+                    "filename_prefix",
+                    default="profusion/finetuned",
                     tooltip="Of the files, which are numbered and never overwritten; it may have subfolders.",
                 ),
                 io.Boolean.Input(
-                    "save_promptnet", default=True,
+                    "save_promptnet",
+                    default=True,
                     tooltip="Save the fine-tuned PromptNet in models/profusion_promptnets, for PromptNet Loader. For SD 1.5 it "
                     "takes 0.7 GB.",
                 ),
                 io.Mask.Input(
-                    "masks", optional=True,
+                    "masks",
+                    optional=True,
                     tooltip="White where the object is, one for each picture or one for all. Only there is anything learned.",
                 ),
             ],
@@ -157,24 +183,44 @@ class PromptNetFinetune(io.ComfyNode):
                 io.Custom("PROMPTNET").Output(tooltip="The fine-tuned one, for PromptNet Encode."),
                 io.Model.Output(tooltip="The model with its changes as an ordinary patch."),
                 io.String.Output(
-                    display_name="patch_file", tooltip="The patch file's name, as LoRA loaders list it; empty if there is none."
+                    display_name="patch_file",
+                    tooltip="The patch file's name, as LoRA loaders list it; empty if there is none.",
                 ),
                 io.Image.Output(display_name="loss_plot", tooltip="The loss of each step, and its running mean."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, promptnet: LoadedPromptNet, model: Any, clip, clip_vision, vae, images, steps, learning_rate, train_attention,
-        attention_learning_rate, rank, batch_size, seed, filename_prefix, save_promptnet, masks=None,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        promptnet: LoadedPromptNet,
+        model: Any,
+        clip,
+        clip_vision,
+        vae,
+        images,
+        steps,
+        learning_rate,
+        train_attention,
+        attention_learning_rate,
+        rank,
+        batch_size,
+        seed,
+        filename_prefix,
+        save_promptnet,
+        masks=None,
+    ) -> io.NodeOutput:
         check_connected(clip=clip, clip_vision=clip_vision, vae=vae)
         options = FinetuneOptions(
-            steps=steps, learning_rate=learning_rate, batch_size=batch_size, seed=seed,
-            attention_learning_rate=attention_learning_rate, rank=rank,
-        )  # fmt: skip
+            steps=steps,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            seed=seed,
+            attention_learning_rate=attention_learning_rate,
+            rank=rank,
+        )
         pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
         weights = weights if torch.any(weights < 1) else None
         finetuning = Finetuning(promptnet, model, clip, clip_vision, vae, pictures, weights, train_attention, options)

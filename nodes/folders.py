@@ -98,7 +98,9 @@ def _next_path(kind: str, prefix: str, error: type[ValueError], companion: str =
         subfolder, stem, number, _, _ = folder_paths.get_save_image_path(prefix, folder)
     except (OSError, ValueError) as problem:
         reason = getattr(problem, "strerror", None) or problem
-        raise error(f"The folder {folder} cannot be used for '{prefix}': {reason}. Check that it may be written to.") from problem
+        raise error(
+            f"The folder {folder} cannot be used for '{prefix}': {reason}. Check that it may be written to."
+        ) from problem
     while True:
         path = Path(subfolder) / f"{stem}_{number:05}_{SUFFIX}"
         if not path.exists() and not path.with_suffix(companion).exists():

@@ -21,51 +21,86 @@ MODES = ["dependent", "independent"]
 def _guidance_inputs() -> list:
     return [
         io.Float.Input(
-            "cfg", default=6.0, min=0.0, max=100.0, step=0.1, round=0.01,
+            "cfg",
+            default=6.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
             tooltip="Guidance of the refinement stage, as in KSampler; 5 to 7 in the paper's code.",
         ),
         io.Float.Input(
-            "fusion_cfg", default=3.0, min=0.0, max=100.0, step=0.1, round=0.01,
+            "fusion_cfg",
+            default=3.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
             tooltip="Guidance of the fusion stage; 3 in the paper's code.",
         ),
         io.Float.Input(
-            "gamma", default=0.8, min=0.0, max=2.0, step=0.05,
+            "gamma",
+            default=0.8,
+            min=0.0,
+            max=2.0,
+            step=0.05,
             tooltip="How much S* counts in the fusion stage: less leaves more to the text.",
         ),
         io.Combo.Input(
-            "mode", options=MODES, default="dependent",
+            "mode",
+            options=MODES,
+            default="dependent",
             tooltip="dependent: S* is evaluated within its prompt. independent: S* in a prompt of its own, the text in others.",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _refresh_input() -> io.Int.Input:
     return io.Int.Input(
-        "refresh", default=2, min=1, max=10, optional=True,
+        "refresh",
+        default=2,
+        min=1,
+        max=10,
+        optional=True,
         tooltip="Where there are several conditionings, only one evaluation of so many asks all of them; those between ask the "
         "first, and take what the others and the negative add from the last time. 2: plain guidance's cost. 1: the paper's.",
-    )  # fmt: skip
+    )
 
 
 def _stage_inputs() -> list:
     return [
         io.Int.Input(
-            "fusion_steps", default=1, min=0, max=20,
+            "fusion_steps",
+            default=1,
+            min=0,
+            max=20,
             tooltip="Fusion steps at each noise level (m in the paper). 0: none, which is the plain sampler.",
         ),
         io.Float.Input(
-            "eta", default=1.0, min=0.0, max=1.0, step=0.05,
+            "eta",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.05,
             tooltip="How much noise a fusion step swaps for fresh noise.",
         ),
         io.Float.Input(
-            "fusion_start", default=0.0, min=0.0, max=1.0, step=0.01,
+            "fusion_start",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
             tooltip="The share of sampling after which there is a fusion stage.",
         ),
         io.Float.Input(
-            "fusion_end", default=0.2, min=0.0, max=1.0, step=0.01,
+            "fusion_end",
+            default=0.2,
+            min=0.0,
+            max=1.0,
+            step=0.01,
             tooltip="The share of sampling until which there is a fusion stage. Each stage costs an evaluation. 1: the paper's.",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _terms(first: tuple[list, float], more: dict[str, Any]) -> tuple[list[list], tuple[float, ...]]:
@@ -93,21 +128,31 @@ class FusionGuiderNode(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="Any model."),
-                io.Conditioning.Input("conditioning", tooltip="The first: the prompt with S*, from PromptNet Encode, or any."),
+                io.Conditioning.Input(
+                    "conditioning", tooltip="The first: the prompt with S*, from PromptNet Encode, or any."
+                ),
                 io.Float.Input(
-                    "weight", default=1.0, min=-10.0, max=10.0, step=0.05,
+                    "weight",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
                     tooltip="Weights count relative to their sum; guidance is cfg.",
                 ),
-                io.Conditioning.Input("negative", tooltip="The unconditional: an empty prompt, or what you do not want."),
+                io.Conditioning.Input(
+                    "negative", tooltip="The unconditional: an empty prompt, or what you do not want."
+                ),
                 *_guidance_inputs(),
                 *[entry for suffix in MORE_TERMS for entry in _term_inputs(suffix)],
                 _refresh_input(),
             ],
             outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced.")],
-        )  # fmt: skip
+        )
 
     @classmethod
-    def execute(cls, model, conditioning, weight, negative, cfg, fusion_cfg, gamma, mode, refresh=2, **more) -> io.NodeOutput:
+    def execute(
+        cls, model, conditioning, weight, negative, cfg, fusion_cfg, gamma, mode, refresh=2, **more
+    ) -> io.NodeOutput:
         conditionings, weights = _terms((conditioning, weight), more)
         guider = FusionGuider(model)
         guider.set_terms(conditionings, negative, Guidance(weights, cfg, fusion_cfg, gamma, mode, refresh))
@@ -117,12 +162,19 @@ class FusionGuiderNode(io.ComfyNode):
 def _term_inputs(suffix: str) -> list:
     number = suffix.strip("_")
     return [
-        io.Conditioning.Input(f"conditioning{suffix}", optional=True, tooltip=f"Conditioning {number}: the plain text, say."),
+        io.Conditioning.Input(
+            f"conditioning{suffix}", optional=True, tooltip=f"Conditioning {number}: the plain text, say."
+        ),
         io.Float.Input(
-            f"weight{suffix}", default=1.0, min=-10.0, max=10.0, step=0.05, optional=True,
+            f"weight{suffix}",
+            default=1.0,
+            min=-10.0,
+            max=10.0,
+            step=0.05,
+            optional=True,
             tooltip=f"Weight of conditioning {number}.",
         ),
-    ]  # fmt: skip
+    ]
 
 
 class FusionSamplerNode(io.ComfyNode):
@@ -163,56 +215,112 @@ class FusionKSampler(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model that draws."),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
                     tooltip="Of all noise. The same seed draws the same picture.",
                 ),
                 io.Int.Input("steps", default=20, min=1, max=10_000, tooltip="Noise levels, as in KSampler."),
                 *_guidance_inputs()[:1],
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="Of the refinement stage."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip="Of the noise levels."),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
+                    default="euler",
+                    tooltip="Of the refinement stage.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    default="simple",
+                    tooltip="Of the noise levels.",
+                ),
                 io.Conditioning.Input("positive", tooltip="The prompt with S*, from PromptNet Encode."),
-                io.Conditioning.Input("negative", tooltip="The unconditional: an empty prompt, or what you do not want."),
+                io.Conditioning.Input(
+                    "negative", tooltip="The unconditional: an empty prompt, or what you do not want."
+                ),
                 io.Latent.Input("latent_image", tooltip="An empty latent, or one to start from."),
                 io.Float.Input(
-                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="How much of latent_image is drawn anew."
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="How much of latent_image is drawn anew.",
                 ),
                 *_stage_inputs(),
                 *_guidance_inputs()[1:],
                 io.Conditioning.Input(
-                    "text", optional=True,
+                    "text",
+                    optional=True,
                     tooltip="The same prompt in plain words, from PromptNet Encode: what the picture should follow besides S*.",
                 ),
                 io.Float.Input(
-                    "text_weight", default=0.5, min=-10.0, max=10.0, step=0.05, optional=True,
+                    "text_weight",
+                    default=0.5,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    optional=True,
                     tooltip="Weight of the plain text beside S*, which has 1.",
                 ),
                 _refresh_input(),
             ],
             outputs=[io.Latent.Output(tooltip="The drawn latent.")],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise, fusion_steps, eta,
-        fusion_start, fusion_end, fusion_cfg, gamma, mode, text=None, text_weight=0.5, refresh=2,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        model,
+        seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        positive,
+        negative,
+        latent_image,
+        denoise,
+        fusion_steps,
+        eta,
+        fusion_start,
+        fusion_end,
+        fusion_cfg,
+        gamma,
+        mode,
+        text=None,
+        text_weight=0.5,
+        refresh=2,
+    ) -> io.NodeOutput:
         terms, weights = ([positive], (1.0,)) if text is None else ([positive, text], (1.0, text_weight))
         guider = FusionGuider(model)
         guider.set_terms(terms, negative, Guidance(weights, cfg, fusion_cfg, gamma, mode, refresh))
         plan = comfy.samplers.KSampler(
-            model, steps=steps, device=model.load_device, sampler=sampler_name, scheduler=scheduler, denoise=denoise,
+            model,
+            steps=steps,
+            device=model.load_device,
+            sampler=sampler_name,
+            scheduler=scheduler,
+            denoise=denoise,
             model_options=model.model_options,
-        )  # fmt: skip
+        )
         inner = comfy.samplers.sampler_object(sampler_name)
         sampler = FusionSampling(inner, FusionOptions(fusion_steps, eta), fusion_start, fusion_end)
         samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
         noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
         drawn = guider.sample(
-            noise, samples, sampler, plan.sigmas, denoise_mask=latent_image.get("noise_mask"),
+            noise,
+            samples,
+            sampler,
+            plan.sigmas,
+            denoise_mask=latent_image.get("noise_mask"),
             callback=latent_preview.prepare_callback(model, len(plan.sigmas) - 1),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
-        )  # fmt: skip
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
         per_step = guider.rows / len(samples) / max(1, len(plan.sigmas) - 1)
         message = f"{per_step:.2f} UNet rows a step and picture (plain guidance: 2)"
         return io.NodeOutput({**latent_image, "samples": drawn.to(samples.device)}, ui=show(cls, message))

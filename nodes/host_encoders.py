@@ -35,7 +35,9 @@ class VisionEncoder:
         dino = isinstance(network, comfy.image_encoders.dino2.Dinov2Model)
         layers = len(network.encoder.layer if dino else network.vision_model.encoder.layers)
         kind = type(network).__name__
-        self.name = _NAMES.get((kind, layers, vision.image_size), f"{kind}, {layers} layers, {vision.image_size} pixels")
+        self.name = _NAMES.get(
+            (kind, layers, vision.image_size), f"{kind}, {layers} layers, {vision.image_size} pixels"
+        )
         self.measure = "DINO" if dino else "CLIP-I"
 
     def images(self, pictures: Tensor) -> Tensor:

@@ -76,7 +76,9 @@ class FusionGuider(comfy.samplers.CFGGuider):
         """Infusion samples two streams in step, on latents of their own: what one keeps is nothing to the other."""
         stream = model_options.get("transformer_options", {}).get(STREAM)
         if stream not in self._kept:
-            several = sum(1 for weight in self.guidance.weights if weight) > 1  # one alone is the plain guider, to the bit
+            several = (
+                sum(1 for weight in self.guidance.weights if weight) > 1
+            )  # one alone is the plain guider, to the bit
             self._kept[stream] = KeptDifferences(self.guidance.refresh if several else 1)
         return self._kept[stream]
 
@@ -84,7 +86,9 @@ class FusionGuider(comfy.samplers.CFGGuider):
         self._begin()
         sampling = self.model_patcher.get_model_object("model_sampling")
         alone = self.guidance.mode == "independent"
-        words = {id(cond[WORD]): cond[WORD] for name in self._names for cond in self.original_conds[name] if WORD in cond}
+        words = {
+            id(cond[WORD]): cond[WORD] for name in self._names for cond in self.original_conds[name] if WORD in cond
+        }
         # Before the model is loaded, so that the text encoder and PromptNet have the memory to themselves.
         self._contexts = {key: word.contexts(sampling, alone) for key, word in words.items()}
         try:
@@ -104,18 +108,36 @@ class FusionGuider(comfy.samplers.CFGGuider):
         predicted = self._predictions(conds, kept, x, timestep, model_options)
         for function in model_options.get("sampler_pre_cfg_function", []):
             predicted = function(
-                {"conds": conds, "conds_out": predicted, "cond_scale": cfg, "timestep": timestep, "input": x,
-                 "sigma": timestep, "model": self.inner_model, "model_options": model_options}
-            )  # fmt: skip
+                {
+                    "conds": conds,
+                    "conds_out": predicted,
+                    "cond_scale": cfg,
+                    "timestep": timestep,
+                    "input": x,
+                    "sigma": timestep,
+                    "model": self.inner_model,
+                    "model_options": model_options,
+                }
+            )
         mean = mean_prediction([predicted[0], *predicted[2:]], [weight for _, weight in used])
         return comfy.samplers.cfg_function(
-            self.inner_model, mean, predicted[1], cfg, x, timestep, model_options=model_options, cond=terms[0], uncond=negative
+            self.inner_model,
+            mean,
+            predicted[1],
+            cfg,
+            x,
+            timestep,
+            model_options=model_options,
+            cond=terms[0],
+            uncond=negative,
         )
 
     def _without_negative(self, cfg: float, kept: KeptDifferences, model_options: dict) -> bool:
         """Whether guidance needs no negative: not by this scale, nor by the other stage's where differences are kept for it."""
         scales = (cfg,) if kept.always else (self.cfg, self.guidance.fusion_cfg)
-        return all(math.isclose(scale, 1.0) for scale in scales) and not model_options.get("disable_cfg1_optimization", False)
+        return all(math.isclose(scale, 1.0) for scale in scales) and not model_options.get(
+            "disable_cfg1_optimization", False
+        )
 
     def _predictions(
         self, conds: list, kept: KeptDifferences, x: Tensor, timestep: Tensor, model_options: dict
@@ -137,7 +159,9 @@ class FusionGuider(comfy.samplers.CFGGuider):
             return cond
         key = id(cond)
         if key not in self._own:
-            self._own[key] = entry.cond.shape == word.context.shape and torch.equal(entry.cond, word.context.to(entry.cond))
+            self._own[key] = entry.cond.shape == word.context.shape and torch.equal(
+                entry.cond, word.context.to(entry.cond)
+            )
         if not self._own[key]:
             return cond  # zeroed out, averaged, or another's text that the host evaluates in this one's area
         context = self._contexts[id(word)](x, sigma).to(entry.cond)
@@ -169,7 +193,9 @@ class FusionSampling(comfy.samplers.KSAMPLER):
                 "that a fusion stage could be put before"
             )
         if start_percent > end_percent:
-            raise ValueError(f"start_percent={start_percent} is after end_percent={end_percent}: the stage would never act")
+            raise ValueError(
+                f"start_percent={start_percent} is after end_percent={end_percent}: the stage would never act"
+            )
         super().__init__(self._sample, {}, inner.inpaint_options)
         self._inner, self._options, self._window = inner, options, (start_percent, end_percent)
 
@@ -185,9 +211,14 @@ class FusionSampling(comfy.samplers.KSAMPLER):
         for first, last, fused in segments(sigmas.tolist(), options):
             if fused:
                 x = fusion_stage(
-                    _under_stage(model, extra_args), x, sigmas[first], sigmas[first + 1], options,
-                    lambda x=x: torch.randn(x.shape, generator=generator).to(x), flow,
-                )  # fmt: skip
+                    _under_stage(model, extra_args),
+                    x,
+                    sigmas[first],
+                    sigmas[first + 1],
+                    options,
+                    lambda x=x: torch.randn(x.shape, generator=generator).to(x),
+                    flow,
+                )
             x = self._refine(model, x, sigmas, first, last, extra_args, callback, disable)
         return x
 

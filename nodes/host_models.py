@@ -70,9 +70,7 @@ def load_clip(embedding_directory: list[str] | None = None, folder: Path | None 
         "intermediate_size": TOYBOX_TEXT.intermediate,
     }
     target = comfy.supported_models_base.ClipTarget(_tokenizer, comfy.sd1_clip.SD1ClipModel)
-    clip = comfy.sd.CLIP(
-        target, embedding_directory=embedding_directory, model_options={"clip_l_model_config": sizes}
-    )
+    clip = comfy.sd.CLIP(target, embedding_directory=embedding_directory, model_options={"clip_l_model_config": sizes})
     clip.cond_stage_model.clip_l.transformer.load_state_dict(load_network("text", folder), strict=True)
     return clip
 

@@ -44,9 +44,19 @@ class Sampling:
             empty = torch.zeros(len(seeds), *self.size)
             noise = torch.cat([comfy.sample.prepare_noise(empty[:1], seed) for seed in seeds])
             samples = comfy.sample.sample(
-                model, noise, self.steps, self.cfg, self.sampler, self.scheduler, positive, negative, empty,
-                callback=lambda *_, rows=empty: tell(len(rows)), disable_pbar=True, seed=seeds[0],
-            )  # fmt: skip
+                model,
+                noise,
+                self.steps,
+                self.cfg,
+                self.sampler,
+                self.scheduler,
+                positive,
+                negative,
+                empty,
+                callback=lambda *_, rows=empty: tell(len(rows)),
+                disable_pbar=True,
+                seed=seeds[0],
+            )
             drawn.append(model.model.process_latent_in(samples.float()).cpu())
         return torch.cat(drawn)
 

@@ -159,7 +159,8 @@ class WordInPrompt:
         network, device = self._promptnet.network, self._promptnet.patcher.load_device
         timesteps, noisy = timesteps.to(device), None if noisy is None else noisy.to(device, network.start.dtype)
         latents, tokens = (
-            part.to(device, network.start.dtype).split(1) for part in (self._reference.latents, self._reference.image_tokens)
+            part.to(device, network.start.dtype).split(1)
+            for part in (self._reference.latents, self._reference.image_tokens)
         )
         words = [network.embed_all(*pair, timesteps, noisy) for pair in zip(latents, tokens, strict=True)]
         return merged(words, self._reference.weights).float().cpu()

@@ -58,7 +58,9 @@ class TrainedModel:
         self._model, self._beside, self._memory = model, list(beside), memory
         self.sigmas = noise_levels(model)
         self._conditionings = [
-            [[context, {**extras, "additional_models": self._beside}] for context, extras in entries] if beside else entries
+            [[context, {**extras, "additional_models": self._beside}] for context, extras in entries]
+            if beside
+            else entries
             for entries in conditionings
         ]
         self._prompts: list[list[dict]] = []
@@ -269,7 +271,9 @@ class SamplePictures:
 
     def place(self, residual: Residual) -> list:
         """The prompt's CONDITIONING with the concept. Raises NounError where the prompt lacks its noun."""
-        placed = place_concepts(self._clip, self._text, self._layers, [ConceptInput("", residual, 1.0, "auto")], 0.0, 1.0)
+        placed = place_concepts(
+            self._clip, self._text, self._layers, [ConceptInput("", residual, 1.0, "auto")], 0.0, 1.0
+        )
         return [[context, {**extras, KEY: tuple(placed)}] for context, extras in self._positive]
 
     def draw(self, residual: Residual) -> Tensor:

@@ -66,9 +66,7 @@ def _same_noun(one: ConceptInput, other: ConceptInput) -> bool:
     return one.residual.noun.lower().split() == other.residual.noun.lower().split()
 
 
-def _rows(
-    clip: Any, text: str, pseudo_words: int, concept: ConceptInput, turn: int, sharing: int
-) -> tuple[int, ...]:
+def _rows(clip: Any, text: str, pseudo_words: int, concept: ConceptInput, turn: int, sharing: int) -> tuple[int, ...]:
     noun = concept.residual.noun
     spans = noun_spans(clip, text, noun, pseudo_words)
     if not spans:
@@ -85,7 +83,9 @@ def _pseudo_words(conditioning: list, text: str) -> int:
     words = [extras[WORD] for _, extras in conditioning if WORD in extras]
     other = next((word.prompt for word in words if word.prompt != text), None)
     if other is not None:
-        raise ValueError(f"the conditioning is of the prompt {other!r}, and text is {text!r}: give both the same prompt")
+        raise ValueError(
+            f"the conditioning is of the prompt {other!r}, and text is {text!r}: give both the same prompt"
+        )
     return max((len(word.rows) for word in words), default=0)
 
 
@@ -216,9 +216,20 @@ class InfusionAttentionPatch(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, clip, text, residual, strength, start_percent, end_percent, occurrence, stream, region=None,
-        conditioning=None, **more,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        model,
+        clip,
+        text,
+        residual,
+        strength,
+        start_percent,
+        end_percent,
+        occurrence,
+        stream,
+        region=None,
+        conditioning=None,
+        **more,
+    ) -> io.NodeOutput:
         if clip is None:
             raise ValueError("clip is None: the checkpoint that was loaded has no text encoder")
         layers = model_layers(model)

@@ -151,38 +151,62 @@ class OverfitReport(io.ComfyNode):
                     "2-Wasserstein distance. At least 2; 16 or more say something.",
                 ),
                 io.String.Input(
-                    "noun", default="",
+                    "noun",
+                    default="",
                     tooltip="What the customised model's concept is one of, such as cat. Residuals know their own noun.",
                 ),
                 io.String.Input(
-                    "class_prompt", default=f"a photo of a {NOUN}",
+                    "class_prompt",
+                    default=f"a photo of a {NOUN}",
                     tooltip=f"What the pictures of the class show. {NOUN} becomes the noun.",
                 ),
                 io.String.Input(
-                    "prompts", multiline=True, dynamic_prompts=False, default=PROMPTS,
+                    "prompts",
+                    multiline=True,
+                    dynamic_prompts=False,
+                    default=PROMPTS,
                     tooltip="Prompts without the concept, one a line, for the latent Fisher divergence.",
                 ),
                 io.Int.Input(
-                    "draws", default=16, min=1, max=1000,
+                    "draws",
+                    default=16,
+                    min=1,
+                    max=1000,
                     tooltip="Noisy latents at which predictions are compared, for each prompt. More narrow the interval.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
                     tooltip="Of the first picture; the second has the next seed, and so on. The same seed gives the same report.",
                 ),
                 io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps of each picture."),
                 io.Float.Input(
-                    "cfg", default=6.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                    "cfg",
+                    default=6.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
                     tooltip="Guidance of the pictures: 4 for Toybox, 6 to 8 for Stable Diffusion.",
                 ),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="As in KSampler."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip="As in KSampler."),
-                io.Model.Input("customised", optional=True, tooltip="A customised model: with a LoRA, fine-tuned, or patched."),
+                io.Combo.Input(
+                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="As in KSampler."
+                ),
+                io.Combo.Input(
+                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip="As in KSampler."
+                ),
+                io.Model.Input(
+                    "customised", optional=True, tooltip="A customised model: with a LoRA, fine-tuned, or patched."
+                ),
                 io.Clip.Input(
                     "customised_clip", optional=True, tooltip="Its text encoder, where customisation changed that too."
                 ),
                 io.Conditioning.Input(
-                    "conditioning", optional=True,
+                    "conditioning",
+                    optional=True,
                     tooltip="What the customised model draws its concept with, such as the one that Infusion Attention Patch or "
                     "PromptNet Encode gives. Default: class_prompt.",
                 ),
@@ -199,13 +223,29 @@ class OverfitReport(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, model, clip, latent, noun, class_prompt, prompts, draws, seed, steps, cfg, sampler_name, scheduler,
-        customised=None, customised_clip=None, conditioning=None, vae=None, **residuals,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        model,
+        clip,
+        latent,
+        noun,
+        class_prompt,
+        prompts,
+        draws,
+        seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        customised=None,
+        customised_clip=None,
+        conditioning=None,
+        vae=None,
+        **residuals,
+    ) -> io.NodeOutput:
         if clip is None:
             raise ValueError("clip is None: the checkpoint that was loaded has no text encoder")
         subjects = _of_residuals(model, clip, class_prompt, residuals)

@@ -52,13 +52,14 @@ class PromptNetLoader(io.ComfyNode):
             ),
             inputs=[
                 io.Combo.Input(
-                    "promptnet", options=promptnet_names(),
+                    "promptnet",
+                    options=promptnet_names(),
                     tooltip="Toybox's, or a file in models/profusion_promptnets. Press R to list new files.",
                 ),
             ],
             outputs=[io.Custom("PROMPTNET").Output(tooltip="For PromptNet Encode and PromptNet Finetune.")],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def validate_inputs(cls, promptnet=None) -> bool | str:
@@ -97,25 +98,35 @@ class PromptNetEncode(io.ComfyNode):
                     tooltip="The picture, or several of the same thing, of which the mean counts. What is transparent is grey.",
                 ),
                 io.String.Input(
-                    "text", multiline=True, dynamic_prompts=True, default=f"a photo of {PLACEHOLDER}",
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default=f"a photo of {PLACEHOLDER}",
                     tooltip=f"The prompt, with {PLACEHOLDER} once, where the thing from the picture belongs.",
                 ),
                 io.String.Input(
-                    "noun", default="",
+                    "noun",
+                    default="",
                     tooltip=f"What it is, such as cat: in the plain prompt this takes the place of {PLACEHOLDER}.",
                 ),
                 io.Mask.Input(
-                    "masks", optional=True, tooltip="White where the thing is, one for each picture or one for all; the rest is grey."
+                    "masks",
+                    optional=True,
+                    tooltip="White where the thing is, one for each picture or one for all; the rest is grey.",
                 ),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="with_word", tooltip=f"The prompt with {PLACEHOLDER}."),
-                io.Conditioning.Output(display_name="plain_text", tooltip="The prompt in plain words, for Fusion KSampler's text."),
+                io.Conditioning.Output(
+                    display_name="plain_text", tooltip="The prompt in plain words, for Fusion KSampler's text."
+                ),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
-    def execute(cls, promptnet: LoadedPromptNet, clip, clip_vision, vae, images, text, noun, masks=None) -> io.NodeOutput:
+    def execute(
+        cls, promptnet: LoadedPromptNet, clip, clip_vision, vae, images, text, noun, masks=None
+    ) -> io.NodeOutput:
         check_connected(clip=clip, clip_vision=clip_vision, vae=vae)
         plain = with_noun(text, noun)
         pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
@@ -141,20 +152,33 @@ class ResidualFromPromptNet(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
                 io.ClipVision.Input("clip_vision", tooltip="The image encoder that the PromptNet was trained with."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
-                io.Model.Input("model", tooltip="The model that the residual is for. LoRAs and other patches on it take part."),
-                io.Image.Input("images", tooltip="The picture, or several of the same thing, of which the mean counts: those to train on."),
-                io.String.Input("noun", default="", tooltip="The class noun, such as cat: the one that Residual Trainer is given."),
+                io.Model.Input(
+                    "model", tooltip="The model that the residual is for. LoRAs and other patches on it take part."
+                ),
+                io.Image.Input(
+                    "images",
+                    tooltip="The picture, or several of the same thing, of which the mean counts: those to train on.",
+                ),
+                io.String.Input(
+                    "noun", default="", tooltip="The class noun, such as cat: the one that Residual Trainer is given."
+                ),
                 io.Mask.Input(
-                    "masks", optional=True, tooltip="White where the thing is, one for each picture or one for all: what is around it stays."
+                    "masks",
+                    optional=True,
+                    tooltip="White where the thing is, one for each picture or one for all: what is around it stays.",
                 ),
             ],
             outputs=[
-                io.Custom("RESIDUAL").Output(tooltip="For Residual Trainer's resume, Infusion Attention Patch or Residual Saver.")
+                io.Custom("RESIDUAL").Output(
+                    tooltip="For Residual Trainer's resume, Infusion Attention Patch or Residual Saver."
+                )
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
-    def execute(cls, promptnet: LoadedPromptNet, clip, clip_vision, vae, model, images, noun, masks=None) -> io.NodeOutput:
+    def execute(
+        cls, promptnet: LoadedPromptNet, clip, clip_vision, vae, model, images, noun, masks=None
+    ) -> io.NodeOutput:
         check_connected(clip=clip, clip_vision=clip_vision, vae=vae)
         noun, layers = noun.strip(), model_layers(model)
         check_fits(promptnet.config, architecture=architecture_name(layers))
@@ -163,7 +187,10 @@ class ResidualFromPromptNet(io.ComfyNode):
         references = encode_references(model, vae, pictures, weights)
         word = WordInPrompt(promptnet, clip, encode_pictures(promptnet, vae, clip_vision, pictures), PROMPTS[0][1])
         spoken = [word.in_prompt(prompt) for _, prompt in PROMPTS]
-        trained, modules = TrainedModel(model, conditionings), attention_modules(model.get_model_object("diffusion_model"))
+        trained, modules = (
+            TrainedModel(model, conditionings),
+            attention_modules(model.get_model_object("diffusion_model")),
+        )
         seeding = ResidualSeed(trained.predict_noise, references, rows, spoken, modules, layers, noun, trained.sigmas)
         progress = Progress(seeding.batches)
 

@@ -47,23 +47,31 @@ class ConceptScores(io.ComfyNode):
                 io.Image.Input("images", tooltip="The generated pictures."),
                 io.Image.Input("references", tooltip="The pictures that the concept was learned from."),
                 io.String.Input(
-                    "prompt", multiline=True, dynamic_prompts=False, default="",
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=False,
+                    default="",
                     tooltip="What the pictures should show: one prompt for all of them, or a line for each, in their order.",
                 ),
                 io.Clip.Input(
-                    "clip", optional=True,
+                    "clip",
+                    optional=True,
                     tooltip="The text encoder that was trained with clip_vision, for CLIP-T: for ViT-L CLIP Loader with clip_l "
                     "(the CLIP of an SD 1.x checkpoint lacks its projection), for ViT-H the CLIP of SD 2.x, for ViT-bigG of SDXL.",
                 ),
                 io.ClipVision.Input(
-                    "clip_vision", optional=True,
+                    "clip_vision",
+                    optional=True,
                     tooltip="Judges how alike pictures are. Without it, Toybox's own is taken, for Toybox's pictures only.",
                 ),
                 io.ClipVision.Input(
-                    "image_encoder", optional=True, tooltip="A second judge, such as DINOv2, loaded with Load CLIP Vision too."
+                    "image_encoder",
+                    optional=True,
+                    tooltip="A second judge, such as DINOv2, loaded with Load CLIP Vision too.",
                 ),
                 io.Mask.Input(
-                    "masks", optional=True,
+                    "masks",
+                    optional=True,
                     tooltip="White where the object is in the generated pictures: with reference_masks, objects and backgrounds "
                     "are compared apart.",
                 ),
@@ -76,11 +84,19 @@ class ConceptScores(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, images, references, prompt, clip=None, clip_vision=None, image_encoder=None, masks=None, reference_masks=None
+        cls,
+        images,
+        references,
+        prompt,
+        clip=None,
+        clip_vision=None,
+        image_encoder=None,
+        masks=None,
+        reference_masks=None,
     ) -> io.NodeOutput:
         generated, known = _pictures(images, masks), _pictures(references, reference_masks)
         encoders = _backbones(clip, clip_vision, image_encoder)
@@ -95,7 +111,9 @@ class ConceptScores(io.ComfyNode):
             [watched(encoder, tell) for encoder in encoders],
         )
         picture = from_image(chart(scores))[None]
-        return io.NodeOutput(scores.markdown(), picture, json.dumps(scores.as_json(), indent=2), ui=show(cls, scores.text()))
+        return io.NodeOutput(
+            scores.markdown(), picture, json.dumps(scores.as_json(), indent=2), ui=show(cls, scores.text())
+        )
 
 
 NODES = [ConceptScores]

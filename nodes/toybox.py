@@ -30,7 +30,11 @@ class ToyboxLoader(io.ComfyNode):
                     tooltip="Which toy the pictures show. The model was never shown any of these.",
                 ),
                 io.Int.Input(
-                    "count", default=PICTURES, min=1, max=len(BACKGROUNDS), tooltip="How many pictures of the toy to draw."
+                    "count",
+                    default=PICTURES,
+                    min=1,
+                    max=len(BACKGROUNDS),
+                    tooltip="How many pictures of the toy to draw.",
                 ),
                 io.Int.Input(
                     "seed",

@@ -183,7 +183,8 @@ class ResidualTrainer(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
                 io.Image.Input(
-                    "images", tooltip="One to five pictures of the concept, of one size; what is transparent is not learned."
+                    "images",
+                    tooltip="One to five pictures of the concept, of one size; what is transparent is not learned.",
                 ),
                 io.String.Input(
                     "noun",

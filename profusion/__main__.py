@@ -22,9 +22,15 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m profusion", description="Customised text-to-image, without a host.")
     commands = top.add_subparsers(dest="command", required=True)
     one = commands.add_parser("demo", help="draw a concept in new places on Toybox, by Infusion and by ProFusion")
-    one.add_argument("--out", type=Path, required=True, help="folder for grid.png, residual.safetensors and report.json")
-    one.add_argument("--concept", choices=list(world.CONCEPTS), default=demo.CONCEPT, help="a concept to be drawn and learned")
-    one.add_argument("--images", type=Path, help="learn from the pictures in this folder instead; alpha is the object's mask")
+    one.add_argument(
+        "--out", type=Path, required=True, help="folder for grid.png, residual.safetensors and report.json"
+    )
+    one.add_argument(
+        "--concept", choices=list(world.CONCEPTS), default=demo.CONCEPT, help="a concept to be drawn and learned"
+    )
+    one.add_argument(
+        "--images", type=Path, help="learn from the pictures in this folder instead; alpha is the object's mask"
+    )
     one.add_argument("--noun", choices=world.NOUNS, help="what the pictures in --images show")
     one.add_argument("--steps", type=int, default=400, help="training steps (default: %(default)s)")
     one.add_argument("--learning-rate", type=float, default=0.01, help="AdamW's (default: %(default)s)")

@@ -97,9 +97,15 @@ def draw(
     others = seeded(*(seed + 1000 for seed in seeds))
     other = toybox.generate([text] * len(seeds), others, steps, GUIDANCE)
     word = fused.generate(
-        prompt.format(PLACEHOLDER), [residual.noun] * len(seeds), [picture] * len(seeds), seeded(*seeds), GUIDED,
-        first_levels(FUSED_SHARE, steps), steps, seeded(FRESH_NOISE)[0],
-    )  # fmt: skip
+        prompt.format(PLACEHOLDER),
+        [residual.noun] * len(seeds),
+        [picture] * len(seeds),
+        seeded(*seeds),
+        GUIDED,
+        first_levels(FUSED_SHARE, steps),
+        steps,
+        seeded(FRESH_NOISE)[0],
+    )
     return Drawing(text, *(toybox.vae.pictures(latents) for latents in (plain, customised, word, other)))
 
 
@@ -115,7 +121,8 @@ def score(toybox: Toybox, concept: Concept, drawings: Sequence[Drawing], judge: 
     }
     known = concept.pictures, concept.masks
     scores: Report = {
-        name: picture_scores(pictures, streams["plain"], concept.noun, *known, judge) for name, pictures in streams.items()
+        name: picture_scores(pictures, streams["plain"], concept.noun, *known, judge)
+        for name, pictures in streams.items()
     }
     ceiling = likeness_among(*known)
     decoded = toybox.vae.pictures(toybox.vae.latents(concept.pictures))
@@ -184,5 +191,3 @@ def _grid(concept: Concept, drawings: Sequence[Drawing]):
         rows.append(("Infusion, same seed", [drawing.customised[column] for drawing in drawings]))
         rows.append(("ProFusion, one picture, same seed", [drawing.profusion[column] for drawing in drawings]))
     return grid(rows, [drawing.prompt for drawing in drawings])
-
-

@@ -113,8 +113,10 @@ def parse(data: bytes) -> tuple[Contents, dict[str, str]]:
     if len(data) < 8 or length > MAX_HEADER_BYTES:
         raise FileFormatError(_what_it_is(data))
     if len(data) < 8 + length:
-        raise FileFormatError(f"it is cut short, or its first bytes are damaged: the header takes {length} bytes, "
-                              f"the whole file has {len(data)}")
+        raise FileFormatError(
+            f"it is cut short, or its first bytes are damaged: the header takes {length} bytes, "
+            f"the whole file has {len(data)}"
+        )
     try:
         entries = safetensors.deserialize(data)
         header = json.loads(data[8 : 8 + length], object_pairs_hook=_without_duplicates)
@@ -154,7 +156,9 @@ def check_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], ch
     """`check_integrity` for what `read_tensors` returned."""
     strange = [name for name, tensor in tensors.items() if tensor.dtype not in _DTYPE_NAMES]
     if strange:
-        raise FileFormatError(f"it holds a tensor of a kind unknown here: '{strange[0]:.80}', {tensors[strange[0]].dtype}")
+        raise FileFormatError(
+            f"it holds a tensor of a kind unknown here: '{strange[0]:.80}', {tensors[strange[0]].dtype}"
+        )
     _compare(metadata, checked, ((name, *_content(tensors[name])) for name in sorted(tensors)))
 
 

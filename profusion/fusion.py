@@ -54,7 +54,9 @@ class FusionOptions:
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta} must lie in [0, 1]: the share of the noise that may be swapped")
         if not self.sigma_end <= self.sigma_start:
-            raise ValueError(f"the fusion stage would start at sigma {self.sigma_start} and end before, at {self.sigma_end}")
+            raise ValueError(
+                f"the fusion stage would start at sigma {self.sigma_start} and end before, at {self.sigma_end}"
+            )
 
     def repeats_at(self, sigma: float, sigma_next: float) -> int:
         """Fusion steps before the step from sigma to sigma_next.
@@ -248,7 +250,13 @@ def sample_fusion(
     for first, last, fused in segments(sigmas.tolist(), options):
         if fused:
             x = fusion_stage(
-                lambda x, sigma: model(x, sigma, "fusion"), x, sigmas[first], sigmas[first + 1], options, fresh_noise, flow
+                lambda x, sigma: model(x, sigma, "fusion"),
+                x,
+                sigmas[first],
+                sigmas[first + 1],
+                options,
+                fresh_noise,
+                flow,
             )
         x = refine(lambda x, sigma: model(x, sigma, "refinement"), x, sigmas[first : last + 1])
     return x

@@ -82,7 +82,9 @@ def concept_pictures(images: Tensor, masks: Tensor | None = None, multiple: int 
     colours, weights = _cropped(colours, multiple), _cropped(weights, multiple)
     empty = [index for index, weight in enumerate(weights, start=1) if not weight.any()]
     if empty:
-        raise PictureError(f"picture {empty[0]} has nothing to learn: no pixel of it is both opaque and inside its mask")
+        raise PictureError(
+            f"picture {empty[0]} has nothing to learn: no pixel of it is both opaque and inside its mask"
+        )
     return colours, weights
 
 
@@ -95,7 +97,9 @@ def _checked_images(images: Tensor, multiple: int) -> Tensor:
         raise PictureError("no pictures: connect one to five pictures of the concept")
     if min(images.shape[1:3]) < multiple:
         height, width = images.shape[1:3]
-        raise PictureError(f"pictures of {width}x{height} pixels are too small to encode; give at least {multiple}x{multiple}")
+        raise PictureError(
+            f"pictures of {width}x{height} pixels are too small to encode; give at least {multiple}x{multiple}"
+        )
     bad = [index for index, image in enumerate(images, start=1) if not torch.isfinite(image).all()]
     if bad:
         raise PictureError(f"picture {bad[0]} has values that are not numbers: the node that made it overflowed")
@@ -123,7 +127,9 @@ def _fitting_masks(masks: Tensor, shape: Sequence[int], multiple: int) -> Tensor
         return masks
     same_proportions = abs(high * width - wide * height) <= 0.05 * max(high * width, wide * height)
     if high < height // multiple or wide < width // multiple or not same_proportions:
-        raise PictureError(f"a mask of {wide}x{high} pixels does not fit pictures of {width}x{height}: give one of their size")
+        raise PictureError(
+            f"a mask of {wide}x{high} pixels does not fit pictures of {width}x{height}: give one of their size"
+        )
     return F.interpolate(masks[:, None], size=(height, width), mode="bilinear", antialias=True)[:, 0]
 
 
@@ -164,7 +170,9 @@ def grid(rows: Sequence[tuple[str, Sequence[Tensor]]], captions: Sequence[str] =
         y = top + index * (cell[1] + gap)
         draw.multiline_text((12, y + cell[1] / 2), _wrapped(draw, label, margin - 20), INK, font(15), anchor="lm")
         for column, picture in enumerate(pictures):
-            sheet.paste(to_image(picture).resize(cell, Image.Resampling.LANCZOS), (margin + column * (cell[0] + gap), y))
+            sheet.paste(
+                to_image(picture).resize(cell, Image.Resampling.LANCZOS), (margin + column * (cell[0] + gap), y)
+            )
     return sheet
 
 

@@ -52,7 +52,9 @@ class TrainingOptions:
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
         if not 0 <= self.preserve <= 100:
-            raise ValueError(f"preserve={self.preserve} must lie in [0, 100]: 1 is usual, 0 leaves what is around the concept free")
+            raise ValueError(
+                f"preserve={self.preserve} must lie in [0, 100]: 1 is usual, 0 leaves what is around the concept free"
+            )
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,9 @@ class ResidualTraining:
     def _resume(self, residual: Residual) -> None:
         check_architecture(residual, self._layers)
         if residual.noun != self._noun:
-            raise ResidualError(f"the residual to resume is of the noun {residual.noun!r}, this training of {self._noun!r}")
+            raise ResidualError(
+                f"the residual to resume is of the noun {residual.noun!r}, this training of {self._noun!r}"
+            )
         if residual.steps and residual.seed != self.options.seed:
             raise ResidualError(
                 f"the residual to resume was trained with seed {residual.seed}, not {self.options.seed}: set that seed, "

@@ -9,7 +9,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 IGNORED = [line for line in (ROOT / ".comfyignore").read_text().split() if line]
-HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "execution", "server", "node_helpers", "latent_preview"}
+HOST = {
+    "comfy",
+    "comfy_api",
+    "comfy_extras",
+    "comfy_execution",
+    "folder_paths",
+    "execution",
+    "server",
+    "node_helpers",
+    "latent_preview",
+}
 OPTIONAL = {"open_clip", "timm"}  # of one module, which imports them once they are asked for
 SHIPPED_WITH_THE_HOST = {"torch", "torchvision", "numpy", "PIL", "safetensors", "tokenizers", "einops", "scipy"}
 
@@ -61,7 +71,12 @@ def test_nothing_is_required_that_the_host_does_not_ship():
         assert not optional & {module for _, module in imports(path, at_once=True)}
         for level, module in imports(path):
             top = module.split(".")[0]
-            known = top in optional or level or top in SHIPPED_WITH_THE_HOST | HOST or top in __import__("sys").stdlib_module_names
+            known = (
+                top in optional
+                or level
+                or top in SHIPPED_WITH_THE_HOST | HOST
+                or top in __import__("sys").stdlib_module_names
+            )
             assert known, f"{path} imports {module}"
 
 
@@ -88,7 +103,12 @@ def test_nothing_that_the_registrys_scan_flags(pattern):
 def _without_docstrings(tree: ast.Module) -> ast.Module:
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
             node.body = body[1:] or [ast.Pass()]
     return tree
 

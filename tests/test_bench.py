@@ -120,7 +120,9 @@ def test_documents_say_what_the_results_say(tmp_path):
     (tmp_path / "one.md").write_text("| 2 |\n")
     text = "before\n<!-- bench: one -->\n| 1 |\n| old |\n<!-- /bench -->\nafter <!-- bench: one -->\n<!-- /bench -->"
     now = results.included(text, tmp_path)
-    assert now == "before\n<!-- bench: one -->\n| 2 |\n<!-- /bench -->\nafter <!-- bench: one -->\n| 2 |\n<!-- /bench -->"
+    assert (
+        now == "before\n<!-- bench: one -->\n| 2 |\n<!-- /bench -->\nafter <!-- bench: one -->\n| 2 |\n<!-- /bench -->"
+    )
     assert results.included(now, tmp_path) == now
     with pytest.raises(FileNotFoundError):
         results.included(text.replace("one", "two"), tmp_path)
@@ -169,7 +171,9 @@ def test_differences_are_taken_concept_by_concept():
 
 
 def test_zeros_stand_at_the_bottom_of_a_logarithmic_chart():
-    image = charts.lines({"moved": [(50, 0.1), (100, 1.0)], "not moved": [(50, 0.0), (100, 0.0)]}, "title", "steps", log_up=True)
+    image = charts.lines(
+        {"moved": [(50, 0.1), (100, 1.0)], "not moved": [(50, 0.0), (100, 0.0)]}, "title", "steps", log_up=True
+    )
     color, height = charts.COLORS[1], image.height
     rows = {y for y in range(height) for x in range(80, 400) if image.getpixel((x, y)) == color}
     assert rows and min(rows) > height - 46
@@ -201,10 +205,15 @@ def test_the_whole_of_it_on_one_peer(tmp_path, monkeypatch):
 
 def test_overfitting_curves_are_means_over_concepts():
     def curve(peer, *fishers):
-        return {"peer": peer, "curve": [{"steps": 50 * i, "fisher": f, "wasserstein": 2 * f} for i, f in enumerate(fishers, start=1)]}
+        return {
+            "peer": peer,
+            "curve": [{"steps": 50 * i, "fisher": f, "wasserstein": 2 * f} for i, f in enumerate(fishers, start=1)],
+        }
 
     found = report.overfitting_curves([curve(OURS.name, 1.0, 2.0), curve(OURS.name, 3.0, 6.0)])
-    assert found == {OURS.name: [{"steps": 50, "fisher": 2.0, "wasserstein": 4.0}, {"steps": 100, "fisher": 4.0, "wasserstein": 8.0}]}
+    assert found == {
+        OURS.name: [{"steps": 50, "fisher": 2.0, "wasserstein": 4.0}, {"steps": 100, "fisher": 4.0, "wasserstein": 8.0}]
+    }
 
 
 def test_the_exact_noise_is_the_score_of_the_noised_mixture(generator):

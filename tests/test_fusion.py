@@ -102,7 +102,13 @@ def test_a_flow_model_may_start_from_pure_noise(generator):
     """sigma = 1: no signal, a noise-to-signal ratio without end; the stage stays finite and swaps eta^2 of the noise."""
     x, fresh = torch.randn(2, 1, 4, 2, 2, generator=generator)
     result = fusion_stage(
-        lambda x, at: torch.zeros_like(x), x, torch.tensor(1.0), torch.tensor(0.9), FusionOptions(eta=0.5), lambda: fresh, True
+        lambda x, at: torch.zeros_like(x),
+        x,
+        torch.tensor(1.0),
+        torch.tensor(0.9),
+        FusionOptions(eta=0.5),
+        lambda: fresh,
+        True,
     )
     torch.testing.assert_close(result, swap_noise(x, x, fresh, 1.0, 0.25))
 
@@ -155,7 +161,12 @@ def test_the_run_is_the_papers_algorithm(generator):
         return x - sigma[0] * eps
 
     result = sample_fusion(
-        denoiser, euler, start * (sigmas[0] ** 2 + 1).sqrt(), sigmas, FusionOptions(m, eta), torch.Generator().manual_seed(5)
+        denoiser,
+        euler,
+        start * (sigmas[0] ** 2 + 1).sqrt(),
+        sigmas,
+        FusionOptions(m, eta),
+        torch.Generator().manual_seed(5),
     )
     torch.testing.assert_close(result, x, rtol=0, atol=1e-10)
 
@@ -181,7 +192,10 @@ def test_a_stretch_begins_at_every_level_with_a_fusion_stage():
     assert segments(sigmas, options) == [(0, 1, False), (1, 2, True), (2, 3, True), (3, 6, True)]
     assert expected_calls(sigmas, options) == (6, 6)
     assert segments(sigmas, FusionOptions(repeats=0)) == [(0, 6, False)]
-    assert segments([4.0, 4.0, 2.0], FusionOptions()) == [(0, 1, False), (1, 2, True)]  # no level is left: nothing to swap
+    assert segments([4.0, 4.0, 2.0], FusionOptions()) == [
+        (0, 1, False),
+        (1, 2, True),
+    ]  # no level is left: nothing to swap
 
 
 def test_a_single_term_comes_back_to_the_bit(generator):
@@ -195,16 +209,22 @@ def test_a_single_term_comes_back_to_the_bit(generator):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"repeats": -1}, "repeats=-1"), ({"eta": 1.2}, "eta=1.2"), ({"eta": -0.1}, "eta=-0.1"), ({"eta": math.nan}, "eta=nan"),
-     ({"sigma_start": 1.0, "sigma_end": 2.0}, "start at sigma 1.0")],
-)  # fmt: skip
+    [
+        ({"repeats": -1}, "repeats=-1"),
+        ({"eta": 1.2}, "eta=1.2"),
+        ({"eta": -0.1}, "eta=-0.1"),
+        ({"eta": math.nan}, "eta=nan"),
+        ({"sigma_start": 1.0, "sigma_end": 2.0}, "start at sigma 1.0"),
+    ],
+)
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         FusionOptions(**options)
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"), [([1.0, -1.0], "sum to 0"), ([math.inf, 1.0], "finite"), ([1.0], "2 predictions and 1 weights")]
+    ("weights", "message"),
+    [([1.0, -1.0], "sum to 0"), ([math.inf, 1.0], "finite"), ([1.0], "2 predictions and 1 weights")],
 )
 def test_weights_are_checked(weights, message):
     with pytest.raises(ValueError, match=message):

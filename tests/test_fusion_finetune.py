@@ -63,7 +63,10 @@ def test_the_penalty_pulls_s_to_the_noun(fused, known):
     """The more of it, the nearer; what is measured is the distance that it names."""
     embeddings = fused.toybox.text.text_model.embeddings
     rows = list(prompt_tokens("a photo of S*", 4)[1])
-    noun = embeddings.token_embedding.weight[words_to_ids(known.nouns[0])].mean(dim=0) + embeddings.position_embedding.weight[rows]
+    noun = (
+        embeddings.token_embedding.weight[words_to_ids(known.nouns[0])].mean(dim=0)
+        + embeddings.position_embedding.weight[rows]
+    )
     apart = []
     for penalty in (0.0, 100.0):
         own, *_ = trained(fused, known, bench.Setting("", attention=False, penalty=penalty), steps=5)

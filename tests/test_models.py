@@ -31,9 +31,14 @@ def test_unet_hands_every_patch_its_layer_and_honours_what_it_returns():
     network, x, t, context = unet(), torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 5, 16)
     changed = network(x, t, context, transformer_options={"patches": {"attn2_patch": [patch]}})
     assert [layer[:3] for layer in seen] == [
-        ("input", 1, 0), ("input", 3, 0), ("middle", 0, 0), ("output", 0, 0), ("output", 1, 0), ("output", 2, 0),
+        ("input", 1, 0),
+        ("input", 3, 0),
+        ("middle", 0, 0),
+        ("output", 0, 0),
+        ("output", 1, 0),
+        ("output", 2, 0),
         ("output", 3, 0),
-    ]  # fmt: skip
+    ]
     assert seen[0][3] == (1, 32, 8, 8) and seen[2][3] == (1, 64, 4, 4)
     assert not torch.allclose(changed, network(x, t, context))
 

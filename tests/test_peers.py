@@ -49,7 +49,9 @@ def trained(peer, concept, steps=1):
 @torch.no_grad()
 def test_untrained_it_is_the_plain_model_bit_for_bit(toybox, batch, kind):
     peer = kind(toybox, NOUN)
-    words = {"S*": NOUN, f"S* {NOUN}": f"sks {NOUN}"}.get(peer.phrase, peer.phrase)  # a word begun as that word's embedding
+    words = {"S*": NOUN, f"S* {NOUN}": f"sks {NOUN}"}.get(
+        peer.phrase, peer.phrase
+    )  # a word begun as that word's embedding
     plain = Peer(toybox, NOUN).predict_noise(*batch, f"a photo of a {words} on grass")
     assert torch.equal(peer.predict_noise(*batch, f"a photo of a {peer.phrase} on grass"), plain)
 

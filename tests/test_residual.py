@@ -151,7 +151,7 @@ def test_the_longest_texts_and_numbers_still_fit_in_11000_bytes(tmp_path):
 
 @pytest.mark.parametrize("precision, most", [("int6", 0.019), ("float16", 3e-4), ("float32", 0)])
 def test_a_file_gives_back_what_was_saved(tmp_path, precision, most):
-    original = make_residual(noun="Großes \"Tier\" \\ 猫")
+    original = make_residual(noun='Großes "Tier" \\ 猫')
     loaded = load_residual(save_residual(original, tmp_path / "cat.safetensors", precision).path)
     assert all(getattr(loaded, field) == getattr(original, field) for field in SAVED_FIELDS)
     assert (loaded.delta - original.delta).norm() <= most * original.delta.norm()

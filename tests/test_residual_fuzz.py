@@ -19,10 +19,40 @@ LAYERS = ("input.1.0", "input.4.0", "middle.0.0", "output.3.0")
 ROUNDS = 120  # of each mutation, in each precision
 
 HOSTILE = (
-    None, True, -1, 0, 1, 2**31, 2**63, 2**64, 2**64 + 1, 1e308, "", "0", "-1", "NaN", "999999999999999999999",
-    "F32", "F64", "U8", "BF16", "F8_E4M3", "C64", "x" * 5000, "\u0000", "猫\u202e", "input.1.0", "input.1.0 input.1.0",
-    [], {}, [0, 0], [2**40, 2**40], [-1, 5], [[[[]]]], {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
-)  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2**31,
+    2**63,
+    2**64,
+    2**64 + 1,
+    1e308,
+    "",
+    "0",
+    "-1",
+    "NaN",
+    "999999999999999999999",
+    "F32",
+    "F64",
+    "U8",
+    "BF16",
+    "F8_E4M3",
+    "C64",
+    "x" * 5000,
+    "\u0000",
+    "猫\u202e",
+    "input.1.0",
+    "input.1.0 input.1.0",
+    [],
+    {},
+    [0, 0],
+    [2**40, 2**40],
+    [-1, 5],
+    [[[[]]]],
+    {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+)
 
 
 def make_residual(seed: int) -> Residual:
@@ -132,9 +162,21 @@ def noise(random, data, _):
 
 
 ACCIDENTS = (
-    flip_bits, flip_bits_of_the_header, overwrite, cut_short, lengthen, insert_or_remove, splice, other_header,
-    another_length, edit_header, repeat_a_key, nest, spoil_utf8, noise,
-)  # fmt: skip
+    flip_bits,
+    flip_bits_of_the_header,
+    overwrite,
+    cut_short,
+    lengthen,
+    insert_or_remove,
+    splice,
+    other_header,
+    another_length,
+    edit_header,
+    repeat_a_key,
+    nest,
+    spoil_utf8,
+    noise,
+)
 
 
 def mutate(random, tree):

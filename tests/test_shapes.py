@@ -24,4 +24,7 @@ def test_the_layers_of_a_checkpoint_are_found(name, config, count, width, size):
     assert len(layers) == count and {layer.context_dim for layer in layers} == {width}
     assert architecture_name(layers) == name
     kinds = [layer.name.split(".")[0] for layer in layers]
-    assert kinds == sorted(kinds, key=("input", "middle", "output").index) and len({*(layer.name for layer in layers)}) == count
+    assert (
+        kinds == sorted(kinds, key=("input", "middle", "output").index)
+        and len({*(layer.name for layer in layers)}) == count
+    )

@@ -83,7 +83,9 @@ def test_the_loss_is_the_mean_over_the_mask():
     square = ((predicted - noise) ** 2).sum(1)
     expected = (square[0, 1, 2] + 0.5 * square[1, 0, 0]) / (4 * 1.5)
     torch.testing.assert_close(masked_noise_error(predicted, noise, mask), expected)
-    torch.testing.assert_close(masked_noise_error(predicted, noise, torch.ones(2, 3, 5)), square.sum() / square.numel() / 4)
+    torch.testing.assert_close(
+        masked_noise_error(predicted, noise, torch.ones(2, 3, 5)), square.sum() / square.numel() / 4
+    )
 
 
 def test_outside_the_mask_the_target_is_what_the_plain_model_predicts(generator):
@@ -95,7 +97,9 @@ def test_outside_the_mask_the_target_is_what_the_plain_model_predicts(generator)
     torch.testing.assert_close(residual_loss(predicted, noise, plain, mask, 0.5), inside + 0.5 * outside)
     torch.testing.assert_close(residual_loss(predicted, noise, plain, mask, 0.0), inside)
     everywhere = torch.ones_like(mask)  # nothing is outside: no division by zero
-    torch.testing.assert_close(residual_loss(predicted, noise, plain, everywhere, 0.5), ((predicted - noise) ** 2).mean())
+    torch.testing.assert_close(
+        residual_loss(predicted, noise, plain, everywhere, 0.5), ((predicted - noise) ** 2).mean()
+    )
 
 
 def test_preserving_keeps_the_prediction_outside_the_mask_nearer_to_the_plain_one(unet):
@@ -131,7 +135,9 @@ def test_only_the_residual_learns_and_the_loss_falls(unet):
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
     assert all(parameter.grad is None for parameter in unet.parameters())
     residual = run.residual()
-    assert (residual.noun, residual.steps, residual.seed) == ("ball", 30, 0) and residual.delta.abs().min(-1).values.any()
+    assert (residual.noun, residual.steps, residual.seed) == ("ball", 30, 0) and residual.delta.abs().min(
+        -1
+    ).values.any()
 
 
 def test_a_step_is_adamw_on_the_gradient_of_the_infused_prediction(unet):
@@ -148,9 +154,7 @@ def test_a_step_is_adamw_on_the_gradient_of_the_infused_prediction(unet):
 
     predict(batch.noisy, batch.sigma, batch.prompt, {"attn2_patch": [record]})
     placement = Placement(delta, names, ROWS[batch.prompt])
-    predicted = predict(
-        batch.noisy, batch.sigma, batch.prompt, customised_patches(store, on_conditional([placement]))
-    )
+    predicted = predict(batch.noisy, batch.sigma, batch.prompt, customised_patches(store, on_conditional([placement])))
     ((predicted - batch.noise) ** 2).mean().backward()
     expected = -0.02 * delta.grad / (delta.grad.abs() + 1e-8)  # AdamW's first step
     next(run.steps())
@@ -175,7 +179,9 @@ def test_masks_and_flips_decide_what_is_learned(unet):
 def test_noise_levels_are_the_model_s_own(unet):
     seen = []
     sigmas = torch.tensor([0.5, 2.0, 7.0])
-    list(training(unet, predict=predictor(unet, lambda x, sigma, *_: seen.extend(sigma.tolist())), sigmas=sigmas).steps())
+    list(
+        training(unet, predict=predictor(unet, lambda x, sigma, *_: seen.extend(sigma.tolist())), sigmas=sigmas).steps()
+    )
     assert set(seen) <= set(sigmas.tolist()) and len(set(seen)) > 1
     seen.clear()
     list(training(unet, predict=predictor(unet, lambda x, sigma, *_: seen.extend(sigma.tolist()))).steps())
@@ -351,8 +357,9 @@ def test_f_runs_without_autograd_and_the_residual_alone_is_extra_memory(unet):
         names = tuple(layer.name for layer in cross_attention_layers(dict(unet.named_parameters())))
         placement = Placement(delta, names, ROWS[batch.prompt])
         residuals = customised_patches({}, on_conditional([placement]))["attn2_patch"][1:]  # own queries
-        return masked_noise_error(predictor(unet)(batch.noisy, batch.sigma, batch.prompt, {"attn2_patch": residuals}),
-                                  batch.noise, batch.mask)
+        return masked_noise_error(
+            predictor(unet)(batch.noisy, batch.sigma, batch.prompt, {"attn2_patch": residuals}), batch.noise, batch.mask
+        )
 
     assert ours <= saved_bytes(plain) + run.delta.numel() * run.delta.element_size()
 

@@ -90,7 +90,14 @@ class Graph:
         top -= TITLE + GROUP_TITLE
         bounds = [left, top, right - left, bottom - top]
         self.groups.append(
-            {"id": len(self.groups) + 1, "title": title, "bounding": bounds, "color": color, "font_size": 24, "flags": {}}
+            {
+                "id": len(self.groups) + 1,
+                "title": title,
+                "bounding": bounds,
+                "color": color,
+                "font_size": 24,
+                "flags": {},
+            }
         )
 
     def to_workflow(self) -> dict:
@@ -185,10 +192,20 @@ class Graph:
     @staticmethod
     def _note(note: dict, id: int) -> dict:
         return {
-            "id": id, "type": "MarkdownNote", "pos": list(note["at"]), "size": list(note["size"]), "flags": {}, "order": 0,
-            "mode": 0, "inputs": [], "outputs": [], "properties": {}, "widgets_values": [note["text"]], "color": "#432",
+            "id": id,
+            "type": "MarkdownNote",
+            "pos": list(note["at"]),
+            "size": list(note["size"]),
+            "flags": {},
+            "order": 0,
+            "mode": 0,
+            "inputs": [],
+            "outputs": [],
+            "properties": {},
+            "widgets_values": [note["text"]],
+            "color": "#432",
             "bgcolor": "#653",
-        }  # fmt: skip
+        }
 
 
 def inputs_of(definition: Any) -> list[tuple[str, str, dict]]:

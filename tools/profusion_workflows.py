@@ -29,28 +29,58 @@ def preview(graph: Graph, at: At, title: str, images: Output, wide: int = 380) -
     return graph.add("PreviewImage", at, title, wide=wide, tall=200, images=images)
 
 
-def encode(graph: Graph, at: At, base: Node, promptnet: Output, shown: Node, text: Output, title: str | None = None) -> Node:
+def encode(
+    graph: Graph, at: At, base: Node, promptnet: Output, shown: Node, text: Output, title: str | None = None
+) -> Node:
     """S* of the toy whose picture the loader `shown` draws, in a prompt."""
     return graph.add(
-        "ProFusion_PromptNetEncode", at, title, wide=340, promptnet=promptnet, clip=base["CLIP"],
-        clip_vision=base["CLIP_VISION"], vae=base["VAE"], images=shown["pictures"], noun=shown["noun"], text=text,
-    )  # fmt: skip
+        "ProFusion_PromptNetEncode",
+        at,
+        title,
+        wide=340,
+        promptnet=promptnet,
+        clip=base["CLIP"],
+        clip_vision=base["CLIP_VISION"],
+        vae=base["VAE"],
+        images=shown["pictures"],
+        noun=shown["noun"],
+        text=text,
+    )
 
 
 def residual_trainer(graph: Graph, at: At, base: Node) -> Node:
     """Infusion's training on the loader's pictures."""
     return graph.add(
-        "ProFusion_ResidualTrainer", at, wide=340, model=base["MODEL"], clip=base["CLIP"], vae=base["VAE"],
-        images=base["pictures"], masks=base["masks"], noun=base["noun"], steps=250, learning_rate=0.01, sample_cfg=2.0,
-    )  # fmt: skip
+        "ProFusion_ResidualTrainer",
+        at,
+        wide=340,
+        model=base["MODEL"],
+        clip=base["CLIP"],
+        vae=base["VAE"],
+        images=base["pictures"],
+        masks=base["masks"],
+        noun=base["noun"],
+        steps=250,
+        learning_rate=0.01,
+        sample_cfg=2.0,
+    )
 
 
 def finetuner(graph: Graph, at: At, base: Node, promptnet: Output, images: Output) -> Node:
     """ProFusion's fine-tuning to pictures, at the rates that a model as small as Toybox needs."""
     return graph.add(
-        "ProFusion_PromptNetFinetune", at, wide=340, promptnet=promptnet, model=base["MODEL"], clip=base["CLIP"],
-        clip_vision=base["CLIP_VISION"], vae=base["VAE"], images=images, learning_rate=1e-4, attention_learning_rate=1e-3,
-    )  # fmt: skip
+        "ProFusion_PromptNetFinetune",
+        at,
+        wide=340,
+        promptnet=promptnet,
+        model=base["MODEL"],
+        clip=base["CLIP"],
+        clip_vision=base["CLIP_VISION"],
+        vae=base["VAE"],
+        images=images,
+        learning_rate=1e-4,
+        attention_learning_rate=1e-3,
+    )
 
 
 def canvas(graph: Graph, at: At, base: Node) -> dict[str, Output]:
@@ -104,9 +134,16 @@ def one_image(graph: Graph) -> None:
         word = encode(graph, prompt.below, base, promptnet["PROMPTNET"], base, prompt["STRING"])
         start = canvas(graph, word.below, base)
     fused(
-        graph, (840, 0), base, "3. The word, drawn with the text", saved=True, model=base["MODEL"], positive=word["with_word"],
-        text=word["plain_text"], **start,
-    )  # fmt: skip
+        graph,
+        (840, 0),
+        base,
+        "3. The word, drawn with the text",
+        saved=True,
+        model=base["MODEL"],
+        positive=word["with_word"],
+        text=word["plain_text"],
+        **start,
+    )
     control(graph, (840, ROW), base, word["plain_text"], start)
 
 
@@ -120,10 +157,20 @@ def finetune(graph: Graph) -> None:
     )
     with graph.group("2. Variants of the picture"):
         variants = graph.add(
-            "ProFusion_ConceptAugment", (440, 0), wide=340, model=base["MODEL"], clip=base["CLIP"], vae=base["VAE"],
-            image=base["pictures"], mask=base["masks"], noun=base["noun"], cfg=CFG,
-            prompts="\n".join(f"a photo of a %noun% {place}" for place in ("on grass", "on the sea", "on sand", "at night")),
-        )  # fmt: skip
+            "ProFusion_ConceptAugment",
+            (440, 0),
+            wide=340,
+            model=base["MODEL"],
+            clip=base["CLIP"],
+            vae=base["VAE"],
+            image=base["pictures"],
+            mask=base["masks"],
+            noun=base["noun"],
+            cfg=CFG,
+            prompts="\n".join(
+                f"a photo of a %noun% {place}" for place in ("on grass", "on the sea", "on sand", "at night")
+            ),
+        )
         preview(graph, variants.below, "To be learned from", variants["images"], 340)
     with graph.group("3. Fine-tune"):
         trainer = finetuner(graph, (840, 0), base, promptnet["PROMPTNET"], variants["images"])
@@ -134,20 +181,35 @@ def finetune(graph: Graph) -> None:
         before = encode(graph, after.below, base, promptnet["PROMPTNET"], base, prompt["STRING"], "Not fine-tuned")
         start = canvas(graph, before.below, base)
     fused(
-        graph, (1640, 0), base, "5. After 50 steps", saved=True, model=trainer["MODEL"], positive=after["with_word"],
-        text=after["plain_text"], **start,
-    )  # fmt: skip
+        graph,
+        (1640, 0),
+        base,
+        "5. After 50 steps",
+        saved=True,
+        model=trainer["MODEL"],
+        positive=after["with_word"],
+        text=after["plain_text"],
+        **start,
+    )
     fused(
-        graph, (1640, ROW), base, "Before, same seed", model=base["MODEL"], positive=before["with_word"],
-        text=before["plain_text"], **start,
-    )  # fmt: skip
+        graph,
+        (1640, ROW),
+        base,
+        "Before, same seed",
+        model=base["MODEL"],
+        positive=before["with_word"],
+        text=before["plain_text"],
+        **start,
+    )
     control(graph, (1640, 2 * ROW), base, before["plain_text"], start)
 
 
 def two_references(graph: Graph) -> None:
     with graph.group("1. A model, and a picture of each of two things"):
         base, promptnet = studio(graph)
-        other = graph.add("ProFusion_ToyboxLoader", promptnet.below, "A picture of another toy", wide=380, toy=OTHER_TOY, count=1)
+        other = graph.add(
+            "ProFusion_ToyboxLoader", promptnet.below, "A picture of another toy", wide=380, toy=OTHER_TOY, count=1
+        )
         first = preview(graph, other.below, "The first picture", base["pictures"])
         preview(graph, first.below, "The second picture", other["pictures"])
     graph.note(
@@ -155,28 +217,48 @@ def two_references(graph: Graph) -> None:
         "other thing is a plain noun. *Fusion Guider* follows both prompts, and the plain text, in one batched call a step. "
         "Its **weights** say what counts how much: raise the first for more of the first thing.\n\nSeveral pictures of the "
         "*same* thing are something else: batch them into one PromptNet Encode, which takes their mean.",
-        NOTE, (380, 360),
-    )  # fmt: skip
+        NOTE,
+        (380, 360),
+    )
     with graph.group("2. Each picture becomes a word"):
         prompts = [graph.add("PrimitiveStringMultiline", (440, 0), "Prompt of the first picture", wide=340, value=BOTH)]
-        prompts.append(graph.add("PrimitiveStringMultiline", prompts[0].below, "Prompt of the second", wide=340, value=BOTH_OTHER))
+        prompts.append(
+            graph.add("PrimitiveStringMultiline", prompts[0].below, "Prompt of the second", wide=340, value=BOTH_OTHER)
+        )
         words = [encode(graph, prompts[1].below, base, promptnet["PROMPTNET"], base, prompts[0]["STRING"], "The first")]
-        words.append(encode(graph, words[0].below, base, promptnet["PROMPTNET"], other, prompts[1]["STRING"], "The second"))
+        words.append(
+            encode(graph, words[0].below, base, promptnet["PROMPTNET"], other, prompts[1]["STRING"], "The second")
+        )
         start = canvas(graph, words[1].below, base)
     with graph.group("3. Both words, drawn with the text"):
         guider = graph.add(
-            "ProFusion_FusionGuider", (840, 0), wide=300, model=base["MODEL"], conditioning=words[0]["with_word"], weight=1.0,
-            conditioning_2=words[1]["with_word"], weight_2=1.0, conditioning_3=words[0]["plain_text"], weight_3=0.5,
-            negative=start["negative"], cfg=CFG,
-        )  # fmt: skip
+            "ProFusion_FusionGuider",
+            (840, 0),
+            wide=300,
+            model=base["MODEL"],
+            conditioning=words[0]["with_word"],
+            weight=1.0,
+            conditioning_2=words[1]["with_word"],
+            weight_2=1.0,
+            conditioning_3=words[0]["plain_text"],
+            weight_3=0.5,
+            negative=start["negative"],
+            cfg=CFG,
+        )
         refinement = graph.add("KSamplerSelect", guider.below, wide=300, sampler_name="euler")
         sampler = graph.add("ProFusion_FusionSampler", refinement.below, wide=300, sampler=refinement["SAMPLER"])
         levels = graph.add("BasicScheduler", sampler.below, wide=300, model=base["MODEL"], **SCHEDULE)
         noise = graph.add("RandomNoise", levels.below, wide=300, noise_seed=SEED)
         drawn = graph.add(
-            "SamplerCustomAdvanced", (1180, 0), wide=340, noise=noise["NOISE"], guider=guider["GUIDER"],
-            sampler=sampler["SAMPLER"], sigmas=levels["SIGMAS"], latent_image=start["latent_image"],
-        )  # fmt: skip
+            "SamplerCustomAdvanced",
+            (1180, 0),
+            wide=340,
+            noise=noise["NOISE"],
+            guider=guider["GUIDER"],
+            sampler=sampler["SAMPLER"],
+            sigmas=levels["SIGMAS"],
+            latent_image=start["latent_image"],
+        )
         show(graph, drawn.below, base, drawn["output"], "Both, each from one picture", saved=True)
     control(graph, (1580, 0), base, words[0]["plain_text"], start)
 
@@ -184,7 +266,9 @@ def two_references(graph: Graph) -> None:
 def with_infusion(graph: Graph) -> None:
     with graph.group("1. A model; pictures of one thing, and one of another"):
         base, promptnet = studio(graph, OTHER_TOY, 4)
-        other = graph.add("ProFusion_ToyboxLoader", promptnet.below, "A picture of another toy", wide=380, toy=TOY, count=1)
+        other = graph.add(
+            "ProFusion_ToyboxLoader", promptnet.below, "A picture of another toy", wide=380, toy=TOY, count=1
+        )
         first = preview(graph, other.below, "Four pictures, to train on", base["pictures"])
         preview(graph, first.below, "The one picture", other["pictures"])
     graph.note(
@@ -192,12 +276,15 @@ def with_infusion(graph: Graph) -> None:
         "ProFusion's `S*`, from one picture and without any. *Infusion Attention Patch* places the residual at the noun *cup*: "
         "once in the prompt that has `S*`, which comes in as *conditioning*, and once in the plain text beside it. Fusion "
         "KSampler draws both.\n\nChange both **prompts** together: the one is the other in plain words.",
-        NOTE, (380, 380),
-    )  # fmt: skip
+        NOTE,
+        (380, 380),
+    )
     with graph.group("2. Infusion: train a residual"):
         trainer = residual_trainer(graph, (440, 0), base)
         loss = preview(graph, trainer.below, "Loss", trainer["loss_plot"], 340)
-        graph.add("ProFusion_ResidualSaver", loss.below, wide=340, residual=trainer["RESIDUAL"], preview=trainer["samples"])
+        graph.add(
+            "ProFusion_ResidualSaver", loss.below, wide=340, residual=trainer["RESIDUAL"], preview=trainer["samples"]
+        )
     with graph.group("3. ProFusion: the picture becomes a word"):
         prompt = graph.add("PrimitiveStringMultiline", (840, 0), "Prompt", wide=340, value=BOTH)
         word = encode(graph, prompt.below, base, promptnet["PROMPTNET"], other, prompt["STRING"])
@@ -207,15 +294,33 @@ def with_infusion(graph: Graph) -> None:
     with graph.group("4. The residual goes into both prompts"):
         residual = {"clip": base["CLIP"], "residual": trainer["RESIDUAL"]}
         first = graph.add(
-            "ProFusion_InfusionAttentionPatch", (1240, 0), "Into the prompt with S*", wide=340, model=base["MODEL"],
-            text=prompt["STRING"], conditioning=word["with_word"], **residual,
-        )  # fmt: skip
+            "ProFusion_InfusionAttentionPatch",
+            (1240, 0),
+            "Into the prompt with S*",
+            wide=340,
+            model=base["MODEL"],
+            text=prompt["STRING"],
+            conditioning=word["with_word"],
+            **residual,
+        )
         second = graph.add(
-            "ProFusion_InfusionAttentionPatch", first.below, "Into the plain text", wide=340, model=first["MODEL"],
-            text=plain["STRING"], **residual,
-        )  # fmt: skip
+            "ProFusion_InfusionAttentionPatch",
+            first.below,
+            "Into the plain text",
+            wide=340,
+            model=first["MODEL"],
+            text=plain["STRING"],
+            **residual,
+        )
     fused(
-        graph, (1640, 0), base, "5. Both, drawn", saved=True, model=second["MODEL"], positive=first["CONDITIONING"],
-        text=second["CONDITIONING"], **start,
-    )  # fmt: skip
+        graph,
+        (1640, 0),
+        base,
+        "5. Both, drawn",
+        saved=True,
+        model=second["MODEL"],
+        positive=first["CONDITIONING"],
+        text=second["CONDITIONING"],
+        **start,
+    )
     control(graph, (1640, ROW), base, word["plain_text"], start)

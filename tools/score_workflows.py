@@ -32,8 +32,9 @@ def overfitting(graph: Graph) -> None:
         "moved at all. *Concept Scores* says how much of the toy is there. A few minutes on a CPU.\n\nTo measure what you have, "
         "connect your model, with its LoRA or whatever was done to it, to **customised**, and the model without it to **model**; "
         "write its class noun, and **prompts** without that noun.",
-        NOTE, (380, 400),
-    )  # fmt: skip
+        NOTE,
+        (380, 400),
+    )
     with graph.group("2. Learn it as a residual"):
         residual = residual_trainer(graph, (440, 0), base)
     with graph.group("3. Learn it by tuning attention layers"):
@@ -41,28 +42,76 @@ def overfitting(graph: Graph) -> None:
         text = graph.add("PrimitiveStringMultiline", tuned.below, "The concept", wide=340, value=CLASS)
         word = encode(graph, text.below, base, tuned["PROMPTNET"], base, text["STRING"])
     with graph.group("4. What changed besides the toy"):
-        many = graph.add("EmptyLatentImage", (840, 0), "So many pictures of the class", wide=340, width=SIDE, height=SIDE, batch_size=16)
+        many = graph.add(
+            "EmptyLatentImage",
+            (840, 0),
+            "So many pictures of the class",
+            wide=340,
+            width=SIDE,
+            height=SIDE,
+            batch_size=16,
+        )
         report = graph.add(
-            "ProFusion_OverfitReport", many.below, wide=340, model=base["MODEL"], clip=base["CLIP"], latent=many["LATENT"],
-            noun=base["noun"], prompts=OTHERS, steps=15, cfg=KSAMPLER["cfg"], customised=tuned["MODEL"], conditioning=word["with_word"],
-            residual=residual["RESIDUAL"], vae=base["VAE"],
-        )  # fmt: skip
-        graph.add("SaveImage", report.below, "Report", wide=340, tall=400, images=report["chart"], filename_prefix="overfit_report")
+            "ProFusion_OverfitReport",
+            many.below,
+            wide=340,
+            model=base["MODEL"],
+            clip=base["CLIP"],
+            latent=many["LATENT"],
+            noun=base["noun"],
+            prompts=OTHERS,
+            steps=15,
+            cfg=KSAMPLER["cfg"],
+            customised=tuned["MODEL"],
+            conditioning=word["with_word"],
+            residual=residual["RESIDUAL"],
+            vae=base["VAE"],
+        )
+        graph.add(
+            "SaveImage",
+            report.below,
+            "Report",
+            wide=340,
+            tall=400,
+            images=report["chart"],
+            filename_prefix="overfit_report",
+        )
     with graph.group("5. The toy in a new place"):
-        prompt = graph.add("PrimitiveStringMultiline", (1240, 0), "Prompt", wide=340, value="a photo of a mushroom on snow")
-        plain = graph.add("CLIPTextEncode", prompt.below, "Plain prompt", wide=340, clip=base["CLIP"], text=prompt["STRING"])
+        prompt = graph.add(
+            "PrimitiveStringMultiline", (1240, 0), "Prompt", wide=340, value="a photo of a mushroom on snow"
+        )
+        plain = graph.add(
+            "CLIPTextEncode", prompt.below, "Plain prompt", wide=340, clip=base["CLIP"], text=prompt["STRING"]
+        )
         start = canvas(graph, plain.below, base)
         patch = graph.add(
-            "ProFusion_InfusionAttentionPatch", start["latent_image"][0].below, wide=340, model=base["MODEL"], clip=base["CLIP"],
-            text=prompt["STRING"], residual=residual["RESIDUAL"],
-        )  # fmt: skip
+            "ProFusion_InfusionAttentionPatch",
+            start["latent_image"][0].below,
+            wide=340,
+            model=base["MODEL"],
+            clip=base["CLIP"],
+            text=prompt["STRING"],
+            residual=residual["RESIDUAL"],
+        )
     with graph.group("6. Drawn, and measured against the pictures"):
         sampler = graph.add(
-            "KSampler", (1640, 0), "With the residual", wide=300, model=patch["MODEL"], positive=patch["CONDITIONING"], **start, **KSAMPLER,
-        )  # fmt: skip
+            "KSampler",
+            (1640, 0),
+            "With the residual",
+            wide=300,
+            model=patch["MODEL"],
+            positive=patch["CONDITIONING"],
+            **start,
+            **KSAMPLER,
+        )
         drawn = show(graph, (1980, 0), base, sampler["LATENT"], "With the residual", saved=True)
         scores = graph.add(
-            "ProFusion_ConceptScores", (2360, 0), wide=340, images=drawn["IMAGE"], references=base["pictures"], prompt=prompt["STRING"],
-        )  # fmt: skip
+            "ProFusion_ConceptScores",
+            (2360, 0),
+            wide=340,
+            images=drawn["IMAGE"],
+            references=base["pictures"],
+            prompt=prompt["STRING"],
+        )
         preview(graph, scores.below, "Scores", scores["chart"], 340)
     control(graph, (1640, ROW), base, plain["CONDITIONING"], start)

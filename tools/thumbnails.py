@@ -99,7 +99,9 @@ def make_thumbnails(names: Sequence[str]) -> None:
                 if thumbnail.workflow not in drawn:
                     drawn[thumbnail.workflow] = saved(server, workflow)
                 path = ROOT / "workflows" / f"{name}.jpg"
-                board(shown(workflow), drawn[thumbnail.workflow][thumbnail.pick], thumbnail.label).save(path, quality=90)
+                board(shown(workflow), drawn[thumbnail.workflow][thumbnail.pick], thumbnail.label).save(
+                    path, quality=90
+                )
                 print(path)
         finally:
             server.stop()
@@ -113,11 +115,16 @@ def make_readme_picture() -> None:
     for place in PLACES:
         latents = [
             fused.generate(
-                place.format("S*"), [toy.noun], [toy.pictures], seeded(1), GUIDED, first_levels(FUSED_SHARE, STEPS),
+                place.format("S*"),
+                [toy.noun],
+                [toy.pictures],
+                seeded(1),
+                GUIDED,
+                first_levels(FUSED_SHARE, STEPS),
                 fresh=seeded(demo.FRESH_NOISE)[0],
             )
             for toy in toys
-        ]  # fmt: skip
+        ]
         rows.append((place.format("S*"), [fused.toybox.vae.pictures(latent)[0] for latent in latents]))
     path = ROOT / "docs" / "profusion.jpg"
     grid(rows, [toy.name for toy in toys], scale=1).save(path, quality=90)

@@ -32,7 +32,9 @@ def definitions(host: Path) -> tuple[dict[str, Any], str]:
     import nodes
 
     asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
-    spec = importlib.util.spec_from_file_location("profusion_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    spec = importlib.util.spec_from_file_location(
+        "profusion_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
     pack = importlib.util.module_from_spec(spec)
     sys.modules["profusion_pack"] = pack
     spec.loader.exec_module(pack)
@@ -40,38 +42,84 @@ def definitions(host: Path) -> tuple[dict[str, Any], str]:
     return {**nodes.NODE_CLASS_MAPPINGS, **ours}, sys.modules["profusion_pack.profusion"].__version__
 
 
-def concept(graph: Graph, y: int, base: Node, pictures: tuple, masks: tuple | None, noun: tuple | str, steps: int, rate: float, cfg: float) -> Node:
+def concept(
+    graph: Graph,
+    y: int,
+    base: Node,
+    pictures: tuple,
+    masks: tuple | None,
+    noun: tuple | str,
+    steps: int,
+    rate: float,
+    cfg: float,
+) -> Node:
     """Pictures into a residual, with its plot, samples and file."""
     linked = {"masks": masks} if masks else {}
     trainer = graph.add(
-        "ProFusion_ResidualTrainer", (420, y), wide=340, model=base["MODEL"], clip=base["CLIP"], vae=base["VAE"],
-        images=pictures, noun=noun, steps=steps, learning_rate=rate, sample_cfg=cfg, **linked,
-    )  # fmt: skip
+        "ProFusion_ResidualTrainer",
+        (420, y),
+        wide=340,
+        model=base["MODEL"],
+        clip=base["CLIP"],
+        vae=base["VAE"],
+        images=pictures,
+        noun=noun,
+        steps=steps,
+        learning_rate=rate,
+        sample_cfg=cfg,
+        **linked,
+    )
     graph.add("PreviewImage", (800, y), "Loss", wide=300, tall=200, images=trainer["loss_plot"])
     graph.add("PreviewImage", (800, y + 320), "Samples while training", wide=300, tall=200, images=trainer["samples"])
-    graph.add("ProFusion_ResidualSaver", (420, y + 520), wide=340, residual=trainer["RESIDUAL"], preview=trainer["samples"])
+    graph.add(
+        "ProFusion_ResidualSaver", (420, y + 520), wide=340, residual=trainer["RESIDUAL"], preview=trainer["samples"]
+    )
     return trainer
 
 
-def generate(graph: Graph, x: int, y: int, base: Node, text: str, residuals: list[tuple], size: int, steps: int, cfg: float) -> None:
+def generate(
+    graph: Graph, x: int, y: int, base: Node, text: str, residuals: list[tuple], size: int, steps: int, cfg: float
+) -> None:
     """The same prompt and seed twice: the plain picture and the one with the concepts."""
     prompt = graph.add("PrimitiveStringMultiline", (x, y), "Prompt", wide=340, value=text)
     more = {f"residual_{number}": residual for number, residual in enumerate(residuals[1:], 2)}
     patch = graph.add(
-        "ProFusion_InfusionAttentionPatch", (x, y + 220), wide=340, model=base["MODEL"], clip=base["CLIP"],
-        text=prompt["STRING"], residual=residuals[0], **more,
-    )  # fmt: skip
-    positive = graph.add("CLIPTextEncode", (x + 380, y), "Plain prompt", wide=280, clip=base["CLIP"], text=prompt["STRING"])
+        "ProFusion_InfusionAttentionPatch",
+        (x, y + 220),
+        wide=340,
+        model=base["MODEL"],
+        clip=base["CLIP"],
+        text=prompt["STRING"],
+        residual=residuals[0],
+        **more,
+    )
+    positive = graph.add(
+        "CLIPTextEncode", (x + 380, y), "Plain prompt", wide=280, clip=base["CLIP"], text=prompt["STRING"]
+    )
     negative = graph.add("CLIPTextEncode", (x + 380, y + 230), "Negative prompt", wide=280, clip=base["CLIP"], text="")
     latent = graph.add("EmptyLatentImage", (x + 380, y + 450), wide=280, width=size, height=size, batch_size=4)
     for row, (title, model, condition) in enumerate(
-        (("With the concept", patch["MODEL"], patch["CONDITIONING"]), ("Plain, same seed", base["MODEL"], positive["CONDITIONING"]))
+        (
+            ("With the concept", patch["MODEL"], patch["CONDITIONING"]),
+            ("Plain, same seed", base["MODEL"], positive["CONDITIONING"]),
+        )
     ):
         top = y + row * 540
         sampler = graph.add(
-            "KSampler", (x + 700, top), title, wide=280, model=model, positive=condition, negative=negative["CONDITIONING"],
-            latent_image=latent["LATENT"], seed=1, steps=steps, cfg=cfg, sampler_name="euler", scheduler="simple",
-        )  # fmt: skip
+            "KSampler",
+            (x + 700, top),
+            title,
+            wide=280,
+            model=model,
+            positive=condition,
+            negative=negative["CONDITIONING"],
+            latent_image=latent["LATENT"],
+            seed=1,
+            steps=steps,
+            cfg=cfg,
+            sampler_name="euler",
+            scheduler="simple",
+        )
         picture = graph.add("VAEDecode", (x + 1020, top), wide=180, samples=sampler["LATENT"], vae=base["VAE"])
         kind, options = ("SaveImage", {"filename_prefix": "infusion"}) if row == 0 else ("PreviewImage", {})
         graph.add(kind, (x + 1020, top + 130), title, wide=340, tall=260, images=picture["IMAGE"], **options)
@@ -82,8 +130,9 @@ def train_and_generate(graph: Graph) -> None:
         "### Infusion on Toybox\nPress *Run*. It learns a toy that the model has never seen from four pictures, then draws "
         "it in a new place, beside the plain picture of the same seed. About two minutes on a CPU.\n\nChange the **Prompt**: "
         "it needs the toy's noun. The other words, the layout and the background stay the plain model's.",
-        (0, 330), (380, 320),
-    )  # fmt: skip
+        (0, 330),
+        (380, 320),
+    )
     base = graph.add("ProFusion_ToyboxLoader", (0, 0), wide=380)
     graph.add("PreviewImage", (0, 700), "Pictures to learn from", wide=380, tall=200, images=base["pictures"])
     trained = concept(graph, 0, base, base["pictures"], base["masks"], base["noun"], 400, 0.01, 2.0)
@@ -94,14 +143,23 @@ def two_concepts(graph: Graph) -> None:
     graph.note(
         "### Two concepts in one prompt\nEach is learned apart, from its own pictures, and drawn at its own noun. Their "
         "number costs nothing in sampling.",
-        (0, 660), (380, 160),
-    )  # fmt: skip
+        (0, 660),
+        (380, 160),
+    )
     base = graph.add("ProFusion_ToyboxLoader", (0, 0), wide=380, toy="slate and apricot mushroom")
     other = graph.add("ProFusion_ToyboxLoader", (0, 330), "Pictures of another toy", wide=380, toy="gold and navy cup")
     first = concept(graph, 0, base, base["pictures"], base["masks"], base["noun"], 250, 0.01, 2.0)
     second = concept(graph, 760, base, other["pictures"], other["masks"], other["noun"], 250, 0.01, 2.0)
     generate(
-        graph, 1140, 0, base, "a photo of a mushroom and a cup on grass", [first["RESIDUAL"], second["RESIDUAL"]], 96, 25, 2.0
+        graph,
+        1140,
+        0,
+        base,
+        "a photo of a mushroom and a cup on grass",
+        [first["RESIDUAL"], second["RESIDUAL"]],
+        96,
+        25,
+        2.0,
     )
 
 
@@ -110,8 +168,9 @@ def sd15(graph: Graph) -> None:
         "### Infusion on Stable Diffusion 1.5\n1. Choose your checkpoint.\n2. Load three pictures of your thing, of one size "
         "(up to five: add Load Image and Batch Images). Paint masks in the mask editor, or leave them out.\n3. Write its "
         "class noun (*cat*, *backpack*, *car*) into the trainer, and a prompt that has the noun.",
-        (0, 1240), (380, 260),
-    )  # fmt: skip
+        (0, 1240),
+        (380, 260),
+    )
     base = graph.add("CheckpointLoaderSimple", (0, 0), wide=380, ckpt_name=SD15["name"], properties={"models": [SD15]})
     loads = [graph.add("LoadImage", (0, 180 + 350 * i), f"Picture {i + 1}", wide=214, tall=200) for i in range(3)]
     pair = graph.add("ImageBatch", (240, 180), wide=150, image1=loads[0]["IMAGE"], image2=loads[1]["IMAGE"])

@@ -132,7 +132,9 @@ def held_out_scores(judge: Judge, drawn: Drawn, corruption: torch.Generator | No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", default="toybox-work", help="folder for the checkpoint; start again with the same to resume")
+    parser.add_argument(
+        "--work", default="toybox-work", help="folder for the checkpoint; start again with the same to resume"
+    )
     parser.add_argument("--out", default=None, help="folder for the finished weights (default: the package's own)")
     parser.add_argument("--scenes", type=int, default=9_000)
     parser.add_argument("--steps", type=int, default=800)

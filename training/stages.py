@@ -55,7 +55,9 @@ class Stage:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
             loss, parts = loss_of(step, generator)
             if not torch.isfinite(loss):
-                raise RuntimeError(f"{self.name}: loss is {loss.item()} at step {step}; the last checkpoint is {self.path}")
+                raise RuntimeError(
+                    f"{self.name}: loss is {loss.item()} at step {step}; the last checkpoint is {self.path}"
+                )
             self.modules.zero_grad(set_to_none=True)
             loss.backward()
             for optimizer in self.optimizers:
@@ -67,7 +69,10 @@ class Stage:
             if step % 50 == 0 or step == self.steps:
                 pace = (time.monotonic() - started) / (step - first)
                 shown = "  ".join(f"{key} {value:.4f}" for key, value in totals.items())
-                print(f"{self.name} {step}/{self.steps}  {shown}  {pace:.2f} s/step  {pace * (self.steps - step) / 60:.1f} min left", flush=True)
+                print(
+                    f"{self.name} {step}/{self.steps}  {shown}  {pace:.2f} s/step  {pace * (self.steps - step) / 60:.1f} min left",
+                    flush=True,
+                )
             if time.monotonic() - saved > self.save_seconds:
                 self._save(step)
                 saved = time.monotonic()
@@ -87,7 +92,12 @@ class Stage:
 
     def _save(self, step: int) -> None:
         temporary = self.path.with_suffix(".partial")
-        state = {"step": step, "modules": self.modules.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers], "ema": self.ema}
+        state = {
+            "step": step,
+            "modules": self.modules.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "ema": self.ema,
+        }
         torch.save(state, temporary)
         temporary.replace(self.path)
 

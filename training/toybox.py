@@ -126,7 +126,16 @@ def train_decoder(recipe: Recipe, data: DataSet, vae: VAE, latents: Tensor, work
     A little noise on the latents, since the UNet's are not exact either.
     """
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
-    stage = Stage("decoder", decoder, recipe.decoder_steps, work / "decoder.pt", matrix_rate=0.01, learning_rate=1e-3, ema_decay=0.99, seed=4)
+    stage = Stage(
+        "decoder",
+        decoder,
+        recipe.decoder_steps,
+        work / "decoder.pt",
+        matrix_rate=0.01,
+        learning_rate=1e-3,
+        ema_decay=0.99,
+        seed=4,
+    )
 
     def loss_of(step: int, generator: torch.Generator):
         indices = torch.randint(len(data), (3,), generator=generator)
@@ -269,7 +278,9 @@ def train_unet(recipe: Recipe, data: DataSet, latents: Tensor, text: TextModel, 
         told = (torch.rand(recipe.batch, generator=generator) >= 0.1).float()
         captions = [world.caption(data.scenes[i], rng, bare=0.15) for i in indices.tolist()]
         silent = world.Caption("", (), (), ())
-        batch = Captions.of([caption if keep else silent for caption, keep in zip(captions, told.tolist(), strict=True)])
+        batch = Captions.of(
+            [caption if keep else silent for caption, keep in zip(captions, told.tolist(), strict=True)]
+        )
         context = context_of(text, batch, keep_padding=bool(rng.random() < 0.1))
         clean, masks = latents[indices], data.masks[indices]
         t = sample_timesteps(recipe.batch, generator)
@@ -327,7 +338,9 @@ def train_vision(recipe: Recipe, data: DataSet, text: TextModel, work: Path) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", default="toybox-work", help="folder for checkpoints; start again with the same to resume")
+    parser.add_argument(
+        "--work", default="toybox-work", help="folder for checkpoints; start again with the same to resume"
+    )
     parser.add_argument("--out", default=None, help="folder for the finished weights (default: the package's own)")
     for name, default in vars(Recipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)

@@ -93,7 +93,9 @@ class Peer:
             predicted = self.predict_noise(batch.noisy, batch.sigma, prompt.format(self.phrase))
             loss = masked_noise_error(predicted, batch.noise, batch.mask)
             if kept is not None:
-                chosen = torch.randint(len(kept), (len(batch.noise),), generator=torch.Generator().manual_seed(draws.step))
+                chosen = torch.randint(
+                    len(kept), (len(batch.noise),), generator=torch.Generator().manual_seed(draws.step)
+                )
                 noisy = kept[chosen] + batch.sigma.view(-1, 1, 1, 1) * batch.noise
                 error = self.predict_noise(noisy, batch.sigma, prompt.format(self.noun)) - batch.noise
                 loss = loss + self.prior * error.square().mean()

@@ -75,7 +75,9 @@ class Lora(Peer):
         pictures = torch.cat([concept.pictures, concept.pictures.flip(2)]) if recipe.flip else concept.pictures
         latents = self.toybox.vae.encode(pictures.movedim(-1, 1) * 2 - 1)
         captions = [PROMPTS[index % len(PROMPTS)].format(self.phrase) for index in range(len(latents))]
-        positive = [entry for text in captions for entry in host.clip.encode_from_tokens_scheduled(host.clip.tokenize(text))]
+        positive = [
+            entry for text in captions for entry in host.clip.encode_from_tokens_scheduled(host.clip.tokenize(text))
+        ]
         training = Coroutine(lambda ask: _train(host, latents, positive, recipe, ask))
         try:
             while (lora := training.resume()) is not None:
@@ -105,9 +107,23 @@ def _train(host: SimpleNamespace, latents: Tensor, positive: list, recipe: Train
         torch.manual_seed(recipe.seed)  # the host draws its starting weights, its pictures and its timesteps globally
         replaced.start()
         host.trainer.train(
-            host.load_model(), {"samples": latents}, positive, 1, recipe.steps, recipe.batch_size, recipe.learning_rate,
-            RANK, "AdamW", "MSE", recipe.seed, "fp32", "fp32", "LoRA", False, "[None]",
-        )  # fmt: skip
+            host.load_model(),
+            {"samples": latents},
+            positive,
+            1,
+            recipe.steps,
+            recipe.batch_size,
+            recipe.learning_rate,
+            RANK,
+            "AdamW",
+            "MSE",
+            recipe.seed,
+            "fp32",
+            "fp32",
+            "LoRA",
+            False,
+            "[None]",
+        )
 
 
 def _with_lora(unet: nn.Module, lora: dict[str, Tensor]) -> nn.Module:
@@ -119,7 +135,9 @@ def _with_lora(unet: nn.Module, lora: dict[str, Tensor]) -> nn.Module:
         prefix = "diffusion_model."
         for key in model.patches:
             model.patch_weight_to_device(key)
-        weights = {key.removeprefix(prefix): value for key, value in model.model.state_dict().items() if key.startswith(prefix)}
+        weights = {
+            key.removeprefix(prefix): value for key, value in model.model.state_dict().items() if key.startswith(prefix)
+        }
         changed.load_state_dict({key: value.detach().clone() for key, value in weights.items()})
         model.unpatch_model()
     return changed.requires_grad_(False)

@@ -38,7 +38,9 @@ class CustomDiffusion(DreamBooth):
     note = "W_K, W_V of the cross-attention layers and a word before the noun, class-prior loss of weight 1"
 
     def __init__(self, toybox, noun):
-        self.word = torch.zeros(1, toybox.text.text_model.embeddings.token_embedding.weight.shape[1])  # as a rare word's
+        self.word = torch.zeros(
+            1, toybox.text.text_model.embeddings.token_embedding.weight.shape[1]
+        )  # as a rare word's
         super().__init__(toybox, noun)
         self.phrase = f"{PLACEHOLDER} {noun}"
 

@@ -40,7 +40,9 @@ class KeyLock(TextualInversion):
 
     name = "Perfusion-style key lock"
     rates = (0.003, 0.01, 0.03)
-    note = "S*'s embedding and its value in each layer; its key is the noun's. No soft gate, see benchmarks/peers/words.py"
+    note = (
+        "S*'s embedding and its value in each layer; its key is the noun's. No soft gate, see benchmarks/peers/words.py"
+    )
 
     def __init__(self, toybox, noun):
         super().__init__(toybox, noun)

@@ -24,19 +24,27 @@ def add_to(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     for name, whose in (("masks", "generated pictures"), ("reference-masks", "references")):
         one.add_argument(
-            f"--{name}", type=Path, metavar="DIR",
+            f"--{name}",
+            type=Path,
+            metavar="DIR",
             help=f"pictures that are white where the object is in the {whose}, in the order of their names; with both folders of "
             "masks, objects and backgrounds are compared apart",
-        )  # fmt: skip
+        )
     prompt = one.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="what all pictures should show")
-    prompt.add_argument("--prompts", type=Path, metavar="FILE", help="a line for each picture, in the order of their names")
+    prompt.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="a line for each picture, in the order of their names"
+    )
     one.add_argument(
-        "--clip", action="append", metavar="CLIP",
+        "--clip",
+        action="append",
+        metavar="CLIP",
         help="toybox (default; for Toybox's own pictures), or open_clip:NAME[:WEIGHTS]; may be given several times. NAME: "
         f"{', '.join(CLIP_MODELS)}, or one of open_clip's own; WEIGHTS: {OPENAI}, or a tag of open_clip's",
-    )  # fmt: skip
-    one.add_argument("--dino", nargs="?", const=DINO, metavar="NAME", help="a model of timm as a further judge (default: %(const)s)")
+    )
+    one.add_argument(
+        "--dino", nargs="?", const=DINO, metavar="NAME", help="a model of timm as a further judge (default: %(const)s)"
+    )
     one.add_argument("--json", type=Path, metavar="FILE", help="write the scores there too")
     one.add_argument("--chart", type=Path, metavar="FILE", help="write a picture of them there")
     return one
@@ -45,7 +53,10 @@ def add_to(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> Scores:
     """Measure, and write what was asked for. Raises MetricError, PictureError and OSError."""
     paths = picture_paths(options.images)
-    generated, references = _pictures(paths, options.masks), _pictures(picture_paths(options.references), options.reference_masks)
+    generated, references = (
+        _pictures(paths, options.masks),
+        _pictures(picture_paths(options.references), options.reference_masks),
+    )
     prompts = [options.prompt] if options.prompts is None else _lines(options.prompts)
     encoders = [_pair(name) for name in options.clip or ["toybox"]]
     if options.dino is not None:
@@ -62,7 +73,9 @@ def run(options: argparse.Namespace) -> Scores:
 def _pictures(paths: list[Path], masks: Path | None) -> Pictures:
     """Each of its own size; what is transparent is grey."""
     images = [read_picture(path)[0] for path in paths]
-    return Pictures(images, None if masks is None else [read_picture(path)[0].mean(dim=-1) for path in picture_paths(masks)])
+    return Pictures(
+        images, None if masks is None else [read_picture(path)[0].mean(dim=-1) for path in picture_paths(masks)]
+    )
 
 
 def _lines(path: Path) -> list[str]:
@@ -74,6 +87,8 @@ def _pair(name: str) -> ImageEncoder:
     if name == "toybox":
         return ToyboxEncoder()
     if library != "open_clip" or not model:
-        raise MetricError(f"--clip {name}: give toybox, or open_clip:NAME with a name such as {next(iter(CLIP_MODELS))}")
+        raise MetricError(
+            f"--clip {name}: give toybox, or open_clip:NAME with a name such as {next(iter(CLIP_MODELS))}"
+        )
     model, _, weights = model.partition(":")
     return OpenClip(model, weights or OPENAI)

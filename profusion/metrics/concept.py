@@ -28,7 +28,9 @@ class Pictures:
     def __post_init__(self) -> None:
         for index, image in enumerate(self.images, start=1):
             if image.ndim != 3 or image.shape[-1] != 3:
-                raise MetricError(f"picture {index} has shape {tuple(image.shape)}: give (H, W, 3), without an alpha channel")
+                raise MetricError(
+                    f"picture {index} has shape {tuple(image.shape)}: give (H, W, 3), without an alpha channel"
+                )
             check_finite(image[None], f"picture {index}: number", "the VAE or the model that made it overflowed")
         if self.masks is not None and len(self.masks) != len(self.images):
             raise MetricError(f"{len(self.masks)} masks for {len(self.images)} pictures: give one for each, or none")

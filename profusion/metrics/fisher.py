@@ -60,9 +60,13 @@ def noisy_latents(
         raise MetricError(f"draws={draws}: draw at least one for each prompt")
     sizes = {tuple(rows.shape[1:]) for rows in latents}
     if len(sizes) > 1 or any(rows.ndim != 4 or not len(rows) for rows in latents):
-        raise MetricError(f"latents of shapes {[tuple(rows.shape) for rows in latents]}: give (m, C, H, W) of one size, m > 0")
+        raise MetricError(
+            f"latents of shapes {[tuple(rows.shape) for rows in latents]}: give (m, C, H, W) of one size, m > 0"
+        )
     for prompt, rows in enumerate(latents, start=1):
-        check_finite(rows, f"prompt {prompt}: latent", "the VAE or the model that made it overflowed; run it in float32")
+        check_finite(
+            rows, f"prompt {prompt}: latent", "the VAE or the model that made it overflowed; run it in float32"
+        )
     levels = (training_sigmas() if sigmas is None else sigmas).float().cpu()
     x, sigma = [], []
     for rows in latents:

@@ -114,7 +114,9 @@ class Scores:
         """A table, and the notes under it."""
         cells = {(score.subject, score.column): str(score) for score in self.scores}
         lines = [["", *self.columns]]
-        lines += [[subject, *(cells.get((subject, column), "") for column in self.columns)] for subject in self.subjects]
+        lines += [
+            [subject, *(cells.get((subject, column), "") for column in self.columns)] for subject in self.subjects
+        ]
         lines.insert(1, ["---"] * len(lines[0]))
         table = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
         return "\n".join([table, *([""] if self.notes else []), *(f"- {note}" for note in self.notes)])

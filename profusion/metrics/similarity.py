@@ -38,7 +38,9 @@ def cosine(features: Tensor, others: Tensor) -> Tensor:
 def prompt_similarity(pictures: Tensor, texts: Tensor) -> Tensor:
     """CLIP-T (arXiv 2208.12242, section 4): the cosine of each picture with its prompt, (N, D), (N or 1, D) -> (N,)."""
     if len(texts) not in (1, len(pictures)):
-        raise MetricError(f"{len(texts)} prompts for {len(pictures)} pictures: give one for each, in their order, or one for all")
+        raise MetricError(
+            f"{len(texts)} prompts for {len(pictures)} pictures: give one for each, in their order, or one for all"
+        )
     cosines = cosine(pictures, texts)
     return cosines[:, 0] if len(texts) == 1 else cosines.diagonal()
 
@@ -90,7 +92,9 @@ def object_only(pictures: Tensor, masks: Tensor) -> Tensor:
     Compared so, pictures are judged by their objects alone (as arXiv 2305.16311, section 4.1, does).
     """
     if masks.shape != pictures.shape[:-1]:
-        raise MetricError(f"masks of shape {tuple(masks.shape)} for pictures of {tuple(pictures.shape)}: give (B, H, W) of each")
+        raise MetricError(
+            f"masks of shape {tuple(masks.shape)} for pictures of {tuple(pictures.shape)}: give (B, H, W) of each"
+        )
     check_finite(masks, "mask", "the node that made it overflowed")
     weights = masks.clamp(0, 1)[..., None].to(pictures)
     return pictures * weights + 0.5 * (1 - weights)

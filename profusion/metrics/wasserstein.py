@@ -85,7 +85,9 @@ def _rows(latents: Tensor, name: str) -> Tensor:
             f"the {name} set has {count} latent{'' if count == 1 else 's'}, which have no covariance: draw at least two, better "
             "sixteen or more"
         )
-    check_finite(latents, f"the {name} set's latent", "the model that drew it overflowed; run it in float32 or bfloat16")
+    check_finite(
+        latents, f"the {name} set's latent", "the model that drew it overflowed; run it in float32 or bfloat16"
+    )
     return latents.detach().to("cpu", torch.float64).flatten(1)
 
 

@@ -35,7 +35,10 @@ class ResBlock(nn.Module):
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, out_channels))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, out_channels), nn.SiLU(), nn.Dropout(0.0), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+            nn.GroupNorm(32, out_channels),
+            nn.SiLU(),
+            nn.Dropout(0.0),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
         )
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
@@ -128,7 +131,9 @@ class SpatialTransformer(nn.Module):
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.use_linear = use_linear
         self.proj_in = nn.Linear(channels, channels) if use_linear else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList(BasicTransformerBlock(channels, heads, context_dim) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(channels, heads, context_dim) for _ in range(depth)
+        )
         self.proj_out = nn.Linear(channels, channels) if use_linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor, options: dict[str, Any]) -> Tensor:
@@ -251,7 +256,9 @@ class UNet(UNetEncoder):
         self.config = config
         width = config.model_channels
         self.output_blocks = self._decoder(config, width * 4, list(self.skip_channels))
-        self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, config.out_channels, 3, padding=1))
+        self.out = nn.Sequential(
+            nn.GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, config.out_channels, 3, padding=1)
+        )
 
     def _decoder(self, config: UNetConfig, embedding: int, skips: list[int]) -> nn.ModuleList:
         blocks, channels = [], skips[-1]
@@ -285,7 +292,9 @@ class UNet(UNetEncoder):
         embedding = self.embed_timesteps(timesteps, x.dtype)
         if self.config.adm_channels:
             if y is None:
-                raise ValueError(f"this UNet takes a pooled vector y of {self.config.adm_channels} numbers; none was given")
+                raise ValueError(
+                    f"this UNet takes a pooled vector y of {self.config.adm_channels} numbers; none was given"
+                )
             embedding = embedding + self.label_emb(y)
         skips, h = self.encode(x, embedding, context, options)
         for index, block in enumerate(self.output_blocks):

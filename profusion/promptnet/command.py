@@ -77,7 +77,12 @@ def add_to(commands) -> argparse.ArgumentParser:
         ("--learning-rate", float, 3e-4, "AdamW's highest"),
         ("--warmup", int, 100, "steps over which the learning rate rises"),
         ("--weight-cap", float, 20.0, "rows weigh min(1 / alpha_bar, this); 1 is the paper's loss"),
-        ("--level-bias", float, 0.0, "draws noise level k in proportion to k^this; more is better at what a thing is, not how it shines"),
+        (
+            "--level-bias",
+            float,
+            0.0,
+            "draws noise level k in proportion to k^this; more is better at what a thing is, not how it shines",
+        ),
         ("--tokens", int, TOYBOX_PROMPTNET.tokens, "pseudo-words in S*"),
         ("--save-every", int, 250, "steps between checkpoints"),
         ("--seed", int, 0, "of the pictures, the network and the training"),
@@ -87,7 +92,9 @@ def add_to(commands) -> argparse.ArgumentParser:
     train.add_argument(
         "--noun", choices=world.NOUNS, help="the word that S* starts as (default: the mean of all words)"
     )
-    train.add_argument("--start", type=Path, help="a PromptNet of the same sizes to begin from (default: the UNet's encoder)")
+    train.add_argument(
+        "--start", type=Path, help="a PromptNet of the same sizes to begin from (default: the UNet's encoder)"
+    )
     train.add_argument("--with-noise", action="store_true", help="S* also looks at the latent being denoised")
     train.add_argument("--constant", action="store_true", help="keep the learning rate; default is half a cosine")
     train.add_argument("--device", default="cpu", help="of torch, such as cuda (default: %(default)s)")
@@ -106,7 +113,10 @@ def from_arguments(given: argparse.Namespace) -> Command:
         weight_cap=given.weight_cap,
         level_bias=given.level_bias,
     )
-    more = {name: getattr(given, name) for name in ("noun", "start", "with_noise", "tokens", "save_every", "device", "pictures")}
+    more = {
+        name: getattr(given, name)
+        for name in ("noun", "start", "with_noise", "tokens", "save_every", "device", "pictures")
+    }
     return Command(given.data, given.out, options, **more)
 
 

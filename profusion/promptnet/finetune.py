@@ -148,7 +148,9 @@ class FinetuneTraining(PromptNetTraining):
 
     def _error(self, predicted: Tensor, pictures: FinetunePictures, batch, weight: Tensor) -> Tensor:
         """Inside the masks, where there are any."""
-        mask = torch.ones_like(predicted[:, 0]) if pictures.masks is None else pictures.masks[batch.rows].to(self._device)
+        mask = (
+            torch.ones_like(predicted[:, 0]) if pictures.masks is None else pictures.masks[batch.rows].to(self._device)
+        )
         return masked_weighted_noise_error(predicted, batch.noise, weight, mask)
 
     def _differentiate(self, batch) -> float:

@@ -29,7 +29,13 @@ from ..models.configs import SD15, SD21, SDXL, TOYBOX, UNetConfig
 from ..models.unet import UNetEncoder
 
 SECOND_LATENTS = ("none", "noisy", "reference")
-KNOTS = (0, 249, 499, 749, 999)  # the timesteps at which a run's S*, and the context with it, are made; see `interpolated`
+KNOTS = (
+    0,
+    249,
+    499,
+    749,
+    999,
+)  # the timesteps at which a run's S*, and the context with it, are made; see `interpolated`
 ENCODER = ("time_embed.", "input_blocks.", "middle_block.")  # what PromptNet has from the UNet it serves
 
 

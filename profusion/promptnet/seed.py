@@ -33,7 +33,9 @@ from ..training import PROMPTS as NOUN_PROMPTS
 from ..training import PredictNoise, Reference, TrainingError
 from .training import PROMPTS as WORD_PROMPTS
 
-PROMPTS = tuple(zip(NOUN_PROMPTS, WORD_PROMPTS, strict=True))  # what both were trained in: "a photo of a {}", "a photo of S*"
+PROMPTS = tuple(
+    zip(NOUN_PROMPTS, WORD_PROMPTS, strict=True)
+)  # what both were trained in: "a photo of a {}", "a photo of S*"
 RIDGE = 0.03  # of the mean of the least squares' diagonal; from 0.01 to 0.1 it makes no difference
 
 
@@ -115,7 +117,9 @@ class ResidualSeed:
         if not references:
             raise TrainingError("no pictures: connect one to five pictures of the concept")
         if len(words) != len(prompt_rows):
-            raise ValueError(f"{len(words)} prompts with S* and {len(prompt_rows)} with the noun: give the same ones with both")
+            raise ValueError(
+                f"{len(words)} prompts with S* and {len(prompt_rows)} with the noun: give the same ones with both"
+            )
         self._predict_noise, self._rows, self._words = predict_noise, list(prompt_rows), list(words)
         self._modules, self._layers, self._noun = modules, tuple(layers), noun
         self._latents = torch.stack([reference.latent for reference in references]).float()
@@ -146,7 +150,12 @@ class ResidualSeed:
         def observe(n: Tensor, context: Tensor, value: Tensor, extra_options: ExtraOptions):
             layer, size = layer_name(extra_options), extra_options["activations_shape"][-2:]
             found = demand(
-                self._modules[layer], n, context, self._rows[prompt], self._words[prompt], region_weights(mask, len(n), size)
+                self._modules[layer],
+                n,
+                context,
+                self._rows[prompt],
+                self._words[prompt],
+                region_weights(mask, len(n), size),
             )
             before = self._demands.get(layer, (0.0, 0.0))
             self._demands[layer] = tuple(old + new for old, new in zip(before, found, strict=True))

@@ -1,10 +1,10 @@
 """The file of a residual: safetensors, less than 11,000 bytes for SD 1.5 in the default precision.
 
-    metadata            format, format_version, architecture, layers (names), width (of each), noun, steps, seed,
-                        precision, checksum
-    int6                codes (layers, bytes) U8 and scales (layers, groups) BF16, see packing.py
-    float16, float32    delta (layers, 1, width)
-    float32 only        training.<name>: the optimizer's tensors, for a resume that continues bit for bit
+metadata            format, format_version, architecture, layers (names), width (of each), noun, steps, seed,
+                    precision, checksum
+int6                codes (layers, bytes) U8 and scales (layers, groups) BF16, see packing.py
+float16, float32    delta (layers, 1, width)
+float32 only        training.<name>: the optimizer's tensors, for a resume that continues bit for bit
 """
 
 from __future__ import annotations
@@ -70,13 +70,17 @@ def save_residual(
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(path, data)
     except (OSError, ValueError) as problem:
-        raise ResidualError(f"The residual could not be saved as '{path}': {files.why_not_written(problem)}") from problem
+        raise ResidualError(
+            f"The residual could not be saved as '{path}': {files.why_not_written(problem)}"
+        ) from problem
     if preview is None:
         return SavedResidual(path, len(data))
     try:
         return SavedResidual(path, len(data), preview=_write_preview(preview, path.with_suffix(PREVIEW_SUFFIX)))
     except (OSError, ValueError) as problem:
-        return SavedResidual(path, len(data), warning=f"No preview picture could be saved: {files.why_not_written(problem)}")
+        return SavedResidual(
+            path, len(data), warning=f"No preview picture could be saved: {files.why_not_written(problem)}"
+        )
 
 
 def load_residual(path: str | Path) -> Residual:
@@ -114,8 +118,10 @@ def _encode(residual: Residual, precision: str, keep_training_state: bool) -> by
     }
     data = files.tensors_to_bytes(tensors, metadata)
     if len(data) > MAX_FILE_BYTES:
-        raise ResidualError(f"The residual takes {len(data)} bytes, more than the {MAX_FILE_BYTES} that can be loaded "
-                            f"again: save it without its training state.")
+        raise ResidualError(
+            f"The residual takes {len(data)} bytes, more than the {MAX_FILE_BYTES} that can be loaded "
+            f"again: save it without its training state."
+        )
     return data
 
 
@@ -126,8 +132,10 @@ def _encode_delta(delta: Tensor, precision: str) -> dict[str, Tensor]:
         return {"codes": codes, "scales": scales}
     stored = delta.to(torch.float16 if precision == "float16" else torch.float32)
     if not torch.isfinite(stored).all():
-        raise ResidualError(f"The residual has values up to {delta.abs().max():.3g}, too large for {precision}: "
-                            f"save it as int6 or float32.")
+        raise ResidualError(
+            f"The residual has values up to {delta.abs().max():.3g}, too large for {precision}: "
+            f"save it as int6 or float32."
+        )
     return {"delta": stored}
 
 
@@ -147,8 +155,10 @@ def _decode(data: bytes) -> Residual:
         raise ResidualError(f"it holds something else than a residual (its tensors: {some(contents)})")
     version = metadata.get("format_version", "none")
     if version != _FORMAT_VERSION:
-        raise ResidualError(f"it has the format version {version:.20}, and this ProFusion reads {_FORMAT_VERSION}: "
-                            f"either ProFusion needs an update, or the file is damaged")
+        raise ResidualError(
+            f"it has the format version {version:.20}, and this ProFusion reads {_FORMAT_VERSION}: "
+            f"either ProFusion needs an update, or the file is damaged"
+        )
     files.check_integrity(contents, metadata, _FIELDS)
     missing = [field for field in _FIELDS if field not in metadata]
     if missing:

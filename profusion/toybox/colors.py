@@ -37,9 +37,9 @@ def palette_shares(pictures: Tensor, masks: Tensor) -> Tensor:
     All zeros where a mask is empty.
     """
     palette = _shaded(pictures.new_tensor(list(PALETTE.values())) / 255)
-    return torch.stack([
-        _shares(_shaded(picture[mask > 0.5]), palette) for picture, mask in zip(pictures, masks, strict=True)
-    ])  # fmt: skip
+    return torch.stack(
+        [_shares(_shaded(picture[mask > 0.5]), palette) for picture, mask in zip(pictures, masks, strict=True)]
+    )
 
 
 def _shares(pixels: Tensor, palette: Tensor) -> Tensor:

@@ -159,6 +159,8 @@ class FusedToybox:
             terms = [given.word(t[:1], guidance.gamma if fusing else 1.0), given.text]
             contexts = [term for term, weight in zip(terms, guidance.weights, strict=False) if weight] + [given.nothing]
             *conditional, nothing = kept.complete(self.evaluate(x, t, contexts if kept.due else contexts[:1]))
-            return guide(nothing, mean_prediction(conditional, weights), guidance.fusion_cfg if fusing else guidance.cfg)
+            return guide(
+                nothing, mean_prediction(conditional, weights), guidance.fusion_cfg if fusing else guidance.cfg
+            )
 
         return self.sample(predict, generators, options, steps, fresh)

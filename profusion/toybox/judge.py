@@ -128,7 +128,9 @@ class Judge:
     def load(cls, folder: Path | None = None) -> Judge:
         """Load the shipped weights, or those of another folder; FileNotFoundError if there are none."""
         network = JudgeNetwork()
-        network.load_state_dict({name: value.float() for name, value in load_file(weight_file("judge", folder)).items()})
+        network.load_state_dict(
+            {name: value.float() for name, value in load_file(weight_file("judge", folder)).items()}
+        )
         return cls(network.eval().requires_grad_(False))
 
     @torch.no_grad()
@@ -163,7 +165,9 @@ class Judge:
 
 def _check(pictures: Tensor) -> None:
     if pictures.dim() != 4 or tuple(pictures.shape[1:]) != (SIZE, SIZE, 3) or not len(pictures):
-        raise JudgeError(f"pictures have the shape {tuple(pictures.shape)}; the judge takes (B, {SIZE}, {SIZE}, 3), B at least 1")
+        raise JudgeError(
+            f"pictures have the shape {tuple(pictures.shape)}; the judge takes (B, {SIZE}, {SIZE}, 3), B at least 1"
+        )
     if not pictures.is_floating_point() or not bool(((pictures >= 0) & (pictures <= 1)).all()):
         raise JudgeError("pictures must be floating-point numbers in 0..1")
 

@@ -151,9 +151,7 @@ class Toybox:
         context = self.context(prompt).expand(len(generators), -1, -1)
         denoise = two_stream_denoiser(self.evaluator(context, guidance), on_conditional(placements), shared_latent)
         noise = initial_noise(generators)
-        plain, customised = sample_euler(
-            denoise, torch.cat([noise, noise]), sampling_sigmas(steps), callback
-        ).chunk(2)
+        plain, customised = sample_euler(denoise, torch.cat([noise, noise]), sampling_sigmas(steps), callback).chunk(2)
         return plain, customised
 
     def noise_predictor(self, prompts: Sequence[str]) -> PredictNoise:
@@ -184,7 +182,14 @@ class Toybox:
         layers = cross_attention_layers(dict(self.unet.named_parameters()))
         rows = [noun_rows(prompt, noun) for prompt in prompts]
         return ResidualTraining(
-            self.noise_predictor(prompts), sides[0], rows, layers, noun, options, sides[-1] if options.flip else (), resume
+            self.noise_predictor(prompts),
+            sides[0],
+            rows,
+            layers,
+            noun,
+            options,
+            sides[-1] if options.flip else (),
+            resume,
         )
 
     def references(self, pictures: Tensor, masks: Tensor) -> list[Reference]:

@@ -25,15 +25,19 @@ def oklab(pictures: Tensor) -> Tensor:
     """sRGB in [0, 1] (..., 3) -> Oklab (..., 3): lightness 0..1 and two hues of about -0.3..0.3, evenly perceived."""
     linear = torch.where(pictures <= 0.04045, pictures / 12.92, ((pictures.clamp(min=0) + 0.055) / 1.055) ** 2.4)
     to_cones = linear.new_tensor(
-        [[0.4122214708, 0.5363325363, 0.0514459929],
-         [0.2119034982, 0.6806995451, 0.1073969566],
-         [0.0883024619, 0.2817188376, 0.6299787005]]
-    )  # fmt: skip
+        [
+            [0.4122214708, 0.5363325363, 0.0514459929],
+            [0.2119034982, 0.6806995451, 0.1073969566],
+            [0.0883024619, 0.2817188376, 0.6299787005],
+        ]
+    )
     to_lab = linear.new_tensor(
-        [[0.2104542553, 0.7936177850, -0.0040720468],
-         [1.9779984951, -2.4285922050, 0.4505937099],
-         [0.0259040371, 0.7827717662, -0.8086757660]]
-    )  # fmt: skip
+        [
+            [0.2104542553, 0.7936177850, -0.0040720468],
+            [1.9779984951, -2.4285922050, 0.4505937099],
+            [0.0259040371, 0.7827717662, -0.8086757660],
+        ]
+    )
     return (linear @ to_cones.T).clamp(min=0) ** (1 / 3) @ to_lab.T
 
 
@@ -80,9 +84,7 @@ def _inner(p: Tensor, q: Tensor) -> Tensor:
     return torch.exp(-0.5 * (torch.cdist(p, q) / BANDWIDTH) ** 2).mean()
 
 
-def concept_similarity(
-    pictures: Tensor, masks: Tensor, reference_pictures: Tensor, reference_masks: Tensor
-) -> Tensor:
+def concept_similarity(pictures: Tensor, masks: Tensor, reference_pictures: Tensor, reference_masks: Tensor) -> Tensor:
     """How alike the objects of pictures look to that of the reference pictures: (B,) in [0, 1].
 
     The geometric mean of the likeness of colours and of pairs of colours, side by side and one above the other. About 1 for
@@ -95,7 +97,9 @@ def concept_similarity(
             f"pictures are {tuple(pictures.shape[1:])} and reference pictures {tuple(reference_pictures.shape[1:])}: "
             "make them one size first"
         )
-    references = [torch.cat(samples) for samples in zip(*appearance_points(reference_pictures, reference_masks), strict=True)]
+    references = [
+        torch.cat(samples) for samples in zip(*appearance_points(reference_pictures, reference_masks), strict=True)
+    ]
     if not all(len(samples) for samples in references):
         raise ValueError("the reference masks hold no object, or too small a one")
     own = [_inner(samples, samples) for samples in references]

@@ -39,8 +39,21 @@ BACKGROUND_PHRASES = {
     "sea": "on the sea",
     "wall": "by a brick wall",
 }
-_TURN = {"ball": 16, "star": 16, "heart": 10, "house": 2, "fish": 12, "cat": 4, "mushroom": 7, "cup": 4, "car": 4,
-         "butterfly": 14, "lemon": 18, "ladybird": 7, "watermelon": 12}  # fmt: skip
+_TURN = {
+    "ball": 16,
+    "star": 16,
+    "heart": 10,
+    "house": 2,
+    "fish": 12,
+    "cat": 4,
+    "mushroom": 7,
+    "cup": 4,
+    "car": 4,
+    "butterfly": 14,
+    "lemon": 18,
+    "ladybird": 7,
+    "watermelon": 12,
+}
 
 OFF_PALETTE_SHARE = 0.35
 TWO_OBJECT_SHARE = 0.25
@@ -146,10 +159,12 @@ def render(scene: Scene) -> Picture:
         sprites.append(drawing.draw_sprite(item.noun, *wear, item.center, item.diameter, item.angle, item.flip))
     image = drawing.compose(drawing.draw_background(scene.background, scene.seed), sprites)
     masks = np.stack([np.round(255 * sprite.whole) for sprite in sprites]).astype(np.uint8)
-    bodies = np.stack([
-        masks[i] if item.appearance is None else np.round(255 * sprites[i].body).astype(np.uint8)
-        for i, item in enumerate(scene.objects)
-    ])  # fmt: skip
+    bodies = np.stack(
+        [
+            masks[i] if item.appearance is None else np.round(255 * sprites[i].body).astype(np.uint8)
+            for i, item in enumerate(scene.objects)
+        ]
+    )
     return Picture(image, masks, bodies, scene)
 
 
@@ -159,8 +174,10 @@ def sample_scene(rng: np.random.Generator, *, hold_out: bool = True) -> Scene:
         background = str(rng.choice(BACKGROUNDS))
         if rng.random() < TWO_OBJECT_SHARE:
             left, right = rng.choice(NOUNS, size=2, replace=False)
-            objects = (_sample_object(rng, str(left), (25.5, 50), 1.0, (40, 43)),
-                       _sample_object(rng, str(right), (70.5, 50), 1.0, (40, 43)))  # fmt: skip
+            objects = (
+                _sample_object(rng, str(left), (25.5, 50), 1.0, (40, 43)),
+                _sample_object(rng, str(right), (70.5, 50), 1.0, (40, 43)),
+            )
         else:
             objects = (_sample_object(rng, str(rng.choice(NOUNS))),)
         scene = Scene(objects, background, int(rng.integers(2**31)))
@@ -173,8 +190,9 @@ def _sample_object(rng, noun, center=(48, 50), offset=5.0, diameters=(54, 66), a
         appearance = sample_appearance(rng)
     x, y = center + rng.uniform(-offset, offset, 2)
     turn = rng.uniform(-1, 1) * _TURN[noun]
-    return SceneObject(noun, appearance, (float(x), float(y)), float(rng.uniform(*diameters)), float(turn),
-                       bool(rng.random() < 0.5))  # fmt: skip
+    return SceneObject(
+        noun, appearance, (float(x), float(y)), float(rng.uniform(*diameters)), float(turn), bool(rng.random() < 0.5)
+    )
 
 
 def sample_appearance(rng: np.random.Generator) -> Appearance:

@@ -27,11 +27,23 @@ class Server:
             self.port = free.getsockname()[1]
         self.log = base / "server.log"
         command = [
-            sys.executable, str(host / "main.py"), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port),
-            "--base-directory", str(base), "--database-url", "sqlite:///:memory:", "--disable-auto-launch",
-        ]  # fmt: skip
+            sys.executable,
+            str(host / "main.py"),
+            "--cpu",
+            "--listen",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--base-directory",
+            str(base),
+            "--database-url",
+            "sqlite:///:memory:",
+            "--disable-auto-launch",
+        ]
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=host, env=dict(os.environ))
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, cwd=host, env=dict(os.environ)
+            )
 
     def wait(self, seconds: float = 600) -> None:
         deadline = time.monotonic() + seconds
@@ -82,7 +94,9 @@ class Server:
             history = self.get(f"/history/{number}")
             if number in history:
                 entry = history[number]
-                assert entry["status"]["status_str"] == "success", json.dumps(entry["status"]["messages"][-1], indent=1)[:3000]
+                assert entry["status"]["status_str"] == "success", json.dumps(
+                    entry["status"]["messages"][-1], indent=1
+                )[:3000]
                 return entry
             assert self.process.poll() is None, self.tail()
             time.sleep(0.5)
@@ -97,11 +111,15 @@ def to_prompt(workflow: dict, object_info: dict) -> dict:
         if node["type"] not in object_info:
             assert node["type"] in ("Note", "MarkdownNote"), f"missing node {node['type']}"
             continue
-        linked = {socket["name"]: sources[socket["link"]] for socket in node["inputs"] if socket.get("link") is not None}
+        linked = {
+            socket["name"]: sources[socket["link"]] for socket in node["inputs"] if socket.get("link") is not None
+        }
         values = iter(node["widgets_values"])
         inputs = {}
         definition = object_info[node["type"]]["input"]
-        for name, kind, options in ((n, *_kind(d)) for part in ("required", "optional") for n, d in definition.get(part, {}).items()):
+        for name, kind, options in (
+            (n, *_kind(d)) for part in ("required", "optional") for n, d in definition.get(part, {}).items()
+        ):
             if kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO") and not options.get("forceInput"):
                 inputs[name] = next(values)
                 if options.get("control_after_generate", kind == "INT" and name in ("seed", "noise_seed")):

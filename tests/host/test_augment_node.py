@@ -36,10 +36,21 @@ def augment(host):
 
     def run(model=None, **inputs):
         defaults = {
-            "clip": host.clip, "vae": PooledVae(), "image": pictures(1), "mask": mask(), "noun": "ball",
-            "prompts": "a %noun% on snow\na %noun% on grass", "count": 2, "seed": 3, "steps": 2, "cfg": 2.0,
-            "sampler_name": "euler", "scheduler": "simple", "feather": 2, "include_picture": False,
-        }  # fmt: skip
+            "clip": host.clip,
+            "vae": PooledVae(),
+            "image": pictures(1),
+            "mask": mask(),
+            "noun": "ball",
+            "prompts": "a %noun% on snow\na %noun% on grass",
+            "count": 2,
+            "seed": 3,
+            "steps": 2,
+            "cfg": 2.0,
+            "sampler_name": "euler",
+            "scheduler": "simple",
+            "feather": 2,
+            "include_picture": False,
+        }
         with torch.inference_mode():
             model = tiny.model() if model is None else model
             return host.augment.ConceptAugment.execute(model, **{**defaults, **inputs}).args
@@ -53,10 +64,22 @@ def test_the_schema_is_frozen_and_explained(host):
     schema = host.augment.ConceptAugment.GET_SCHEMA()
     assert schema.node_id == "ProFusion_ConceptAugment"
     assert [f"{entry.id}:{entry.get_io_type()}" for entry in schema.inputs] == [
-        "model:MODEL", "clip:CLIP", "vae:VAE", "image:IMAGE", "mask:MASK", "noun:STRING", "prompts:STRING", "count:INT",
-        "seed:INT", "steps:INT", "cfg:FLOAT", "sampler_name:COMBO", "scheduler:COMBO", "feather:INT",
+        "model:MODEL",
+        "clip:CLIP",
+        "vae:VAE",
+        "image:IMAGE",
+        "mask:MASK",
+        "noun:STRING",
+        "prompts:STRING",
+        "count:INT",
+        "seed:INT",
+        "steps:INT",
+        "cfg:FLOAT",
+        "sampler_name:COMBO",
+        "scheduler:COMBO",
+        "feather:INT",
         "include_picture:BOOLEAN",
-    ]  # fmt: skip
+    ]
     assert [output.io_type for output in schema.outputs] == ["IMAGE", "MASK"]
     assert all(entry.tooltip for entry in [*schema.inputs, *schema.outputs]) and schema.description
     root = Path(host.augment.__file__).parents[1]

@@ -31,10 +31,20 @@ class PooledVision:
 @pytest.fixture(scope="module")
 def host(pack):
     """The pack's modules that are tested here."""
-    nodes = {name: importlib.import_module(f"{pack.__name__}.nodes.{name}") for name in (
-        "finetune", "host_finetune", "host_promptnet", "host_training")}  # fmt: skip
-    names = ("promptnet.network", "promptnet.finetune", "promptnet.changes", "promptnet.file", "promptnet.pseudo_word",
-             "models.configs", "models.clip", "training")  # fmt: skip
+    nodes = {
+        name: importlib.import_module(f"{pack.__name__}.nodes.{name}")
+        for name in ("finetune", "host_finetune", "host_promptnet", "host_training")
+    }
+    names = (
+        "promptnet.network",
+        "promptnet.finetune",
+        "promptnet.changes",
+        "promptnet.file",
+        "promptnet.pseudo_word",
+        "models.configs",
+        "models.clip",
+        "training",
+    )
     kernel = {
         name.split(".")[-1] + "_kernel": importlib.import_module(f"{pack.__name__}.profusion.{name}") for name in names
     }
@@ -70,9 +80,17 @@ def promptnet(host, seed=4, **changes):
 
 def defaults(**inputs):
     return {
-        "images": pictures(1), "steps": 2, "train_attention": True, "rank": 2, "batch_size": 2, "seed": 0,
-        "filename_prefix": "me/cat", "save_promptnet": False, **RATES, **inputs,
-    }  # fmt: skip
+        "images": pictures(1),
+        "steps": 2,
+        "train_attention": True,
+        "rank": 2,
+        "batch_size": 2,
+        "seed": 0,
+        "filename_prefix": "me/cat",
+        "save_promptnet": False,
+        **RATES,
+        **inputs,
+    }
 
 
 @pytest.fixture
@@ -148,10 +166,23 @@ def test_the_schema_is_frozen_and_explained(host):
     schema = host.finetune.PromptNetFinetune.GET_SCHEMA()
     assert schema.node_id == "ProFusion_PromptNetFinetune"
     assert [f"{entry.id}:{entry.get_io_type()}" for entry in schema.inputs] == [
-        "promptnet:PROMPTNET", "model:MODEL", "clip:CLIP", "clip_vision:CLIP_VISION", "vae:VAE", "images:IMAGE", "steps:INT",
-        "learning_rate:FLOAT", "train_attention:BOOLEAN", "attention_learning_rate:FLOAT", "rank:INT", "batch_size:INT",
-        "seed:INT", "filename_prefix:STRING", "save_promptnet:BOOLEAN", "masks:MASK",
-    ]  # fmt: skip
+        "promptnet:PROMPTNET",
+        "model:MODEL",
+        "clip:CLIP",
+        "clip_vision:CLIP_VISION",
+        "vae:VAE",
+        "images:IMAGE",
+        "steps:INT",
+        "learning_rate:FLOAT",
+        "train_attention:BOOLEAN",
+        "attention_learning_rate:FLOAT",
+        "rank:INT",
+        "batch_size:INT",
+        "seed:INT",
+        "filename_prefix:STRING",
+        "save_promptnet:BOOLEAN",
+        "masks:MASK",
+    ]
     assert [output.io_type for output in schema.outputs] == ["PROMPTNET", "MODEL", "STRING", "IMAGE"]
     assert all(entry.tooltip for entry in [*schema.inputs, *schema.outputs]) and schema.description
     root = Path(host.finetune.__file__).parents[1]

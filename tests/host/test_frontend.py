@@ -7,7 +7,9 @@ import pytest
 
 pytest.importorskip("comfy.samplers", reason="no ComfyUI found: the workflows are not opened in its frontend")
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: the frontend is not tested")
-BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
 DRIVER = shutil.which("chromedriver")
 if not (BROWSER and DRIVER):
     pytest.skip("no Chromium with chromedriver: the frontend is not tested", allow_module_level=True)
@@ -49,10 +51,17 @@ def browser(server, tmp_path_factory):
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     for flag in (
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--window-size=1900,1100",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--window-size=1900,1100",
         f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):  # fmt: skip
+    ):
         options.add_argument(flag)
     browser = webdriver.Chrome(options, Service(DRIVER))
     browser.set_script_timeout(120)
@@ -72,7 +81,10 @@ def test_the_frontend_opens_it_and_makes_the_same_prompt(path, browser, server):
     assert "error" not in opened, opened["error"]
     assert opened["missing"] == []
     expected = to_prompt(workflow, server.get("/object_info"))
-    made = {number: {"class_type": node["class_type"], "inputs": node["inputs"]} for number, node in opened["prompt"].items()}
+    made = {
+        number: {"class_type": node["class_type"], "inputs": node["inputs"]}
+        for number, node in opened["prompt"].items()
+    }
     assert {k: v["inputs"] for k, v in made.items()} == {k: v["inputs"] for k, v in expected.items()}
     _no_two_overlap(opened["boxes"])
     _groups_hold_whole_nodes(workflow["groups"], opened["boxes"])

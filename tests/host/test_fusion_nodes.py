@@ -29,13 +29,26 @@ def texts():
 def node(pack):
     def run(model, positive, negative, **inputs):
         defaults = {
-            "seed": 7, "steps": 4, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0,
-            "latent_image": {"samples": torch.zeros(1, 4, 8, 8)}, "fusion_steps": 1, "eta": 1.0, "fusion_start": 0.0,
-            "fusion_end": 1.0, "fusion_cfg": 3.0, "gamma": 0.8, "mode": "dependent",
+            "seed": 7,
+            "steps": 4,
+            "cfg": 5.0,
+            "sampler_name": "euler",
+            "scheduler": "normal",
+            "denoise": 1.0,
+            "latent_image": {"samples": torch.zeros(1, 4, 8, 8)},
+            "fusion_steps": 1,
+            "eta": 1.0,
+            "fusion_start": 0.0,
+            "fusion_end": 1.0,
+            "fusion_cfg": 3.0,
+            "gamma": 0.8,
+            "mode": "dependent",
             "refresh": 1,
-        }  # fmt: skip
+        }
         with torch.inference_mode():
-            output = pack.nodes.fusion.FusionKSampler.execute(model, positive=positive, negative=negative, **{**defaults, **inputs})
+            output = pack.nodes.fusion.FusionKSampler.execute(
+                model, positive=positive, negative=negative, **{**defaults, **inputs}
+            )
         return output.args[0]["samples"]
 
     return run
@@ -62,7 +75,9 @@ def counted(model, pack):
 
 def test_the_kernel_knows_how_the_node_comes(pack):
     """Demo and benchmarks draw as the node does."""
-    defaults = {entry.id: getattr(entry, "default", None) for entry in pack.nodes.fusion.FusionKSampler.GET_SCHEMA().inputs}
+    defaults = {
+        entry.id: getattr(entry, "default", None) for entry in pack.nodes.fusion.FusionKSampler.GET_SCHEMA().inputs
+    }
     kernel = importlib.import_module(f"{pack.__name__}.profusion.toybox.fused")
     guided, options = kernel.GUIDED, kernel.first_levels(kernel.FUSED_SHARE, 20)
     for name in ("fusion_cfg", "gamma", "mode", "refresh"):
@@ -78,7 +93,9 @@ def test_the_kernel_and_the_node_fuse_the_same_levels(node, counted, texts, pack
     for steps in (5, 12, 20, 25):
         counted.calls.clear()
         node(counted.model, positive, negative, steps=steps, scheduler="simple", fusion_end=0.2)
-        sigmas = comfy_samplers.KSampler(counted.model, steps, counted.model.load_device, "euler", "simple").sigmas.tolist()
+        sigmas = comfy_samplers.KSampler(
+            counted.model, steps, counted.model.load_device, "euler", "simple"
+        ).sigmas.tolist()
         options = kernel.first_levels(0.2, steps)
         expected = sum(options.repeats_at(one, after) for one, after in zip(sigmas, sigmas[1:], strict=False))
         assert [stage for *_, stage in counted.calls].count("fusion") == expected > 0
@@ -99,7 +116,9 @@ def test_without_fusion_steps_and_further_terms_it_is_ksampler_bit_for_bit(node,
         assert torch.equal(same, tiny.sample(model, positive, negative, sampler, steps=4))
 
 
-@pytest.mark.parametrize("options", [{"cfg": 1.0}, {"denoise": 0.6, "latent": True}, {"mask": True, "latent": True}, {"batch": 3}])
+@pytest.mark.parametrize(
+    "options", [{"cfg": 1.0}, {"denoise": 0.6, "latent": True}, {"mask": True, "latent": True}, {"batch": 3}]
+)
 def test_the_plain_run_is_ksamplers_in_every_mode_of_use(node, model, texts, options, generator):
     positive, _, negative = texts
     latent = torch.randn(options.pop("batch", 1), 4, 8, 8, generator=generator)
@@ -152,7 +171,9 @@ def test_what_refresh_keeps_is_the_difference_of_noise(node, model, texts, sampl
 
     monkeypatch.setattr(comfy_samplers, "calc_cond_batch", straight)
     positive, text, negative = texts
-    every, second = (node(model, positive, negative, text=text, sampler_name=sampler, refresh=refresh) for refresh in (1, 2))
+    every, second = (
+        node(model, positive, negative, text=text, sampler_name=sampler, refresh=refresh) for refresh in (1, 2)
+    )
     torch.testing.assert_close(second, every, rtol=1e-4, atol=1e-4 * every.abs().max().item())
 
 
@@ -182,8 +203,12 @@ def test_the_stages_are_the_kernels(node, model, texts, pack):
 
             def denoise(x, sigma, stage):
                 conds = [guider.conds[name] for name in ("positive", "negative", "text")]
-                word, nothing, text = comfy_samplers.calc_cond_batch(network, conds, x, sigma, {"transformer_options": {}})
-                mean = (1 / 1.5) * word + (0.5 / 1.5) * text  # another order of rounding grows to 1e-3 in a random model
+                word, nothing, text = comfy_samplers.calc_cond_batch(
+                    network, conds, x, sigma, {"transformer_options": {}}
+                )
+                mean = (1 / 1.5) * word + (
+                    0.5 / 1.5
+                ) * text  # another order of rounding grows to 1e-3 in a random model
                 return nothing + (mean - nothing) * (3.0 if stage == "fusion" else 5.0)
 
             def refine(denoise, x, sigmas):
@@ -192,14 +217,18 @@ def test_the_stages_are_the_kernels(node, model, texts, pack):
                     x = denoised + (x - denoised) * (after / sigma)
                 return x
 
-            start = sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise), self.max_denoise(model_wrap, sigmas))
+            start = sampling.noise_scaling(
+                sigmas[0], noise, torch.zeros_like(noise), self.max_denoise(model_wrap, sigmas)
+            )
             options = fusion.FusionOptions(2, 0.7, sigma_end=float(sampling.percent_to_sigma(0.6)))
             fresh = torch.Generator().manual_seed(7 + 271_828_182_845)
             return fusion.sample_fusion(denoise, refine, start, sigmas, options, fresh)
 
     zeros = torch.zeros(1, 4, 8, 8)
     with torch.inference_mode():
-        expected = guider.sample(comfy.sample.prepare_noise(zeros, 7), zeros, Straight(), sigmas, disable_pbar=True, seed=7)
+        expected = guider.sample(
+            comfy.sample.prepare_noise(zeros, 7), zeros, Straight(), sigmas, disable_pbar=True, seed=7
+        )
     assert glue.FusionSampling.__mro__[1] is comfy_samplers.KSAMPLER
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
@@ -215,8 +244,11 @@ def test_a_window_limits_the_cost(node, counted, texts):
 def test_progress_goes_on_over_the_stretches(node, model, texts, pack, monkeypatch):
     positive, _, negative = texts
     seen = []
-    monkeypatch.setattr(pack.nodes.fusion.latent_preview, "prepare_callback",
-                        lambda model, steps, *_: lambda step, denoised, x, total: seen.append((step, total, steps)))
+    monkeypatch.setattr(
+        pack.nodes.fusion.latent_preview,
+        "prepare_callback",
+        lambda model, steps, *_: lambda step, denoised, x, total: seen.append((step, total, steps)),
+    )
     node(model, positive, negative, sampler_name="dpmpp_2m")
     assert seen == [(0, 4, 4), (1, 4, 4), (2, 4, 4), (3, 4, 4)]
 
@@ -229,7 +261,9 @@ def test_stochastic_samplers_draw_new_noise_in_every_stretch(model, texts, pack)
         seeds.append(extra_args["seed"])
         return x
 
-    sampling = pack.nodes.host_fusion.FusionSampling(comfy_samplers.KSAMPLER(inner), pack.profusion.fusion.FusionOptions())
+    sampling = pack.nodes.host_fusion.FusionSampling(
+        comfy_samplers.KSAMPLER(inner), pack.profusion.fusion.FusionOptions()
+    )
     guider = comfy_samplers.CFGGuider(model)
     guider.set_conds(texts[0], texts[2])
     sigmas, zeros = torch.tensor([9.0, 5.0, 2.0, 0.0]), torch.zeros(1, 4, 8, 8)
@@ -293,7 +327,12 @@ def test_the_guider_and_the_sampler_compose_with_the_hosts_own(pack, model, text
 
 @pytest.mark.parametrize(
     ("inputs", "message"),
-    [({"eta": 1.5}, "eta=1.5"), ({"text_weight": -1.0}, "sum to 0"), ({"fusion_start": 0.6, "fusion_end": 0.3}, "never act"), ({"refresh": 0}, "refresh=0")],
+    [
+        ({"eta": 1.5}, "eta=1.5"),
+        ({"text_weight": -1.0}, "sum to 0"),
+        ({"fusion_start": 0.6, "fusion_end": 0.3}, "never act"),
+        ({"refresh": 0}, "refresh=0"),
+    ],
 )
 def test_bad_inputs_are_explained(node, model, texts, inputs, message):
     positive, text, negative = texts

@@ -59,9 +59,22 @@ class Run:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [
-            sys.executable, "-m", "pytest", "tests/execution", "-p", "no:cacheprovider", "-p", "patient",
-            "--port", str(port), "--output_dir", str(base / "output"), "--skip-timing-checks", "--junitxml", str(results),
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "pytest",
+            "tests/execution",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "patient",
+            "--port",
+            str(port),
+            "--output_dir",
+            str(base / "output"),
+            "--skip-timing-checks",
+            "--junitxml",
+            str(results),
+        ]
         environment = {
             **os.environ,
             "PATH": f"{base / 'bin'}{os.pathsep}{os.environ['PATH']}",

@@ -188,8 +188,10 @@ def test_a_pack_that_replaces_attn2_is_exact(infused):
     infused.assert_node_exact(model)
     patched, positive = infused.patch(infused.residual(), model)
     assert patched.model_options["transformer_options"]["patches_replace"]["attn2"].keys() == {
-        ("input", 1), ("middle", 0), ("output", 2)
-    }  # fmt: skip
+        ("input", 1),
+        ("middle", 0),
+        ("output", 2),
+    }
     rows.clear()
     infused.run(*infused.patch(infused.residual(), model, region=MASK), batch=2)
     assert set(rows) == {4, 8}

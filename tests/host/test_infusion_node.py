@@ -125,10 +125,22 @@ def test_a_conditioning_for_another_architecture_is_refused_when_sampled(infused
 
 def flux():
     parameters = {
-        "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 8, "context_in_dim": 8, "hidden_size": 32,
-        "mlp_ratio": 2.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [4, 6, 6], "theta": 100,
-        "patch_size": 2, "qkv_bias": True, "guidance_embed": True,
-    }  # fmt: skip
+        "image_model": "flux",
+        "in_channels": 16,
+        "out_channels": 16,
+        "vec_in_dim": 8,
+        "context_in_dim": 8,
+        "hidden_size": 32,
+        "mlp_ratio": 2.0,
+        "num_heads": 2,
+        "depth": 1,
+        "depth_single_blocks": 1,
+        "axes_dim": [4, 6, 6],
+        "theta": 100,
+        "patch_size": 2,
+        "qkv_bias": True,
+        "guidance_embed": True,
+    }
     import comfy.ldm.flux.model
 
     if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__:  # newer hosts will have it
@@ -139,9 +151,17 @@ def flux():
 def sd3():
     embedder = {"target": "torch.nn.Linear", "params": {"in_features": 8, "out_features": 64}}
     parameters = {
-        "in_channels": 16, "patch_size": 2, "out_channels": 16, "depth": 1, "input_size": None, "adm_in_channels": 8,
-        "context_embedder_config": embedder, "num_patches": 36, "pos_embed_max_size": 6, "pos_embed_scaling_factor": None,
-    }  # fmt: skip
+        "in_channels": 16,
+        "patch_size": 2,
+        "out_channels": 16,
+        "depth": 1,
+        "input_size": None,
+        "adm_in_channels": 8,
+        "context_embedder_config": embedder,
+        "num_patches": 36,
+        "pos_embed_max_size": 6,
+        "pos_embed_scaling_factor": None,
+    }
     return comfy_models().SD3(parameters)
 
 
@@ -207,9 +227,19 @@ def test_the_schema_is_frozen(infused):
     schema = infused.node.define_schema()
     assert schema.node_id == "ProFusion_InfusionAttentionPatch"
     assert [entry.id for entry in schema.inputs] == [
-        "model", "clip", "text", "residual", "strength", "start_percent", "end_percent", "occurrence", "stream", "region",
-        *[name.format(suffix) for suffix in ("_2", "_3", "_4") for name in concept], "conditioning",
-    ]  # fmt: skip
+        "model",
+        "clip",
+        "text",
+        "residual",
+        "strength",
+        "start_percent",
+        "end_percent",
+        "occurrence",
+        "stream",
+        "region",
+        *[name.format(suffix) for suffix in ("_2", "_3", "_4") for name in concept],
+        "conditioning",
+    ]
     assert [output.io_type for output in schema.outputs] == ["MODEL", "CONDITIONING"]
     assert [entry.id for entry in schema.inputs if not entry.optional] == [entry.id for entry in schema.inputs][:9]
     assert all(entry.tooltip for entry in [*schema.inputs, *schema.outputs])

@@ -24,7 +24,10 @@ BASE, OTHER = "base model (ball)", "other seeds (ball)"
 def host(pack, infused):
     module = importlib.import_module(f"{pack.__name__}.nodes.overfit")
     return types.SimpleNamespace(
-        pack=pack, node=module.OverfitReport, infused=infused, overfit=sys.modules[f"{pack.__name__}.nodes.host_overfit"]
+        pack=pack,
+        node=module.OverfitReport,
+        infused=infused,
+        overfit=sys.modules[f"{pack.__name__}.nodes.host_overfit"],
     )
 
 
@@ -46,10 +49,19 @@ def report(host):
 
     def run(count=3, **inputs):
         defaults = {
-            "model": host.infused.model, "clip": host.infused.clip, "latent": {"samples": torch.zeros(count, 4, 8, 8)},
-            "noun": "ball", "class_prompt": "a photo of a %noun%", "prompts": "a house on a hill\n\na street at night\n",
-            "draws": 3, "seed": 5, "steps": 2, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple",
-        }  # fmt: skip
+            "model": host.infused.model,
+            "clip": host.infused.clip,
+            "latent": {"samples": torch.zeros(count, 4, 8, 8)},
+            "noun": "ball",
+            "class_prompt": "a photo of a %noun%",
+            "prompts": "a house on a hill\n\na street at night\n",
+            "draws": 3,
+            "seed": 5,
+            "steps": 2,
+            "cfg": 2.0,
+            "sampler_name": "euler",
+            "scheduler": "simple",
+        }
         with torch.inference_mode():
             table, chart, text = host.node.execute(**{**defaults, **inputs}).args
         found = json.loads(text)
@@ -64,11 +76,27 @@ def test_the_schema_is_frozen_and_explained(host):
     schema = host.node.GET_SCHEMA()
     assert schema.node_id == "ProFusion_OverfitReport"
     assert [f"{entry.id}:{entry.get_io_type()}" for entry in schema.inputs] == [
-        "model:MODEL", "clip:CLIP", "latent:LATENT", "noun:STRING", "class_prompt:STRING", "prompts:STRING", "draws:INT",
-        "seed:INT", "steps:INT", "cfg:FLOAT", "sampler_name:COMBO", "scheduler:COMBO", "customised:MODEL",
-        "customised_clip:CLIP", "conditioning:CONDITIONING", "residual:RESIDUAL", "residual_2:RESIDUAL", "residual_3:RESIDUAL",
-        "residual_4:RESIDUAL", "vae:VAE",
-    ]  # fmt: skip
+        "model:MODEL",
+        "clip:CLIP",
+        "latent:LATENT",
+        "noun:STRING",
+        "class_prompt:STRING",
+        "prompts:STRING",
+        "draws:INT",
+        "seed:INT",
+        "steps:INT",
+        "cfg:FLOAT",
+        "sampler_name:COMBO",
+        "scheduler:COMBO",
+        "customised:MODEL",
+        "customised_clip:CLIP",
+        "conditioning:CONDITIONING",
+        "residual:RESIDUAL",
+        "residual_2:RESIDUAL",
+        "residual_3:RESIDUAL",
+        "residual_4:RESIDUAL",
+        "vae:VAE",
+    ]
     assert [output.io_type for output in schema.outputs] == ["STRING", "IMAGE", "STRING"]
     assert all(entry.tooltip for entry in [*schema.inputs, *schema.outputs]) and schema.description
     assert (Path(host.pack.__file__).parent / "web" / "docs" / f"{schema.node_id}.md").is_file()
@@ -137,12 +165,17 @@ def test_its_own_text_encoder_counts(host, report):
 
 def test_several_residuals_have_their_own_nouns(host, report):
     rows = report(
-        residual=host.infused.residual(), residual_3=host.infused.residual(noun="cup", seed=6),
-        class_prompt="a %noun% on grass", count=2,
-    )[2]  # fmt: skip
+        residual=host.infused.residual(),
+        residual_3=host.infused.residual(noun="cup", seed=6),
+        class_prompt="a %noun% on grass",
+        count=2,
+    )[2]
     assert {subject for metric, subject in rows if metric == WASSERSTEIN} == {
-        OTHER, "other seeds (cup)", "residual (ball)", "residual_3 (cup)"
-    }  # fmt: skip
+        OTHER,
+        "other seeds (cup)",
+        "residual (ball)",
+        "residual_3 (cup)",
+    }
 
 
 def test_the_same_seed_gives_the_same_report_and_another_one_does_not(host, report):

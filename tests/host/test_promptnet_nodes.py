@@ -16,10 +16,23 @@ TEXT = "a photo of S* on snow"
 
 
 def modules(pack):
-    return {name: importlib.import_module(f"{pack.__name__}.{name}") for name in (
-        "nodes.host_models", "nodes.host_promptnet", "nodes.promptnet", "nodes.host_fusion", "nodes.fusion",
-        "profusion.diffusion", "profusion.promptnet.network", "profusion.promptnet.pseudo_word", "profusion.toybox.pipeline",
-        "profusion.toybox.fused", "nodes.trainer", "profusion.residual")}  # fmt: skip
+    return {
+        name: importlib.import_module(f"{pack.__name__}.{name}")
+        for name in (
+            "nodes.host_models",
+            "nodes.host_promptnet",
+            "nodes.promptnet",
+            "nodes.host_fusion",
+            "nodes.fusion",
+            "profusion.diffusion",
+            "profusion.promptnet.network",
+            "profusion.promptnet.pseudo_word",
+            "profusion.toybox.pipeline",
+            "profusion.toybox.fused",
+            "nodes.trainer",
+            "profusion.residual",
+        )
+    }
 
 
 class Studio:
@@ -53,18 +66,31 @@ class Studio:
         arguments = {"promptnet": self.promptnet, "clip": self.clip, "clip_vision": self.clip_vision, "vae": self.vae}
         with torch.inference_mode():
             node = self.modules["nodes.promptnet"].ResidualFromPromptNet
-            return node.execute(**{**arguments, "model": self.model, "images": pictures, "noun": noun, **inputs}).args[0]
+            return node.execute(**{**arguments, "model": self.model, "images": pictures, "noun": noun, **inputs}).args[
+                0
+            ]
 
     def pictures(self, count=1, size=96, channels=3, seed=0):
         return torch.rand(count, size, size, channels, generator=torch.Generator().manual_seed(seed))
 
     def draw(self, positive, model=None, **inputs):
         defaults = {
-            "seed": 7, "steps": 4, "cfg": 4.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0,
-            "latent_image": {"samples": torch.zeros(1, 4, 12, 12)}, "fusion_steps": 1, "eta": 1.0, "fusion_start": 0.0,
-            "fusion_end": 1.0, "fusion_cfg": 3.0, "gamma": 0.8, "mode": "dependent",
+            "seed": 7,
+            "steps": 4,
+            "cfg": 4.0,
+            "sampler_name": "euler",
+            "scheduler": "simple",
+            "denoise": 1.0,
+            "latent_image": {"samples": torch.zeros(1, 4, 12, 12)},
+            "fusion_steps": 1,
+            "eta": 1.0,
+            "fusion_start": 0.0,
+            "fusion_end": 1.0,
+            "fusion_cfg": 3.0,
+            "gamma": 0.8,
+            "mode": "dependent",
             "refresh": 1,
-        }  # fmt: skip
+        }
         negative = tiny.encode(self.clip, "")
         with torch.inference_mode():
             node = self.modules["nodes.fusion"].FusionKSampler
@@ -97,7 +123,9 @@ def test_the_conditioning_is_the_kernels(studio):
     picture, network = studio.pictures(), studio.promptnet.network
     latent, tokens = toybox.vae.latents(picture), toybox.vision(toybox.vision.preprocess(picture))
     words = network.embed_all(latent, tokens, torch.tensor(studio.modules["profusion.promptnet.network"].KNOTS))
-    expected = studio.modules["profusion.promptnet.pseudo_word"].encode(toybox.text, TEXT, words.mean(0, keepdim=True), holds_position=True)
+    expected = studio.modules["profusion.promptnet.pseudo_word"].encode(
+        toybox.text, TEXT, words.mean(0, keepdim=True), holds_position=True
+    )
     torch.testing.assert_close(positive[0][0], expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(plain[0][0], toybox.context("a photo of cat on snow"), rtol=0, atol=1e-4)
 
@@ -132,8 +160,10 @@ def test_s_at_every_level_is_the_kernels_and_made_before_the_run(studio):
     kernel = importlib.import_module(f"{studio.pack.__name__}.profusion.toybox.fused")
     fused = kernel.FusedToybox(studio.modules["profusion.toybox.pipeline"].Toybox.load(), studio.promptnet.network)
     expected, seen = fused.contexts(TEXT, [studio.pictures()]), []
-    hooks = [module.register_forward_hook(lambda *_: seen.append(1)) for module in (
-        studio.promptnet.network.middle_block, studio.clip.cond_stage_model)]  # fmt: skip
+    hooks = [
+        module.register_forward_hook(lambda *_: seen.append(1))
+        for module in (studio.promptnet.network.middle_block, studio.clip.cond_stage_model)
+    ]
     at = word.contexts(studio.model.get_model_object("model_sampling"), False)
     for t in (999, 800, 640, 130, 0):
         sigma = float(studio.modules["profusion.diffusion"].training_sigmas()[t])
@@ -268,7 +298,9 @@ def test_cancel_stops_a_residual_from_a_promptnet(studio):
 def test_a_residual_from_a_promptnet_is_drawn_and_saved(studio, infused_toybox, tmp_path):
     residual, files = studio.seed(), studio.modules["profusion.residual"]
     patched, positive = infused_toybox.patch(residual, model=studio.model, text="a photo of cat on snow")
-    drawn = [tiny.sample(model, positive, tiny.encode(studio.clip, ""), size=(12, 12)) for model in (patched, studio.model)]
+    drawn = [
+        tiny.sample(model, positive, tiny.encode(studio.clip, ""), size=(12, 12)) for model in (patched, studio.model)
+    ]
     assert drawn[0].isfinite().all() and not torch.equal(*drawn)
     path = files.save_residual(residual, tmp_path / "start.safetensors", "float32").path
     assert torch.equal(files.load_residual(path).delta, residual.delta)
@@ -277,14 +309,22 @@ def test_a_residual_from_a_promptnet_is_drawn_and_saved(studio, infused_toybox, 
 def test_a_training_starts_from_a_residual_from_a_promptnet(studio, tmp_path, monkeypatch):
     import folder_paths
 
-    monkeypatch.setitem(
-        folder_paths.folder_names_and_paths, "profusion_residuals", ([str(tmp_path)], {".safetensors"})
-    )
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "profusion_residuals", ([str(tmp_path)], {".safetensors"}))
     start, rate = studio.seed(), 0.01
     arguments = {
-        "images": studio.pictures(), "noun": "cat", "steps": 1, "learning_rate": rate, "batch_size": 1, "seed": 5,
-        "flip": False, "preserve": 1.0, "sample_every": 0, "sample_prompt": "a %noun%", "sample_steps": 1, "sample_cfg": 2.0,
-    }  # fmt: skip
+        "images": studio.pictures(),
+        "noun": "cat",
+        "steps": 1,
+        "learning_rate": rate,
+        "batch_size": 1,
+        "seed": 5,
+        "flip": False,
+        "preserve": 1.0,
+        "sample_every": 0,
+        "sample_prompt": "a %noun%",
+        "sample_steps": 1,
+        "sample_cfg": 2.0,
+    }
     with torch.inference_mode():
         trainer = studio.modules["nodes.trainer"].ResidualTrainer
         trained = trainer.execute(studio.model, studio.clip, studio.vae, **arguments, resume=start).args[0]
@@ -407,7 +447,11 @@ def test_the_authors_release_is_read_as_it_is(studio, tmp_path, monkeypatch):
     nodes, network = studio.modules["nodes.promptnet"], studio.modules["profusion.promptnet.network"]
     config = replace(network.TOYBOX_PROMPTNET, second_latent="noisy", normalise=False, holds_position=True, tokens=1)
     written = tiny.randomise(network.PromptNet(config), seed=5).state_dict()
-    named = {file.diffusers_name(name, config.unet): value for name, value in written.items() if name not in ("start", "spread")}
+    named = {
+        file.diffusers_name(name, config.unet): value
+        for name, value in written.items()
+        if name not in ("start", "spread")
+    }
     suffixes = folder_paths.folder_names_and_paths[nodes.PROMPTNETS][1]
     monkeypatch.setitem(folder_paths.folder_names_and_paths, nodes.PROMPTNETS, ([str(tmp_path)], suffixes))
     torch.save(named, tmp_path / "released.bin")

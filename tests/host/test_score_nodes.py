@@ -37,9 +37,12 @@ def scores(host):
 
     def run(**inputs):
         defaults = {
-            "images": host.other.pictures, "references": host.ball.pictures, "prompt": "a photo of a ball",
-            "clip": host.clip, "clip_vision": host.vision,
-        }  # fmt: skip
+            "images": host.other.pictures,
+            "references": host.ball.pictures,
+            "prompt": "a photo of a ball",
+            "clip": host.clip,
+            "clip_vision": host.vision,
+        }
         with torch.inference_mode():
             table, chart, text = host.node.execute(**{**defaults, **inputs}).args
         found = json.loads(text)
@@ -54,9 +57,15 @@ def test_the_schema_is_frozen_and_explained(host):
     schema = host.node.GET_SCHEMA()
     assert schema.node_id == "ProFusion_ConceptScores"
     assert [f"{entry.id}:{entry.get_io_type()}" for entry in schema.inputs] == [
-        "images:IMAGE", "references:IMAGE", "prompt:STRING", "clip:CLIP", "clip_vision:CLIP_VISION",
-        "image_encoder:CLIP_VISION", "masks:MASK", "reference_masks:MASK",
-    ]  # fmt: skip
+        "images:IMAGE",
+        "references:IMAGE",
+        "prompt:STRING",
+        "clip:CLIP",
+        "clip_vision:CLIP_VISION",
+        "image_encoder:CLIP_VISION",
+        "masks:MASK",
+        "reference_masks:MASK",
+    ]
     assert [output.io_type for output in schema.outputs] == ["STRING", "IMAGE", "STRING"]
     assert all(entry.tooltip for entry in [*schema.inputs, *schema.outputs]) and schema.description
     root = Path(host.pack.__file__).parent
@@ -68,9 +77,11 @@ def test_the_schema_is_frozen_and_explained(host):
 def test_the_hosts_encoders_give_the_kernels_numbers(host, scores):
     theirs = scores()[2]
     ours = scores(clip=None, clip_vision=None)[2]
-    assert set(theirs) == set(ours) == {
-        ("CLIP-T", "generated"), ("CLIP-I", "generated"), ("CLIP-I", "references among themselves")
-    }  # fmt: skip
+    assert (
+        set(theirs)
+        == set(ours)
+        == {("CLIP-T", "generated"), ("CLIP-I", "generated"), ("CLIP-I", "references among themselves")}
+    )
     for key in ours:
         assert theirs[key]["mean"] == pytest.approx(ours[key]["mean"], abs=1e-4) and theirs[key]["mean"] > 0.3
         assert ours[key]["backbone"] == "Toybox's own pair" and "96 pixels" in theirs[key]["backbone"]
@@ -116,8 +127,12 @@ def test_encoders_without_a_name_here_and_of_sequences(host, scores):
     import comfy.ops
 
     config = {
-        "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "layer_norm_eps": 1e-6, "use_swiglu_ffn": False,
-    }  # fmt: skip
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "layer_norm_eps": 1e-6,
+        "use_swiglu_ffn": False,
+    }
     network = comfy.image_encoders.dino2.Dinov2Model(config, torch.float32, "cpu", comfy.ops.manual_cast)
     encoded = torch.randn(1, 5, 16)
     dino = types.SimpleNamespace(model=network, image_size=518, encode_image=lambda pictures: {"image_embeds": encoded})

@@ -67,9 +67,7 @@ def test_sd15_trains_a_step_and_samples_a_step(pack, tmp_path, monkeypatch):
     import folder_paths
     from profusion_pack.nodes.trainer import ResidualTrainer
 
-    monkeypatch.setitem(
-        folder_paths.folder_names_and_paths, "profusion_residuals", ([str(tmp_path)], {".safetensors"})
-    )
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "profusion_residuals", ([str(tmp_path)], {".safetensors"}))
     _, config = detected(SD15)
     config.set_inference_dtype(torch.float32, None)
     with torch.inference_mode():

@@ -23,7 +23,12 @@ def folder(request, tmp_path_factory):
         return None
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("toybox")
-    networks = {"unet": UNet(TOYBOX), "vae": VAE(TOYBOX_VAE), "text": TextModel(TOYBOX_TEXT), "vision": VisionModel(TOYBOX_VISION)}
+    networks = {
+        "unet": UNet(TOYBOX),
+        "vae": VAE(TOYBOX_VAE),
+        "text": TextModel(TOYBOX_TEXT),
+        "vision": VisionModel(TOYBOX_VISION),
+    }
     save_weights(folder, **networks, tokens=torch.unique(tokenize(PROMPT)))
     return folder
 
@@ -105,4 +110,9 @@ def test_the_loader_node_gives_all_four(pack):
 
     model, clip, vae, vision, pictures, masks, noun = ToyboxLoader.execute("gold and navy cup", 3, 0).result
     assert pictures.shape == (3, 96, 96, 3) and masks.shape == (3, 96, 96) and noun == "cup"
-    assert model.model.diffusion_model is not None and clip.tokenizer and vae.downscale_ratio == 8 and vision.image_size == 96
+    assert (
+        model.model.diffusion_model is not None
+        and clip.tokenizer
+        and vae.downscale_ratio == 8
+        and vision.image_size == 96
+    )

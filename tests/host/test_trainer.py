@@ -61,7 +61,15 @@ def train(host, clip, folder):
 
 
 def defaults():
-    options = {"noun": "ball", "steps": 2, "learning_rate": 0.02, "batch_size": 2, "seed": 0, "flip": True, "preserve": 1.0}
+    options = {
+        "noun": "ball",
+        "steps": 2,
+        "learning_rate": 0.02,
+        "batch_size": 2,
+        "seed": 0,
+        "flip": True,
+        "preserve": 1.0,
+    }
     samples = {"sample_every": 0, "sample_prompt": "a photo of a %noun% on grass", "sample_steps": 1, "sample_cfg": 2.0}
     return {"images": pictures(), **options, **samples}
 
@@ -106,10 +114,24 @@ def test_the_schema_is_frozen_and_explained(host):
     schema = host.trainer.ResidualTrainer.GET_SCHEMA()
     assert schema.node_id == "ProFusion_ResidualTrainer"
     assert [f"{entry.id}:{entry.get_io_type()}" for entry in schema.inputs] == [
-        "model:MODEL", "clip:CLIP", "vae:VAE", "images:IMAGE", "noun:STRING", "steps:INT", "learning_rate:FLOAT",
-        "batch_size:INT", "seed:INT", "flip:BOOLEAN", "preserve:FLOAT", "sample_every:INT", "sample_prompt:STRING", "sample_steps:INT",
-        "sample_cfg:FLOAT", "masks:MASK", "resume:RESIDUAL",
-    ]  # fmt: skip
+        "model:MODEL",
+        "clip:CLIP",
+        "vae:VAE",
+        "images:IMAGE",
+        "noun:STRING",
+        "steps:INT",
+        "learning_rate:FLOAT",
+        "batch_size:INT",
+        "seed:INT",
+        "flip:BOOLEAN",
+        "preserve:FLOAT",
+        "sample_every:INT",
+        "sample_prompt:STRING",
+        "sample_steps:INT",
+        "sample_cfg:FLOAT",
+        "masks:MASK",
+        "resume:RESIDUAL",
+    ]
     assert [output.io_type for output in schema.outputs] == ["RESIDUAL", "IMAGE", "IMAGE"]
     assert all(entry.tooltip for entry in [*schema.inputs, *schema.outputs]) and schema.description
     root = Path(host.trainer.__file__).parents[1]
@@ -206,7 +228,9 @@ def toybox_folder(host, folder):
 def test_the_kernel_and_the_node_train_the_same_residual(train, host, tmp_path, weights):
     pipeline = importlib.import_module(f"{host.pack.__name__}.profusion.toybox.pipeline")
     models = importlib.import_module(f"{host.pack.__name__}.nodes.host_models")
-    if weights == "shipped" and not all((pipeline.WEIGHTS / f"toybox_{n}.safetensors").is_file() for n in pipeline.NETWORKS):
+    if weights == "shipped" and not all(
+        (pipeline.WEIGHTS / f"toybox_{n}.safetensors").is_file() for n in pipeline.NETWORKS
+    ):
         pytest.skip("Toybox's weights are not there: train them with `python -m training.toybox`")
     folder = toybox_folder(host, tmp_path / "toybox") if weights == "random" else pipeline.WEIGHTS
     images, masks = pictures(2, 96, 96), torch.zeros(2, 96, 96)

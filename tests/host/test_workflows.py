@@ -89,10 +89,18 @@ def test_a_workflow_names_only_known_nodes_and_carries_its_origin(path, object_i
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_picture_stands_beside_a_control_of_its_seed(path, object_info):
     prompt = to_prompt(json.loads(path.read_text()), object_info)
-    seeds = {node["inputs"]["seed"] for node in prompt.values() if node["class_type"] in ("KSampler", "ProFusion_FusionKSampler")}
+    seeds = {
+        node["inputs"]["seed"]
+        for node in prompt.values()
+        if node["class_type"] in ("KSampler", "ProFusion_FusionKSampler")
+    }
     seeds |= {node["inputs"]["noise_seed"] for node in prompt.values() if node["class_type"] == "RandomNoise"}
     assert len(seeds) == 1
-    loaders = [number for number, node in prompt.items() if node["class_type"] in ("ProFusion_ToyboxLoader", "CheckpointLoaderSimple")]
+    loaders = [
+        number
+        for number, node in prompt.items()
+        if node["class_type"] in ("ProFusion_ToyboxLoader", "CheckpointLoaderSimple")
+    ]
     assert any(node["class_type"] == "KSampler" and node["inputs"]["model"][0] in loaders for node in prompt.values())
 
 

@@ -24,7 +24,9 @@ def folders(tmp_path):
 
 
 def score(folders, *more, images="images", references="references"):
-    return main(["score", "--images", str(folders / images), "--references", str(folders / references), *map(str, more)])
+    return main(
+        ["score", "--images", str(folders / images), "--references", str(folders / references), *map(str, more)]
+    )
 
 
 def with_masks(folders):

@@ -75,7 +75,9 @@ def test_each_picture_has_its_prompt(toybox):
 def test_every_pair_has_a_clip_t_of_its_own(toybox, mismatched):
     generated, references = Pictures(drawn(CONCEPT, 2, 2).images), Pictures(drawn(CONCEPT, 2, 1).images)
     found = concept_scores(generated, references, ["a ball"], [Colors(), toybox, mismatched(0)])
-    assert [score.metric for score in found.scores] == ["DINO", "DINO", "CLIP-T", *["CLIP-I"] * 4] and len(found.notes) == 1
+    assert [score.metric for score in found.scores] == ["DINO", "DINO", "CLIP-T", *["CLIP-I"] * 4] and len(
+        found.notes
+    ) == 1
 
 
 def test_no_prompt_similarity_of_a_pair_that_is_none(mismatched):

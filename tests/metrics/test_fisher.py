@@ -116,7 +116,11 @@ def test_infusion_is_exactly_0_on_prompts_without_the_concept_and_not_on_one_wit
         ([torch.zeros(1, *SIZE)], 0, "draws=0"),
         ([torch.zeros(1, *SIZE), torch.zeros(1, 4, 2, 2)], 1, "of one size"),
         ([torch.zeros(0, *SIZE)], 1, "m > 0"),
-        ([torch.zeros(1, *SIZE), torch.full((1, *SIZE), math.nan)], 1, "prompt 2: latent 1 of 1 has values that are not finite"),
+        (
+            [torch.zeros(1, *SIZE), torch.full((1, *SIZE), math.nan)],
+            1,
+            "prompt 2: latent 1 of 1 has values that are not finite",
+        ),
     ],
 )
 def test_latents_that_cannot_be_noised(latents, draws, message):

@@ -44,7 +44,9 @@ def test_as_optimal_transport_has_it(counts):
 
 
 def test_as_frechets_formula_has_it():
-    linalg = pytest.importorskip("scipy.linalg", reason="scipy is not installed: the square root is not checked against it")
+    linalg = pytest.importorskip(
+        "scipy.linalg", reason="scipy is not installed: the square root is not checked against it"
+    )
     one, other = latents(50, 1), latents(60, 2, 0.5, -1.0)
     found = wasserstein_distance(one, other)
     (m, s), (n, t) = moments(one), moments(other)
@@ -55,7 +57,9 @@ def test_as_frechets_formula_has_it():
 @pytest.mark.parametrize(("counts", "size"), [((5, 7), SIZE), ((2, 9), SIZE), ((12, 30), SIZE), ((6, 4), (4, 6, 5))])
 def test_with_few_pictures_it_is_that_of_shrunk_covariances(counts, size):
     """In the span of the pictures only, against all of both d x d matrices."""
-    covariance = pytest.importorskip("sklearn.covariance", reason="scikit-learn is not installed: shrinkage is not checked")
+    covariance = pytest.importorskip(
+        "sklearn.covariance", reason="scikit-learn is not installed: shrinkage is not checked"
+    )
     ot = pytest.importorskip("ot", reason="POT is not installed: pip install POT, to check Wasserstein against it")
     one, other = latents(counts[0], 1, size=size), latents(counts[1], 2, 1.7, 0.5, size=size)
     found = wasserstein_distance(one, other)
@@ -105,7 +109,11 @@ def test_large_latents_of_half_precision_are_taken():
     [
         (torch.zeros(1, *SIZE), torch.zeros(2, *SIZE), "the first set has 1 latent, .*at least two"),
         (torch.zeros(2, *SIZE), torch.zeros(0, *SIZE), "the second set has 0 latents"),
-        (torch.zeros(2, *SIZE), torch.full((3, *SIZE), math.nan), "second set's latent 1 of 3 .*not finite .*3 in all.*float32"),
+        (
+            torch.zeros(2, *SIZE),
+            torch.full((3, *SIZE), math.nan),
+            "second set's latent 1 of 3 .*not finite .*3 in all.*float32",
+        ),
         (torch.zeros(2, *SIZE), torch.zeros(2, 4, 3), "draw both sets at one size"),
     ],
 )

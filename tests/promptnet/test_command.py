@@ -74,7 +74,9 @@ def test_it_begins_from_another_of_the_same_sizes(toybox, tmp_path):
         torch.testing.assert_close(value, begun[name], rtol=1e-3, atol=1e-6)
     assert not torch.equal(ended["output.weight"], fresh["output.weight"])
     with pytest.raises(PromptNetError, match="--start .*sizes"):
-        commands.run(command(tmp_path / "third.safetensors", "--tokens", "2", "--start", str(first)), toybox, lambda text: None)
+        commands.run(
+            command(tmp_path / "third.safetensors", "--tokens", "2", "--start", str(first)), toybox, lambda text: None
+        )
 
 
 def test_the_command_line_reports_and_says_what_is_wrong(toybox, tmp_path, capsys, monkeypatch):

@@ -142,8 +142,10 @@ def test_a_patch_file_has_the_names_that_readers_know(small, tmp_path):
     tensors = patch_tensors({LAYER: LowRankChange(random(6, 2), random(2, 4), 0.5)})
     stem = "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_k"
     assert {name: tuple(value.shape) for name, value in tensors.items()} == {
-        f"{stem}.lora_up.weight": (6, 2), f"{stem}.lora_down.weight": (2, 4), f"{stem}.alpha": ()
-    }  # fmt: skip
+        f"{stem}.lora_up.weight": (6, 2),
+        f"{stem}.lora_down.weight": (2, 4),
+        f"{stem}.alpha": (),
+    }
     assert tensors[f"{stem}.alpha"] / 2 == 0.5
     assert patch_tensors({LAYER: FullChange(random(6, 4))}).keys() == {f"{stem}.diff"}
     size = save_patch(tensors, tmp_path / "new" / "one.safetensors", {"rank": "2"})

@@ -63,8 +63,12 @@ def test_s_is_the_formula(small, normalise):
     latent, timesteps, image_tokens = inputs(size=(4, 4))  # native: nothing is averaged
     features = unet_features(
         # The same walk with PromptNet's own, now different, weights.
-        _as_unet(network, small.config), latent, timesteps, network.image_projection(image_tokens), (0, 2, 3)
-    )  # fmt: skip
+        _as_unet(network, small.config),
+        latent,
+        timesteps,
+        network.image_projection(image_tokens),
+        (0, 2, 3),
+    )
     grid = []
     for h, projection in zip(features, network.projections, strict=True):
         stride = h.shape[-1] // 2
@@ -198,7 +202,7 @@ def test_words_never_taught_do_not_count_as_typical():
         (networks.SDXL_PROMPTNET, "SDXL", (0, 3, 6, 8), (4, 2, 1, 1, 1), 1_325_862_656, 1_238_121_600),
         (networks.TOYBOX_PROMPTNET, "Toybox", (0, 2, 4, 5), (4, 2, 1, 1, 1), 3_605_408, 2_797_696),
     ],
-)  # fmt: skip
+)
 def test_the_models_people_have(config, name, blocks, strides, parameters, encoder):
     """Names and shapes of the encoder are those of the UNet; the rest is counted."""
     with torch.device("meta"):

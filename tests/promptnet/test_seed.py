@@ -27,6 +27,7 @@ def drawn(*shape, seed=0):
 
 def straight(attention, n, context):
     """Maps (N, h, T, L) and what each head reads (N, h, T, d), written down by hand."""
+
     def cut(x):
         return x.view(*x.shape[:2], attention.heads, -1).transpose(1, 2)
 
@@ -132,7 +133,13 @@ def test_with_a_residual_made_of_another_word_the_noun_is_drawn_more_like_it():
     latent, noise = (drawn(4, 12, 12, seed=number) for number in (1, 2))
     layers = cross_attention_layers(dict(toybox.unet.named_parameters()))
     run = ResidualSeed(
-        predict, [Reference(latent, torch.ones(12, 12))], rows, others.split(1), attention_modules(toybox.unet), layers, "cat"
+        predict,
+        [Reference(latent, torch.ones(12, 12))],
+        rows,
+        others.split(1),
+        attention_modules(toybox.unet),
+        layers,
+        "cat",
     )
     residual = done(run)
     sigma, queries, mask = torch.tensor([3.0]), {}, torch.ones(1, 12, 12)

@@ -41,7 +41,11 @@ def straight(fused, picture, weights, generator, noises):
         word = fused.words(picture, torch.tensor([t]))
 
         def guided(x, gamma, scale, t=t, word=word):
-            contexts = (encode(toybox.text, "a photo of a S* on snow", word, gamma, holds_position=True), plain, nothing)
+            contexts = (
+                encode(toybox.text, "a photo of a S* on snow", word, gamma, holds_position=True),
+                plain,
+                nothing,
+            )
             both, text, empty = (toybox.unet(x, torch.tensor([t]), context) for context in contexts)
             total = sum(weights)
             return empty + scale * weights[0] / total * (both - empty) + scale * weights[1] / total * (text - empty)
@@ -85,7 +89,9 @@ def apart(one, other):
 
 def test_each_row_has_its_own_picture(fused):
     guidance = Guidance((1.0, 0.0), CFG)
-    both = fused.generate("a S*", ["ball", "cup"], [pictures(1), pictures(2)], seeded(3, 4), guidance, FusionOptions(0), 3)
+    both = fused.generate(
+        "a S*", ["ball", "cup"], [pictures(1), pictures(2)], seeded(3, 4), guidance, FusionOptions(0), 3
+    )
     alone = fused.generate("a S*", ["cup"], [pictures(2)], seeded(4), guidance, FusionOptions(0), 3)
     torch.testing.assert_close(both[1:], alone, rtol=0, atol=1e-4)
     assert not torch.allclose(both[0], both[1], atol=1e-2)
@@ -93,8 +99,12 @@ def test_each_row_has_its_own_picture(fused):
 
 def test_rows_are_counted(fused):
     before = fused.rows
-    fused.generate("a S*", ["ball"] * 2, [pictures(1)] * 2, seeded(1, 2), Guidance((1.0, 0.5)), FusionOptions(1), 4, seeded(0)[0])
-    assert fused.rows - before == (3 + 4) * 3 * 2  # no fusion stage before the last step; three conditions; two pictures
+    fused.generate(
+        "a S*", ["ball"] * 2, [pictures(1)] * 2, seeded(1, 2), Guidance((1.0, 0.5)), FusionOptions(1), 4, seeded(0)[0]
+    )
+    assert (
+        fused.rows - before == (3 + 4) * 3 * 2
+    )  # no fusion stage before the last step; three conditions; two pictures
 
 
 def test_refresh_is_for_several_conditions(fused):

@@ -59,7 +59,9 @@ def test_moved_and_resized_objects(judge):
 
 
 def test_concepts_keep_their_nouns(judge):
-    pictures = [picture for name in world.CONCEPTS for picture in world.concept_pictures(name, 3, np.random.default_rng(0))]
+    pictures = [
+        picture for name in world.CONCEPTS for picture in world.concept_pictures(name, 3, np.random.default_rng(0))
+    ]
     images = torch.from_numpy(np.stack([picture.image for picture in pictures])).float() / 255
     assert share_right(judge.nouns(images), [picture.scene.objects[0].noun for picture in pictures]) >= 0.96
 
@@ -95,9 +97,15 @@ def test_a_batch_is_judged_as_its_pictures_are(judge):
 
 @pytest.mark.parametrize(
     "pictures",
-    [torch.zeros(2, 3, 96, 96), torch.zeros(96, 96, 3), torch.zeros(0, 96, 96, 3), torch.full((1, 96, 96, 3), 255.0),
-     torch.zeros(1, 96, 96, 3, dtype=torch.uint8), torch.full((1, 96, 96, 3), float("nan"))],
-)  # fmt: skip
+    [
+        torch.zeros(2, 3, 96, 96),
+        torch.zeros(96, 96, 3),
+        torch.zeros(0, 96, 96, 3),
+        torch.full((1, 96, 96, 3), 255.0),
+        torch.zeros(1, 96, 96, 3, dtype=torch.uint8),
+        torch.full((1, 96, 96, 3), float("nan")),
+    ],
+)
 def test_what_is_no_batch_of_pictures_is_refused(judge, pictures):
     with pytest.raises(JudgeError):
         judge.look(pictures)
