@@ -12,9 +12,8 @@ from ..profusion.metrics import Pictures, concept_scores
 from ..profusion.metrics.chart import chart
 from ..profusion.metrics.encoders import ImageEncoder, PairedEncoder, ToyboxEncoder
 from ..profusion.pictures import concept_pictures, from_image
-from .host_encoders import ClipPair, VisionEncoder, watched
-from .host_training import Progress
-from .messages import show
+from .host.backbones import ClipPair, VisionEncoder, watched
+from .host.display import Progress, show
 
 
 def _pictures(images: Tensor, masks: Tensor | None) -> Pictures:

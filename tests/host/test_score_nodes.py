@@ -18,7 +18,7 @@ import tiny
 @pytest.fixture(scope="module")
 def host(pack):
     """The node, Toybox as the host has it, and pictures of two of its concepts."""
-    models = importlib.import_module(f"{pack.__name__}.nodes.host_models")
+    models = importlib.import_module(f"{pack.__name__}.nodes.host.toybox")
     drawn = importlib.import_module(f"{pack.__name__}.profusion.demo").drawn_concept
     return types.SimpleNamespace(
         pack=pack,

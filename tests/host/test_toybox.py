@@ -40,9 +40,9 @@ def kernel(folder):
 
 @pytest.fixture(scope="module")
 def models(pack):
-    from profusion_pack.nodes import host_models
+    from profusion_pack.nodes.host import toybox
 
-    return host_models
+    return toybox
 
 
 def close(ours, theirs):
