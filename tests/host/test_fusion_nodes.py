@@ -245,7 +245,7 @@ def test_progress_goes_on_over_the_stretches(node, model, texts, pack, monkeypat
     positive, _, negative = texts
     seen = []
     monkeypatch.setattr(
-        pack.nodes.fusion.latent_preview,
+        pack.nodes.host.fusion.latent_preview,
         "prepare_callback",
         lambda model, steps, *_: lambda step, denoised, x, total: seen.append((step, total, steps)),
     )
