@@ -8,9 +8,9 @@ import torch
 
 from benchmarks.peers import PEERS, Peer
 from benchmarks.peers.lora import Lora
-from profusion.demo import drawn_concept
+from profusion.residual.training import ResidualTraining, TrainingOptions
+from profusion.toybox.concepts import drawn_concept
 from profusion.toybox.pipeline import Toybox
-from profusion.training import ResidualTraining, TrainingOptions
 
 KERNEL = [peer for peer in PEERS if peer is not Lora]
 NOUN = "mushroom"

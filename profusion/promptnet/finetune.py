@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion import timestep_of
-from ..training import TrainingError
+from ..residual.training import TrainingError
 from .changes import Change
 from .network import PromptNet
 from .training import EncodeWord, PictureSet, PredictNoise, PromptNetOptions, PromptNetTraining

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion import timestep_of, training_sigmas
-from ..training import TrainingError, differentiate
+from ..residual.training import TrainingError, differentiate
 from .file import load_training, save_promptnet
 from .network import PromptNet
 from .pseudo_word import PLACEHOLDER, split_prompt

@@ -29,7 +29,7 @@ from profusion.promptnet.finetune import (
 )
 from profusion.promptnet.pseudo_word import encode_tokens, prompt_tokens
 from profusion.promptnet.training import weighted_noise_error
-from profusion.training import TrainingError
+from profusion.residual.training import TrainingError
 
 LAYER = "middle_block.1.transformer_blocks.0.attn2.to_k"
 

@@ -16,7 +16,7 @@ from profusion.promptnet.training import (
     noise_weight,
     weighted_noise_error,
 )
-from profusion.training import TrainingError
+from profusion.residual.training import TrainingError
 
 
 def pictures(count=4, seed=5):

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .diffusion import training_sigmas
-from .infusion import Layer, Patches, Placement, architecture_name, customised_patches, foundation_patches
-from .residual import Residual, ResidualError, check_architecture
+from ..diffusion import training_sigmas
+from ..infusion import Layer, Patches, Placement, architecture_name, customised_patches, foundation_patches
+from .concept import Residual, ResidualError, check_architecture
 
 PROMPTS = ("a photo of a {}", "a picture of a {}", "a {}")
 

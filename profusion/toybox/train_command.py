@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 
-from ..toybox import world
-from ..toybox.pipeline import Toybox
-from .data import Say, toybox_pictures
-from .file import SUFFIX, load_promptnet, save_promptnet
-from .network import TOYBOX_PROMPTNET, PromptNet, PromptNetConfig, PromptNetError
-from .toybox import new_promptnet, toybox_training
-from .training import PictureSet, PromptNetOptions, PromptNetTraining
+from ..promptnet.file import SUFFIX, load_promptnet, save_promptnet
+from ..promptnet.network import PromptNet, PromptNetConfig, PromptNetError
+from ..promptnet.training import PictureSet, PromptNetOptions, PromptNetTraining
+from . import world
+from .configs import TOYBOX_PROMPTNET
+from .picture_sets import Say, toybox_pictures
+from .pipeline import Toybox
+from .promptnet import new_promptnet, toybox_training
 
 KEPT = 64  # most pictures that are kept from training, to see whether it helps with new ones
 REPORT_EVERY = 50

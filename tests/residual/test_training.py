@@ -17,7 +17,7 @@ from profusion.infusion import (
 from profusion.models.configs import UNetConfig
 from profusion.models.unet import UNet
 from profusion.residual import Residual, ResidualError, load_residual, save_residual
-from profusion.training import (
+from profusion.residual.training import (
     Reference,
     ResidualTraining,
     TrainingError,
