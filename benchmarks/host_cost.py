@@ -60,10 +60,10 @@ class Studio:
         comfy.utils.PROGRESS_BAR_ENABLED = False
         self._sample, self.steps = comfy.sample, steps
         self.nodes = pack.nodes
-        self.model, self.clip = pack.nodes.host_models.load_model(), pack.nodes.host_models.load_clip()
+        self.model, self.clip = pack.nodes.host.toybox.load_model(), pack.nodes.host.toybox.load_clip()
         self.positive, self.negative = self.encode(PROMPT), self.encode("")
         self.latent = torch.zeros(batch, 4, 12, 12)
-        layers = pack.nodes.host.model_layers(self.model)
+        layers = pack.nodes.host.encoding.model_layers(self.model)
         names = tuple(layer.name for layer in layers)
         generator = torch.Generator().manual_seed(0)
         residual = pack.profusion.residual.Residual
@@ -75,7 +75,7 @@ class Studio:
     def promptnet(self):
         """What it has learnt costs no time."""
         network = new_promptnet(Toybox.load()).eval().requires_grad_(False)
-        return self.nodes.host_promptnet.handed_to_the_host(network, "untrained")
+        return self.nodes.host.words.handed_to_the_host(network, "untrained")
 
     def encode(self, text: str) -> list:
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
@@ -105,16 +105,16 @@ class Studio:
 
     def word(self) -> Callable[[], list]:
         """S* of a picture in a prompt, as a CONDITIONING: PromptNet and text encoder."""
-        glue, models = self.nodes.host_promptnet, self.nodes.host_models
-        reference = glue.encode_pictures(self.promptnet, models.load_vae(), models.load_clip_vision(), PICTURE)
+        glue, models = self.nodes.host.words, self.nodes.host.toybox
+        reference = glue.encode_pictures(self.promptnet.config, models.load_vae(), models.load_clip_vision(), PICTURE)
         return lambda: glue.WordInPrompt(self.promptnet, self.clip, reference, "a photo of S* on grass").conditioning()
 
     def finetune(self) -> None:
         """What PromptNet Finetune does with one picture, as its inputs come."""
-        models, options = self.nodes.host_models, self.nodes.host_finetune.FinetuneOptions(learning_rate=2e-5)
+        models, options = self.nodes.host.toybox, self.nodes.host.finetuning.FinetuneOptions(learning_rate=2e-5)
         vision, vae = models.load_clip_vision(), models.load_vae()
         with torch.inference_mode():
-            finetuning = self.nodes.host_finetune.Finetuning(
+            finetuning = self.nodes.host.finetuning.Finetuning(
                 self.promptnet, self.model, self.clip, vision, vae, PICTURE, None, True, options
             )
             finetuning.run(lambda: None)

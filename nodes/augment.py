@@ -2,66 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import comfy.sample
-import comfy.samplers
 import torch
 from comfy_api.latest import io
-from torch import Tensor
 
-from ..profusion.augment import NOUN, composite, redrawn_cells, soft_edge, variant_prompts
-from ..profusion.pictures import PictureError, concept_pictures, to_image
-from .host_promptnet import shown
-from .host_training import Progress, encode_references
-from .messages import show
+from ..profusion.augment import NOUN, variant_prompts
+from ..profusion.pictures import PictureError, concept_pictures
+from .host.augmenting import variants
+from .host.display import show
+from .host.drawing import SAMPLERS, SCHEDULERS, Sampling
+from .host.encoding import check_connected
 
 PROMPTS = "\n".join(f"a photo of a {NOUN} {place}" for place in ("on grass", "on snow", "on sand", "in a room"))
-_SEEDS = 2**64
-
-
-class _Inpainting:
-    """Draws what is around one object anew, with the host's own sampler under a denoise mask."""
-
-    def __init__(self, model: Any, clip: Any, vae: Any, picture: Tensor, mask: Tensor):
-        """picture (H, W, 3), mask (H, W)."""
-        self._model, self._clip, self._vae = model, clip, vae
-        (reference,) = encode_references(model, vae, picture[None], mask[None])
-        latent = reference.latent[None].cpu()
-        self._redrawn = redrawn_cells(mask, tuple(latent.shape[-2:])).to(latent)[None, None]
-        # Zero where it is drawn anew: the highest noise level still holds some of the latent under it.
-        self._latent = model.model.process_latent_out(latent * (1 - self._redrawn))
-        self._extras = {}
-        if getattr(model.model, "concat_keys", ()):  # an inpainting model, which is shown what to keep
-            masked = vae.encode(shown(picture[None], mask[None]))
-            self._extras = {"concat_latent_image": masked, "concat_mask": self._redrawn}
-        self._negative = self._encode("")
-
-    def _encode(self, text: str) -> list:
-        encoded = self._clip.encode_from_tokens_scheduled(self._clip.tokenize(text))
-        return [[context, {**extras, **self._extras}] for context, extras in encoded]
-
-    def draw(
-        self, prompt: str, seed: int, steps: int, cfg: float, sampler: str, scheduler: str, callback: Any
-    ) -> Tensor:
-        """One picture (H, W, 3), the object's place included."""
-        noise = comfy.sample.prepare_noise(self._latent, seed)
-        drawn = comfy.sample.sample(
-            self._model,
-            noise,
-            steps,
-            cfg,
-            sampler,
-            scheduler,
-            self._encode(prompt),
-            self._negative,
-            self._latent,
-            noise_mask=self._redrawn,
-            callback=callback,
-            disable_pbar=True,
-            seed=seed,
-        )
-        return self._vae.decode(drawn).float().cpu()[0, ..., :3]
 
 
 class ConceptAugment(io.ComfyNode):
@@ -115,12 +66,8 @@ class ConceptAugment(io.ComfyNode):
                     round=0.01,
                     tooltip="Guidance: 4 for Toybox, 6 to 8 for Stable Diffusion.",
                 ),
-                io.Combo.Input(
-                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="As in KSampler."
-                ),
-                io.Combo.Input(
-                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip="As in KSampler."
-                ),
+                io.Combo.Input("sampler_name", options=SAMPLERS, default="euler", tooltip="As in KSampler."),
+                io.Combo.Input("scheduler", options=SCHEDULERS, default="simple", tooltip="As in KSampler."),
                 io.Int.Input(
                     "feather",
                     default=4,
@@ -158,25 +105,15 @@ class ConceptAugment(io.ComfyNode):
         feather,
         include_picture,
     ) -> io.NodeOutput:
-        for name, part in (("clip", clip), ("vae", vae)):
-            if part is None:
-                raise ValueError(f"{name} is None: the checkpoint that was loaded has none")
+        check_connected(clip=clip, vae=vae)
         texts = variant_prompts(prompts, noun)
         pictures, masks = concept_pictures(image, mask, vae.spacial_compression_encode())
         if len(pictures) > 1:
             raise PictureError(f"{len(pictures)} pictures: give one, of which variants are drawn")
         picture, mask = pictures[0].cpu(), masks[0].cpu()
-        inpainting, edge = _Inpainting(model, clip, vae, picture, mask), soft_edge(mask, feather)
-        progress, variants = Progress(count * steps), []
-        for index in range(count):
-
-            def report(step: int, *_: Any, index: int = index) -> None:
-                progress.report(index * steps + step + 1, to_image(variants[-1]) if step == 0 and variants else None)
-
-            text = texts[index % len(texts)]
-            drawn = inpainting.draw(text, (seed + index) % _SEEDS, steps, cfg, sampler_name, scheduler, report)
-            variants.append(composite(drawn, picture, edge))
-        images = torch.stack([picture] * include_picture + variants)
+        sampling = Sampling(steps, cfg, sampler_name, scheduler)
+        drawn = variants(model, clip, vae, picture, mask, texts, count, seed, sampling, feather)
+        images = torch.stack([picture] * include_picture + drawn)
         message = f"{count} variants of a picture of {picture.shape[1]}x{picture.shape[0]} pixels"
         return io.NodeOutput(images, mask.expand(len(images), -1, -1).clone(), ui=show(cls, message))
 

@@ -2,94 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import torch
 from comfy_api.latest import io
 
-from ..profusion import files
-from ..profusion.pictures import concept_pictures, from_image, loss_plot
-from ..profusion.promptnet.changes import save_patch
-from ..profusion.promptnet.file import save_promptnet
+from ..profusion.pictures import concept_pictures, from_image
 from ..profusion.promptnet.finetune import FinetuneOptions
-from ..profusion.promptnet.network import PromptNetError
-from .folders import PATCHES, PROMPTNETS, listed_name, next_path
-from .host_finetune import Finetuning
-from .host_promptnet import LoadedPromptNet, check_connected
-from .host_training import Progress, keeping
-from .messages import show
-
-PREVIEW_EVERY = 10
-
-
-class _Run:
-    """One execution of the node: the training, what is shown of it, and its files."""
-
-    def __init__(self, finetuning: Finetuning, prefix: str, keep_promptnet: bool):
-        self.finetuning, self._prefix, self._keep_promptnet = finetuning, prefix, keep_promptnet
-        self._progress = Progress(finetuning.training.options.steps)
-        self.patch_path: Path | None = None
-        self._saved: dict[str, str] = {}  # by folder, what to say of it
-        for folder in self._folders():
-            _check_writable(next_path(folder, prefix))
-
-    def _folders(self) -> list[str]:
-        wanted = ((PATCHES, self.finetuning.training.changes), (PROMPTNETS, self._keep_promptnet))
-        return [folder for folder, is_wanted in wanted if is_wanted]
-
-    def train(self) -> str:
-        """Train, save, and say what was saved."""
-        self.finetuning.run(self._after_step)
-        return self._save(self._prefix)
-
-    def _after_step(self) -> None:
-        training = self.finetuning.training
-        worth_showing = training.step % PREVIEW_EVERY == 0 or training.step in (1, training.options.steps)
-        self._progress.report(training.step, self.plot() if worth_showing else None)
-
-    def plot(self):
-        return loss_plot(self.finetuning.training.losses, self.finetuning.training.options.steps)
-
-    def _save(self, prefix: str) -> str:
-        """Write what is not written yet, and say what there is."""
-        finetuning, options = self.finetuning, self.finetuning.training.options
-        notes = {"steps": str(finetuning.training.step), "seed": str(options.seed), "rank": str(options.rank)}
-        for folder in self._folders():
-            if folder in self._saved:
-                continue
-            path = next_path(folder, prefix)
-            if folder == PATCHES:
-                size = save_patch(finetuning.patch(), path, notes)
-                self.patch_path = path
-            else:
-                size = save_promptnet(finetuning.training.network, path, "float16", notes)
-            self._saved[folder] = f"{path}\n{size:,} bytes"
-        return "\n".join(self._saved.values()) or "Nothing is saved."
-
-    def keep(self) -> str:
-        """After a failure: keep what has been learned, and say where."""
-        done = self.finetuning.training.step
-        if not done:
-            return "Nothing had been learned yet."
-        if done == self.finetuning.training.options.steps:
-            prefix = self._prefix
-        else:
-            prefix = f"{self._prefix}_partial_{done}_steps"
-        try:
-            return f"What the {done} steps so far have learned:\n{self._save(prefix)}"
-        except (PromptNetError, OSError) as error:
-            kept = "".join(f"\nSaved before: {text}" for text in self._saved.values())
-            return f"The {done} steps so far could not all be saved: {error}{kept}"
-
-
-def _check_writable(path: Path) -> None:
-    """Find out before the training, not after it. Raises PromptNetError."""
-    try:
-        files.write_atomically(path, b"")
-        path.unlink()
-    except OSError as problem:
-        raise PromptNetError(f"'{path}' could not be saved: {files.why_not_written(problem)}") from problem
+from .host.display import keeping, show
+from .host.encoding import check_connected
+from .host.files import PATCHES, listed_name
+from .host.finetuning import Finetuning, FinetuningRun
 
 
 class PromptNetFinetune(io.ComfyNode):
@@ -195,8 +116,8 @@ class PromptNetFinetune(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        promptnet: LoadedPromptNet,
-        model: Any,
+        promptnet,
+        model,
         clip,
         clip_vision,
         vae,
@@ -224,7 +145,7 @@ class PromptNetFinetune(io.ComfyNode):
         pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
         weights = weights if torch.any(weights < 1) else None
         finetuning = Finetuning(promptnet, model, clip, clip_vision, vae, pictures, weights, train_attention, options)
-        run = _Run(finetuning, filename_prefix, save_promptnet)
+        run = FinetuningRun(finetuning, filename_prefix, save_promptnet)
         with keeping(cls, run.keep):
             saved = run.train()
         name = listed_name(PATCHES, run.patch_path) if run.patch_path else ""

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.sample
-import comfy.samplers
-import comfy.utils
-import latent_preview
 from comfy_api.latest import io
 
 from ..profusion.fusion import FusionOptions, Guidance
-from .host_fusion import FusionGuider, FusionSampling
-from .messages import show
+from .host.display import show
+from .host.drawing import SAMPLERS, SCHEDULERS, Sampling
+from .host.fusion import FusionGuider, FusionSampling, sample_latent
 
 MORE_TERMS = ("_2", "_3", "_4")
 MODES = ["dependent", "independent"]
@@ -226,13 +223,13 @@ class FusionKSampler(io.ComfyNode):
                 *_guidance_inputs()[:1],
                 io.Combo.Input(
                     "sampler_name",
-                    options=comfy.samplers.KSampler.SAMPLERS,
+                    options=SAMPLERS,
                     default="euler",
                     tooltip="Of the refinement stage.",
                 ),
                 io.Combo.Input(
                     "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    options=SCHEDULERS,
                     default="simple",
                     tooltip="Of the noise levels.",
                 ),
@@ -298,32 +295,17 @@ class FusionKSampler(io.ComfyNode):
         terms, weights = ([positive], (1.0,)) if text is None else ([positive, text], (1.0, text_weight))
         guider = FusionGuider(model)
         guider.set_terms(terms, negative, Guidance(weights, cfg, fusion_cfg, gamma, mode, refresh))
-        plan = comfy.samplers.KSampler(
-            model,
-            steps=steps,
-            device=model.load_device,
-            sampler=sampler_name,
-            scheduler=scheduler,
-            denoise=denoise,
-            model_options=model.model_options,
+        drawn = sample_latent(
+            guider,
+            latent_image,
+            seed,
+            Sampling(steps, cfg, sampler_name, scheduler),
+            denoise,
+            FusionOptions(fusion_steps, eta),
+            (fusion_start, fusion_end),
         )
-        inner = comfy.samplers.sampler_object(sampler_name)
-        sampler = FusionSampling(inner, FusionOptions(fusion_steps, eta), fusion_start, fusion_end)
-        samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
-        noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
-        drawn = guider.sample(
-            noise,
-            samples,
-            sampler,
-            plan.sigmas,
-            denoise_mask=latent_image.get("noise_mask"),
-            callback=latent_preview.prepare_callback(model, len(plan.sigmas) - 1),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            seed=seed,
-        )
-        per_step = guider.rows / len(samples) / max(1, len(plan.sigmas) - 1)
-        message = f"{per_step:.2f} UNet rows a step and picture (plain guidance: 2)"
-        return io.NodeOutput({**latent_image, "samples": drawn.to(samples.device)}, ui=show(cls, message))
+        message = f"{drawn.rows_per_step:.2f} UNet rows a step and picture (plain guidance: 2)"
+        return io.NodeOutput(drawn.latent, ui=show(cls, message))
 
 
 NODES = [FusionGuiderNode, FusionSamplerNode, FusionKSampler]

@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import folder_paths
 from comfy_api.latest import io
 
 from ..profusion.infusion import architecture_name
 from ..profusion.pictures import concept_pictures
-from ..profusion.promptnet.file import SUFFIX
-from ..profusion.promptnet.network import PromptNetError, check_fits
+from ..profusion.promptnet.network import check_fits
 from ..profusion.promptnet.pseudo_word import PLACEHOLDER, with_noun
 from ..profusion.promptnet.seed import PROMPTS, ResidualSeed, attention_modules
-from ..profusion.toybox.pipeline import WEIGHTS
-from .folders import PROMPTNETS, find, fingerprint, register, why_not_found
-from .host import model_layers
-from .host_promptnet import LoadedPromptNet, WordInPrompt, check_connected, encode_pictures, load, shown
-from .host_training import Progress, TrainedModel, encode_prompts, encode_references
-from .messages import show
-
-TOYBOX = "Toybox"
-_TOYBOX_FILE = WEIGHTS / "toybox_promptnet.safetensors"
-
-register(PROMPTNETS, (SUFFIX, ".bin"))  # as it is trained here, and as its authors released it
-
-
-def promptnet_names() -> list[str]:
-    """The embedded one, if it is there, and those in models/profusion_promptnets."""
-    return [*([TOYBOX] if _TOYBOX_FILE.is_file() else []), *folder_paths.get_filename_list(PROMPTNETS)]
-
-
-def find_promptnet(name: str) -> Path:
-    """The path of a listed PromptNet. Raises PromptNetError, which says where it was looked for."""
-    if name == TOYBOX and _TOYBOX_FILE.is_file():
-        return _TOYBOX_FILE
-    advice = "or train one with `python -m profusion promptnet train`"
-    return find(PROMPTNETS, name, promptnet_names(), PromptNetError, "PromptNet", advice)
+from .host.display import Progress, show
+from .host.encoding import check_connected, encode_references, model_layers, shown
+from .host.evaluation import TrainedModel
+from .host.files import find_promptnet, fingerprint, promptnet_names, why_not_found
+from .host.placing import encode_training_prompts
+from .host.words import WordInPrompt, encode_pictures, load
 
 
 class PromptNetLoader(io.ComfyNode):
@@ -124,15 +102,13 @@ class PromptNetEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, promptnet: LoadedPromptNet, clip, clip_vision, vae, images, text, noun, masks=None
-    ) -> io.NodeOutput:
+    def execute(cls, promptnet, clip, clip_vision, vae, images, text, noun, masks=None) -> io.NodeOutput:
         check_connected(clip=clip, clip_vision=clip_vision, vae=vae)
         plain = with_noun(text, noun)
         pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
         if masks is not None:
             pictures = shown(pictures, weights)
-        word = WordInPrompt(promptnet, clip, encode_pictures(promptnet, vae, clip_vision, pictures), text)
+        word = WordInPrompt(promptnet, clip, encode_pictures(promptnet.config, vae, clip_vision, pictures), text)
         return io.NodeOutput(word.conditioning(), clip.encode_from_tokens_scheduled(clip.tokenize(plain)))
 
 
@@ -176,16 +152,16 @@ class ResidualFromPromptNet(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, promptnet: LoadedPromptNet, clip, clip_vision, vae, model, images, noun, masks=None
-    ) -> io.NodeOutput:
+    def execute(cls, promptnet, clip, clip_vision, vae, model, images, noun, masks=None) -> io.NodeOutput:
         check_connected(clip=clip, clip_vision=clip_vision, vae=vae)
         noun, layers = noun.strip(), model_layers(model)
         check_fits(promptnet.config, architecture=architecture_name(layers))
-        conditionings, rows = encode_prompts(clip, noun, layers)
+        conditionings, rows = encode_training_prompts(clip, noun, layers)
         pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
         references = encode_references(model, vae, pictures, weights)
-        word = WordInPrompt(promptnet, clip, encode_pictures(promptnet, vae, clip_vision, pictures), PROMPTS[0][1])
+        word = WordInPrompt(
+            promptnet, clip, encode_pictures(promptnet.config, vae, clip_vision, pictures), PROMPTS[0][1]
+        )
         spoken = [word.in_prompt(prompt) for _, prompt in PROMPTS]
         trained, modules = (
             TrainedModel(model, conditionings),

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..profusion.metrics import Pictures, concept_scores
 from ..profusion.metrics.chart import chart
-from ..profusion.metrics.encoders import ImageEncoder, PairedEncoder, ToyboxEncoder
+from ..profusion.metrics.encoders import ImageEncoder, PairedEncoder
 from ..profusion.pictures import concept_pictures, from_image
-from .host_encoders import ClipPair, VisionEncoder, watched
-from .host_training import Progress
-from .messages import show
+from ..profusion.toybox.encoder import ToyboxEncoder
+from .host.backbones import ClipPair, VisionEncoder, watched
+from .host.display import Progress, show
 
 
 def _pictures(images: Tensor, masks: Tensor | None) -> Pictures:

@@ -282,3 +282,37 @@ def _residual_patches(placements_for: PlacementsFor) -> Patches:
 def _repeat_chunks(x: Tensor, chunks: int, times: int) -> Tensor:
     """Repeat every chunk's rows: (chunks * N, ...) -> (chunks * times * N, ...)."""
     return x if times == 1 else x.unflatten(0, (chunks, 1, -1)).expand(-1, times, *(-1,) * x.ndim).flatten(0, 2)
+
+
+CONCEPTS_KEY = "profusion_infusion"
+"""The name under which a host's conditioning carries its placed concepts."""
+
+
+@dataclass(frozen=True)
+class PlacedConcept:
+    """A placement before the model is known that samples it: the shares of sampling in which it acts become sigmas then."""
+
+    placement: Placement
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+
+
+def check_context_width(width: int, layers: Sequence[Layer]) -> None:
+    """Raise ValueError unless a text encoder's contexts, of this width, are what these layers take."""
+    if width != layers[0].context_dim:
+        raise ValueError(
+            f"the text encoder makes a context of width {width} and the model takes {layers[0].context_dim}: "
+            "use the clip that belongs to the model"
+        )
+
+
+def with_patches(model_options: Mapping[str, Any], patches: Patches) -> dict[str, Any]:
+    """A host's model options with these patches: closest to the attention, so that other packs' see nothing unusual."""
+    options = {**model_options, "transformer_options": {**model_options["transformer_options"]}}
+    theirs = options["transformer_options"].get("patches", {})
+    options["transformer_options"]["patches"] = {
+        **theirs,
+        "attn2_patch": [*theirs.get("attn2_patch", ()), *patches.get("attn2_patch", ())],
+        "attn2_output_patch": [*patches.get("attn2_output_patch", ()), *theirs.get("attn2_output_patch", ())],
+    }
+    return options

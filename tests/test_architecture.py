@@ -65,6 +65,49 @@ def test_the_kernel_never_imports_the_host_or_the_nodes():
             assert level <= depth, f"{path} reaches out of the kernel"
 
 
+def node_imports() -> dict[str, set[str]]:
+    """The files of nodes/ that each file of it imports, packages' own files apart: they only list the others."""
+    folder, found = ROOT / "nodes", {}
+    for path in folder.rglob("*.py"):
+        if path.name == "__init__.py":
+            continue
+        parent = path.relative_to(folder).parent.parts
+        reached = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and 0 < node.level <= len(parent) + 1:
+                base = "/".join([*parent[: len(parent) + 1 - node.level], *(node.module or "").split(".")]).strip("/")
+                names = [f"{base}/{alias.name}".strip("/") for alias in node.names]
+                reached |= {name for name in (base, *names) if (folder / f"{name}.py").is_file()}
+        found[path.relative_to(folder).with_suffix("").as_posix()] = reached
+    return found
+
+
+def floors(imported: dict[str, set[str]]) -> dict[str, int]:
+    """How many files stand under each file, in a row and with it."""
+
+    def floor(name: str, above: tuple[str, ...] = ()) -> int:
+        assert name not in above, f"a circle of imports: {' -> '.join([*above, name])}"
+        return 1 + max((floor(other, (*above, name)) for other in imported[name]), default=0)
+
+    return {name: floor(name) for name in imported}
+
+
+def test_the_nodes_stand_on_the_host_ring_and_that_on_two_floors():
+    imported = node_imports()
+    for name, others in imported.items():
+        assert all(other.startswith("host/") for other in others), f"nodes/{name}.py imports {sorted(others)}"
+    found = floors(imported)
+    assert max(found.values()) <= 3, found
+    assert max(floor for name, floor in found.items() if name.startswith("host/")) <= 2, found
+
+
+def test_schemas_know_of_the_host_only_its_public_api():
+    for path in (ROOT / "nodes").glob("*.py"):
+        for level, module in imports(path):
+            top = module.split(".")[0]
+            assert level or top == "comfy_api" or top not in HOST, f"{path} imports {module}"
+
+
 def kernel_imports(path: Path) -> set[str]:
     """What a file of the kernel imports from the kernel, such as "toybox.pipeline" or "files"."""
     kernel = ROOT / "profusion"

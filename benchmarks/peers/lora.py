@@ -24,7 +24,7 @@ RANK = 8
 @lru_cache(maxsize=1)
 def host_nodes() -> SimpleNamespace:
     """The host's nodes, and Toybox in its classes: a model to train on, and one to put LoRAs on meanwhile."""
-    models = load_pack(find_host()).nodes.host_models
+    models = load_pack(find_host()).nodes.host.toybox
     import comfy.sd
     import comfy.utils
     from comfy_extras.nodes_train import LoraModelLoader, TrainLoraNode

@@ -65,5 +65,5 @@ def infused_toybox(pack):
     """The node on Toybox, as the pack loads it."""
     from infused import Infused
 
-    models = sys.modules[f"{pack.__name__}.nodes.host_models"]
+    models = sys.modules[f"{pack.__name__}.nodes.host.toybox"]
     return Infused(pack, models.load_model(), models.load_clip())

@@ -32,8 +32,8 @@ class PooledVision:
 def host(pack):
     """The pack's modules that are tested here."""
     nodes = {
-        name: importlib.import_module(f"{pack.__name__}.nodes.{name}")
-        for name in ("finetune", "host_finetune", "host_promptnet", "host_training")
+        name.rpartition(".")[2]: importlib.import_module(f"{pack.__name__}.nodes.{name}")
+        for name in ("finetune", "host.finetuning", "host.words")
     }
     names = (
         "promptnet.network",
@@ -43,7 +43,7 @@ def host(pack):
         "promptnet.pseudo_word",
         "models.configs",
         "models.clip",
-        "training",
+        "residual.training",
     )
     kernel = {
         name.split(".")[-1] + "_kernel": importlib.import_module(f"{pack.__name__}.profusion.{name}") for name in names
@@ -75,7 +75,7 @@ def promptnet(host, seed=4, **changes):
     with torch.inference_mode():
         network = host.network_kernel.PromptNet(host.network_kernel.PromptNetConfig(unet, **sizes))
         network = tiny.randomise(network, seed).eval().requires_grad_(False)
-        return host.host_promptnet.handed_to_the_host(network, "random")
+        return host.words.handed_to_the_host(network, "random")
 
 
 def defaults(**inputs):
@@ -115,7 +115,7 @@ def make_finetuning(host, clip, model, masks=None, options=None, **kwargs):
     )
     given = pictures(1) if masks is None else pictures(len(masks))
     with torch.inference_mode():
-        return host.host_finetune.Finetuning(
+        return host.finetuning.Finetuning(
             promptnet(host),
             model,
             clip,
@@ -282,7 +282,7 @@ def test_the_gradient_through_the_hosts_clip_is_the_kernels(host, clip):
         torch.randn(2, 77, tiny.CONTEXT, generator=torch.Generator().manual_seed(3)),
         "a photo of S* on snow",
     )
-    encoder = host.host_finetune.WordEncoder(clip, promptnet(host).config, [prompt])
+    encoder = host.finetuning.WordEncoder(clip, promptnet(host).config, [prompt])
     found = []
     for encode in (
         lambda word: encoder.encode(0, word),
@@ -393,7 +393,7 @@ def test_what_is_saved_before_another_file_fails_is_saved_once_and_named(host, f
     def full_disk(*_):
         raise host.network_kernel.PromptNetError("the disk is full")
 
-    monkeypatch.setattr(host.finetune, "save_promptnet", full_disk)
+    monkeypatch.setattr(host.finetuning, "save_promptnet", full_disk)
     with pytest.raises(host.training_kernel.TrainingError, match="the disk is full") as caught:
         finetune(steps=1, save_promptnet=True)
     (path,) = (folders / "loras").rglob("*.safetensors")

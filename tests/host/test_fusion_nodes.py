@@ -70,7 +70,7 @@ class Counted:
 
 @pytest.fixture
 def counted(model, pack):
-    return Counted(model, pack.nodes.host_fusion.STAGE)
+    return Counted(model, pack.nodes.host.fusion.STAGE)
 
 
 def test_the_kernel_knows_how_the_node_comes(pack):
@@ -190,7 +190,7 @@ def test_a_stage_without_guidance_does_not_spoil_what_is_kept_for_the_other(node
 def test_the_stages_are_the_kernels(node, model, texts, pack):
     """The node's run against the kernel's `sample_fusion` on the same model, guidance and noise."""
     positive, text, negative = texts
-    fusion, glue = pack.profusion.fusion, pack.nodes.host_fusion
+    fusion, glue = pack.profusion.fusion, pack.nodes.host.fusion
     result = node(model, positive, negative, text=text, text_weight=0.5, fusion_steps=2, eta=0.7, fusion_end=0.6)
 
     guider = comfy_samplers.CFGGuider(model)
@@ -261,7 +261,7 @@ def test_stochastic_samplers_draw_new_noise_in_every_stretch(model, texts, pack)
         seeds.append(extra_args["seed"])
         return x
 
-    sampling = pack.nodes.host_fusion.FusionSampling(
+    sampling = pack.nodes.host.fusion.FusionSampling(
         comfy_samplers.KSAMPLER(inner), pack.profusion.fusion.FusionOptions()
     )
     guider = comfy_samplers.CFGGuider(model)

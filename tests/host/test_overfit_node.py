@@ -27,7 +27,7 @@ def host(pack, infused):
         pack=pack,
         node=module.OverfitReport,
         infused=infused,
-        overfit=sys.modules[f"{pack.__name__}.nodes.host_overfit"],
+        evaluation=sys.modules[f"{pack.__name__}.nodes.host.evaluation"],
     )
 
 
@@ -145,7 +145,7 @@ def test_predictions_are_the_models_own(host):
     noisy = fisher.noisy_latents(latents, 5, generator, model.get_model_object("model_sampling").sigmas)
     told = []
     with torch.inference_mode():
-        found = host.overfit.noise_predictions(model, contexts, noisy, told.append)
+        found = host.evaluation.noise_predictions(model, contexts, noisy, told.append)
         for row, prompt in enumerate(noisy.prompts):
             sigma = noisy.sigma[row : row + 1]
             x = noisy.x[row : row + 1].to(device)

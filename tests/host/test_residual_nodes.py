@@ -21,7 +21,8 @@ def host(pack):
     """The pack's modules that are tested here, and the host's that they deal with."""
     import folder_paths
 
-    modules = {name: sys.modules[f"{pack.__name__}.nodes.{name}"] for name in ("folders", "residual")}
+    modules = {name: sys.modules[f"{pack.__name__}.nodes.{name}"] for name in ("host.files", "residual")}
+    modules = {name.rpartition(".")[2]: module for name, module in modules.items()}
     kernel = sys.modules[f"{pack.__name__}.profusion.residual"]
     return types.SimpleNamespace(folder_paths=folder_paths, kernel=kernel, **modules)
 
@@ -102,7 +103,7 @@ def test_the_folder_is_in_models_lists_safetensors_and_keeps_added_paths(host, m
     assert table["profusion_residuals"][0][0] == own
     monkeypatch.setitem(table, "profusion_residuals", ([str(tmp_path)], set()))  # as extra_model_paths.yaml leaves it
     for _ in range(2):
-        host.folders.register(host.folders.RESIDUALS)
+        host.files.register(host.files.RESIDUALS)
         assert table["profusion_residuals"] == ([own, str(tmp_path)], {".safetensors"})
 
 
@@ -190,7 +191,7 @@ def test_a_noun_that_is_no_file_name_is_made_one(host, folder, residual):
     import dataclasses
 
     odd = dataclasses.replace(residual, noun="a/../b: c?")
-    path = host.folders.next_residual_path("%noun%", odd.noun)
+    path = host.files.next_residual_path("%noun%", odd.noun)
     assert path == folder / "a_b_c__00001_.safetensors"
 
 

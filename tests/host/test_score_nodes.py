@@ -18,8 +18,8 @@ import tiny
 @pytest.fixture(scope="module")
 def host(pack):
     """The node, Toybox as the host has it, and pictures of two of its concepts."""
-    models = importlib.import_module(f"{pack.__name__}.nodes.host_models")
-    drawn = importlib.import_module(f"{pack.__name__}.profusion.demo").drawn_concept
+    models = importlib.import_module(f"{pack.__name__}.nodes.host.toybox")
+    drawn = importlib.import_module(f"{pack.__name__}.profusion.toybox.concepts").drawn_concept
     return types.SimpleNamespace(
         pack=pack,
         node=importlib.import_module(f"{pack.__name__}.nodes.scores").ConceptScores,

@@ -24,8 +24,12 @@ VALUES = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_v.weigh
 @pytest.fixture(scope="module")
 def host(pack):
     """The pack's modules that are tested here."""
-    nodes = {name: importlib.import_module(f"{pack.__name__}.nodes.{name}") for name in ("trainer", "host_training")}
-    kernel = {name: sys.modules[f"{pack.__name__}.profusion.{name}"] for name in ("training", "residual", "pictures")}
+    nodes = {
+        name.rpartition(".")[2]: importlib.import_module(f"{pack.__name__}.nodes.{name}")
+        for name in ("trainer", "host.evaluation", "host.residual_training")
+    }
+    names = ("residual.training", "residual", "pictures")
+    kernel = {name.split(".")[-1]: sys.modules[f"{pack.__name__}.profusion.{name}"] for name in names}
     return types.SimpleNamespace(pack=pack, **nodes, **kernel)
 
 
@@ -55,7 +59,7 @@ def train(host, clip, folder):
             return host.trainer.ResidualTrainer.execute(**arguments).args
 
     yield run
-    host.trainer._unsaved.clear()
+    host.residual_training._unsaved.clear()
     comfy.utils.set_progress_bar_global_hook(None)
     comfy.model_management.interrupt_current_processing(False)
 
@@ -195,7 +199,7 @@ def test_an_aliased_weight_is_the_same_memory_and_is_not_taken_back_from_the_hos
     with torch.inference_mode():
         linear, other = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
     own = linear.weight
-    with host.host_training.differentiable(linear):
+    with host.evaluation.differentiable(linear):
         assert not linear.weight.is_inference() and linear.weight.data_ptr() == own.data_ptr()
         linear(torch.ones(1, 3, requires_grad=True)).sum().backward()
         linear.bias = other.bias
@@ -207,10 +211,11 @@ def test_an_aliased_weight_is_the_same_memory_and_is_not_taken_back_from_the_hos
 
 def toybox_folder(host, folder):
     """Toybox's files with random weights."""
-    names = ("clip", "configs", "unet", "vae", "tokenizer")
+    names = ("clip", "unet", "vae", "tokenizer")
     models = {name: importlib.import_module(f"{host.pack.__name__}.profusion.models.{name}") for name in names}
     pipeline = importlib.import_module(f"{host.pack.__name__}.profusion.toybox.pipeline")
-    configs, clip = models["configs"], models["clip"]
+    configs = importlib.import_module(f"{host.pack.__name__}.profusion.toybox.configs")
+    clip = models["clip"]
     networks = {
         "unet": models["unet"].UNet(configs.TOYBOX),
         "vae": models["vae"].VAE(configs.TOYBOX_VAE),
@@ -227,7 +232,7 @@ def toybox_folder(host, folder):
 @pytest.mark.parametrize("weights", ["random", "shipped"])
 def test_the_kernel_and_the_node_train_the_same_residual(train, host, tmp_path, weights):
     pipeline = importlib.import_module(f"{host.pack.__name__}.profusion.toybox.pipeline")
-    models = importlib.import_module(f"{host.pack.__name__}.nodes.host_models")
+    models = importlib.import_module(f"{host.pack.__name__}.nodes.host.toybox")
     if weights == "shipped" and not all(
         (pipeline.WEIGHTS / f"toybox_{n}.safetensors").is_file() for n in pipeline.NETWORKS
     ):
@@ -292,10 +297,10 @@ def test_patches_take_part_and_guidance_does_not(train):
 
 
 def test_a_model_that_has_infusion_on_it_trains_as_without(train, host):
-    infusion = host.pack.nodes.host
+    streams, encoding = host.pack.nodes.host.streams, host.pack.nodes.host.encoding
     model = tiny.model()
-    streams = infusion.add_streams(model, infusion.model_layers(model), False)
-    same(train(streams)[0], train(model)[0])
+    patched = streams.add_streams(model, encoding.model_layers(model), False)
+    same(train(patched)[0], train(model)[0])
 
 
 def test_a_velocity_model_is_trained_on_the_noise_it_implies(host, clip):
@@ -304,7 +309,7 @@ def test_a_velocity_model_is_trained_on_the_noise_it_implies(host, clip):
     model.add_object_patch("model_sampling", comfy.model_base.model_sampling(model.model.model_config, velocity))
     x, sigma = torch.randn(2, 4, 8, 8), torch.tensor([0.7, 5.0])
     context = tiny.encode(clip, "a ball")
-    trained, seen = host.host_training.TrainedModel(model, [context]), []
+    trained, seen = host.evaluation.TrainedModel(model, [context]), []
 
     def note(apply_model, arguments):
         out = apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
@@ -490,7 +495,7 @@ def test_a_disk_that_fills_up_meanwhile_loses_nothing(train, host, folder, monke
     trained = []
     on_progress(lambda done, _: trained.append(done))
     same(train(model, steps=4)[0], whole)
-    assert set(trained) == {4} and not host.trainer._unsaved
+    assert set(trained) == {4} and not host.residual_training._unsaved
     assert len(list(folder.rglob("ball_4_steps_*.safetensors"))) == 2
 
 

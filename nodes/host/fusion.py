@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import comfy.conds
 import comfy.model_management
 import comfy.model_sampling
+import comfy.sample
 import comfy.samplers
+import comfy.utils
+import latent_preview
 import torch
 from torch import Tensor
 
-from ..profusion.fusion import FusionOptions, Guidance, KeptDifferences, fusion_stage, mean_prediction, segments
-from .host import KEY as STREAM
+from ...profusion.fusion import FusionOptions, Guidance, KeptDifferences, fusion_stage, mean_prediction, segments
+from .drawing import Sampling, empty_latents
+from .streams import KEY as STREAM
+from .words import WORD
 
-WORD = "profusion_word"
 STAGE = "profusion_stage"
 
 _SEED_STRIDE = 1_000_003
@@ -246,3 +250,46 @@ def _under_stage(model: Callable, extra_args: dict) -> Callable[[Tensor, Tensor]
         return model(x, sigma, **arguments)
 
     return evaluate
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A drawn LATENT, and how many UNet rows each of its pictures took a step."""
+
+    latent: dict
+    rows_per_step: float
+
+
+def sample_latent(
+    guider: FusionGuider,
+    latent: dict,
+    seed: int,
+    sampling: Sampling,
+    denoise: float,
+    options: FusionOptions,
+    window: tuple[float, float],
+) -> Drawn:
+    """What KSampler does with a LATENT, by Fusion Sampling. window: shares of sampling that have the fusion stage."""
+    model = guider.model_patcher
+    plan = comfy.samplers.KSampler(
+        model,
+        steps=sampling.steps,
+        device=model.load_device,
+        sampler=sampling.sampler,
+        scheduler=sampling.scheduler,
+        denoise=denoise,
+        model_options=model.model_options,
+    )
+    samples = empty_latents(model, latent)
+    steps = len(plan.sigmas) - 1
+    drawn = guider.sample(
+        comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")),
+        samples,
+        FusionSampling(comfy.samplers.sampler_object(sampling.sampler), options, *window),
+        plan.sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, steps),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    return Drawn({**latent, "samples": drawn.to(samples.device)}, guider.rows / len(samples) / max(1, steps))

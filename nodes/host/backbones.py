@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import comfy.image_encoders.dino2
 import torch
+from comfy.clip_vision import ClipVisionModel
+from comfy.sd import CLIP
 from torch import Tensor
 
-from ..profusion.metrics import MetricError
-from ..profusion.metrics.encoders import ImageEncoder, PairedEncoder
+from ...profusion.metrics import MetricError
+from ...profusion.metrics.encoders import ImageEncoder, PairedEncoder
 
 _NAMES = {
     ("CLIPVisionModelProjection", 24, 224): "CLIP ViT-L/14",
@@ -29,7 +30,7 @@ _NAMES = {
 class VisionEncoder:
     """A CLIP_VISION: CLIP, SigLIP or DINOv2, as Load CLIP Vision gives it."""
 
-    def __init__(self, vision: Any):
+    def __init__(self, vision: ClipVisionModel):
         self._vision = vision
         network = vision.model
         dino = isinstance(network, comfy.image_encoders.dino2.Dinov2Model)
@@ -48,7 +49,7 @@ class VisionEncoder:
 class ClipPair(VisionEncoder):
     """A CLIP_VISION with the text encoder of a CLIP that was trained with it, projections included."""
 
-    def __init__(self, clip: Any, vision: Any):
+    def __init__(self, clip: CLIP, vision: ClipVisionModel):
         super().__init__(vision)
         projection = getattr(vision.model, "visual_projection", None)
         width = projection.weight.shape[0] if isinstance(projection, torch.nn.Module) else None

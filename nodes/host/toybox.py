@@ -12,10 +12,11 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models
 import comfy.supported_models_base
+import folder_paths
 import torch
 
-from ..profusion.models.configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE
-from ..profusion.toybox.pipeline import WEIGHTS, load_network
+from ...profusion.toybox.configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE
+from ...profusion.toybox.pipeline import WEIGHTS, load_network
 
 VISION_CONFIG = WEIGHTS / "clip_vision_config.json"  # the host reads the tower's sizes from such a file
 
@@ -79,6 +80,11 @@ def _tokenizer(embedding_directory=None, tokenizer_data=None) -> comfy.sd1_clip.
     tokenizer = comfy.sd1_clip.SD1Tokenizer(embedding_directory, tokenizer_data or {})
     tokenizer.clip_l.embedding_size = TOYBOX_TEXT.width  # of the textual inversions that `embedding:` may name
     return tokenizer
+
+
+def embedding_folders() -> list[str]:
+    """Where the host looks for textual inversions."""
+    return folder_paths.get_folder_paths("embeddings")
 
 
 def load_vae(folder: Path | None = None) -> comfy.sd.VAE:

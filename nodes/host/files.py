@@ -1,4 +1,4 @@
-"""Where residuals, PromptNets and patch files are on disk: in folders of models/, and those that extra_model_paths.yaml adds."""
+"""Where residuals, PromptNets and patch files are on disk: in models/, and in what extra_model_paths.yaml adds."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ from pathlib import Path, PurePath
 
 import folder_paths
 
-from ..profusion.promptnet.network import PromptNetError
-from ..profusion.residual import PREVIEW_SUFFIX, SUFFIX, ResidualError
+from ...profusion.promptnet.network import PromptNetError
+from ...profusion.residual import PREVIEW_SUFFIX, SUFFIX, ResidualError
+from ...profusion.toybox.pipeline import WEIGHTS
 
 RESIDUALS = "profusion_residuals"
 PROMPTNETS = "profusion_promptnets"
 PATCHES = "loras"  # the host's own
+TOYBOX = "Toybox"  # as the loader lists the embedded PromptNet
+_TOYBOX_FILE = WEIGHTS / "toybox_promptnet.safetensors"
 
 
 def register(folder: str, suffixes: Sequence[str] = (SUFFIX,)) -> None:
-    """Tell the host of a folder, and of the files to list in it. Paths that extra_model_paths.yaml added before stay, after the host's own as usual.
+    """Tell the host of a folder, and of the files to list in it.
 
-    The host's `add_model_folder_path` would list files of every kind in it.
+    Paths that extra_model_paths.yaml added before stay, after the host's own as usual. The host's `add_model_folder_path`
+    would list files of every kind in it.
     """
     own = str(Path(folder_paths.models_dir) / folder)
     known, _ = folder_paths.folder_names_and_paths.get(folder, ([], set()))
@@ -35,6 +39,19 @@ def find_residual(name: str) -> Path:
     """The path of a listed residual. Raises ResidualError, which says where it was looked for and what is there."""
     advice = "or make one with Residual Trainer and Residual Saver"
     return find(RESIDUALS, name, residual_names(), ResidualError, "residual", advice)
+
+
+def promptnet_names() -> list[str]:
+    """The embedded one, if it is there, and those in models/profusion_promptnets."""
+    return [*([TOYBOX] if _TOYBOX_FILE.is_file() else []), *folder_paths.get_filename_list(PROMPTNETS)]
+
+
+def find_promptnet(name: str) -> Path:
+    """The path of a listed PromptNet. Raises PromptNetError, which says where it was looked for."""
+    if name == TOYBOX and _TOYBOX_FILE.is_file():
+        return _TOYBOX_FILE
+    advice = "or train one with `python -m profusion promptnet train`"
+    return find(PROMPTNETS, name, promptnet_names(), PromptNetError, "PromptNet", advice)
 
 
 def find(kind: str, name: str, names: Sequence[str], error: type[ValueError], what: str, advice: str) -> Path:
@@ -106,3 +123,7 @@ def _next_path(kind: str, prefix: str, error: type[ValueError], companion: str =
         if not path.exists() and not path.with_suffix(companion).exists():
             return path
         number += 1
+
+
+register(RESIDUALS)
+register(PROMPTNETS, (SUFFIX, ".bin"))  # as it is trained here, and as its authors released it
