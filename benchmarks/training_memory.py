@@ -54,7 +54,7 @@ def measure(unet: UNet, cells: int) -> tuple[int, int]:
 
     references = [Reference(torch.randn(4, cells, cells), torch.ones(cells, cells))]
     training = ResidualTraining(predict, references, [ROWS], layers, "cat", TrainingOptions(batch_size=1))
-    batch = training._draw()
+    batch = training.batch()
 
     def plain() -> Tensor:
         placement = Placement(training.delta, tuple(layer.name for layer in layers), ROWS)
@@ -62,7 +62,7 @@ def measure(unet: UNet, cells: int) -> tuple[int, int]:
         own_queries = {**patches, "attn2_patch": patches["attn2_patch"][1:]}
         return masked_noise_error(predict(batch.noisy, batch.sigma, 0, own_queries), batch.noise, batch.mask)
 
-    return saved_numbers(lambda: training._loss(batch), unet), saved_numbers(plain, unet)
+    return saved_numbers(lambda: training.loss(batch), unet), saved_numbers(plain, unet)
 
 
 def main() -> None:

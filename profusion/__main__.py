@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 from . import demo
+from .loop import TrainingError
 from .pictures import PictureError
 from .prompt import NounError
 from .promptnet import PromptNetError
 from .residual import ResidualError
-from .residual.training import TrainingError, TrainingOptions
+from .residual.training import TrainingOptions
 from .toybox import concepts, world
 from .toybox import score_command as score
 from .toybox import train_command as promptnet

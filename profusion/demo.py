@@ -33,8 +33,7 @@ def train(toybox: Toybox, concept: Concept, options: TrainingOptions, say: Say) 
     training = toybox.training(concept.pictures, concept.masks, concept.noun, options)
     for loss in training.steps():
         if training.step % 25 == 0 or training.step == options.steps:
-            recent = training.losses[-25:]
-            say(f"train {training.step}/{options.steps}  loss {sum(recent) / len(recent):.4f}  (last {loss:.4f})")
+            say(f"train {training.step}/{options.steps}  loss {training.mean_loss(25):.4f}  (last {loss:.4f})")
     return training.residual(), training.losses, time.monotonic() - started
 
 

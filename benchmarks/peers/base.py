@@ -88,7 +88,7 @@ class Peer:
         optimizer = torch.optim.AdamW(self.trained().values(), lr=recipe.learning_rate, weight_decay=0.0)
         kept = self._class_pictures(recipe.seed) if self.prior else None
         while draws.step < recipe.steps:
-            batch = draws._draw()
+            batch = draws.batch()
             prompt = PROMPTS[batch.prompt]
             predicted = self.predict_noise(batch.noisy, batch.sigma, prompt.format(self.phrase))
             loss = masked_noise_error(predicted, batch.noise, batch.mask)

@@ -144,7 +144,6 @@ def run(command: Command, toybox: Toybox | None = None, say: Say = print) -> dic
     seconds = _train(command, training, kept, say)
     notes = {"data": command.data, "pictures": pictures.fingerprint(), "steps": str(training.step), "seed": str(seed)}
     size = save_promptnet(network.cpu(), command.out, notes=notes)
-    training_loss = training.losses[-REPORT_EVERY:]
     return {
         "promptnet": str(command.out),
         "bytes": size,
@@ -152,7 +151,7 @@ def run(command: Command, toybox: Toybox | None = None, say: Say = print) -> dic
         "pictures": len(pictures),
         "steps": training.step,
         "seconds": round(seconds, 1),
-        "loss": round(sum(training_loss) / max(1, len(training_loss)), 5),
+        "loss": round(training.mean_loss(REPORT_EVERY), 5),
     }
 
 
@@ -206,10 +205,9 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 def _progress(training: PromptNetTraining, pace: float) -> str:
-    recent = training.losses[-REPORT_EVERY:]
     left = (training.options.steps - training.step) * pace / 60
     return (
-        f"step {training.step}/{training.options.steps}  loss {sum(recent) / len(recent):.4f}  "
+        f"step {training.step}/{training.options.steps}  loss {training.mean_loss(REPORT_EVERY):.4f}  "
         f"{pace:.2f} s a step, {math.ceil(left)} min left"
     )
 

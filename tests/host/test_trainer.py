@@ -28,7 +28,7 @@ def host(pack):
         name.rpartition(".")[2]: importlib.import_module(f"{pack.__name__}.nodes.{name}")
         for name in ("trainer", "host.evaluation", "host.residual_training")
     }
-    names = ("residual.training", "residual", "pictures")
+    names = ("residual.training", "residual", "pictures", "loop")
     kernel = {name.split(".")[-1]: sys.modules[f"{pack.__name__}.profusion.{name}"] for name in names}
     return types.SimpleNamespace(pack=pack, **nodes, **kernel)
 
@@ -444,7 +444,7 @@ def test_any_error_keeps_what_was_learned_and_says_where(train, host, folder, pr
     model = failing_after(2, problem)
     before = fingerprint(model)
     cause = "out of memory while training on 2 pictures" if "GPU" in str(problem) else "a kernel failed"
-    with pytest.raises(host.training.TrainingError, match=cause) as caught:
+    with pytest.raises(host.loop.TrainingError, match=cause) as caught:
         train(model, steps=4)
     assert fingerprint(model) == before
     (path,) = folder.rglob("ball_partial_2_steps_*.safetensors")
@@ -453,7 +453,7 @@ def test_any_error_keeps_what_was_learned_and_says_where(train, host, folder, pr
 
 
 def test_an_error_in_the_first_step_writes_nothing(train, host, folder):
-    with pytest.raises(host.training.TrainingError, match="a kernel failed\nNothing had been learned yet"):
+    with pytest.raises(host.loop.TrainingError, match="a kernel failed\nNothing had been learned yet"):
         train(failing_after(0, RuntimeError("a kernel failed")))
     assert not list(folder.rglob("*.safetensors"))
 
@@ -487,7 +487,7 @@ def test_a_disk_that_fills_up_meanwhile_loses_nothing(train, host, folder, monke
             monkeypatch.setattr(host.residual.file.files, "write_atomically", full_disk)
 
     on_progress(fill)
-    with pytest.raises(host.training.TrainingError, match="the disk is full.*\n.*4 steps so far could not be saved"):
+    with pytest.raises(host.loop.TrainingError, match="the disk is full.*\n.*4 steps so far could not be saved"):
         train(model, steps=4)
     monkeypatch.undo()
     folder_paths = sys.modules["folder_paths"]
