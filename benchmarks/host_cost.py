@@ -18,8 +18,8 @@ import torch
 
 from benchmarks.results import table, write
 from benchmarks.timing import against, interleaved
-from profusion.promptnet.toybox import new_promptnet
 from profusion.toybox.pipeline import Toybox
+from profusion.toybox.promptnet import new_promptnet
 
 ROOT = Path(__file__).resolve().parents[1]
 FINETUNE, FINETUNES = "PromptNet Finetune, 50 steps of batch 4, once for a picture", 3

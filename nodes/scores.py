@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..profusion.metrics import Pictures, concept_scores
 from ..profusion.metrics.chart import chart
-from ..profusion.metrics.encoders import ImageEncoder, PairedEncoder, ToyboxEncoder
+from ..profusion.metrics.encoders import ImageEncoder, PairedEncoder
 from ..profusion.pictures import concept_pictures, from_image
+from ..profusion.toybox.encoder import ToyboxEncoder
 from .host.backbones import ClipPair, VisionEncoder, watched
 from .host.display import Progress, show
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..profusion.pictures import from_image
-from ..profusion.training import TrainingOptions
+from ..profusion.residual.training import TrainingOptions
 from .host.display import keeping, show
 from .host.drawing import Sampling
 from .host.residual_training import Samples, prepare_training

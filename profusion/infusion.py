@@ -35,6 +35,8 @@ _TO_VALUE = re.compile(
     r"(input|middle|output)_blocks?\.(\d+)\.(?:\d+\.)?transformer_blocks\.(\d+)\.attn2\.to_v\.weight"
 )
 _KINDS = ("input", "middle", "output")
+# By (cross-attentions, context width). Names for people, also in saved files; nothing is decided by one. Toybox's is a row
+# like the others: filled in by its own module, what a file says would depend on what had been imported before.
 _ARCHITECTURES = {(16, 768): "SD 1.x", (16, 1024): "SD 2.x", (70, 2048): "SDXL", (10, 128): "Toybox"}
 
 ExtraOptions = Mapping[str, Any]

@@ -108,6 +108,52 @@ def test_schemas_know_of_the_host_only_its_public_api():
             assert level or top == "comfy_api" or top not in HOST, f"{path} imports {module}"
 
 
+def kernel_imports(path: Path) -> set[str]:
+    """What a file of the kernel imports from the kernel, such as "toybox.pipeline" or "files"."""
+    kernel = ROOT / "profusion"
+    package = path.relative_to(kernel).parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[: len(package) + 1 - node.level], *(node.module or "").split(".")]
+            base = [part for part in base if part]
+            found |= {".".join([*base, alias.name]) for alias in node.names} if not node.module else {".".join(base)}
+    return found
+
+
+def kernel_part(path: Path) -> str:
+    """The package or the single module of the kernel to which a file belongs."""
+    return path.relative_to(ROOT / "profusion").parts[0].removesuffix(".py")
+
+
+def test_the_methods_know_no_toy_and_only_the_command_line_knows_the_demo():
+    seen = set()
+    for path in (ROOT / "profusion").rglob("*.py"):
+        part, imported = kernel_part(path), {name.split(".")[0] for name in kernel_imports(path)}
+        seen |= imported
+        assert "toybox" not in imported or part in {"toybox", "demo", "__main__"}, f"{path} imports Toybox"
+        assert "demo" not in imported or part == "__main__", f"{path} imports the demo"
+    assert {"toybox", "demo"} <= seen  # else this looked at nothing
+    for top in ("nodes", "benchmarks", "tools", "training"):
+        for path in (ROOT / top).rglob("*.py"):
+            names = {module for _, module in imports(path)}
+            assert not any(name.endswith("profusion.demo") for name in names), f"{path} imports the demo"
+
+
+def test_no_parts_of_the_kernel_import_each_other():
+    needs: dict[str, set[str]] = {}
+    for path in (ROOT / "profusion").rglob("*.py"):
+        part = kernel_part(path)
+        if part != "__init__":
+            needs.setdefault(part, set()).update({name.split(".")[0] for name in kernel_imports(path)} - {part})
+    done: list[str] = []
+    while len(done) < len(needs):
+        ready = [part for part in needs if part not in done and needs[part] <= set(done)]
+        assert ready, f"these import each other: {sorted(set(needs) - set(done))}"
+        done += ready
+    assert done.index("residual") < done.index("promptnet") < done.index("toybox")
+
+
 def test_nothing_is_required_that_the_host_does_not_ship():
     for path in shipped():
         optional = OPTIONAL if path.name == "libraries.py" else set()

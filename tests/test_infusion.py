@@ -7,8 +7,9 @@ import torch
 
 from profusion import infusion
 from profusion.infusion import Placement, add_residual, customised_patches, foundation_patches, on_conditional
-from profusion.models.configs import SD15, SD21, SDXL, TOYBOX, UNetConfig
+from profusion.models.configs import SD15, SD21, SDXL, UNetConfig
 from profusion.models.unet import CrossAttention, UNet
+from profusion.toybox.configs import TOYBOX
 
 SMALL = UNetConfig(32, (1, 2), 1, (1, 1), 1, 24, num_heads=2)
 NAMES = ("input.1.0", "input.3.0", "middle.0.0", "output.0.0", "output.1.0", "output.2.0", "output.3.0")

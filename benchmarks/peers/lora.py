@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from benchmarks.host_cost import find_host, load_pack
 from benchmarks.peers.base import RARE_WORD, Peer
 from profusion.coroutine import Coroutine
-from profusion.demo import Concept
-from profusion.training import PROMPTS, TrainingOptions
+from profusion.residual.training import PROMPTS, TrainingOptions
+from profusion.toybox.concepts import Concept
 
 RANK = 8
 

@@ -11,7 +11,7 @@ import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io, ui
 
-from ...profusion.training import TrainingError
+from ...profusion.loop import TrainingError
 
 if TYPE_CHECKING:
     from PIL import Image

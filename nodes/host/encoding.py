@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...profusion.infusion import Layer, UnsupportedModelError, cross_attention_layers
 from ...profusion.pictures import latent_masks
-from ...profusion.training import Reference
+from ...profusion.residual.training import Reference
 
 _PARTS = {"clip": "text encoder", "vae": "VAE", "clip_vision": "image encoder"}
 

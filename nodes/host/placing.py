@@ -19,7 +19,7 @@ from ...profusion.infusion import (
 from ...profusion.prompt import NounError, Span, choose_spans, find_noun
 from ...profusion.promptnet.pseudo_word import with_stand_in
 from ...profusion.residual import Residual, check_architecture
-from ...profusion.training import PROMPTS
+from ...profusion.residual.training import PROMPTS
 
 if TYPE_CHECKING:
     from comfy.sd import CLIP

@@ -16,7 +16,7 @@ from ...profusion.infusion import CONCEPTS_KEY
 from ...profusion.pictures import concept_pictures, loss_plot, stacked, to_image
 from ...profusion.prompt import NounError
 from ...profusion.residual import Residual, ResidualError, SavedResidual, save_residual
-from ...profusion.training import ResidualTraining, TrainingOptions
+from ...profusion.residual.training import ResidualTraining, TrainingOptions
 from .display import Progress
 from .drawing import Sampling, draw
 from .encoding import check_connected, encode_references, model_layers
