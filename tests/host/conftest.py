@@ -39,6 +39,16 @@ def pytest_terminal_summary(terminalreporter):
         )
 
 
+@pytest.fixture(autouse=True)
+def nobody_listens_or_cancels():
+    """Whatever a test hung on the progress bar is gone after it, and so is a Cancel that it pressed."""
+    yield
+    if HOST is not None:
+        from reports import stop_listening
+
+        stop_listening()
+
+
 @pytest.fixture(scope="session")
 def pack():
     """The pack, loaded as the host loads it: under a name that is not importable otherwise."""
