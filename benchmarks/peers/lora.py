@@ -13,11 +13,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from benchmarks.host_cost import find_host, load_pack
+from benchmarks.host_cost import load_pack
 from benchmarks.peers.base import RARE_WORD, Peer
 from profusion.coroutine import Coroutine
 from profusion.demo import Concept
 from profusion.training import PROMPTS, TrainingOptions
+from tools.hosts import SOUGHT, find_host, needed_host
 
 RANK = 8
 
@@ -25,7 +26,7 @@ RANK = 8
 @lru_cache(maxsize=1)
 def host_nodes() -> SimpleNamespace:
     """The host's nodes, and Toybox in its classes: a model to train on, and one to put LoRAs on meanwhile."""
-    models = load_pack(find_host()).nodes.host.toybox
+    models = load_pack(needed_host()).nodes.host.toybox
     import comfy.sd
     import comfy.utils
     from comfy_extras.nodes_train import LoraModelLoader, TrainLoraNode
@@ -59,7 +60,7 @@ class Lora(Peer):
 
     @classmethod
     def why_unavailable(cls) -> str:
-        return "" if find_host() else "no ComfyUI at COMFYUI_PATH or ~/comfy/ComfyUI, and it is trained by that"
+        return "" if find_host() else f"no ComfyUI {SOUGHT}, and it is trained by that"
 
     def trained(self) -> dict[str, Tensor]:
         return self._lora
