@@ -72,8 +72,8 @@ def find_promptnet(name: str) -> Path:
 
 
 def find(kind: str, name: str, names: Sequence[str], error: type[ValueError], what: str, advice: str) -> Path:
-    """The path of a file in one of our folders. names: those that a loader lists, for the error, which also says where it
-    was looked for."""
+    """The path of a file in one of our folders. names: those that a loader lists, for the error, which also says where
+    it was looked for."""
     path = folder_paths.get_full_path(kind, name)
     if path is not None:
         return Path(path)
@@ -86,8 +86,8 @@ def find(kind: str, name: str, names: Sequence[str], error: type[ValueError], wh
 
 
 def why_not_found(find: Callable[[str], Path], name: str | None) -> bool | str:
-    """What a loader's `validate_inputs` returns in place of the host's check of the list, whose message does not say where
-    the list comes from. name is None where it comes from another node."""
+    """What a loader's `validate_inputs` returns in place of the host's check of the list, whose message does not say
+    where the list comes from. name is None where it comes from another node."""
     try:
         if name is not None:
             find(name)

@@ -1,7 +1,8 @@
 """Fusion Sampling in the host: a guider that weighs several conditionings, and a sampler with a fusion stage.
 
-Each is useful alone. The guider with any sampler of the host is plain guidance over several conditionings; the sampler with
-any guider has the fusion stage under that guider's own guidance. Together they are the paper's method (arXiv 2305.13579).
+Each is useful alone. The guider with any sampler of the host is plain guidance over several conditionings; the sampler
+with any guider has the fusion stage under that guider's own guidance. Together they are the paper's method (arXiv
+2305.13579).
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ class FusionGuider(comfy.samplers.CFGGuider):
         )
 
     def _without_negative(self, cfg: float, kept: KeptDifferences, model_options: dict) -> bool:
-        """Whether guidance needs no negative: not by this scale, nor by the other stage's where differences are kept for it."""
+        """Whether neither this stage nor, where it takes kept differences, the other one needs the negative."""
         scales = (cfg,) if kept.always else (self.cfg, self.guidance.fusion_cfg)
         return all(math.isclose(scale, 1.0) for scale in scales) and not model_options.get(
             "disable_cfg1_optimization", False
@@ -209,8 +210,8 @@ class FusionSampling(comfy.samplers.KSAMPLER):
     def __init__(self, inner: Any, options: FusionOptions, start_percent: float = 0.0, end_percent: float = 1.0):
         if not hasattr(inner, "sampler_function"):
             raise ValueError(
-                f"{type(inner).__name__} is no sampler of the kind that ComfyUI's KSamplerSelect gives: it has no function "
-                "that a fusion stage could be put before"
+                f"{type(inner).__name__} is no sampler of the kind that ComfyUI's KSamplerSelect gives: it has no "
+                "function that a fusion stage could be put before"
             )
         if start_percent > end_percent:
             raise ValueError(

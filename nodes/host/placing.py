@@ -1,4 +1,4 @@
-"""Where a noun is in the host's prompts, and concepts placed there: what a CONDITIONING carries into the sampling run."""
+"""Where a noun is in the host's prompts, and the concepts that a CONDITIONING carries there into sampling."""
 
 from __future__ import annotations
 
