@@ -3,13 +3,16 @@
 A step draws a batch from a generator that is seeded by the run's seed and the step alone, evaluates the loss, leaves
 its gradient in the parameters and lets AdamW move them. So a run that stopped after any whole step, and was restored
 from `TrainingLoop.state`, goes on bit for bit.
+
+The loss is multiplied by a scale before it is differentiated, and the gradient divided by it after, so that float16 models
+neither round small gradients to zero nor overflow.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +21,10 @@ from torch import Tensor
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by torch's names
 _SEED_STRIDE = 1_000_003
+
+SCALE_FACTOR = 16.0  # a power of two: in float32 no scale changes a bit of the gradient
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-16, 2.0**32
+GROWTH_INTERVAL = 50  # steps
 
 
 class TrainingError(RuntimeError):
@@ -75,8 +82,8 @@ class TrainingLoop(ABC):
         self.options, self.groups, self.clip = options, list(groups), clip
         self.step = 0
         self.losses: list[float] = []
-        # The gradient of a mean is this much smaller than of a sum, which float16 would round to nothing.
-        self.loss_scale = 2.0 ** math.floor(math.log2(options.batch_size * numbers))
+        # A float16 model would round the gradient of a mean, this much smaller than a sum's, to zero on the way back.
+        self.loss_scale = self._first_scale = 2.0 ** math.floor(math.log2(options.batch_size * numbers))
         with torch.inference_mode(False):  # a host may call in inference mode, whose tensors autograd does not take
             for parameter in self._learned().values():
                 parameter.requires_grad_(True)
@@ -150,65 +157,85 @@ class TrainingLoop(ABC):
         return value
 
     def _differentiate(self) -> float:
-        """Leave the loss's gradient, clipped, in the parameters; returns the loss."""
-        batch, parameters = self.batch(), list(self._learned().values())
-        value, self.loss_scale = differentiate(
-            lambda: self.loss(batch),
-            parameters,
-            self.loss_scale,
-            f"at step {self.step}",
-            self.options.learning_rate,
-            f"no gradient reaches {self.groups[0].name}: {self.groups[0].because}",
-        )
-        for group in self.groups:
-            if not any(item.grad is not None and item.grad.any() for item in group.parameters.values()):
-                raise TrainingError(f"no gradient reaches {group.name}: {group.because}")
+        """Leave the loss's gradient, clipped, in the parameters; returns the loss.
+
+        A loss scale that is too large for this step, or too small, is changed and the same batch evaluated again.
+        """
+        batch, overflowed_at, raised = self.batch(), math.inf, False
+        scale = grown(self.loss_scale, self.step, self._first_scale)
+        while True:
+            gradient = self._gradient(self.loss(batch), scale)
+            if not math.isfinite(gradient.loss):
+                raise TrainingError(
+                    f"the loss is {gradient.loss} at step {self.step}. Lower the learning rate "
+                    f"({self.options.learning_rate}), or use a model in float32 or bfloat16"
+                )
+            if not gradient.finite:
+                overflowed_at, scale = scale, scale / SCALE_FACTOR
+                if scale < SMALLEST_SCALE:
+                    raise TrainingError(self._overflow())
+            elif gradient.missing is not None:
+                larger = max(scale * SCALE_FACTOR, self._first_scale)
+                if larger >= overflowed_at and not raised:
+                    raise TrainingError(self._overflow())  # too much at one scale, nothing at the next
+                if not gradient.attached or larger >= overflowed_at or larger > LARGEST_SCALE:
+                    raise TrainingError(f"no gradient reaches {gradient.missing.name}: {gradient.missing.because}")
+                scale, raised = larger, True
+            else:
+                self.loss_scale = scale
+                self._unscale_and_clip()
+                return gradient.loss
+
+    def _gradient(self, loss: Tensor, scale: float) -> _Gradient:
+        """Leave the gradient of scale * loss in the parameters. The device is waited for once."""
+        for parameter in self._learned().values():
+            parameter.grad = None
+        attached = loss.requires_grad
+        if attached:
+            (loss * scale).backward()
+        largest = [_largest(group.parameters.values(), loss) for group in self.groups]  # of each group, NaN if one is
+        value, *sizes = torch.stack([loss.detach().float(), *largest]).tolist()
+        missing = next((group for group, size in zip(self.groups, sizes, strict=True) if not size), None)
+        return _Gradient(value, all(math.isfinite(size) for size in sizes), missing, attached)
+
+    def _unscale_and_clip(self) -> None:
+        gradients = [item.grad for item in self._learned().values() if item.grad is not None]
+        torch._foreach_div_(gradients, self.loss_scale)
         if math.isfinite(self.clip):
-            gradients = [item.grad for item in parameters if item.grad is not None]
-            norm = math.hypot(*(gradient.norm().item() for gradient in gradients))
-            for gradient in gradients:
-                gradient.mul_(min(1.0, self.clip / norm))
-        return value
+            norm = math.hypot(*torch.stack(torch._foreach_norm(gradients)).tolist())
+            torch._foreach_mul_(gradients, min(1.0, self.clip / norm))
+
+    def _overflow(self) -> str:
+        return f"the gradient overflowed at step {self.step}: use a model in float32 or bfloat16"
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """What is known of a gradient: the loss it is of, whether all of it is finite, a group that has none, and whether the
+    loss depends on anything that learns."""
+
+    loss: float
+    finite: bool
+    missing: Group | None
+    attached: bool
+
+
+def _largest(parameters: Iterable[Tensor], like: Tensor) -> Tensor:
+    """The largest |gradient| of parameters, a scalar on the device of `like`; 0 where there is none."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros((), device=like.device)
+    return torch.stack(torch._foreach_norm(gradients, math.inf)).max().to(like.device)
+
+
+def grown(scale: float, step: int, first: float) -> float:
+    """The loss scale to begin a step with: one that fell tries to grow back, now and then.
+
+    As torch's GradScaler, but on a grid of steps: so what the scale will be needs no counter in a file.
+    """
+    return min(scale * SCALE_FACTOR, first) if scale < first and step % GROWTH_INTERVAL == 0 else scale
 
 
 def seeded(number: int) -> torch.Generator:
     """A CPU generator of a whole number of any size and sign."""
     return torch.Generator().manual_seed(number % 2**63)
-
-
-def differentiate(
-    loss_of: Callable[[], Tensor],
-    parameters: Sequence[Tensor],
-    scale: float,
-    when: str,
-    learning_rate: float,
-    without_gradient: str,
-) -> tuple[float, float]:
-    """Leave a loss's gradient in the parameters' `grad`; returns the loss, and the scale that it could be multiplied by.
-
-    A float16 model would round the gradient of a mean over many cells to zero, so the loss is multiplied by `scale`, a
-    power of two, on the way back, which in float32 changes no bit. Where that overflows, a smaller one is taken and
-    `loss_of` evaluated again. Raises TrainingError: `without_gradient` is what to say where none arrives.
-    """
-    while True:
-        loss = loss_of()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss is {value} {when}. Lower the learning rate ({learning_rate}), or use a model in float32 or "
-                "bfloat16"
-            )
-        for parameter in parameters:
-            parameter.grad = None
-        if loss.requires_grad:
-            (loss * scale).backward()
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if not any(gradient.any() for gradient in gradients):
-            raise TrainingError(without_gradient)
-        if all(torch.isfinite(gradient).all() for gradient in gradients):
-            for gradient in gradients:
-                gradient /= scale
-            return value, scale
-        if scale <= 2**-16:
-            raise TrainingError(f"the gradient overflowed {when}: use a model in float32 or bfloat16")
-        scale /= 16

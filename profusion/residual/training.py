@@ -142,7 +142,6 @@ class ResidualTraining(TrainingLoop):
         _check_references(references, flipped)
         self._predict_noise, self._layers, self._noun = predict_noise, tuple(layers), noun
         self._names = tuple(layer.name for layer in layers)
-        self._prompt_rows = list(prompt_rows)
         both = [references, flipped] if options.flip and flipped else [references]
         device = references[0].latent.device
         with torch.inference_mode(False):  # a host may call in inference mode, whose tensors autograd does not take
@@ -151,6 +150,7 @@ class ResidualTraining(TrainingLoop):
             self._masks = torch.stack([torch.stack([item.mask for item in side]) for side in both]).float().to(device)
             self._sigmas = (training_sigmas() if sigmas is None else sigmas).to("cpu", torch.float32, copy=True)
             self.delta = torch.zeros(len(layers), 1, layers[0].context_dim, device=device)
+        self._placements = [Placement(self.delta, self._names, rows) for rows in prompt_rows]
         learned = Group("the residual", {"delta": self.delta}, _WITHOUT_GRADIENT)
         super().__init__(options, [learned], self._latents[0, 0].numel())
         if resume is not None:
@@ -193,7 +193,7 @@ class ResidualTraining(TrainingLoop):
         count, device = self.options.batch_size, self._latents.device
         picture = torch.randint(self._latents.shape[1], (count,), generator=generator)
         side = torch.randint(self._latents.shape[0], (count,), generator=generator)
-        prompt = int(torch.randint(len(self._prompt_rows), (), generator=generator))
+        prompt = int(torch.randint(len(self._placements), (), generator=generator))
         sigma = self._sigmas[torch.randint(len(self._sigmas), (count,), generator=generator)].to(device)
         clean = self._latents[side, picture]
         noise = torch.randn(clean.shape, generator=generator).to(device)
@@ -204,8 +204,8 @@ class ResidualTraining(TrainingLoop):
         queries = _TakenOnce()
         with torch.no_grad():  # F needs no gradient: its queries are constants of the loss
             plain = self._predict_noise(batch.noisy, batch.sigma, batch.prompt, foundation_patches(queries))
-        placement = Placement(self.delta, self._names, self._prompt_rows[batch.prompt])
-        patches = customised_patches(queries, lambda options, chunk: (placement,))
+        placements = (self._placements[batch.prompt],)
+        patches = customised_patches(queries, lambda options, chunk: placements)
         predicted = self._predict_noise(batch.noisy, batch.sigma, batch.prompt, patches)
         return residual_loss(predicted, batch.noise, plain, batch.mask, self.options.preserve)
 
