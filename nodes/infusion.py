@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..profusion.infusion import check_context_width
 from ..profusion.prompt import OCCURRENCES
+from . import inputs
 from .host.encoding import check_connected, model_layers
 from .host.placing import MORE_CONCEPTS, ConceptInput, carrying, encode_prompt, place_concepts
 from .host.streams import add_streams
@@ -33,15 +34,7 @@ def _concept_inputs(suffix: str) -> list:
     number = suffix.strip("_")
     return [
         io.Custom("RESIDUAL").Input(f"residual{suffix}", optional=True, tooltip=f"Concept {number}, at its own noun."),
-        io.Float.Input(
-            f"strength{suffix}",
-            default=1.0,
-            min=-4.0,
-            max=4.0,
-            step=0.05,
-            optional=True,
-            tooltip=f"Strength of concept {number}.",
-        ),
+        inputs.strength(suffix, f"Strength of concept {number}.", optional=True),
         io.Combo.Input(
             f"occurrence{suffix}",
             options=list(OCCURRENCES),
@@ -84,7 +77,7 @@ class InfusionAttentionPatch(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="An SD 1.x, SD 2.x, SDXL or Toybox model; LoRAs and other patches may be on it."
                 ),
-                io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
+                inputs.clip(),
                 io.String.Input(
                     "text",
                     multiline=True,
@@ -94,30 +87,9 @@ class InfusionAttentionPatch(io.ComfyNode):
                 io.Custom("RESIDUAL").Input(
                     "residual", tooltip="The first concept, from Residual Trainer or Residual Loader."
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-4.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="How much of the first residual is added: 1 as trained, 0 draws the plain picture.",
-                ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="The share of sampling after which the concepts act.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="The share of sampling until which the concepts act.",
-                ),
+                inputs.strength("", "Strength of the first concept. 1: as trained. 0: the plain picture."),
+                inputs.share("start_percent", 0.0, "Share of sampling after which the concepts act."),
+                inputs.share("end_percent", 1.0, "Share of sampling until which the concepts act."),
                 io.Combo.Input(
                     "occurrence",
                     options=list(OCCURRENCES),
@@ -132,8 +104,8 @@ class InfusionAttentionPatch(io.ComfyNode):
                     options=[OWN_TRAJECTORY, SHARED_LATENT],
                     default=OWN_TRAJECTORY,
                     tooltip=(
-                        "own trajectory: the layout is that of the plain picture with the same seed. shared latent: the "
-                        "layout is what the plain model makes of the customised picture so far, as in training."
+                        "own trajectory: keep the layout of the plain picture with the same seed. shared latent: take "
+                        "the layout that the plain model sees in the customised picture so far, as in training."
                     ),
                 ),
                 io.Mask.Input("region", optional=True, tooltip="Where in the picture the first concept may appear."),
@@ -142,8 +114,8 @@ class InfusionAttentionPatch(io.ComfyNode):
                     "conditioning",
                     optional=True,
                     tooltip=(
-                        "The same text, encoded already, such as PromptNet Encode's with S*: the concepts are placed in it. "
-                        "Not connected: the text is encoded here."
+                        "The same text, already encoded, such as PromptNet Encode's prompt with S*: the concepts are "
+                        "placed in it. If not connected, the text is encoded here."
                     ),
                 ),
             ],

@@ -24,8 +24,8 @@ def show(node: type[io.ComfyNode], text: str, picture: Image.Image | None = None
     """Show text on the node that is being executed, and return what its `ui` keeps in the history: text and a picture.
 
     picture: says the same; default: the text, drawn. Frontends keep a node's picture, also where its result comes from
-    the cache; newer ones clear its text when the job ends. previewed: the node has shown previews, the last of which would
-    hide the picture. The node must ask for the hidden unique_id.
+    the cache; newer ones clear its text when the job ends. previewed: the node has shown previews, the last of which
+    would hide the picture. The node must ask for the hidden unique_id.
     """
     picture = caption(text) if picture is None else picture
     tell(node, text, picture if previewed else None)
