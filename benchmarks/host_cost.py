@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from functools import cached_property
@@ -20,17 +19,12 @@ from benchmarks.results import table, write
 from benchmarks.timing import against, interleaved
 from profusion.toybox.pipeline import Toybox
 from profusion.toybox.promptnet import new_promptnet
+from tools.hosts import needed_host
 
 ROOT = Path(__file__).resolve().parents[1]
 FINETUNE, FINETUNES = "PromptNet Finetune, 50 steps of batch 4, once for a picture", 3
 PICTURE = torch.rand(1, 96, 96, 3, generator=torch.Generator().manual_seed(0))
 PROMPT, NOUNS = "a photo of a ball and a star and a cup and a cat on grass", ("ball", "star", "cup", "cat")
-
-
-def find_host() -> Path | None:
-    """ComfyUI at COMFYUI_PATH, or in the home folder."""
-    host = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
-    return host if (host / "comfy" / "samplers.py").is_file() else None
 
 
 def load_pack(host: Path):
@@ -168,10 +162,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--json", type=Path, default=None, help="write the figures here")
     given = parser.parse_args()
-    host = find_host()
-    if host is None:
-        parser.error("no ComfyUI found: set COMFYUI_PATH to a checkout")
-    figures = measure(Studio(load_pack(host), given.steps, given.batch), given.rounds)
+    figures = measure(Studio(load_pack(needed_host()), given.steps, given.batch), given.rounds)
     rows = [(name, f"{one['seconds']:.3f}", f"{one['times_plain']:.2f}") for name, one in figures.items()]
     recipe = {**vars(given), "threads": torch.get_num_threads()}
     write(

@@ -22,7 +22,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from benchmarks.host_cost import find_host
 from benchmarks.jobs import Job, Runner, file_name
 from benchmarks.judging import PROMPTS, Yardstick
 from benchmarks.overfitting import Overfitting
@@ -36,6 +35,7 @@ from profusion.toybox import world
 from profusion.toybox.concepts import Concept, drawn_concept
 from profusion.toybox.judge import Judge
 from profusion.toybox.pipeline import Toybox
+from tools.hosts import SOUGHT, find_host
 
 TUNING = ("slate and apricot mushroom", "gold and navy cup")  # the first is the demo's, on which Infusion was developed
 TABLE = tuple(name for name in world.CONCEPTS if name not in TUNING)
@@ -262,7 +262,7 @@ class Part:
     def why_not(self) -> str:
         """Why it cannot run here; empty if it can."""
         if self.host and find_host() is None:
-            return "no ComfyUI at COMFYUI_PATH or ~/comfy/ComfyUI"
+            return f"no ComfyUI {SOUGHT}"
         return ""
 
     def run(self, setting: str, work: Path, out: Path, say: Callable[[str], None]) -> None:

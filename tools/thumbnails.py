@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from profusion.toybox.concepts import drawn_concept
 from profusion.toybox.fused import FRESH_NOISE, FUSED_SHARE, GUIDED, FusedToybox, first_levels
 from profusion.toybox.pipeline import STEPS, seeded
 from tests.host.live import Server, to_prompt
+from tools.hosts import needed_host
 
 ROOT = Path(__file__).parents[1]
 SIDE, GAP = 160, 8
@@ -87,7 +87,7 @@ def saved(server: Server, workflow: dict) -> list[Tensor]:
 
 
 def make_thumbnails(names: Sequence[str]) -> None:
-    host = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
+    host = needed_host()
     drawn: dict[str, list[Tensor]] = {}
     with tempfile.TemporaryDirectory() as base:
         server = Server(host, Path(base))

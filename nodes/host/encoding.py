@@ -40,8 +40,8 @@ def encode_references(model: ModelPatcher, vae: VAE, pictures: Tensor, masks: Te
     latent_format = model.get_model_object("latent_format")
     if latents.ndim != 4 or latents.shape[1] != latent_format.latent_channels:
         raise ValueError(
-            f"the VAE makes latents of shape {tuple(latents.shape[1:])} and the model takes {latent_format.latent_channels} "
-            "channels: use the vae that belongs to the model"
+            f"the VAE makes latents of shape {tuple(latents.shape[1:])} and the model takes "
+            f"{latent_format.latent_channels} channels: use the vae that belongs to the model"
         )
     latents = latent_format.process_in(latents.float()).to(model.load_device)
     weights = latent_masks(masks, latents.shape[-2:]).to(model.load_device)

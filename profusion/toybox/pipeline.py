@@ -35,14 +35,18 @@ _TABLE = "text_model.embeddings.token_embedding.weight"
 _TOKENS = "token_ids"
 
 
+_REINSTALL = "They ship with the pack: reinstall it, or train them with `python -m training.toybox` from a checkout."
+_ADVICE = {
+    "judge": "Only the demo and the benchmarks need the judge, so it is no part of an installed pack: `git clone` the "
+    "repository and run them there."
+}
+
+
 def weight_file(network: str, folder: Path | None = None) -> Path:
     """Where a network's weights are; FileNotFoundError says what is missing and how to get it."""
     path = (folder or WEIGHTS) / f"toybox_{network}.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"Toybox weights not found: {path}. They ship with the pack: reinstall it, or train them with "
-            "`python -m training.toybox` from a checkout."
-        )
+        raise FileNotFoundError(f"Toybox weights not found: {path}. {_ADVICE.get(network, _REINSTALL)}")
     return path
 
 

@@ -15,6 +15,7 @@ import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
 import tiny  # noqa: E402
 from pooled import PooledVae, pictures  # noqa: E402
+from reports import cancel_at, on_report, stop_listening  # noqa: E402
 
 VALUES = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_v.weight"
 RATES = {"learning_rate": 1e-3, "attention_learning_rate": 5e-3}
@@ -104,9 +105,7 @@ def finetune(host, clip, folders):
             given |= {"clip": clip, "clip_vision": PooledVision(), "vae": PooledVae()}
             return host.finetune.PromptNetFinetune.execute(**{**given, **defaults(), **inputs}).args
 
-    yield run
-    comfy.utils.set_progress_bar_global_hook(None)
-    comfy.model_management.interrupt_current_processing(False)
+    return run
 
 
 def make_finetuning(host, clip, model, masks=None, options=None, **kwargs):
@@ -152,13 +151,6 @@ def fingerprint(model, clip):
     return found
 
 
-def cancel_at(step):
-    def hook(value, total, preview, node_id=None):
-        comfy.model_management.interrupt_current_processing(value == step)
-
-    comfy.utils.set_progress_bar_global_hook(hook)
-
-
 # The schema, frozen: only append
 
 
@@ -196,7 +188,7 @@ def test_the_schema_is_frozen_and_explained(host):
 def test_it_gives_a_promptnet_a_model_a_file_and_a_plot(host, finetune, folders, clip):
     source, model, seen = promptnet(host), tiny.model(), []
     before, untouched = values(source.network), fingerprint(model, clip)
-    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, node_id=None: seen.append((value, total)))
+    on_report(lambda done, total, _: seen.append((done, total)))
     tuned, patched, name, plot = finetune(promptnet=source, model=model, save_promptnet=True)
     assert same(values(source.network), before) and fingerprint(model, clip) == untouched
     assert tuned.network is not source.network and not same(values(tuned.network), before)
@@ -361,7 +353,7 @@ def test_cancel_stops_within_a_step_keeps_what_was_learned_and_leaves_nothing_be
     cancel_at(1)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         finetune(promptnet=source, model=model, steps=4, save_promptnet=True)
-    comfy.utils.set_progress_bar_global_hook(None)
+    stop_listening()
     assert fingerprint(model, clip) == untouched and same(values(source.network), before)
     name = "cat_partial_1_steps_00001_.safetensors"
     partial = host.file_kernel.load_promptnet(folders / "profusion_promptnets" / "me" / name, torch.float16)
@@ -411,7 +403,7 @@ def test_an_overflow_names_the_way_out_and_writes_nothing(host, finetune, folder
 def test_a_folder_that_cannot_be_used_stops_it_before_the_training(finetune, folders):
     (folders / "loras").touch()
     seen = []
-    comfy.utils.set_progress_bar_global_hook(lambda *arguments, **_: seen.append(arguments))
+    on_report(lambda *report: seen.append(report))
     with pytest.raises(ValueError, match="cannot be used"):
         finetune()
     assert not seen

@@ -11,6 +11,7 @@ comfy_samplers = pytest.importorskip("comfy.samplers", reason="ComfyUI was not f
 import comfy.model_patcher  # noqa: E402
 import tiny  # noqa: E402
 from live import REPOSITORY  # noqa: E402
+from reports import on_report  # noqa: E402
 
 TEXT = "a photo of S* on snow"
 
@@ -279,22 +280,17 @@ def test_a_residual_from_a_promptnet_is_the_kernel_s(studio, masked):
 
 def test_cancel_stops_a_residual_from_a_promptnet(studio):
     import comfy.model_management as management
-    import comfy.utils
 
-    done = []
+    reported = []
 
-    def hook(value, total, preview, node_id=None):
-        done.append(value)
-        management.interrupt_current_processing(value == 2)
+    def cancel(done, *_):
+        reported.append(done)
+        management.interrupt_current_processing(done == 2)
 
-    comfy.utils.set_progress_bar_global_hook(hook)
-    try:
-        with pytest.raises(management.InterruptProcessingException):
-            studio.seed()
-    finally:
-        comfy.utils.set_progress_bar_global_hook(None)
-        management.interrupt_current_processing(False)
-    assert done == [1, 2]
+    on_report(cancel)
+    with pytest.raises(management.InterruptProcessingException):
+        studio.seed()
+    assert reported == [1, 2]
 
 
 def test_a_residual_from_a_promptnet_is_drawn_and_saved(studio, infused_toybox, tmp_path):

@@ -14,9 +14,9 @@ import torch
 pytest.importorskip("comfy.samplers", reason="no ComfyUI: set COMFYUI_PATH to a checkout")
 
 import comfy.model_management  # noqa: E402
-import comfy.utils  # noqa: E402
 import tiny  # noqa: E402
 from pooled import PooledVae, pictures  # noqa: E402
+from reports import cancel_at, on_report, stop_listening  # noqa: E402
 
 VALUES = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_v.weight"
 
@@ -60,8 +60,6 @@ def train(host, clip, folder):
 
     yield run
     host.residual_training._unsaved.clear()
-    comfy.utils.set_progress_bar_global_hook(None)
-    comfy.model_management.interrupt_current_processing(False)
 
 
 def defaults():
@@ -76,19 +74,6 @@ def defaults():
     }
     samples = {"sample_every": 0, "sample_prompt": "a photo of a %noun% on grass", "sample_steps": 1, "sample_cfg": 2.0}
     return {"images": pictures(), **options, **samples}
-
-
-def on_progress(function):
-    """`function(steps done, preview)` at every update of the progress bar, as the host's own hook is called."""
-
-    def hook(value, total, preview, node_id=None):
-        function(value, preview)
-
-    comfy.utils.set_progress_bar_global_hook(hook)
-
-
-def cancel_at(step):
-    on_progress(lambda done, _: comfy.model_management.interrupt_current_processing(done == step))
 
 
 def same(one, other):
@@ -152,7 +137,7 @@ def test_the_seed_stays_as_it_is_when_queued_again(host):
 
 def test_it_gives_a_residual_a_plot_samples_and_a_file(train, host, folder):
     seen = []
-    on_progress(lambda done, preview: seen.append((done, preview)))
+    on_report(lambda done, _, preview: seen.append((done, preview)))
     residual, plot, samples = train(steps=4, sample_every=2)
     assert (residual.noun, residual.steps, residual.seed) == ("ball", 4, 0) and residual.delta.any()
     assert plot.shape == (1, 288, 512, 3) and samples.shape == (3, 64, 64, 3)
@@ -392,7 +377,7 @@ def test_cancel_stops_within_a_step_keeps_what_was_learned_and_leaves_nothing_be
         cancel_at(step)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             train(model, steps=4)
-        comfy.utils.set_progress_bar_global_hook(None)
+        stop_listening()
         assert fingerprint(model) == before
         (path,) = folder.rglob(f"ball_partial_{step}_steps_*.safetensors")
         partial = host.residual.load_residual(path)
@@ -465,7 +450,7 @@ def full_disk(*_, **__):
 def test_a_disk_that_is_full_stops_it_before_the_training(train, host, folder, monkeypatch):
     monkeypatch.setattr(Path, "replace", full_disk)
     seen = []
-    on_progress(lambda done, _: seen.append(done))
+    on_report(lambda done, *_: seen.append(done))
     with pytest.raises(host.residual.ResidualError, match="the disk is full"):
         train()
     assert not seen and not list(folder.rglob("*"))[1:]
@@ -482,18 +467,18 @@ def test_a_disk_that_fills_up_meanwhile_loses_nothing(train, host, folder, monke
     """The training is not reported as finished without a file, and queued again it is not repeated."""
     whole, model = train(steps=4)[0], tiny.model()
 
-    def fill(done, _):
+    def fill(done, *_):
         if done == 3:
             monkeypatch.setattr(host.residual.file.files, "write_atomically", full_disk)
 
-    on_progress(fill)
+    on_report(fill)
     with pytest.raises(host.loop.TrainingError, match="the disk is full.*\n.*4 steps so far could not be saved"):
         train(model, steps=4)
     monkeypatch.undo()
     folder_paths = sys.modules["folder_paths"]
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "profusion_residuals", ([str(folder)], {".safetensors"}))
     trained = []
-    on_progress(lambda done, _: trained.append(done))
+    on_report(lambda done, *_: trained.append(done))
     same(train(model, steps=4)[0], whole)
     assert set(trained) == {4} and not host.residual_training._unsaved
     assert len(list(folder.rglob("ball_4_steps_*.safetensors"))) == 2
@@ -597,5 +582,5 @@ def test_a_graph_trains_saves_and_shows(host, clip, folder, monkeypatch):
     graph["2"]["inputs"]["steps"] = 3
     cancel_at(2)
     assert "execution_interrupted" in run()
-    comfy.utils.set_progress_bar_global_hook(None)
+    stop_listening()
     assert list(folder.rglob("ball_partial_2_steps_*.safetensors"))
