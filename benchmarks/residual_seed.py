@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.rates import mean_interval
 from benchmarks.results import table, write
-from profusion.diffusion import training_sigmas
+from profusion.diffusion import per_row, training_sigmas
 from profusion.infusion import Placement, customised_patches, foundation_patches
 from profusion.pictures import latent_masks
 from profusion.promptnet.file import load_promptnet
@@ -82,7 +82,7 @@ class Yardstick:
         return sum(losses) / len(losses)
 
     def _error(self, picture: Tensor, noise: Tensor, sigma: Tensor, prompt: int, residual: Residual) -> float:
-        noisy, queries = self._latents[picture] + sigma.view(-1, 1, 1, 1) * noise, {}
+        noisy, queries = self._latents[picture] + per_row(sigma, noise) * noise, {}
         plain = self._predict(noisy, sigma, prompt, foundation_patches(queries))
         placement = Placement(residual.delta, residual.layers, self._rows[prompt])
         predicted = self._predict(

@@ -151,6 +151,29 @@ def test_no_parts_of_the_kernel_import_each_other():
     assert done.index("residual") < done.index("promptnet") < done.index("toybox")
 
 
+def scalings(path: Path) -> list[str]:
+    """Every sqrt(... ** 2 + 1) and sqrt(1 - alpha_bar) in a file's code, however it is written."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) and ast.unparse(node.right) in ("0.5", "-0.5"):
+            inner = node.left
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("sqrt", "rsqrt"):
+            inner = node.args[0] if node.args else node.func.value
+        else:
+            continue
+        text = ast.unparse(inner)
+        if re.search(r"\*\* 2 \+ 1$|^1 \+ .*\*\* 2$|^1 - \w+(\[.*\])?$", text):
+            found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {text}")
+    return found
+
+
+def test_the_scalings_of_noise_stand_in_one_file():
+    paths = [path for top in ("profusion", "nodes", "benchmarks", "training") for path in (ROOT / top).rglob("*.py")]
+    own = ROOT / "profusion" / "diffusion.py"
+    assert len(scalings(own)) == 3
+    assert not [found for path in paths if path != own for found in scalings(path)]
+
+
 def test_nothing_is_required_that_the_host_does_not_ship(shipped):
     for path in shipped:
         optional = OPTIONAL if path.name == "libraries.py" else set()

@@ -16,7 +16,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from torch import Tensor
 
-from ...profusion.diffusion import alphas_cumprod
+from ...profusion.diffusion import noised
 from ...profusion.promptnet.file import SUFFIX, load_promptnet, official_promptnet
 from ...profusion.promptnet.network import (
     KNOTS,
@@ -186,9 +186,8 @@ def tokens_with_words(clip: CLIP, config: PromptNetConfig, prompt: str, words: T
 
 def _noised(latent: Tensor, timesteps: Tensor) -> Tensor:
     """The reference at each level, with one and the same noise: (1, C, H, W), (T,) -> (T, C, H, W)."""
-    signal = alphas_cumprod().to(latent)[timesteps.long()].view(-1, 1, 1, 1)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0)).to(latent)
-    return signal.sqrt() * latent + (1 - signal).sqrt() * noise
+    return noised(latent, noise, timesteps)
 
 
 def _encoders(tokenized: Any) -> list[str]:

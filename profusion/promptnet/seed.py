@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..diffusion import training_sigmas
+from ..diffusion import per_row, training_sigmas
 from ..infusion import (
     ExtraOptions,
     Layer,
@@ -164,7 +164,7 @@ class ResidualSeed:
                 self._deltas[layer] = self._solve(layer, n)
             return n, context, value
 
-        noisy = self._latents[picture] + sigma.view(-1, 1, 1, 1) * noise
+        noisy = self._latents[picture] + per_row(sigma, noise) * noise
         self._predict_noise(noisy, sigma, prompt, {"attn2_patch": [observe]})
 
     def _solve(self, layer: str, n: Tensor) -> Tensor:

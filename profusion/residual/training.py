@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..diffusion import training_sigmas
+from ..diffusion import per_row, training_sigmas
 from ..infusion import Layer, Patches, Placement, architecture_name, customised_patches, foundation_patches
 from ..loop import Group, LoopOptions, TrainingError, TrainingLoop
 from .concept import Residual, ResidualError, check_architecture
@@ -197,7 +197,7 @@ class ResidualTraining(TrainingLoop):
         sigma = self._sigmas[torch.randint(len(self._sigmas), (count,), generator=generator)].to(device)
         clean = self._latents[side, picture]
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        return Batch(clean + sigma.view(-1, 1, 1, 1) * noise, noise, sigma, self._masks[side, picture], prompt)
+        return Batch(clean + per_row(sigma, clean) * noise, noise, sigma, self._masks[side, picture], prompt)
 
     def loss(self, batch: Batch) -> Tensor:
         """See `residual_loss`; F is evaluated first, and leaves its queries."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..diffusion import eps_denoiser, sample_euler, sampling_sigmas
+from ..diffusion import eps_denoiser, sample_euler, sampling_sigmas, variance_exploding, variance_preserving
 from ..fusion import FusionOptions, Guidance, KeptDifferences, Mode, Stage, guide, mean_prediction, sample_fusion
 from ..infusion import cross_attention_layers
 from ..promptnet.file import load_promptnet
@@ -130,9 +130,9 @@ class FusedToybox:
             return eps_denoiser(lambda x, t: predict(x, t, stage))(x, sigma)
 
         def refine(model, x: Tensor, part: Tensor) -> Tensor:
-            return sample_euler(model, x / (part[0] ** 2 + 1).sqrt(), part)
+            return sample_euler(model, variance_preserving(x, part[0]), part)
 
-        start = initial_noise(generators) * (sigmas[0] ** 2 + 1).sqrt()
+        start = variance_exploding(initial_noise(generators), sigmas[0])
         return sample_fusion(denoise, refine, start, sigmas, options, fresh or torch.Generator())
 
     def generate(

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..diffusion import eps_denoiser, sample_euler, sampling_sigmas, timestep_of
+from ..diffusion import eps_denoiser, noise_predictor, sample_euler, sampling_sigmas
 from ..infusion import Patches, Placement, cross_attention_layers, on_conditional
 from ..models.clip import TextModel, VisionModel
 from ..models.tokenizer import START, id_to_text, tokenize, words_to_ids
@@ -164,10 +164,10 @@ class Toybox:
         contexts = self.context(prompts)
 
         def predict(x: Tensor, sigma: Tensor, prompt: int, patches: Patches) -> Tensor:
-            scaled = x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt()
             context = contexts[prompt].expand(len(x), -1, -1)
             options = {"patches": patches, "cond_or_uncond": [0]}
-            return self.unet(scaled, timestep_of(sigma), context, transformer_options=options)
+            network = noise_predictor(lambda x, t: self.unet(x, t, context, transformer_options=options))
+            return network(x, sigma)
 
         return predict
 

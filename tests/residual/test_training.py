@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from profusion.diffusion import timestep_of, training_sigmas
+from profusion.diffusion import noise_predictor, training_sigmas
 from profusion.infusion import (
     Placement,
     cross_attention_layers,
@@ -42,9 +42,9 @@ def predictor(unet, note=lambda *_: None):
 
     def predict(x, sigma, prompt, patches):
         note(x, sigma, prompt, patches)
-        scaled = x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt()
         options = {"patches": patches, "cond_or_uncond": [0]}
-        return unet(scaled, timestep_of(sigma), contexts[prompt].expand(len(x), -1, -1), transformer_options=options)
+        context = contexts[prompt].expand(len(x), -1, -1)
+        return noise_predictor(lambda x, t: unet(x, t, context, transformer_options=options))(x, sigma)
 
     return predict
 
