@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.results import table, write
 from benchmarks.timing import against, interleaved
-from profusion.promptnet.toybox import new_promptnet
 from profusion.toybox.pipeline import Toybox
+from profusion.toybox.promptnet import new_promptnet
 from tools.hosts import needed_host
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from ..profusion.augment import NOUN, variant_prompts
-from ..profusion.pictures import PictureError, concept_pictures
+from ..profusion.pictures import PictureError, captioned, concept_pictures, tiled
 from .host.augmenting import variants
 from .host.display import show
 from .host.drawing import SAMPLERS, SCHEDULERS, Sampling
@@ -114,8 +114,9 @@ class ConceptAugment(io.ComfyNode):
         sampling = Sampling(steps, cfg, sampler_name, scheduler)
         drawn = variants(model, clip, vae, picture, mask, texts, count, seed, sampling, feather)
         images = torch.stack([picture] * include_picture + drawn)
-        message = f"{count} variants of a picture of {picture.shape[1]}x{picture.shape[0]} pixels"
-        return io.NodeOutput(images, mask.expand(len(images), -1, -1).clone(), ui=show(cls, message))
+        text = f"{count} variants of a picture of {picture.shape[1]}x{picture.shape[0]} pixels"
+        shown = show(cls, text, captioned(tiled(images), text), previewed=True)
+        return io.NodeOutput(images, mask.expand(len(images), -1, -1).clone(), ui=shown)
 
 
 NODES = [ConceptAugment]

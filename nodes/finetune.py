@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..profusion.pictures import concept_pictures, from_image
+from ..profusion.pictures import captioned, concept_pictures, from_image
 from ..profusion.promptnet.finetune import FinetuneOptions
 from .host.display import keeping, show
 from .host.encoding import check_connected
@@ -149,10 +149,9 @@ class PromptNetFinetune(io.ComfyNode):
         with keeping(cls, run.keep):
             saved = run.train()
         name = listed_name(PATCHES, run.patch_path) if run.patch_path else ""
-        plot = from_image(run.plot())[None]
-        return io.NodeOutput(
-            finetuning.promptnet(), finetuning.patched_model(), name, plot, ui=show(cls, f"{steps} steps\n{saved}")
-        )
+        plot, text = run.plot(), f"{steps} steps\n{saved}"
+        shown = show(cls, text, captioned(plot, text), previewed=True)
+        return io.NodeOutput(finetuning.promptnet(), finetuning.patched_model(), name, from_image(plot)[None], ui=shown)
 
 
 NODES = [PromptNetFinetune]

@@ -7,7 +7,7 @@ import json
 from comfy_api.latest import io
 
 from ..profusion.metrics.chart import chart
-from ..profusion.pictures import from_image, stacked
+from ..profusion.pictures import captioned, from_image, stacked
 from .host.display import show
 from .host.drawing import SAMPLERS, SCHEDULERS, Sampling, empty_latents
 from .host.encoding import check_connected
@@ -137,11 +137,11 @@ class OverfitReport(io.ComfyNode):
         sampling = Sampling(steps, cfg, sampler_name, scheduler)
         pictures = Pictures(tuple(empty.shape[1:]), len(empty), seed, sampling)
         scores, drawn = report(model, clip, customisations, prompts, class_prompt, draws, pictures)
-        image = chart(scores)
+        image = captioned(chart(scores), "\n".join(scores.notes))
         if vae is not None:
             image = stacked([shown_pictures(model, vae, drawn), image])
         text = json.dumps(scores.as_json(), indent=2)
-        return io.NodeOutput(scores.markdown(), from_image(image)[None], text, ui=show(cls, scores.text()))
+        return io.NodeOutput(scores.markdown(), from_image(image)[None], text, ui=show(cls, scores.text(), image))
 
 
 NODES = [OverfitReport]

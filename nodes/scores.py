@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..profusion.metrics import Pictures, concept_scores
 from ..profusion.metrics.chart import chart
-from ..profusion.metrics.encoders import ImageEncoder, PairedEncoder, ToyboxEncoder
-from ..profusion.pictures import concept_pictures, from_image
+from ..profusion.metrics.encoders import ImageEncoder, PairedEncoder
+from ..profusion.pictures import captioned, concept_pictures, from_image
+from ..profusion.toybox.encoder import ToyboxEncoder
 from .host.backbones import ClipPair, VisionEncoder, watched
 from .host.display import Progress, show
 
@@ -109,9 +110,12 @@ class ConceptScores(io.ComfyNode):
             [line for line in prompt.splitlines() if line.strip()],
             [watched(encoder, tell) for encoder in encoders],
         )
-        picture = from_image(chart(scores))[None]
+        picture = captioned(chart(scores), "\n".join(scores.notes))
         return io.NodeOutput(
-            scores.markdown(), picture, json.dumps(scores.as_json(), indent=2), ui=show(cls, scores.text())
+            scores.markdown(),
+            from_image(picture)[None],
+            json.dumps(scores.as_json(), indent=2),
+            ui=show(cls, scores.text(), picture),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..profusion.demo import CONCEPT, PICTURES, drawn_concept
+from ..profusion.toybox.concepts import CONCEPT, PICTURES, drawn_concept
 from ..profusion.toybox.world import BACKGROUNDS, CONCEPTS
 from .host import toybox
 

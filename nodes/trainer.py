@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..profusion.pictures import from_image
-from ..profusion.training import TrainingOptions
+from ..profusion.pictures import captioned, from_image
+from ..profusion.residual.training import TrainingOptions
 from .host.display import keeping, show
 from .host.drawing import Sampling
 from .host.residual_training import Samples, prepare_training
@@ -159,7 +159,9 @@ class ResidualTrainer(io.ComfyNode):
         with keeping(cls, run.keep):
             run.train()
         text = f"{noun.strip()}: {steps} steps\n{run.saved.path}\n{run.saved.size:,} bytes"
-        return io.NodeOutput(run.training.residual(), from_image(run.plot())[None], run.samples(), ui=show(cls, text))
+        plot = run.plot()
+        shown = show(cls, text, captioned(plot, text), previewed=True)
+        return io.NodeOutput(run.training.residual(), from_image(plot)[None], run.samples(), ui=shown)
 
 
 NODES = [ResidualTrainer]

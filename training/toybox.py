@@ -18,11 +18,11 @@ from torch.nn import functional as F
 
 from profusion.diffusion import alphas_cumprod
 from profusion.models.clip import TextModel, VisionModel
-from profusion.models.configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE, TOYBOX_VISION
 from profusion.models.tokenizer import END, tokenize
 from profusion.models.unet import UNet
 from profusion.models.vae import VAE
 from profusion.toybox import world
+from profusion.toybox.configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE, TOYBOX_VISION
 from profusion.toybox.pipeline import save_weights
 
 from .data import Captions, DataSet, check_vocabulary, pooled, work_folder

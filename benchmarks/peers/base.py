@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from profusion.demo import Concept
 from profusion.diffusion import sample_euler, sampling_sigmas, timestep_of
 from profusion.infusion import Patches, Placement, customised_patches, on_conditional
+from profusion.residual.training import PROMPTS, TrainingOptions, masked_noise_error
+from profusion.toybox.concepts import Concept
 from profusion.toybox.pipeline import Toybox, initial_noise, seeded
-from profusion.training import PROMPTS, TrainingOptions, masked_noise_error
 
 RARE_WORD = "sks"  # a word that Toybox was never taught, as DreamBooth's is one that nobody uses
 CLASS_PICTURES = 16
@@ -88,7 +88,7 @@ class Peer:
         optimizer = torch.optim.AdamW(self.trained().values(), lr=recipe.learning_rate, weight_decay=0.0)
         kept = self._class_pictures(recipe.seed) if self.prior else None
         while draws.step < recipe.steps:
-            batch = draws._draw()
+            batch = draws.batch()
             prompt = PROMPTS[batch.prompt]
             predicted = self.predict_noise(batch.noisy, batch.sigma, prompt.format(self.phrase))
             loss = masked_noise_error(predicted, batch.noise, batch.mask)

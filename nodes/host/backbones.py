@@ -62,9 +62,10 @@ class ClipPair(VisionEncoder):
         fitting = [name for name, found in widths.items() if found == width]
         if not fitting:
             raise MetricError(
-                f"clip and clip_vision were not trained together: the text encoders make features of {list(widths.values())} "
-                f"numbers and {self.name} of {width}. Connect the CLIP that goes with it (ViT-L: CLIP Loader with clip_l; ViT-H: "
-                "that of an SD 2.x checkpoint; ViT-bigG: that of SDXL), or leave clip out"
+                "clip and clip_vision were not trained together: the text encoders make features of "
+                f"{list(widths.values())} numbers and {self.name} of {width}. Connect the CLIP that goes with it "
+                "(ViT-L: CLIP Loader with clip_l; ViT-H: that of an SD 2.x checkpoint; ViT-bigG: that of SDXL), or "
+                "leave clip out"
             )
         self._clip, self._tower, self._encoder = clip, towers[fitting[0]], fitting[0]
 

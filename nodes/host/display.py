@@ -11,7 +11,8 @@ import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io, ui
 
-from ...profusion.training import TrainingError
+from ...profusion.loop import TrainingError
+from ...profusion.pictures import caption, from_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,18 +20,27 @@ if TYPE_CHECKING:
 Interrupted = comfy.model_management.InterruptProcessingException
 
 
-def show(node: type[io.ComfyNode], text: str) -> dict:
-    """Show text under the node that is being executed, and return it as what the node's `ui` keeps in the history.
+def show(node: type[io.ComfyNode], text: str, picture: Image.Image | None = None, previewed: bool = False) -> dict:
+    """Show text on the node that is being executed, and return what its `ui` keeps in the history: text and a picture.
 
-    Both, because the frontend shows the history's text for some of its own nodes only. The node must ask for the hidden
-    unique_id.
+    picture: says the same; default: the text, drawn. Frontends keep a node's picture, also where its result comes from
+    the cache; newer ones clear its text when the job ends. previewed: the node has shown previews, the last of which would
+    hide the picture. The node must ask for the hidden unique_id.
     """
-    node_id = node.hidden.unique_id if node.hidden is not None else None
+    picture = caption(text) if picture is None else picture
+    tell(node, text, picture if previewed else None)
+    return {**ui.PreviewText(text).as_dict(), **ui.PreviewImage(from_image(picture)[None]).as_dict()}
+
+
+def tell(node: type[io.ComfyNode], text: str, preview: Image.Image | None = None) -> None:
+    """Show text under the node that is being executed, for as long as the frontend keeps it, and a last preview."""
     # Where a server runs, its module is loaded; without one there is nobody to show anything to.
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    if node_id is not None and server is not None:
-        server.send_progress_text(text, node_id)
-    return ui.PreviewText(text).as_dict()
+    if node.hidden is None or node.hidden.unique_id is None or server is None:
+        return
+    server.send_progress_text(text, node.hidden.unique_id)
+    if preview is not None:
+        comfy.utils.ProgressBar(1).update_absolute(1, preview=("JPEG", preview, None))
 
 
 @contextmanager
@@ -43,7 +53,7 @@ def keeping(node: type[io.ComfyNode], keep: Callable[[], str]) -> Iterator[None]
         yield
     except BaseException as problem:
         where = keep()
-        show(node, where)
+        tell(node, where, caption(where))  # the host shows the `ui` of nodes that finish only
         if isinstance(problem, Interrupted) or not isinstance(problem, Exception):
             raise
         raise TrainingError(f"{problem}\n{where}") from problem

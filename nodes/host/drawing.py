@@ -91,6 +91,16 @@ def draw_seeds(
     return torch.cat(drawn)
 
 
+# What newer hosts note of an empty latent until it has been sampled: how large its cells are.
+_RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+
+
 def empty_latents(model: ModelPatcher, latent: dict) -> Tensor:
-    """A LATENT's samples, with the model's channels where they are empty."""
-    return comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    """A LATENT's samples, with the model's channels and size where they are empty."""
+    ratios = {name: latent[name] for name in _RATIOS if name in latent}
+    return comfy.sample.fix_empty_latent_channels(model, latent["samples"], **ratios)
+
+
+def drawn_latent(latent: dict, samples: Tensor) -> dict:
+    """The LATENT that a sampler gives for one that it was given."""
+    return {name: value for name, value in latent.items() if name not in _RATIOS} | {"samples": samples}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...profusion.infusion import Layer, UnsupportedModelError, cross_attention_layers
 from ...profusion.pictures import latent_masks
-from ...profusion.training import Reference
+from ...profusion.residual.training import Reference
 
 _PARTS = {"clip": "text encoder", "vae": "VAE", "clip_vision": "image encoder"}
 
@@ -40,8 +40,8 @@ def encode_references(model: ModelPatcher, vae: VAE, pictures: Tensor, masks: Te
     latent_format = model.get_model_object("latent_format")
     if latents.ndim != 4 or latents.shape[1] != latent_format.latent_channels:
         raise ValueError(
-            f"the VAE makes latents of shape {tuple(latents.shape[1:])} and the model takes {latent_format.latent_channels} "
-            "channels: use the vae that belongs to the model"
+            f"the VAE makes latents of shape {tuple(latents.shape[1:])} and the model takes "
+            f"{latent_format.latent_channels} channels: use the vae that belongs to the model"
         )
     latents = latent_format.process_in(latents.float()).to(model.load_device)
     weights = latent_masks(masks, latents.shape[-2:]).to(model.load_device)

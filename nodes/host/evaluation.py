@@ -18,9 +18,9 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ...profusion.infusion import Patches, UnsupportedModelError, with_patches
+from ...profusion.loop import TrainingError
 from ...profusion.metrics import predictions
 from ...profusion.metrics.fisher import NoisyLatents
-from ...profusion.training import TrainingError
 
 BATCH = 4  # noisy latents at a time where predictions are compared
 

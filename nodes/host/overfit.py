@@ -33,7 +33,7 @@ NOUN = "%noun%"
 
 @dataclass(frozen=True)
 class Customised:
-    """Something that is compared with the base model: `positive` is what it draws the concept with, `clip` encodes prompts."""
+    """What is compared with the base model: `positive` is what it draws the concept with, `clip` encodes prompts."""
 
     name: str
     noun: str
@@ -95,8 +95,8 @@ def _other_prompts(text: str, clip: CLIP, nouns: Sequence[str]) -> list[str]:
         for noun in nouns:
             if noun_spans(clip, prompt, noun):
                 raise NounError(
-                    f"prompt {number}, {prompt!r}, has the noun {noun!r}: what it draws is meant to change. Write prompts "
-                    "without it"
+                    f"prompt {number}, {prompt!r}, has the noun {noun!r}: what it draws is meant to change. Write "
+                    "prompts without it"
                 )
     return prompts
 
@@ -149,7 +149,7 @@ class _Report:
         self._scores.append(Score(ROWS, one.name, cost.rows / self._count, better="lower"))
 
     def _of_the_class(self, noun: str, class_prompt: str) -> Tensor:
-        """The base model's pictures of a noun; how far they are from those of other seeds is what chance alone makes."""
+        """The base model's pictures of a noun. Their distance from those of other seeds is what chance makes."""
         if noun not in self._plain:
             positive = encode_prompt(self._clip, class_prompt.replace(NOUN, noun), ())
             with measured(self._model.get_model_object("diffusion_model")) as cost:

@@ -1,4 +1,4 @@
-"""Where a noun is in the host's prompts, and concepts placed there: what a CONDITIONING carries into the sampling run."""
+"""Where a noun is in the host's prompts, and the concepts that a CONDITIONING carries there into sampling."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ...profusion.infusion import (
 from ...profusion.prompt import NounError, Span, choose_spans, find_noun
 from ...profusion.promptnet.pseudo_word import with_stand_in
 from ...profusion.residual import Residual, check_architecture
-from ...profusion.training import PROMPTS
+from ...profusion.residual.training import PROMPTS
 
 if TYPE_CHECKING:
     from comfy.sd import CLIP
@@ -44,6 +44,10 @@ def noun_spans(clip: CLIP, text: str, noun: str, pseudo_words: int = 0) -> list[
     for encoder, chunks in prompt.items():
         words = [[(token, word) for token, _, word in chunk] for chunk in chunks]
         noun_tokens = [token for chunk in nouns[encoder] for token, _, word in chunk if word != 0]
+        if not noun_tokens:
+            raise NounError(
+                f"noun={noun!r} has no word in it that the text encoder {encoder!r} reads: give one such as cat"
+            )
         if not ends_word(noun_tokens[-1]):
             raise UnsupportedModelError(
                 f"Infusion finds nouns in CLIP's tokens, and text encoder {encoder!r} is not CLIP"

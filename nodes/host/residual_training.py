@@ -16,7 +16,7 @@ from ...profusion.infusion import CONCEPTS_KEY
 from ...profusion.pictures import concept_pictures, loss_plot, stacked, to_image
 from ...profusion.prompt import NounError
 from ...profusion.residual import Residual, ResidualError, SavedResidual, save_residual
-from ...profusion.training import ResidualTraining, TrainingOptions
+from ...profusion.residual.training import ResidualTraining, TrainingOptions
 from .display import Progress
 from .drawing import Sampling, draw
 from .encoding import check_connected, encode_references, model_layers
@@ -156,8 +156,8 @@ class TrainingRun:
             _unsaved.clear()
             _unsaved[self._identity] = training.residual()
             return (
-                f"The {done} steps so far could not be saved: {error} Until ComfyUI is closed they are in memory: queue the "
-                "same inputs again to go on from there."
+                f"The {done} steps so far could not be saved: {error} Until ComfyUI is closed they are in memory: "
+                "queue the same inputs again to go on from there."
             )
         return f"The {done} steps so far are saved as {path}; load it into resume to go on from there."
 
@@ -213,8 +213,8 @@ def prepare_training(
     flipped = encode_references(model, vae, pictures.flip(2), weights.flip(2)) if options.flip else ()
     if resume is not None and resume.steps >= options.steps:
         raise ResidualError(
-            f"the residual to resume has {resume.steps} steps already, and steps={options.steps} counts from the first: "
-            "raise steps to train it further"
+            f"the residual to resume has {resume.steps} steps already, and steps={options.steps} counts from the "
+            "first: raise steps to train it further"
         )
     resume = _unsaved.get(identity, resume)
     training = ResidualTraining(

@@ -15,7 +15,7 @@ import comfy.supported_models_base
 import folder_paths
 import torch
 
-from ...profusion.models.configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE
+from ...profusion.toybox.configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE
 from ...profusion.toybox.pipeline import WEIGHTS, load_network
 
 VISION_CONFIG = WEIGHTS / "clip_vision_config.json"  # the host reads the tower's sizes from such a file

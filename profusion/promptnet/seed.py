@@ -27,10 +27,11 @@ from ..infusion import (
     layer_name,
     region_weights,
 )
+from ..loop import TrainingError
 from ..models.attention import attention_map, split_heads
 from ..residual import Residual
-from ..training import PROMPTS as NOUN_PROMPTS
-from ..training import PredictNoise, Reference, TrainingError
+from ..residual.training import PROMPTS as NOUN_PROMPTS
+from ..residual.training import PredictNoise, Reference
 from .training import PROMPTS as WORD_PROMPTS
 
 PROMPTS = tuple(

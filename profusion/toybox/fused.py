@@ -23,6 +23,7 @@ ALONE = f"a photo of {PLACEHOLDER}"
 # As Fusion KSampler comes, with the cfg that Toybox takes: S* and the plain text, a fusion stage in the first fifth of a run.
 GUIDED = Guidance((1.0, 0.5), cfg=4.0, refresh=2)
 FUSED_SHARE = 0.2
+FRESH_NOISE = 10_000  # seeds the fusion stage's noise, which must not be the noise that the picture starts from
 
 PredictStage = Callable[[Tensor, Tensor, Stage], Tensor]
 """The guided noise of variance-preserving latents x (B, 4, 12, 12) at timesteps (B,), in a stage."""

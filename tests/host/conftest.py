@@ -44,6 +44,15 @@ def nobody_listens_or_cancels():
         stop_listening()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def temporary_folder(tmp_path_factory):
+    """Where nodes put the pictures that they show: not into the host's own folder."""
+    if HOST is not None:
+        import folder_paths
+
+        folder_paths.set_temp_directory(str(tmp_path_factory.mktemp("temp")))
+
+
 @pytest.fixture(scope="session")
 def pack():
     """The pack, loaded as the host loads it: under a name that is not importable otherwise."""

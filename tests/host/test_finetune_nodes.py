@@ -44,7 +44,7 @@ def host(pack):
         "promptnet.pseudo_word",
         "models.configs",
         "models.clip",
-        "training",
+        "loop",
     )
     kernel = {
         name.split(".")[-1] + "_kernel": importlib.import_module(f"{pack.__name__}.profusion.{name}") for name in names
@@ -374,7 +374,7 @@ def test_an_error_keeps_what_was_learned_says_where_and_leaves_nothing_behind(ho
 
     model.set_model_unet_function_wrapper(wrapper)
     untouched = fingerprint(model, clip)
-    with pytest.raises(host.training_kernel.TrainingError, match="a kernel failed\nWhat the 1 steps") as caught:
+    with pytest.raises(host.loop_kernel.TrainingError, match="a kernel failed\nWhat the 1 steps") as caught:
         finetune(model=model)
     assert fingerprint(model, clip) == untouched
     (path,) = (folders / "loras").rglob("*.safetensors")
@@ -386,7 +386,7 @@ def test_what_is_saved_before_another_file_fails_is_saved_once_and_named(host, f
         raise host.network_kernel.PromptNetError("the disk is full")
 
     monkeypatch.setattr(host.finetuning, "save_promptnet", full_disk)
-    with pytest.raises(host.training_kernel.TrainingError, match="the disk is full") as caught:
+    with pytest.raises(host.loop_kernel.TrainingError, match="the disk is full") as caught:
         finetune(steps=1, save_promptnet=True)
     (path,) = (folders / "loras").rglob("*.safetensors")
     assert f"Saved before: {path}" in str(caught.value)
@@ -395,9 +395,7 @@ def test_what_is_saved_before_another_file_fails_is_saved_once_and_named(host, f
 def test_an_overflow_names_the_way_out_and_writes_nothing(host, finetune, folders):
     model = tiny.model()
     model.set_model_unet_function_wrapper(lambda apply, arguments: arguments["input"] * float("nan"))
-    with pytest.raises(
-        host.training_kernel.TrainingError, match="the loss is nan at step 0.*\nNothing had been learned"
-    ):
+    with pytest.raises(host.loop_kernel.TrainingError, match="the loss is nan at step 0.*\nNothing had been learned"):
         finetune(model=model)
     assert not list(folders.rglob("*.safetensors"))
 

@@ -1,5 +1,6 @@
 """ProFusion_InfusionAttentionPatch: its inputs, what it finds in prompts and models, and what it refuses."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,13 @@ def test_models_of_other_dtypes_are_exact(pack, dtype, compute):
     from infused import Infused
 
     Infused(pack, tiny.model(dtype, compute)).assert_node_exact(steps=2)
+
+
+@pytest.mark.parametrize("noun", ["", " "])
+def test_a_noun_without_a_word_is_refused_by_name(infused, pack, noun):
+    prompt = sys.modules[f"{pack.__name__}.profusion.prompt"]
+    with pytest.raises(prompt.NounError, match="noun"):
+        pack.nodes.host.placing.noun_spans(infused.clip, "a photo of a cat", noun)
 
 
 def test_the_schema_is_frozen(infused):

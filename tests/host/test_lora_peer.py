@@ -8,10 +8,10 @@ import torch
 
 from benchmarks.peers import Peer
 from benchmarks.peers.lora import Lora, host_nodes, merged
-from profusion.demo import drawn_concept
 from profusion.diffusion import timestep_of
+from profusion.residual.training import TrainingOptions
+from profusion.toybox.concepts import drawn_concept
 from profusion.toybox.pipeline import Toybox
-from profusion.training import TrainingOptions
 
 PROMPT = "a photo of a sks mushroom"
 

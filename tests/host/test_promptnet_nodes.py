@@ -29,6 +29,7 @@ def modules(pack):
             "profusion.diffusion",
             "profusion.promptnet.network",
             "profusion.promptnet.pseudo_word",
+            "profusion.toybox.configs",
             "profusion.toybox.pipeline",
             "profusion.toybox.fused",
             "nodes.trainer",
@@ -44,10 +45,10 @@ class Studio:
         from dataclasses import replace
 
         self.pack, self.modules = pack, modules(pack)
-        models, network = self.modules["nodes.host.toybox"], self.modules["profusion.promptnet.network"]
+        models, configs = self.modules["nodes.host.toybox"], self.modules["profusion.toybox.configs"]
         self.model, self.clip = models.load_model(), models.load_clip()
         self.vae, self.clip_vision = models.load_vae(), models.load_clip_vision()
-        config = replace(network.TOYBOX_PROMPTNET, second_latent=second_latent)
+        config = replace(configs.TOYBOX_PROMPTNET, second_latent=second_latent)
         self.promptnet = self.random_promptnet(config)
 
     def random_promptnet(self, config):
@@ -405,7 +406,7 @@ def test_bad_inputs_are_explained(studio, inputs, message):
 def test_a_promptnet_of_another_width_is_refused_by_both_widths(studio):
     from dataclasses import replace
 
-    config = studio.modules["profusion.promptnet.network"].TOYBOX_PROMPTNET
+    config = studio.modules["profusion.toybox.configs"].TOYBOX_PROMPTNET
     with pytest.raises(ValueError, match=r"width 96 .*width 128"):
         studio.encode(promptnet=studio.random_promptnet(replace(config, text_widths=(96,))))
     with pytest.raises(ValueError, match=r"width 64.*width 128"):
@@ -443,7 +444,8 @@ def test_the_authors_release_is_read_as_it_is(studio, tmp_path, monkeypatch):
     file = sys.modules[f"{studio.pack.__name__}.profusion.promptnet.file"]
     nodes, folders = studio.modules["nodes.promptnet"], studio.modules["nodes.host.files"]
     network = studio.modules["profusion.promptnet.network"]
-    config = replace(network.TOYBOX_PROMPTNET, second_latent="noisy", normalise=False, holds_position=True, tokens=1)
+    configs = studio.modules["profusion.toybox.configs"]
+    config = replace(configs.TOYBOX_PROMPTNET, second_latent="noisy", normalise=False, holds_position=True, tokens=1)
     written = tiny.randomise(network.PromptNet(config), seed=5).state_dict()
     named = {
         file.diffusers_name(name, config.unet): value

@@ -107,6 +107,27 @@ def test_the_folder_is_in_models_lists_safetensors_and_keeps_added_paths(host, m
         assert table["profusion_residuals"] == ([own, str(tmp_path)], {".safetensors"})
 
 
+def test_a_default_base_folder_comes_before_models(host, monkeypatch, tmp_path):
+    """As `is_default: true` in extra_model_paths.yaml leaves the host's own lists."""
+    paths, table = host.folder_paths, host.folder_paths.folder_names_and_paths
+    big, other = tmp_path / "big", tmp_path / "other"
+    for kind in ("loras", "profusion_residuals"):
+        before, suffixes = table.get(kind, ([], set()))
+        monkeypatch.setitem(table, kind, (list(before), suffixes))
+    table["profusion_residuals"] = ([], set())
+    for base, is_default in ((other, False), (big, True)):
+        for kind in ("loras", "profusion_residuals"):
+            paths.add_model_folder_path(kind, str(base / kind), is_default)
+    assert table["loras"][0][0] == str(big / "loras")
+    host.files.register(host.files.RESIDUALS)
+    own = str(Path(paths.models_dir) / "profusion_residuals")
+    assert table["profusion_residuals"][0] == [
+        str(big / "profusion_residuals"),
+        own,
+        str(other / "profusion_residuals"),
+    ]
+
+
 def test_the_loader_lists_residuals_of_subfolders_and_nothing_else(host, folder, residual):
     assert host.residual.ResidualLoader.INPUT_TYPES()["required"]["residual"][1]["options"] == []
     host.kernel.save_residual(residual, folder / "pets" / "cat.safetensors")

@@ -19,7 +19,7 @@ from reports import on_report
 def host(pack):
     """The node, Toybox as the host has it, and pictures of two of its concepts."""
     models = importlib.import_module(f"{pack.__name__}.nodes.host.toybox")
-    drawn = importlib.import_module(f"{pack.__name__}.profusion.demo").drawn_concept
+    drawn = importlib.import_module(f"{pack.__name__}.profusion.toybox.concepts").drawn_concept
     return types.SimpleNamespace(
         pack=pack,
         node=importlib.import_module(f"{pack.__name__}.nodes.scores").ConceptScores,

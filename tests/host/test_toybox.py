@@ -6,10 +6,10 @@ import torch
 pytest.importorskip("comfy.samplers", reason="no ComfyUI found: Toybox in the host is not tested")
 
 from profusion.models.clip import TextModel, VisionModel
-from profusion.models.configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE, TOYBOX_VISION
 from profusion.models.tokenizer import tokenize
 from profusion.models.unet import UNet
 from profusion.models.vae import VAE
+from profusion.toybox.configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE, TOYBOX_VISION
 from profusion.toybox.pipeline import WEIGHTS, Toybox, save_weights
 
 PROMPT = "a photo of a red and white striped ball by a brick wall"

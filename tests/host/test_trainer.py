@@ -28,7 +28,8 @@ def host(pack):
         name.rpartition(".")[2]: importlib.import_module(f"{pack.__name__}.nodes.{name}")
         for name in ("trainer", "host.evaluation", "host.residual_training")
     }
-    kernel = {name: sys.modules[f"{pack.__name__}.profusion.{name}"] for name in ("training", "residual", "pictures")}
+    names = ("residual.training", "residual", "pictures", "loop")
+    kernel = {name.split(".")[-1]: sys.modules[f"{pack.__name__}.profusion.{name}"] for name in names}
     return types.SimpleNamespace(pack=pack, **nodes, **kernel)
 
 
@@ -195,10 +196,11 @@ def test_an_aliased_weight_is_the_same_memory_and_is_not_taken_back_from_the_hos
 
 def toybox_folder(host, folder):
     """Toybox's files with random weights."""
-    names = ("clip", "configs", "unet", "vae", "tokenizer")
+    names = ("clip", "unet", "vae", "tokenizer")
     models = {name: importlib.import_module(f"{host.pack.__name__}.profusion.models.{name}") for name in names}
     pipeline = importlib.import_module(f"{host.pack.__name__}.profusion.toybox.pipeline")
-    configs, clip = models["configs"], models["clip"]
+    configs = importlib.import_module(f"{host.pack.__name__}.profusion.toybox.configs")
+    clip = models["clip"]
     networks = {
         "unet": models["unet"].UNet(configs.TOYBOX),
         "vae": models["vae"].VAE(configs.TOYBOX_VAE),
@@ -427,7 +429,7 @@ def test_any_error_keeps_what_was_learned_and_says_where(train, host, folder, pr
     model = failing_after(2, problem)
     before = fingerprint(model)
     cause = "out of memory while training on 2 pictures" if "GPU" in str(problem) else "a kernel failed"
-    with pytest.raises(host.training.TrainingError, match=cause) as caught:
+    with pytest.raises(host.loop.TrainingError, match=cause) as caught:
         train(model, steps=4)
     assert fingerprint(model) == before
     (path,) = folder.rglob("ball_partial_2_steps_*.safetensors")
@@ -436,7 +438,7 @@ def test_any_error_keeps_what_was_learned_and_says_where(train, host, folder, pr
 
 
 def test_an_error_in_the_first_step_writes_nothing(train, host, folder):
-    with pytest.raises(host.training.TrainingError, match="a kernel failed\nNothing had been learned yet"):
+    with pytest.raises(host.loop.TrainingError, match="a kernel failed\nNothing had been learned yet"):
         train(failing_after(0, RuntimeError("a kernel failed")))
     assert not list(folder.rglob("*.safetensors"))
 
@@ -470,7 +472,7 @@ def test_a_disk_that_fills_up_meanwhile_loses_nothing(train, host, folder, monke
             monkeypatch.setattr(host.residual.file.files, "write_atomically", full_disk)
 
     on_report(fill)
-    with pytest.raises(host.training.TrainingError, match="the disk is full.*\n.*4 steps so far could not be saved"):
+    with pytest.raises(host.loop.TrainingError, match="the disk is full.*\n.*4 steps so far could not be saved"):
         train(model, steps=4)
     monkeypatch.undo()
     folder_paths = sys.modules["folder_paths"]

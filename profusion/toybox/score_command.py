@@ -6,13 +6,14 @@ import argparse
 import json
 from pathlib import Path
 
+from ..metrics.chart import chart
+from ..metrics.checks import MetricError
+from ..metrics.concept import Pictures, concept_scores
+from ..metrics.encoders import ImageEncoder
+from ..metrics.libraries import CLIP_MODELS, DINO, OPENAI, OpenClip, Timm
+from ..metrics.scores import Scores
 from ..pictures import picture_paths, read_picture
-from .chart import chart
-from .checks import MetricError
-from .concept import Pictures, concept_scores
-from .encoders import ImageEncoder, ToyboxEncoder
-from .libraries import CLIP_MODELS, DINO, OPENAI, OpenClip, Timm
-from .scores import Scores
+from .encoder import ToyboxEncoder
 
 
 def add_to(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:

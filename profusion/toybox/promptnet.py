@@ -7,12 +7,13 @@ from torch import Tensor
 
 from ..diffusion import timestep_of
 from ..models.tokenizer import words_to_ids
-from ..toybox.pipeline import Toybox
-from .changes import attention_layers, start_changes
-from .finetune import FinetuneOptions, FinetunePictures, FinetuneTraining
-from .network import TOYBOX_PROMPTNET, PromptNet, PromptNetConfig, PromptNetError, typical_embedding
-from .pseudo_word import encode_tokens, prompt_tokens
-from .training import PROMPTS, EncodeWord, PictureSet, PredictNoise, PromptNetOptions, PromptNetTraining
+from ..promptnet.changes import attention_layers, start_changes
+from ..promptnet.finetune import FinetuneOptions, FinetunePictures, FinetuneTraining
+from ..promptnet.network import PromptNet, PromptNetConfig, PromptNetError, typical_embedding
+from ..promptnet.pseudo_word import encode_tokens, prompt_tokens
+from ..promptnet.training import PROMPTS, EncodeWord, PictureSet, PredictNoise, PromptNetOptions, PromptNetTraining
+from .configs import TOYBOX_PROMPTNET
+from .pipeline import Toybox
 
 
 def new_promptnet(
