@@ -23,6 +23,7 @@ bench: $(VENV)/.kernel
 	$(if $(HOST),$(BIN)/pip install --quiet -r $(HOST)/requirements.txt)
 	$(BIN)/python -m benchmarks.run --setting $(SETTING)
 
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

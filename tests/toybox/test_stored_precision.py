@@ -10,10 +10,13 @@ from profusion.toybox.judge import Judge
 from profusion.toybox.pipeline import NETWORKS, WEIGHTS, Toybox, seeded
 from profusion.toybox.similarity import concept_similarity
 
-pytestmark = pytest.mark.skipif(
-    not all((WEIGHTS / f"toybox_{name}.safetensors").is_file() for name in (*NETWORKS, "judge")),
-    reason="Toybox's weights are not there: train them with `python -m training.toybox`",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not all((WEIGHTS / f"toybox_{name}.safetensors").is_file() for name in (*NETWORKS, "judge")),
+        reason="Toybox's weights are not there: train them with `python -m training.toybox`",
+    ),
+]
 
 
 def test_six_bits_cost_no_likeness(tmp_path):
