@@ -160,7 +160,7 @@ class ResidualFromPromptNet(io.ComfyNode):
         )
         spoken = [word.in_prompt(prompt) for _, prompt in PROMPTS]
         trained, modules = (
-            TrainedModel(model, conditionings),
+            TrainedModel(model, conditionings, gradients=False),
             attention_modules(model.get_model_object("diffusion_model")),
         )
         seeding = ResidualSeed(trained.predict_noise, references, rows, spoken, modules, layers, noun, trained.sigmas)

@@ -22,7 +22,7 @@ from ...profusion.promptnet.finetune import FinetuneOptions, FinetunePictures, F
 from ...profusion.promptnet.network import PromptNetConfig, PromptNetError, check_fits
 from .display import Progress
 from .encoding import encode_references, model_layers, shown
-from .evaluation import TrainedModel, differentiable
+from .evaluation import TrainedModel, differentiable, resident_clip
 from .files import PATCHES, PROMPTNETS, next_path
 from .words import LoadedPromptNet, encode_pictures, handed_to_the_host, text_widths, tokens_with_words
 
@@ -35,8 +35,13 @@ class WordEncoder:
 
     def __init__(self, clip: CLIP, config: PromptNetConfig, prompts: Sequence[str]):
         check_fits(config, text_widths=text_widths(clip, prompts[0]))
-        self._clip, self._config, self._prompts = clip, config, prompts
+        self._clip, self._config, self._prompts = resident_clip(clip), config, prompts
         self.prompt = 0  # the one that was encoded last
+
+    @property
+    def patcher(self) -> ModelPatcher:
+        """The host's handle of the text encoder."""
+        return self._clip.patcher
 
     def conditionings(self, word: Tensor) -> list[list]:
         """A CONDITIONING of each prompt with this S* (tokens, width)."""
@@ -133,7 +138,7 @@ class Finetuning:
             *(item for change in changes.values() for item in change.parameters().values()),
         ]
         memory = ADAMW_BYTES * sum(item.numel() for item in learning)
-        self._trained = TrainedModel(model, conditionings, [clip.patcher], memory)
+        self._trained = TrainedModel(model, conditionings, [self._words.patcher], memory)
         self.training = FinetuneTraining(
             network,
             self._predict_noise,
@@ -161,7 +166,8 @@ class Finetuning:
         """Do `work()` while the model is loaded and computes with the changes, for latents (B, C, H, W) of this shape."""
 
         def changed_work() -> None:
-            with changed(self._model.get_model_object("diffusion_model"), self.training.changes), self._words.running():
+            network = self._trained.model.get_model_object("diffusion_model")
+            with changed(network, self.training.changes), self._words.running():
                 work()
 
         self._trained.run(changed_work, shape)
