@@ -28,9 +28,9 @@ from ...profusion.promptnet.network import (
     merged,
     parts,
 )
-from ...profusion.promptnet.pseudo_word import PLACEHOLDER, placed, with_stand_in, without_position
+from ...profusion.promptnet.pseudo_word import PLACEHOLDER, WORD_KEY, placed, with_stand_in, without_position
 
-WORD = "profusion_word"  # under which a CONDITIONING carries the S* it was made with
+WORD = WORD_KEY
 ALONE = f"a photo of {PLACEHOLDER}"
 
 

@@ -144,7 +144,7 @@ def test_nothing_is_left_on_the_model(infused):
     assert torch.equal(infused.run(model, infused.positive), plain)
 
 
-def test_a_conditioning_without_concepts_makes_a_plain_run(infused):
+def test_a_conditioning_without_concepts_makes_a_plain_run_and_says_so(infused, caplog):
     """At the plain run's cost, too."""
     calls = []
     model, positive = infused.patch(infused.residual())
@@ -153,8 +153,12 @@ def test_a_conditioning_without_concepts_makes_a_plain_run(infused):
     )
     assert torch.equal(infused.run(model, infused.positive), infused.run(infused.model, infused.positive))
     assert len(calls) == 3
+    (record,) = [record for record in caplog.records if record.name == "ProFusion"]
+    assert "without a concept" in record.getMessage()
+    caplog.clear()
     infused.run(model, positive)
     assert len(calls) == 3 + 2 * 3
+    assert not [record for record in caplog.records if record.name == "ProFusion"]
 
 
 def test_a_conditioning_with_concepts_does_nothing_on_a_plain_model(infused):
