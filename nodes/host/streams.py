@@ -31,6 +31,7 @@ from ...profusion.infusion import (
     foundation_patches,
     with_patches,
 )
+from ...profusion.threads import state_of_this_thread
 
 KEY = CONCEPTS_KEY  # of the wrappers, and of the stream that is being evaluated in transformer_options
 
@@ -231,13 +232,13 @@ class _InStep:
     """
 
     def __init__(self, run: Callable[[Callable], Tensor], device: torch.device):
-        inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        modes = state_of_this_thread()
 
-        def in_same_mode(ask: Callable) -> Tensor:  # the modes belong to a thread
-            with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+        def in_same_modes(ask: Callable) -> Tensor:
+            with modes():
                 return run(ask)
 
-        self._coroutine = Coroutine(in_same_mode)
+        self._coroutine = Coroutine(in_same_modes)
         self._answer: Any = None
         self._device = device
         self._random_state = _random_state(device)
