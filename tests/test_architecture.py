@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -187,6 +189,16 @@ def test_nothing_is_required_that_the_host_does_not_ship(shipped):
                 or top in __import__("sys").stdlib_module_names
             )
             assert known, f"{path} imports {module}"
+
+
+def test_importing_the_pack_does_not_wait_for_transformers():
+    """It takes a second or more, and only texts and towers need it."""
+    kernel = ROOT / "profusion"
+    parts = (path.relative_to(ROOT).with_suffix("").parts for path in kernel.rglob("*.py"))
+    modules = {".".join(part) for part in parts if part[-1] != "__init__"} - {"profusion.models.clip"}
+    code = f"import sys, {', '.join(sorted(modules))}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert "torch" in loaded.split() and not {"transformers", "open_clip", "timm"} & set(loaded.split())
 
 
 FLAGGED = (
