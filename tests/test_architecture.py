@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ HOST = {
     "latent_preview",
 }
 OPTIONAL = {"open_clip", "timm"}  # of one module, which imports them once they are asked for
+DISTRIBUTIONS = {"PIL": "Pillow", "open_clip": "open_clip_torch"}  # named otherwise than what is imported
 SHIPPED_WITH_THE_HOST = {
     "torch",
     "torchvision",
@@ -180,13 +182,18 @@ def test_nothing_is_required_that_the_host_does_not_ship(shipped):
         assert not optional & {module for _, module in imports(path, at_once=True)}
         for level, module in imports(path):
             top = module.split(".")[0]
-            known = (
-                top in optional
-                or level
-                or top in SHIPPED_WITH_THE_HOST | HOST
-                or top in __import__("sys").stdlib_module_names
-            )
+            known = top in optional or level or top in SHIPPED_WITH_THE_HOST | HOST or top in sys.stdlib_module_names
             assert known, f"{path} imports {module}"
+
+
+def test_pyproject_names_what_is_imported(shipped):
+    tomllib = pytest.importorskip("tomllib", reason="tomllib comes with Python 3.11: pyproject.toml is not read")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    tops = {module.split(".")[0] for path in shipped for level, module in imports(path) if not level}
+    needed = {DISTRIBUTIONS.get(top, top) for top in tops - HOST - set(sys.stdlib_module_names)}
+    optional = set(project["optional-dependencies"]["metrics"])
+    assert needed - optional <= set(project["dependencies"])
+    assert optional == {DISTRIBUTIONS.get(top, top) for top in OPTIONAL}
 
 
 FLAGGED = (
