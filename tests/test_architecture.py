@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.map import included
+
 ROOT = Path(__file__).parents[1]
 HOST = {
     "comfy",
@@ -234,3 +236,11 @@ def test_the_version_has_one_value():
     project = (ROOT / "pyproject.toml").read_text()
     kernel = (ROOT / "profusion" / "__init__.py").read_text()
     assert re.search(r'^version = "(.+)"', project, re.M)[1] == re.search(r'__version__ = "(.+)"', kernel)[1]
+
+
+def test_the_page_of_the_architecture_lists_every_file():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert included(page) == page, "run `python -m tools.map`"
+    folders = {path.parent for ring in ("nodes", "profusion") for path in (ROOT / ring).rglob("*.py")}
+    for folder in folders:
+        assert f"<!-- map: {folder.relative_to(ROOT).as_posix()} -->" in page
