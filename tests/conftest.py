@@ -40,6 +40,17 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
+def pytest_collection_modifyitems(config, items):
+    def is_for_nothing(item):
+        pretended = getattr(item, "callspec", None) and item.callspec.params.get("device") == pretend.NAME
+        return pretended and item.get_closest_marker("real_device")
+
+    deselected = [item for item in items if is_for_nothing(item)]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if not is_for_nothing(item)]
+
+
 def pytest_collection_finish(session):
     # Before the first test: autograd counts the devices when it is first used.
     if any(
