@@ -14,7 +14,14 @@ from torch.utils import _pytree as pytree
 
 NAME = "pretend"
 # What a GPU takes from both: copies are how tensors travel, and indices may lie on the CPU.
-MAY_MIX = {"aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put_", "aten::_index_put_impl_"}
+MAY_MIX = {
+    "aten::copy_",
+    "aten::_to_copy",
+    "aten::_has_compatible_shallow_copy_type",
+    "aten::index",
+    "aten::index_put_",
+    "aten::_index_put_impl_",
+}
 
 
 def is_possible() -> bool:
@@ -26,12 +33,40 @@ def is_possible() -> bool:
     return True
 
 
+class _Backend:
+    """What torch asks of `torch.pretend`: one device, which draws nothing itself."""
+
+    def is_available(self) -> bool:
+        return True
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def device_count(self) -> int:
+        return 1
+
+    def current_device(self) -> int:
+        return 0
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        pass
+
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+        pass
+
+
 @lru_cache(maxsize=1)
 def install() -> torch.library.Library:
     """Register the device: `torch.device("pretend")`."""
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-    _setup_privateuseone_for_python_backend(NAME)
+    _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
     library = torch.library.Library("_", "IMPL")
     library.fallback(_run, "PrivateUse1")  # what makes tensors from none; the rest goes through PretendTensor
     torch.tensor = _tensor
