@@ -30,8 +30,8 @@ def device(request):
 @pytest.fixture
 def precise_device(device):
     """The same, but for those without float64."""
-    if device.type == "mps":
-        pytest.skip("MPS has no float64")
+    if device.type in ("mps", pretend.NAME):
+        pytest.skip(f"{device} has no float64")
     return device
 
 
