@@ -69,22 +69,26 @@ def packed():
 
 
 def pytest_collection_modifyitems(config, items):
-    def is_for_nothing(item):
-        pretended = getattr(item, "callspec", None) and item.callspec.params.get("device") == pretend.NAME
-        return pretended and item.get_closest_marker("real_device")
+    """Leave out on the pretended device what it cannot do."""
 
-    deselected = [item for item in items if is_for_nothing(item)]
+    def is_impossible(item):
+        too_much = item.get_closest_marker("real_device") or "precise_device" in item.fixturenames
+        return is_pretended(item) and too_much
+
+    deselected = [item for item in items if is_impossible(item)]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
-        items[:] = [item for item in items if not is_for_nothing(item)]
+        items[:] = [item for item in items if not is_impossible(item)]
 
 
 def pytest_collection_finish(session):
     # Before the first test: autograd counts the devices when it is first used.
-    if any(
-        getattr(item, "callspec", None) and item.callspec.params.get("device") == pretend.NAME for item in session.items
-    ):
+    if any(map(is_pretended, session.items)):
         pretend.install()
+
+
+def is_pretended(item) -> bool:
+    return hasattr(item, "callspec") and item.callspec.params.get("device") == pretend.NAME
 
 
 def pytest_terminal_summary(terminalreporter):
