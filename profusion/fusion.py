@@ -112,11 +112,11 @@ class Guidance:
 
 
 class KeptDifferences:
-    """What the other predictions of a run differ from the first by, evaluated at one call of `refresh` and kept between.
+    """Caches how the other predictions differ from the first; refreshed every `refresh` calls.
 
-    The guided prediction is e_1 + d_0 + s (sum_i w_i d_i / sum w - d_0) with d_i = e_i - e_1 and d_0 = e_0 - e_1. From one
-    noise level to the next the differences change less than the predictions do, so that a call between can do with e_1 alone:
-    one row where (S*, C), C and nothing are three.
+    The guided prediction is e_1 + d_0 + s (sum_i w_i d_i / sum w - d_0) with d_i = e_i - e_1 and d_0 = e_0 - e_1. From
+    one noise level to the next the differences change less than the predictions do, so a call in between needs e_1
+    alone: one row where (S*, C), C and nothing are three.
     """
 
     def __init__(self, refresh: int):

@@ -94,10 +94,10 @@ def test_at_the_last_timestep_the_papers_limit_holds():
 
 
 @pytest.mark.parametrize("flow", [False, True])
-def test_a_right_prediction_swaps_noise_at_the_same_level(flow, generator):
+def test_a_right_prediction_swaps_noise_at_the_same_level(flow, generator, precise_device):
     """x = alpha x0 + sigma eps becomes alpha x0 + sigma eps' with eps' = (1 - r) eps + sqrt(r (2 - r)) z of unit variance."""
-    clean, eps, fresh = torch.randn(3, 1, 4, 5, 5, generator=generator, dtype=torch.float64)
-    sigma, sigma_next = torch.tensor([0.8, 0.7], dtype=torch.float64)
+    clean, eps, fresh = torch.randn(3, 1, 4, 5, 5, generator=generator, dtype=torch.float64).to(precise_device)
+    sigma, sigma_next = torch.tensor([0.8, 0.7], dtype=torch.float64, device=precise_device)
     alpha = 1 - sigma if flow else torch.ones_like(sigma)
     ratio = (sigma_next / (1 - sigma_next)) / (sigma / (1 - sigma)) if flow else sigma_next / sigma
     share = swap_share(ratio, 0.9)
@@ -208,6 +208,35 @@ def test_the_fresh_noise_comes_from_the_generator(generator):
         return euler(halve, x, sigmas[first : last + 1])
 
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
+
+
+def test_a_run_is_the_same_on_every_device(device, generator):
+    """Sigmas may lie anywhere; fresh noise is drawn on the CPU, so that a seed means the same everywhere."""
+    sigmas, x = sampling_sigmas(5), torch.randn(2, 4, 3, 3, generator=generator)
+    word, text = torch.randn(2, 1, 4, 1, 1, generator=generator)
+    guidance = Guidance((1.0, 0.5), refresh=2)
+
+    def run(where, sigmas, flow):
+        run_guidance, stages = RunGuidance(guidance), iter(["fusion", "refinement"] * 9)
+
+        def denoise(x, sigma):
+            def evaluate(everything):
+                shifts = (word + text, torch.zeros_like(word), text) if everything else (word + text,)
+                return [torch.tanh(x + shift.to(x)) for shift in shifts]
+
+            return run_guidance.step(next(stages), evaluate, unit=float(sigma[0]))
+
+        def refine(x, first, last):
+            return denoise(x, sigmas[first].expand(len(x)).to(x.device)) * 0.9
+
+        fresh = fresh_noise(seeded(1, 2))
+        return sample_fusion(denoise, refine, x.to(where), sigmas, FusionOptions(2, eta=0.7), fresh, flow)
+
+    for flow, levels in ((False, sigmas), (True, torch.tensor([1.0, 0.6, 0.3, 0.0]))):
+        expected, there = run("cpu", levels, flow), run(device, levels, flow)
+        assert there.device.type == device.type and expected.isfinite().all()
+        torch.testing.assert_close(there.cpu(), expected)
+        torch.testing.assert_close(run(device, levels.to(device), flow).cpu(), expected)
 
 
 def test_each_row_of_fresh_noise_comes_from_its_own_generator():
