@@ -1,15 +1,20 @@
 """Shared by all tests: one thread, so that small shapes are quick and results do not depend on the machine's cores."""
 
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests import pretend
 
+ROOT = Path(__file__).parents[1]
 SLOW = 20  # seconds, from which on a test is to be marked
 
 
 def devices() -> list[str]:
-    """The CPU, and the accelerators here; where there are none, a pretended one, which shows what is left on the CPU."""
+    """The CPU, and the accelerators here; where there are none, a pretended one, which
+    shows what is left on the CPU."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     accelerators = [name for name, is_there in there.items() if is_there]
     return ["cpu", *(accelerators or ([pretend.NAME] if pretend.is_possible() else []))]
@@ -38,6 +43,30 @@ def precise_device(device):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def root():
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def packed():
+    """The files that `comfy node pack` puts into the Registry's archive: what git tracks and .comfyignore, which is
+    read by gitignore's rules, does not match."""
+
+    def listed(*options: str) -> set[str]:
+        command = ["git", "ls-files", "-z", *options]
+        return set(
+            subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+        )
+
+    try:
+        names = listed() - listed("--cached", "--ignored", "--exclude-from=.comfyignore")
+    except (FileNotFoundError, subprocess.CalledProcessError) as problem:
+        pytest.skip(f"only git knows what would be packed, and this is no checkout of it: {problem}")
+    return sorted(name for name in names if (ROOT / name).is_file())
 
 
 def pytest_collection_modifyitems(config, items):
