@@ -61,7 +61,8 @@ view.offset[0] = 100 / view.scale - left;
 view.offset[1] = 100 / view.scale - top;
 window.app.canvas.setDirty(true, true);
 """
-# (id, x, y, width, height) in the graph's units, without the titles: as drawn on the canvas, or as elements of the page.
+# (id, x, y, width, height) in the graph's units, without the titles: as drawn on the canvas, or as elements of the
+# page.
 BOXES = """
 const scale = window.app.canvas.ds.scale;
 return window.app.graph.nodes.map(node => {
