@@ -1,4 +1,5 @@
-"""What a training step takes on a device, before it is tried: measured from shapes, see benchmarks/training_memory.py."""
+"""What a training step takes on a device, before it is tried: measured from shapes, see
+benchmarks/training_memory.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A network whose parts are computed twice has the gradients of one whose parts are kept, and is as before afterwards."""
+"""A network whose parts are computed twice has the gradients of one whose parts are kept,
+and is as before afterwards."""
 
 import pytest
 import torch

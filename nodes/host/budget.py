@@ -1,4 +1,5 @@
-"""What a training takes of the device's memory, reckoned before it begins, and what to change where that is too much."""
+"""What a training takes of the device's memory, reckoned before it begins, and what to
+change where that is too much."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ _MULTIPLES = 12, 5
 
 @dataclass(frozen=True)
 class Budget:
-    """Of one training: the bytes of a step beside the models' weights, and whether gradient checkpointing makes it so."""
+    """Of one training: the bytes of a step beside the models' weights, and whether gradient
+    checkpointing makes it so."""
 
     step: float
     checkpointing: bool
@@ -44,9 +46,9 @@ def plan_training(
 ) -> Budget:
     """Decide on gradient checkpointing ("auto": where there is no room without) for latents (B, C, H, W) of this shape.
 
-    beside: text encoders that must be on the device too. learned: bytes of what is trained, its optimizer included. finetuning:
-    whether PromptNet and the attention layers learn, and not a residual. Raises TrainingError, which names the input to
-    change, where a step does not fit.
+    beside: text encoders that must be on the device too. learned: bytes of what is trained, its optimizer included.
+    finetuning: whether PromptNet and the attention layers learn, and not a residual. Raises TrainingError, which names
+    the input to change, where a step does not fit.
     """
     if checkpointing not in CHECKPOINTING:
         raise ValueError(f"gradient_checkpointing={checkpointing!r}: choose one of {', '.join(CHECKPOINTING)}")
