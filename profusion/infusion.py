@@ -130,6 +130,8 @@ class Placement:
             )
         if not math.isfinite(self.strength):
             raise ValueError(f"strength={self.strength} is not a finite number")
+        if math.isnan(self.sigma_start) or math.isnan(self.sigma_end):
+            raise ValueError(f"sigma_start={self.sigma_start} and sigma_end={self.sigma_end} must be numbers")
         if self.region is not None and self.region.ndim not in (2, 3):
             raise ValueError(f"region has shape {tuple(self.region.shape)}; give (H, W) or (B, H, W)")
 
