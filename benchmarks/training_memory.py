@@ -16,9 +16,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from profusion.diffusion import noise_predictor
 from profusion.infusion import Patches, Placement, cross_attention_layers, customised_patches
+from profusion.losses import masked_noise_error
 from profusion.models.configs import SD15
 from profusion.models.unet import UNet
-from profusion.residual.training import Reference, ResidualTraining, TrainingOptions, masked_noise_error
+from profusion.residual.training import Reference, ResidualTraining, TrainingOptions
 from profusion.toybox.configs import TOYBOX
 
 MODELS = {"sd15": SD15, "toybox": TOYBOX}
