@@ -27,12 +27,12 @@ from torch.utils._pytree import tree_leaves
 from profusion import queries
 from profusion.checkpointing import checkpointed
 from profusion.infusion import Placement, cross_attention_layers, customised_patches, foundation_patches
+from profusion.losses import masked_noise_error
 from profusion.models.configs import SD15, SD21, SDXL
 from profusion.models.unet import BasicTransformerBlock, ResBlock, UNet
 from profusion.promptnet.changes import attention_layers, changed, start_changes
 from profusion.promptnet.network import SD15_PROMPTNET, SD21_PROMPTNET, SDXL_PROMPTNET, PromptNet
 from profusion.queries import TakenOnce, WaitingQueries
-from profusion.residual.training import masked_noise_error
 from profusion.toybox.configs import TOYBOX, TOYBOX_PROMPTNET
 
 MODELS = {"sd15": SD15, "sd2": SD21, "sdxl": SDXL, "toybox": TOYBOX}

@@ -1,6 +1,6 @@
 """The one training loop. A method adds what it draws, its loss, and what learns.
 
-A step draws a batch from a generator that is seeded by the run's seed and the step alone, evaluates the loss, leaves
+A step draws a batch from a generator that is generator_of by the run's seed and the step alone, evaluates the loss, leaves
 its gradient in the parameters and lets AdamW move them. So a run that stopped after any whole step, and was restored
 from `TrainingLoop.state`, goes on bit for bit.
 
@@ -113,7 +113,7 @@ class TrainingLoop(ABC):
 
     def batch(self) -> Any:
         """What this step trains on. It depends on the seed and the step only, so that a resumed training draws alike."""
-        return self.draw(seeded(self.options.seed * _SEED_STRIDE + self.step))
+        return self.draw(generator_of(self.options.seed * _SEED_STRIDE + self.step))
 
     def steps(self) -> Iterator[float]:
         """Train to the end, yielding each step's loss; stop asking and the training stops after the last whole step.
@@ -245,6 +245,6 @@ def grown(scale: float, step: int, first: float) -> float:
     return min(scale * SCALE_FACTOR, first) if scale < first and step % GROWTH_INTERVAL == 0 else scale
 
 
-def seeded(number: int) -> torch.Generator:
+def generator_of(number: int) -> torch.Generator:
     """A CPU generator of a whole number of any size and sign."""
     return torch.Generator().manual_seed(number % 2**63)

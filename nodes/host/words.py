@@ -29,10 +29,9 @@ from ...profusion.promptnet.network import (
     merged,
     parts,
 )
-from ...profusion.promptnet.pseudo_word import PLACEHOLDER, WORD_KEY, placed, with_stand_in, without_position
+from ...profusion.promptnet.pseudo_word import ALONE, WORD_KEY, placed, with_stand_in, without_position
 
 WORD = WORD_KEY
-ALONE = f"a photo of {PLACEHOLDER}"
 
 
 @dataclass(frozen=True)

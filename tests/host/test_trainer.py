@@ -211,7 +211,7 @@ def toybox_folder(host, folder):
     }
     for seed, network in enumerate(networks.values()):
         tiny.randomise(network, seed)
-    tokens = models["tokenizer"].tokenize([prompt.format("ball") for prompt in host.training.PROMPTS]).unique()
+    tokens = models["tokenizer"].tokenize([prompt.format("ball") for prompt in host.training.NOUN_PROMPTS]).unique()
     pipeline.save_weights(folder, tokens=tokens, **networks)
     return folder
 

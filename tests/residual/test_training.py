@@ -15,16 +15,11 @@ from profusion.infusion import (
     on_conditional,
 )
 from profusion.loop import TrainingError
+from profusion.losses import masked_noise_error
 from profusion.models.configs import UNetConfig
 from profusion.models.unet import UNet
 from profusion.residual import Residual, ResidualError, load_residual, save_residual
-from profusion.residual.training import (
-    Reference,
-    ResidualTraining,
-    TrainingOptions,
-    masked_noise_error,
-    residual_loss,
-)
+from profusion.residual.training import Reference, ResidualTraining, TrainingOptions, residual_loss
 
 SMALL = UNetConfig(32, (1, 2), 1, (1, 1), 1, 24, num_heads=2)
 LENGTH, ROWS = 11, ((4,), (5, 6))
