@@ -204,7 +204,7 @@ def _run(browser, server, seconds=600):
     assert newest["status"]["status_str"] == "success", newest["status"]["messages"][-1]
 
 
-def _wait_until_shown(browser, kinds, seconds=30):
+def _wait_until_shown(browser, kinds, seconds=180):
     """Pictures are fetched, and nodes grow around them."""
     deadline = time.monotonic() + seconds
     while missing := kinds - {kind for kind, pictures in browser.execute_script(SHOWN) if pictures}:

@@ -121,6 +121,7 @@ def test_the_schema_is_frozen_and_explained(host):
         "sample_cfg:FLOAT",
         "masks:MASK",
         "resume:RESIDUAL",
+        "gradient_checkpointing:COMBO",
     ]
     assert [output.io_type for output in schema.outputs] == ["RESIDUAL", "IMAGE", "IMAGE"]
     assert all(entry.tooltip for entry in [*schema.inputs, *schema.outputs]) and schema.description
