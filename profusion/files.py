@@ -8,7 +8,6 @@ reads a file still checks that its contents make sense. Nothing in a file is eve
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -19,6 +18,8 @@ from pathlib import Path
 import safetensors
 import torch
 from torch import Tensor
+
+from . import problems
 
 DTYPES = {
     "F64": torch.float64,
@@ -37,8 +38,6 @@ Contents = dict[str, tuple[str, list[int], bytes]]
 CHECKSUM = "checksum"
 MAX_HEADER_BYTES = 1 << 20
 MAX_DIMENSIONS = 8
-_DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 class FileFormatError(ValueError):
@@ -67,12 +66,14 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
 
 def why_not_written(problem: Exception) -> str:
     """Why a file could not be written, and what to do."""
-    code = getattr(problem, "errno", None)
-    if code in _DISK_FULL:
+    if problems.disk_is_full(problem):
         return "the disk is full. Make room and save again; what was there before is untouched."
-    if code in _NOT_ALLOWED:
-        return "the folder is read-only, or not yours to write to. Change its permissions or choose another one."
-    return f"{getattr(problem, 'strerror', None) or problem}. Check the name and the folder."
+    return f"{problems.why(problem)}. Check the name, the folder and its permissions."
+
+
+def why_not_read(problem: Exception) -> str:
+    """Why a file could not be read, and what to do."""
+    return f"{problems.why(problem)}. Check the name, the folder and its permissions."
 
 
 def tensors_to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -121,9 +122,9 @@ def parse(data: bytes) -> tuple[Contents, dict[str, str]]:
         entries = safetensors.deserialize(data)
         header = json.loads(data[8 : 8 + length], object_pairs_hook=_without_duplicates)
     except safetensors.SafetensorError as problem:
-        raise FileFormatError(f"it is cut short, damaged, or not a safetensors file at all ({problem})") from problem
+        raise _not_safetensors(problem) from problem
     except (ValueError, RecursionError) as problem:
-        raise FileFormatError(f"it has an invalid header ({problem})") from problem
+        raise FileFormatError(f"it has an invalid header ({problems.why(problem)})") from problem
     contents = {name: (entry["dtype"], entry["shape"], entry["data"]) for name, entry in entries}
     return contents, header.get("__metadata__") or {}
 
@@ -149,7 +150,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safetensors.safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except safetensors.SafetensorError as problem:
-        raise FileFormatError(f"it is cut short, damaged, or not a safetensors file at all ({problem})") from problem
+        raise _not_safetensors(problem) from problem
+
+
+def _not_safetensors(problem: safetensors.SafetensorError) -> FileFormatError:
+    return FileFormatError(f"it is cut short, damaged, or not a safetensors file at all ({problems.why(problem)})")
 
 
 def check_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], checked: Collection[str]) -> None:
