@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import safetensors
@@ -112,7 +112,7 @@ def parse(data: bytes) -> tuple[Contents, dict[str, str]]:
     """
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > MAX_HEADER_BYTES:
-        raise FileFormatError(_what_it_is(data))
+        raise FileFormatError(what_it_is(data))
     if len(data) < 8 + length:
         raise FileFormatError(
             f"it is cut short, or its first bytes are damaged: the header takes {length} bytes, "
@@ -145,7 +145,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with path.open("rb") as file:
         beginning = file.read(64)
     if len(beginning) < 8 or int.from_bytes(beginning[:8], "little") > MAX_HEADER_BYTES:
-        raise FileFormatError(_what_it_is(beginning))
+        raise FileFormatError(what_it_is(beginning))
     try:
         with safetensors.safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -157,14 +157,25 @@ def _not_safetensors(problem: safetensors.SafetensorError) -> FileFormatError:
     return FileFormatError(f"it is cut short, damaged, or not a safetensors file at all ({problems.why(problem)})")
 
 
-def check_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], checked: Collection[str]) -> None:
-    """`check_integrity` for what `read_tensors` returned."""
+def check_tensors(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    checked: Collection[str],
+    poll: Callable[[], None] = lambda: None,
+) -> None:
+    """`check_integrity` for what `read_tensors` returned. poll: called before each tensor; it stops by raising."""
     strange = [name for name, tensor in tensors.items() if tensor.dtype not in _DTYPE_NAMES]
     if strange:
         raise FileFormatError(
             f"it holds a tensor of a kind unknown here: '{strange[0]:.80}', {tensors[strange[0]].dtype}"
         )
-    _compare(metadata, checked, ((name, *_content(tensors[name])) for name in sorted(tensors)))
+
+    def contents() -> Iterator[tuple]:
+        for name in sorted(tensors):
+            poll()
+            yield name, *_content(tensors[name])
+
+    _compare(metadata, checked, contents())
 
 
 def _compare(metadata: Mapping[str, str], checked: Collection[str], contents: Iterable[tuple]) -> None:
@@ -186,7 +197,7 @@ def to_tensors(contents: Contents) -> dict[str, Tensor]:
     return tensors
 
 
-def _what_it_is(data: bytes) -> str:
+def what_it_is(data: bytes) -> str:
     """What a file that does not begin with a believable header length most likely is."""
     if not data:
         return "it is empty"

@@ -107,7 +107,7 @@ def test_real_want_of_memory_has_words():
 @pytest.mark.parametrize(
     "name",
     [
-        *"<>:\"|?*",
+        *'<>:"|?*',
         *("cat ", "cat.", ".."),
         *("a\nb", "a\tb", "\x00", "\ud800", "\u202egpj.exe"),
         *("con", "NUL.txt", "Com1", "lpt9.safetensors", "aux .x", "COM\u00b9", "CONIN$"),
