@@ -8,7 +8,7 @@ OUT ?= demo
 SETTING ?= quick
 JOBS ?= 2
 BIN := $(VENV)/bin
-TORCH := torch torchvision safetensors tokenizers numpy Pillow einops
+TORCH := torch torchvision safetensors transformers einops numpy Pillow
 TESTING := pytest pytest-xdist hypothesis ruff scipy POT scikit-learn open_clip_torch timm
 HOST_TESTING := requests selenium websocket-client
 PYTEST := -q -rs -n $(JOBS) --dist loadgroup $(if $(FAST),-m "not slow")
@@ -23,6 +23,7 @@ bench: $(VENV)/.kernel
 	$(if $(HOST),$(BIN)/pip install --quiet -r $(HOST)/requirements.txt)
 	$(BIN)/python -m benchmarks.run --setting $(SETTING)
 
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

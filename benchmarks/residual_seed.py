@@ -1,9 +1,10 @@
-"""How many training steps does a start from S* save? `python -m benchmarks.residual_seed [--promptnet FILE]`, on Toybox.
+"""How many training steps does a start from S* save? `python -m benchmarks.residual_seed
+[--promptnet FILE]`, on Toybox.
 
-For concepts that neither Toybox nor its PromptNet ever saw, a residual is trained from zero and from what PromptNet makes of
-the same pictures, with the same options, noise and pictures in every step. At some steps both are judged: how alike the drawn
-things are to the concept (`similarity`, 0..1, as the demo measures it), and the training's own loss on noise that is always
-the same. Without training, the seed is also judged at other strengths.
+For concepts that neither Toybox nor its PromptNet ever saw, a residual is trained from zero and from what PromptNet
+makes of the same pictures, with the same options, noise and pictures in every step. At some steps both are judged: how
+alike the drawn things are to the concept (`similarity`, 0..1, as the demo measures it), and the training's own loss on
+noise that is always the same. Without training, the seed is also judged at other strengths.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.rates import mean_interval
 from benchmarks.results import table, write
-from profusion.diffusion import training_sigmas
+from profusion.diffusion import per_row, training_sigmas
 from profusion.infusion import Placement, customised_patches, foundation_patches
 from profusion.pictures import latent_masks
 from profusion.promptnet.file import load_promptnet
@@ -82,7 +83,7 @@ class Yardstick:
         return sum(losses) / len(losses)
 
     def _error(self, picture: Tensor, noise: Tensor, sigma: Tensor, prompt: int, residual: Residual) -> float:
-        noisy, queries = self._latents[picture] + sigma.view(-1, 1, 1, 1) * noise, {}
+        noisy, queries = self._latents[picture] + per_row(sigma, noise) * noise, {}
         plain = self._predict(noisy, sigma, prompt, foundation_patches(queries))
         placement = Placement(residual.delta, residual.layers, self._rows[prompt])
         predicted = self._predict(
@@ -151,7 +152,8 @@ def measure(fused: FusedToybox, judge: Judge, concept: Concept, given: argparse.
             found[name][step] = point
             seconds = time.monotonic() - began
             print(
-                f"{concept.name}, from {name}, step {step}: similarity {point[0]:.3f}, loss {point[1]:.4f}  ({seconds:.0f} s)",
+                f"{concept.name}, from {name}, step {step}: similarity {point[0]:.3f}, loss {point[1]:.4f}  "
+                f"({seconds:.0f} s)",
                 flush=True,
             )
     return Measured(concept.name, found["zero"], found["seed"], {s: judged(scaled(seed, s)) for s in STRENGTHS})

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from profusion.diffusion import timestep_of
+from profusion.diffusion import noise_predictor
 from profusion.infusion import Patches, Placement, cross_attention_layers, customised_patches
 from profusion.models.configs import SD15
 from profusion.models.unet import UNet
@@ -26,7 +26,8 @@ ROWS = (5,)
 
 
 def saved_numbers(work: Callable[[], Tensor], apart_from: nn.Module) -> int:
-    """How many numbers autograd keeps for the backward pass of `work()`, each memory counted once, weights not at all."""
+    """How many numbers autograd keeps for the backward pass of `work()`, each memory counted
+    once, weights not at all."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in apart_from.parameters()}
     kept: dict[int, tuple[int, Tensor]] = {}
 
@@ -48,9 +49,7 @@ def measure(unet: UNet, cells: int) -> tuple[int, int]:
 
     def predict(x: Tensor, sigma: Tensor, prompt: int, patches: Patches) -> Tensor:
         options = {"patches": patches, "cond_or_uncond": [0]}
-        return unet(
-            x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt(), timestep_of(sigma), context, transformer_options=options
-        )
+        return noise_predictor(lambda x, t: unet(x, t, context, transformer_options=options))(x, sigma)
 
     references = [Reference(torch.randn(4, cells, cells), torch.ones(cells, cells))]
     training = ResidualTraining(predict, references, [ROWS], layers, "cat", TrainingOptions(batch_size=1))

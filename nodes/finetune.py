@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..profusion.pictures import captioned, concept_pictures, from_image
 from ..profusion.promptnet.finetune import FinetuneOptions
+from . import inputs
 from .host.display import keeping, show
 from .host.encoding import check_connected
 from .host.files import PATCHES, listed_name
@@ -21,22 +22,21 @@ class PromptNetFinetune(io.ComfyNode):
             display_name="PromptNet Finetune",
             category="ProFusion",
             description=(
-                "Fine-tunes a PromptNet to one picture, or to variants of it from Concept Augment, and with it the attention "
-                "layers of the model (ProFusion, arXiv 2305.13579). The PromptNet and the model that come in stay as they "
-                "are: the model's changes are a patch file, as LoRA loaders read them, in models/loras."
+                "Fine-tunes a PromptNet, and with it the model's attention layers, to one picture or to the variants "
+                "that Concept Augment draws of it (ProFusion, arXiv 2305.13579). The PromptNet and the model that come "
+                "in stay as they are: the changes to the model are a patch file in models/loras, which LoRA loaders "
+                "read."
             ),
             inputs=[
-                io.Custom("PROMPTNET").Input("promptnet", tooltip="From PromptNet Loader."),
+                inputs.promptnet(),
                 io.Model.Input(
                     "model", tooltip="The model that the PromptNet serves. LoRAs and other patches on it take part."
                 ),
-                io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
-                io.ClipVision.Input("clip_vision", tooltip="The image encoder that the PromptNet was trained with."),
-                io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
-                io.Image.Input("images", tooltip="The picture, or variants of it, of one size."),
-                io.Int.Input(
-                    "steps", default=50, min=1, max=100_000, tooltip="How long to train: about 50 in the paper."
-                ),
+                inputs.clip(),
+                inputs.clip_vision(),
+                inputs.vae(),
+                io.Image.Input("images", tooltip="The picture, or variants of it, all one size."),
+                inputs.steps(50, "Training steps. The paper takes about 50."),
                 io.Float.Input(
                     "learning_rate",
                     default=2e-5,
@@ -44,12 +44,12 @@ class PromptNetFinetune(io.ComfyNode):
                     max=1.0,
                     step=1e-6,
                     round=False,
-                    tooltip="How far each step moves PromptNet: 1e-5 to 1e-4 is usual.",
+                    tooltip="How far each step moves PromptNet. 1e-5 to 1e-4 is usual.",
                 ),
                 io.Boolean.Input(
                     "train_attention",
                     default=True,
-                    tooltip="Train the attention layers of the model too, as in the paper. Off: only PromptNet.",
+                    tooltip="Train the model's attention layers too, as in the paper. Off: only PromptNet.",
                 ),
                 io.Float.Input(
                     "attention_learning_rate",
@@ -65,49 +65,33 @@ class PromptNetFinetune(io.ComfyNode):
                     default=8,
                     min=0,
                     max=256,
-                    tooltip="Of the attention layers' changes. More can learn more, and makes a larger file. 0: the full "
-                    "difference, as in the paper, in a file as large as these layers.",
+                    tooltip="Rank of the attention LoRA. Higher learns more and makes a larger file. 0: full matrices, "
+                    "as in the paper, in a file as large as these layers.",
                 ),
-                io.Int.Input(
-                    "batch_size",
-                    default=4,
-                    min=1,
-                    max=64,
-                    tooltip="Noisy pictures in each step. Lower it if memory runs out.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Of the training's noise. The same seed trains the same.",
-                ),
+                inputs.batch_size(),
+                inputs.seed("Random seed of the training. The same seed trains the same files."),
                 io.String.Input(
                     "filename_prefix",
                     default="profusion/finetuned",
-                    tooltip="Of the files, which are numbered and never overwritten; it may have subfolders.",
+                    tooltip="Name of the files. A number is added, nothing is overwritten, and 'pets/cat' makes a "
+                    "subfolder.",
                 ),
                 io.Boolean.Input(
                     "save_promptnet",
                     default=True,
-                    tooltip="Save the fine-tuned PromptNet in models/profusion_promptnets, for PromptNet Loader. For SD 1.5 it "
-                    "takes 0.7 GB.",
+                    tooltip="Save the fine-tuned PromptNet in models/profusion_promptnets, for PromptNet Loader. It "
+                    "takes 0.7 GB for SD 1.5.",
                 ),
-                io.Mask.Input(
-                    "masks",
-                    optional=True,
-                    tooltip="White where the object is, one for each picture or one for all. Only there is anything learned.",
-                ),
+                inputs.masks("Only this area is learned."),
             ],
             outputs=[
-                io.Custom("PROMPTNET").Output(tooltip="The fine-tuned one, for PromptNet Encode."),
+                io.Custom("PROMPTNET").Output(tooltip="The fine-tuned PromptNet, for PromptNet Encode."),
                 io.Model.Output(tooltip="The model with its changes as an ordinary patch."),
                 io.String.Output(
                     display_name="patch_file",
-                    tooltip="The patch file's name, as LoRA loaders list it; empty if there is none.",
+                    tooltip="Name of the patch file as LoRA loaders list it. Empty if there is none.",
                 ),
-                io.Image.Output(display_name="loss_plot", tooltip="The loss of each step, and its running mean."),
+                io.Image.Output(display_name="loss_plot", tooltip="Loss of each step and its running mean."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,

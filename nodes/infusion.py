@@ -9,12 +9,18 @@ from comfy_api.latest import io
 
 from ..profusion.infusion import check_context_width
 from ..profusion.prompt import OCCURRENCES
+from . import inputs
+from .host.display import warn_under
 from .host.encoding import check_connected, model_layers
-from .host.placing import MORE_CONCEPTS, ConceptInput, carrying, encode_prompt, place_concepts
+from .host.placing import MORE_CONCEPTS, ConceptInput, encode_prompt, place_concepts, placed_in
 from .host.streams import add_streams
 from .host.words import WORD
 
 OWN_TRAJECTORY, SHARED_LATENT = "own trajectory", "shared latent"
+NO_CONCEPT = (
+    "This model was sampled without a concept, so the picture is the plain one. Connect this node's CONDITIONING output, "
+    "unchanged, to the sampler's positive."
+)
 
 
 def _pseudo_words(conditioning: list, text: str) -> int:
@@ -33,15 +39,7 @@ def _concept_inputs(suffix: str) -> list:
     number = suffix.strip("_")
     return [
         io.Custom("RESIDUAL").Input(f"residual{suffix}", optional=True, tooltip=f"Concept {number}, at its own noun."),
-        io.Float.Input(
-            f"strength{suffix}",
-            default=1.0,
-            min=-4.0,
-            max=4.0,
-            step=0.05,
-            optional=True,
-            tooltip=f"Strength of concept {number}.",
-        ),
+        inputs.strength(suffix, f"Strength of concept {number}.", optional=True),
         io.Combo.Input(
             f"occurrence{suffix}",
             options=list(OCCURRENCES),
@@ -84,7 +82,7 @@ class InfusionAttentionPatch(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="An SD 1.x, SD 2.x, SDXL or Toybox model; LoRAs and other patches may be on it."
                 ),
-                io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
+                inputs.clip(),
                 io.String.Input(
                     "text",
                     multiline=True,
@@ -94,30 +92,9 @@ class InfusionAttentionPatch(io.ComfyNode):
                 io.Custom("RESIDUAL").Input(
                     "residual", tooltip="The first concept, from Residual Trainer or Residual Loader."
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-4.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="How much of the first residual is added: 1 as trained, 0 draws the plain picture.",
-                ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="The share of sampling after which the concepts act.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="The share of sampling until which the concepts act.",
-                ),
+                inputs.strength("", "Strength of the first concept. 1: as trained. 0: the plain picture."),
+                inputs.share("start_percent", 0.0, "Share of sampling after which the concepts act."),
+                inputs.share("end_percent", 1.0, "Share of sampling until which the concepts act."),
                 io.Combo.Input(
                     "occurrence",
                     options=list(OCCURRENCES),
@@ -132,8 +109,8 @@ class InfusionAttentionPatch(io.ComfyNode):
                     options=[OWN_TRAJECTORY, SHARED_LATENT],
                     default=OWN_TRAJECTORY,
                     tooltip=(
-                        "own trajectory: the layout is that of the plain picture with the same seed. shared latent: the "
-                        "layout is what the plain model makes of the customised picture so far, as in training."
+                        "own trajectory: keep the layout of the plain picture with the same seed. shared latent: take "
+                        "the layout that the plain model sees in the customised picture so far, as in training."
                     ),
                 ),
                 io.Mask.Input("region", optional=True, tooltip="Where in the picture the first concept may appear."),
@@ -142,8 +119,8 @@ class InfusionAttentionPatch(io.ComfyNode):
                     "conditioning",
                     optional=True,
                     tooltip=(
-                        "The same text, encoded already, such as PromptNet Encode's with S*: the concepts are placed in it. "
-                        "Not connected: the text is encoded here."
+                        "The same text, already encoded, such as PromptNet Encode's prompt with S*: the concepts are "
+                        "placed in it. If not connected, the text is encoded here."
                     ),
                 ),
             ],
@@ -151,6 +128,7 @@ class InfusionAttentionPatch(io.ComfyNode):
                 io.Model.Output(tooltip="The model, ready to draw the concepts of the conditioning."),
                 io.Conditioning.Output(tooltip="The encoded prompt with its concepts: the sampler's positive."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -174,9 +152,13 @@ class InfusionAttentionPatch(io.ComfyNode):
         concepts = [ConceptInput("", residual, strength, occurrence, region), *_more_concepts(more)]
         pseudo_words = 0 if conditioning is None else _pseudo_words(conditioning, text)
         placed = place_concepts(clip, text, layers, concepts, start_percent, end_percent, pseudo_words)
-        conditioning = encode_prompt(clip, text, placed) if conditioning is None else carrying(conditioning, placed)
+        conditioning = (
+            encode_prompt(clip, text, placed) if conditioning is None else placed_in(clip, text, conditioning, placed)
+        )
         check_context_width(conditioning[0][0].shape[-1], layers)
-        return io.NodeOutput(add_streams(model, layers, stream == SHARED_LATENT), conditioning)
+        warn = warn_under(cls)
+        patched = add_streams(model, layers, stream == SHARED_LATENT, on_plain=lambda: warn(NO_CONCEPT))
+        return io.NodeOutput(patched, conditioning)
 
 
 NODES = [InfusionAttentionPatch]

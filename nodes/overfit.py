@@ -8,8 +8,9 @@ from comfy_api.latest import io
 
 from ..profusion.metrics.chart import chart
 from ..profusion.pictures import captioned, from_image, stacked
+from . import inputs
 from .host.display import show
-from .host.drawing import SAMPLERS, SCHEDULERS, Sampling, empty_latents
+from .host.drawing import Sampling, empty_latents
 from .host.encoding import check_connected
 from .host.overfit import NOUN, Pictures, report, shown_pictures, subjects
 from .host.placing import MORE_CONCEPTS
@@ -25,27 +26,28 @@ class OverfitReport(io.ComfyNode):
             display_name="Overfit Report",
             category="ProFusion",
             description=(
-                "Measures what customisation changed besides the concept (Infusion, arXiv 2404.14007): how far predictions for "
-                "other prompts moved (latent Fisher divergence, 0 is not at all), and how far the pictures of the whole class "
-                "did (2-Wasserstein). For residuals, and for any customised model, such as one with a LoRA."
+                "Measures what customisation changed besides the concept (Infusion, arXiv 2404.14007): how far it "
+                "moved predictions for other prompts (latent Fisher divergence; 0 is not at all), and how far it moved "
+                "the pictures of the whole class (2-Wasserstein). For residuals, and for any customised model, such as "
+                "one with a LoRA."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The base model, as it was before customisation."),
-                io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
+                inputs.clip(),
                 io.Latent.Input(
                     "latent",
-                    tooltip="Empty Latent Image: its size is that of the pictures, its batch_size how many are drawn for the "
-                    "2-Wasserstein distance. At least 2; 16 or more say something.",
+                    tooltip="An Empty Latent Image. Its size is that of the pictures, and its batch_size is how many "
+                    "are drawn for the 2-Wasserstein distance: at least 2, and 16 or more for a meaningful number.",
                 ),
                 io.String.Input(
                     "noun",
                     default="",
-                    tooltip="What the customised model's concept is one of, such as cat. Residuals know their own noun.",
+                    tooltip="Class noun of the customised model's concept, such as cat. Residuals know theirs.",
                 ),
                 io.String.Input(
                     "class_prompt",
                     default=f"a photo of a {NOUN}",
-                    tooltip=f"What the pictures of the class show. {NOUN} becomes the noun.",
+                    tooltip=f"Prompt of the class's pictures. {NOUN} becomes the noun.",
                 ),
                 io.String.Input(
                     "prompts",
@@ -59,45 +61,32 @@ class OverfitReport(io.ComfyNode):
                     default=16,
                     min=1,
                     max=1000,
-                    tooltip="Noisy latents at which predictions are compared, for each prompt. More narrow the interval.",
+                    tooltip="Noisy latents per prompt at which predictions are compared. More narrow the interval.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Of the first picture; the second has the next seed, and so on. The same seed gives the same report.",
+                inputs.seed(
+                    "Random seed of the first picture. Each further one adds 1. The same seed gives the same report."
                 ),
-                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps of each picture."),
-                io.Float.Input(
-                    "cfg",
-                    default=6.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Guidance of the pictures: 4 for Toybox, 6 to 8 for Stable Diffusion.",
-                ),
-                io.Combo.Input("sampler_name", options=SAMPLERS, default="euler", tooltip="As in KSampler."),
-                io.Combo.Input("scheduler", options=SCHEDULERS, default="simple", tooltip="As in KSampler."),
+                inputs.steps(20, "Sampling steps of each picture.", largest=1000),
+                inputs.cfg("Guidance of the pictures: 4 for Toybox, 6 to 8 for Stable Diffusion."),
+                inputs.sampler_name(),
+                inputs.scheduler(),
                 io.Model.Input(
                     "customised", optional=True, tooltip="A customised model: with a LoRA, fine-tuned, or patched."
                 ),
                 io.Clip.Input(
-                    "customised_clip", optional=True, tooltip="Its text encoder, where customisation changed that too."
+                    "customised_clip", optional=True, tooltip="Its text encoder, if customisation changed that too."
                 ),
                 io.Conditioning.Input(
                     "conditioning",
                     optional=True,
-                    tooltip="What the customised model draws its concept with, such as the one that Infusion Attention Patch or "
-                    "PromptNet Encode gives. Default: class_prompt.",
+                    tooltip="What the customised model draws its concept with, such as the output of Infusion "
+                    "Attention Patch or PromptNet Encode. Default: class_prompt.",
                 ),
                 *[
                     io.Custom("RESIDUAL").Input(f"residual{slot}", optional=True, tooltip="A residual to report on.")
                     for slot in ("", *MORE_CONCEPTS)
                 ],
-                io.Vae.Input("vae", optional=True, tooltip="To show some of the pictures under the chart."),
+                inputs.vae("Decodes some of the pictures, to show them under the chart.", optional=True),
             ],
             outputs=[
                 io.String.Output(display_name="table", tooltip="The report as a Markdown table."),

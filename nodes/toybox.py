@@ -17,9 +17,9 @@ class ToyboxLoader(io.ComfyNode):
             display_name="Toybox Loader",
             category="ProFusion",
             description=(
-                "A tiny text-to-image model that ships with this pack: 96x96 pictures of toys, in seconds and on a CPU. "
-                "It has the shape of Stable Diffusion 1.5, so every node that works with that works with it. With it come "
-                "pictures of a toy that it has never seen, to learn from."
+                "A tiny text-to-image model that ships with this pack: 96x96 pictures of toys, in seconds and on a "
+                "CPU. It has the shape of Stable Diffusion 1.5, and every node that works with that works with it. It "
+                "brings pictures of a toy that it has never seen, to learn from."
             ),
             inputs=[
                 io.Combo.Input(

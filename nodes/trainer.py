@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..profusion.pictures import captioned, from_image
 from ..profusion.residual.training import TrainingOptions
+from . import inputs
 from .host.display import keeping, show
 from .host.drawing import Sampling
 from .host.residual_training import Samples, prepare_training
@@ -19,32 +20,29 @@ class ResidualTrainer(io.ComfyNode):
             display_name="Residual Trainer",
             category="ProFusion",
             description=(
-                "Learns a concept from one to five pictures: one vector for each cross-attention layer, at the concept's "
-                "class noun (Infusion, arXiv 2404.14007). Nothing else of the model changes. What is learned is always "
-                "saved in models/profusion_residuals/training, also when you cancel."
+                "Learns a concept from one to five pictures: one vector for each cross-attention layer, at the "
+                "concept's class noun (Infusion, arXiv 2404.14007). Nothing else of the model changes. What is learned "
+                "is always saved in models/profusion_residuals/training, also when you cancel."
             ),
             inputs=[
                 io.Model.Input(
                     "model", tooltip="An SD 1.x, SD 2.x, SDXL or Toybox model. LoRAs and other patches on it take part."
                 ),
-                io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
-                io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
+                inputs.clip(),
+                inputs.vae(),
                 io.Image.Input(
                     "images",
-                    tooltip="One to five pictures of the concept, of one size; what is transparent is not learned.",
+                    tooltip="One to five pictures of the concept, all one size. Transparent parts are ignored.",
                 ),
                 io.String.Input(
                     "noun",
                     default="",
-                    tooltip="The class noun: what the concept is one of, such as cat. Prompts need this word later.",
+                    tooltip="The class noun: what kind of thing the concept is, such as cat. Later prompts need this "
+                    "word.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=300,
-                    min=1,
-                    max=100_000,
-                    tooltip="How long to train, counted from the first step, also where another training is resumed. "
-                    "200 to 500 is usual.",
+                inputs.steps(
+                    300,
+                    "Training steps, counted from the very first one even if you resume. 200 to 500 is usual.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -53,27 +51,14 @@ class ResidualTrainer(io.ComfyNode):
                     max=1.0,
                     step=0.0001,
                     round=False,
-                    tooltip="How far each step goes: 0.01 to 0.03 is usual.",
+                    tooltip="How far each step goes. 0.01 to 0.03 is usual.",
                 ),
-                io.Int.Input(
-                    "batch_size",
-                    default=4,
-                    min=1,
-                    max=64,
-                    tooltip="Noisy pictures in each step. Lower it if memory runs out.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Of the training's noise and of the samples. The same seed trains the same residual.",
-                ),
+                inputs.batch_size(),
+                inputs.seed("Random seed of the training and the samples. The same seed trains the same residual."),
                 io.Boolean.Input(
                     "flip",
                     default=True,
-                    tooltip="Train on mirrored pictures too. Turn it off for what has a left and a right, such as writing.",
+                    tooltip="Train on mirrored pictures too. Turn it off if left and right matter, as in writing.",
                 ),
                 io.Float.Input(
                     "preserve",
@@ -81,51 +66,42 @@ class ResidualTrainer(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="How much what is around the concept must stay as the plain model draws it. It needs masks. "
-                    "0: no matter, as in the paper. More than 1: an even calmer background, a weaker concept.",
+                    tooltip="How strongly the background is held to the plain model's (needs masks). 0: not at all, as "
+                    "in the paper. Above 1: steadier background, weaker concept.",
                 ),
                 io.Int.Input(
                     "sample_every",
                     default=100,
                     min=0,
                     max=100_000,
-                    tooltip="Draw a sample picture every so many steps; 0: only at the end.",
+                    tooltip="Draw a sample picture every this many steps. 0: only at the end.",
                 ),
                 io.String.Input(
                     "sample_prompt",
                     default="a photo of a %noun%",
-                    tooltip="What the sample pictures show. %noun% becomes the class noun.",
+                    tooltip="Prompt of the sample pictures. %noun% becomes the class noun.",
                 ),
-                io.Int.Input(
-                    "sample_steps", default=20, min=1, max=1000, tooltip="Sampling steps of the sample pictures."
-                ),
-                io.Float.Input(
+                inputs.steps(20, "Sampling steps of each sample picture.", "sample_steps", 1000),
+                inputs.cfg(
+                    "Guidance of the sample pictures: 4 for Toybox, 6 to 8 for Stable Diffusion.",
                     "sample_cfg",
-                    default=6.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="Guidance of the sample pictures: 4 for Toybox, 6 to 8 for Stable Diffusion.",
+                    rounding=None,
                 ),
-                io.Mask.Input(
-                    "masks",
-                    optional=True,
-                    tooltip="White where the object is, one for each picture or one for all. Only there is anything learned.",
-                ),
+                inputs.masks("Only this area is learned."),
                 io.Custom("RESIDUAL").Input(
                     "resume",
                     optional=True,
-                    tooltip="A residual to train further, from Residual Loader: one that this node saved, or one saved in "
-                    "float32. With the same inputs, the result is that of a training that never stopped. Or a residual of no "
-                    "steps to start from, from Residual from PromptNet.",
+                    tooltip="A residual to train further, from Residual Loader: one that this node saved, or one saved "
+                    "in float32. With the same inputs the result is that of one uninterrupted training. Or a starting "
+                    "point from Residual from PromptNet.",
                 ),
             ],
             outputs=[
                 io.Custom("RESIDUAL").Output(tooltip="The concept, for Infusion Attention Patch and Residual Saver."),
-                io.Image.Output(display_name="loss_plot", tooltip="The loss of each step, and its running mean."),
+                io.Image.Output(display_name="loss_plot", tooltip="Loss of each step and its running mean."),
                 io.Image.Output(
                     display_name="samples",
-                    tooltip="The sample pictures, the newest first; the last is the plain picture without the concept.",
+                    tooltip="Sample pictures, newest first. The last one is the plain picture without the concept.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from profusion.diffusion import alphas_cumprod
+from profusion.diffusion import alphas_cumprod, noised
 from profusion.models.clip import TextModel, VisionModel
 from profusion.models.tokenizer import END, tokenize
 from profusion.models.unet import UNet
@@ -268,8 +268,7 @@ def train_unet(recipe: Recipe, data: DataSet, latents: Tensor, text: TextModel, 
                 parameter.zero_()
     modules = nn.ModuleDict({"unet": unet, "text": text})
     stage = Stage("unet", modules, recipe.unet_steps, work / "unet.pt", ema_decay=0.999, seed=2)
-    alpha_bar = alphas_cumprod()
-    weights = (1 / alpha_bar).clamp(max=25)
+    weights = (1 / alphas_cumprod()).clamp(max=25)
     weights = weights / weights.mean()
 
     def loss_of(step: int, generator: torch.Generator):
@@ -285,8 +284,7 @@ def train_unet(recipe: Recipe, data: DataSet, latents: Tensor, text: TextModel, 
         clean, masks = latents[indices], data.masks[indices]
         t = sample_timesteps(recipe.batch, generator)
         noise = torch.randn(clean.shape, generator=generator)
-        signal = alpha_bar[t].view(-1, 1, 1, 1)
-        noisy = (signal.sqrt() * clean + (1 - signal).sqrt() * noise).contiguous(memory_format=torch.channels_last)
+        noisy = noised(clean, noise, t).contiguous(memory_format=torch.channels_last)
         maps: list[Tensor] = []
         probe = {"attention_probe": lambda layer, attention: maps.append(attention.mean(dim=1))}
         predicted = unet(noisy, t, context, transformer_options=probe)

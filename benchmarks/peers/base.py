@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from profusion.diffusion import sample_euler, sampling_sigmas, timestep_of
+from profusion.diffusion import noise_predictor, per_row, sample_euler, sampling_sigmas
 from profusion.infusion import Patches, Placement, customised_patches, on_conditional
 from profusion.residual.training import PROMPTS, TrainingOptions, masked_noise_error
 from profusion.toybox.concepts import Concept
@@ -22,9 +22,9 @@ CLASS_PICTURES = 16
 class Peer:
     """Toybox and a way to teach it a concept; this one teaches nothing, and is the plain model.
 
-    A peer says what it trains (`trained`) and how that enters: through the `context` of a prompt, attention `patches`, or
-    another `unet`. Everything else is the same for all. phrase: what calls the concept in a prompt. rates: the learning
-    rates that are tried. prior: the weight of DreamBooth's class-prior loss.
+    A peer says what it trains (`trained`) and how that enters: through the `context` of a prompt, attention `patches`,
+    or another `unet`. Everything else is the same for all. phrase: what calls the concept in a prompt. rates: the
+    learning rates that are tried. prior: the weight of DreamBooth's class-prior loss.
     """
 
     name = "plain Toybox"
@@ -65,9 +65,8 @@ class Peer:
     def predict_noise(self, x: Tensor, sigma: Tensor, prompt: str) -> Tensor:
         """eps of x = x0 + sigma * eps, (B, 4, H, W) and (B,), under a prompt."""
         options = {"patches": self.patches(prompt), "cond_or_uncond": [0]}
-        scaled = x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt()
         context = self.context(prompt).expand(len(x), -1, -1)
-        return self.unet(scaled, timestep_of(sigma), context, transformer_options=options)
+        return noise_predictor(lambda x, t: self.unet(x, t, context, transformer_options=options))(x, sigma)
 
     @torch.no_grad()
     def generate(self, prompt: str, seeds: list[int], steps: int, guidance: float) -> Tensor:
@@ -96,7 +95,7 @@ class Peer:
                 chosen = torch.randint(
                     len(kept), (len(batch.noise),), generator=torch.Generator().manual_seed(draws.step)
                 )
-                noisy = kept[chosen] + batch.sigma.view(-1, 1, 1, 1) * batch.noise
+                noisy = kept[chosen] + per_row(batch.sigma, batch.noise) * batch.noise
                 error = self.predict_noise(noisy, batch.sigma, prompt.format(self.noun)) - batch.noise
                 loss = loss + self.prior * error.square().mean()
             optimizer.zero_grad()
@@ -106,7 +105,8 @@ class Peer:
             yield loss.item()
 
     def _class_pictures(self, seed: int) -> Tensor:
-        """What the model draws of the class before it is trained, for the class-prior loss (arXiv 2208.12242, section 3.3)."""
+        """What the model draws of the class before it is trained, for the class-prior loss (arXiv
+        2208.12242, section 3.3)."""
         seeds = [10_000 + 100 * seed + index for index in range(CLASS_PICTURES)]
         return Peer(self.toybox, self.noun).generate(f"a photo of a {self.noun}", seeds, 15, 2.0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ import comfy.model_sampling
 import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from torch import Tensor, nn
 
 from ...profusion.infusion import Patches, UnsupportedModelError, with_patches
@@ -24,8 +25,8 @@ from ...profusion.metrics.fisher import NoisyLatents
 
 BATCH = 4  # noisy latents at a time where predictions are compared
 
-# What a step needs, in multiples of what the host reckons for inference: 10,500 numbers a latent cell on SD 1.5, where
-# the backward pass keeps 90,000 (benchmarks/training_memory.py) and needs some more while it runs.
+# A training step needs about 12 times the host's estimate for inference. Measured on SD 1.5 by
+# benchmarks/training_memory.py: 90,000 activations per latent cell against 10,500, and some more while it runs.
 BACKWARD_MEMORY = 12
 
 
@@ -40,17 +41,87 @@ def noise_levels(model: ModelPatcher) -> Tensor:
     return sampling.sigmas
 
 
+def resident(model: ModelPatcher) -> ModelPatcher:
+    """MODEL with weights that stay in their memory while it is loaded, which is what autograd takes them for.
+
+    Under dynamic VRAM they do not: layers compute with views of memory that the next layers use again. There, this is the
+    model loaded anew, with every patch and wrapper on it, for as long as it is held. Raises TrainingError.
+    """
+    if not is_dynamic(model):
+        return model
+    try:
+        found = model.clone(disable_dynamic=True)
+    except Exception as error:  # the loader's: whatever reading the file again makes of it
+        raise TrainingError(_dynamic(f"it cannot be loaded anew: {error}")) from error
+    found.parent = None  # else the host takes the memory of the one for the other's, once this is gone
+    _cast_as_computed(found.model)
+    return found
+
+
+def resident_clip(clip: CLIP) -> CLIP:
+    """The same for a text encoder."""
+    patcher = resident(clip.patcher)
+    if patcher is clip.patcher:
+        return clip
+    found = clip.clone()
+    found.patcher, found.cond_stage_model = patcher, patcher.model
+    return found
+
+
+def is_dynamic(model: ModelPatcher) -> bool:
+    """Whether the host moves this model's weights by dynamic VRAM; older hosts have none."""
+    return hasattr(model, "is_dynamic") and model.is_dynamic()
+
+
+def _cast_as_computed(network: nn.Module) -> None:
+    """Cast weights that the host has left as they are in their file to the type that it computes with them in.
+
+    It does so where it reckons with dynamic VRAM, which casts them for each layer; without it, nobody would.
+    """
+    for part in network.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            dtype = getattr(part, f"{name}_comfy_model_dtype", None)
+            if dtype not in (None, weight.dtype) and type(weight) is nn.Parameter:
+                setattr(part, name, nn.Parameter(weight.to(dtype), requires_grad=False))
+
+
+def _check_resident(model: ModelPatcher) -> None:
+    """Raise TrainingError where a loaded model, or one that takes part, computes with weights that do not stay."""
+    beside = [*model.get_nested_additional_models(), *model.model_patches_models()]
+    if any(hasattr(part, "_v") for part in model.model.modules()) or any(map(is_dynamic, beside)):
+        raise TrainingError(_dynamic("a patch on it computes with weights that come and go"))
+    if getattr(model.model, "model_lowvram", False) and hasattr(comfy.model_management, "get_cast_buffer"):
+        raise TrainingError(
+            f"{type(model.model).__name__} cannot be trained on while parts of it are in main memory. Start ComfyUI without "
+            "--novram"
+        )
+
+
+def _dynamic(problem: str) -> str:
+    return (
+        f"the model cannot be trained on under dynamic VRAM, where weights come and go: {problem}. Load it with one of "
+        "ComfyUI's own loaders, or start ComfyUI with --disable-dynamic-vram"
+    )
+
+
 class TrainedModel:
     """A MODEL that a training evaluates: with every patch and wrapper on it, but without guidance.
 
     conditionings: one for each prompt, in the order of their indices. beside: the host's handles of other models that the
-    training needs on their devices. memory: bytes that it needs itself.
+    training needs on their devices. memory: bytes that it needs itself. gradients: whether autograd goes through it.
+    `model` is the MODEL that is evaluated, `resident` where it is not so itself.
     """
 
     def __init__(
-        self, model: ModelPatcher, conditionings: Sequence[list], beside: Sequence[ModelPatcher] = (), memory: float = 0
+        self,
+        model: ModelPatcher,
+        conditionings: Sequence[list],
+        beside: Sequence[ModelPatcher] = (),
+        memory: float = 0,
+        gradients: bool = True,
     ):
-        self._model, self._beside, self._memory = model, list(beside), memory
+        self.model = resident(model) if gradients else model
+        self._beside, self._memory, self._gradients = list(beside), memory, gradients
         self.sigmas = noise_levels(model)
         self._conditionings = [
             [[context, {**extras, "additional_models": self._beside}] for context, extras in entries]
@@ -81,10 +152,12 @@ class TrainedModel:
         """Do `work()` with the model loaded, for latents (B, C, H, W) of this shape."""
         load = comfy.model_management.load_models_gpu
         try:
-            needed = BACKWARD_MEMORY * self._model.memory_required(list(shape)) + self._memory
+            needed = (
+                self.model.memory_required(list(shape)) * (BACKWARD_MEMORY if self._gradients else 1) + self._memory
+            )
             # All of it: autograd would keep what is cast for each layer, and offloaded weights come to the same.
-            load([self._model, *self._beside], memory_required=needed, force_full_load=True)
-            guider = comfy.samplers.CFGGuider(self._model)
+            load([self.model, *self._beside], memory_required=needed, force_full_load=self._gradients)
+            guider = comfy.samplers.CFGGuider(self.model)
             guider.inner_set_conds({"positive": [entry for prompt in self._conditionings for entry in prompt]})
             zeros, sigmas = torch.zeros(tuple(shape)), self.sigmas[[-1, 0]].cpu()
             guider.sample(
@@ -102,6 +175,8 @@ class TrainedModel:
             ) from error
 
     def _work_in(self, guider: Any, model_options: dict, work: Callable[[], None]) -> None:
+        if self._gradients:
+            _check_resident(self.model)
         with self._running(guider, model_options):
             work()
 
@@ -121,7 +196,7 @@ class TrainedModel:
 
         self._prompts, self._evaluate = prompts, evaluate
         try:
-            with differentiable(network):
+            with differentiable(network) if self._gradients else nullcontext():
                 yield
         finally:
             self._prompts, self._evaluate = [], None

@@ -22,9 +22,16 @@ from ...profusion.promptnet.finetune import FinetuneOptions, FinetunePictures, F
 from ...profusion.promptnet.network import PromptNetConfig, PromptNetError, check_fits
 from .display import Progress
 from .encoding import encode_references, model_layers, shown
-from .evaluation import TrainedModel, differentiable
+from .evaluation import TrainedModel, differentiable, resident_clip
 from .files import PATCHES, PROMPTNETS, next_path
-from .words import LoadedPromptNet, encode_pictures, handed_to_the_host, text_widths, tokens_with_words
+from .words import (
+    LoadedPromptNet,
+    encode_loaded,
+    encode_pictures,
+    handed_to_the_host,
+    text_widths,
+    tokens_with_words,
+)
 
 PREVIEW_EVERY = 10
 ADAMW_BYTES = 16  # a trained float32 number, its gradient and the optimizer's two moments
@@ -35,8 +42,13 @@ class WordEncoder:
 
     def __init__(self, clip: CLIP, config: PromptNetConfig, prompts: Sequence[str]):
         check_fits(config, text_widths=text_widths(clip, prompts[0]))
-        self._clip, self._config, self._prompts = clip, config, prompts
+        self._clip, self._config, self._prompts = resident_clip(clip), config, prompts
         self.prompt = 0  # the one that was encoded last
+
+    @property
+    def patcher(self) -> ModelPatcher:
+        """The host's handle of the text encoder."""
+        return self._clip.patcher
 
     def conditionings(self, word: Tensor) -> list[list]:
         """A CONDITIONING of each prompt with this S* (tokens, width)."""
@@ -47,14 +59,7 @@ class WordEncoder:
         """S* (B, tokens, width) in a prompt: (B, L, D)."""
         self.prompt = prompt
         tokens, _ = tokens_with_words(self._clip, self._config, self._prompts[prompt], words)
-        # As CLIP.encode_from_tokens, which would also load the text encoder, and for that might unload the model at work.
-        encoder, options = self._clip.cond_stage_model, {"execution_device": self._clip.patcher.load_device}
-        if self._clip.layer_idx is not None:
-            options["layer"] = self._clip.layer_idx
-        encoder.reset_clip_options()
-        encoder.set_clip_options(options)
-        context = encoder.encode_token_weights(tokens)[0]
-        return context.unflatten(1, (len(words), -1))[0]
+        return encode_loaded(self._clip, tokens).unflatten(1, (len(words), -1))[0]
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -133,7 +138,7 @@ class Finetuning:
             *(item for change in changes.values() for item in change.parameters().values()),
         ]
         memory = ADAMW_BYTES * sum(item.numel() for item in learning)
-        self._trained = TrainedModel(model, conditionings, [clip.patcher], memory)
+        self._trained = TrainedModel(model, conditionings, [self._words.patcher], memory)
         self.training = FinetuneTraining(
             network,
             self._predict_noise,
@@ -161,7 +166,8 @@ class Finetuning:
         """Do `work()` while the model is loaded and computes with the changes, for latents (B, C, H, W) of this shape."""
 
         def changed_work() -> None:
-            with changed(self._model.get_model_object("diffusion_model"), self.training.changes), self._words.running():
+            network = self._trained.model.get_model_object("diffusion_model")
+            with changed(network, self.training.changes), self._words.running():
                 work()
 
         self._trained.run(changed_work, shape)

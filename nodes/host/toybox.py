@@ -51,17 +51,15 @@ def _unet_config() -> dict[str, Any]:
 
 
 def load_model(folder: Path | None = None, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """The UNet as a MODEL. disable_dynamic: as newer hosts ask when they load a second one; this one never is."""
+    """The UNet as a MODEL. Its weights never come and go, so disable_dynamic, which newer hosts pass, changes nothing."""
     device = comfy.model_management.get_torch_device()
     config = Toybox(_unet_config())
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, device=comfy.model_management.unet_offload_device())
     model.diffusion_model.load_state_dict(load_network("unet", folder), strict=True)
-    patcher = comfy.model_patcher.ModelPatcher(
-        model, load_device=device, offload_device=comfy.model_management.unet_offload_device()
-    )
-    # How newer hosts make a copy with weights of its own, as their Train LoRA does.
-    patcher.cached_patcher_init = (load_model, (folder,))
+    offload_device = comfy.model_management.unet_offload_device()
+    patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload_device)
+    patcher.cached_patcher_init = (load_model, (folder,))  # how newer hosts load it once more, to train on or for a GPU
     return patcher
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..devices import area_means
 from ..infusion import name_of_unet
 from ..models.configs import MAX_WIDTH, SD15, SD21, SDXL, UNetConfig, check_bounds
 from ..models.unet import UNetEncoder
@@ -59,8 +60,9 @@ class PromptNetConfig:
     embeddings of each text encoder, in the order of the UNet's context (SDXL has two; S* is cut between them).
     tokens: pseudo-words in S*. grid: side of the grid that everything is brought to. projection: channels of each
     part of it. second_latent: "none"; "noisy", the latent being denoised, so that S* must be made afresh at every
-    step; or "reference", the reference latent once more. holds_position: S* was trained without a position embedding
-    being added to it, as the authors' code does, and must not be given one: so it is the same word anywhere in a prompt. normalise: whether there is a `norm`.
+    step; or "reference", the reference latent once more. holds_position: S* already
+    contains its position (the authors add it after the position embeddings), so the text encoder must not add one, and
+    S* is the same word anywhere in a prompt. normalise: whether there is a `norm`.
     """
 
     unet: UNetConfig
@@ -247,7 +249,7 @@ class PromptNet(UNetEncoder):
         """
         side = self.config.grid * projection.stride[0]
         if h.shape[-2:] != (side, side):
-            h = F.adaptive_avg_pool2d(h, side)
+            h = area_means(h, (side, side))
         return projection(h)
 
 

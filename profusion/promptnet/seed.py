@@ -18,7 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..diffusion import training_sigmas
+from ..devices import solved
+from ..diffusion import per_row, training_sigmas
 from ..infusion import (
     ExtraOptions,
     Layer,
@@ -91,7 +92,7 @@ def least_squares(to_value: Tensor, energy: Tensor, wanted: Tensor) -> Tensor:
     if scale == 0:
         return to_value.new_zeros(to_value.shape[-1])
     ridge = RIDGE * scale * torch.eye(len(matrix), device=matrix.device)
-    return torch.linalg.solve(matrix + ridge, torch.einsum("hdi,hd->i", to_value, wanted))
+    return solved(matrix + ridge, torch.einsum("hdi,hd->i", to_value, wanted))
 
 
 class ResidualSeed:
@@ -164,7 +165,7 @@ class ResidualSeed:
                 self._deltas[layer] = self._solve(layer, n)
             return n, context, value
 
-        noisy = self._latents[picture] + sigma.view(-1, 1, 1, 1) * noise
+        noisy = self._latents[picture] + per_row(sigma, noise) * noise
         self._predict_noise(noisy, sigma, prompt, {"attn2_patch": [observe]})
 
     def _solve(self, layer: str, n: Tensor) -> Tensor:

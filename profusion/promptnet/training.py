@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..diffusion import timestep_of, training_sigmas
+from ..diffusion import per_row, timestep_of, training_sigmas, variance_preserving
 from ..loop import Group, LoopOptions, TrainingError, TrainingLoop, seeded
 from .file import load_training, save_promptnet
 from .network import PromptNet
@@ -179,12 +179,11 @@ class PromptNetTraining(TrainingLoop):
     def loss_of(self, pictures: PictureSet, batch: Batch, word: Tensor | None = None) -> Tensor:
         """The loss of a batch of any pictures; `word` (tokens, width) takes the place of every S*."""
         target = self._on_device(self._targets(pictures)[batch.rows])
-        scale = batch.sigma.view(-1, 1, 1, 1)
-        noisy = target + scale * batch.noise
+        noisy = target + per_row(batch.sigma, target) * batch.noise
         if word is None:
             shown = self._on_device(pictures.latents[batch.rows])
             image_tokens = self._on_device(pictures.image_tokens[batch.rows])
-            seen = noisy / (scale**2 + 1).sqrt() if self.network.config.with_noise else None
+            seen = variance_preserving(noisy, batch.sigma) if self.network.config.with_noise else None
             pseudo_word = self.network(shown, self._timesteps(batch.sigma), image_tokens, seen)
         else:
             pseudo_word = word.to(self._device).expand(len(noisy), -1, -1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..diffusion import timestep_of
+from ..diffusion import noise_predictor
 from ..models.tokenizer import words_to_ids
 from ..promptnet.changes import attention_layers, start_changes
 from ..promptnet.finetune import FinetuneOptions, FinetunePictures, FinetuneTraining
@@ -62,8 +62,7 @@ def _evaluation(toybox: Toybox, network: PromptNet, options: PromptNetOptions) -
     prompts = [prompt_tokens(prompt, network.config.tokens) for prompt in options.prompts]
 
     def predict_noise(x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
-        scaled = x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt()
-        return toybox.unet(scaled, timestep_of(sigma), context)
+        return noise_predictor(lambda x, t: toybox.unet(x, t, context))(x, sigma)
 
     def encode_word(prompt: int, pseudo_word: Tensor) -> Tensor:
         return encode_tokens(toybox.text, *prompts[prompt], pseudo_word, holds_position=network.config.holds_position)

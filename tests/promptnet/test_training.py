@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from profusion.diffusion import timestep_of, training_sigmas
+from profusion.diffusion import noise_predictor, timestep_of, training_sigmas
 from profusion.loop import Group, TrainingError, seeded
 from profusion.promptnet import PromptNetError
 from profusion.promptnet.pseudo_word import PlaceholderError, encode_tokens, prompt_tokens
@@ -29,8 +29,7 @@ def training(small, network=None, given=None, predict=None, sigmas=None, **optio
     prompts = [prompt_tokens(prompt) for prompt in options.prompts]
 
     def evaluate(x, sigma, context):
-        scaled = x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt()
-        return small.unet(scaled, timestep_of(sigma), context)
+        return noise_predictor(lambda x, t: small.unet(x, t, context))(x, sigma)
 
     def encode(prompt, word):
         return encode_tokens(small.text, *prompts[prompt], word)
