@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .. import files
+from ..problems import why
 
 MAX_RECORDS = 20_000
 MAX_PROGRAM_BYTES = 2 << 20
@@ -36,12 +37,8 @@ def check_archive(path: Path) -> None:
             _check_program(_program(archive, path.stat().st_size))
     except files.FileFormatError:
         raise
-    except OSError:
-        raise
-    except Exception as problem:  # zipfile and pickletools raise whatever a damaged file makes of them
-        raise files.FileFormatError(
-            f"it is cut short or damaged ({type(problem).__name__}: {problem!s:.100})"
-        ) from problem
+    except Exception as problem:  # whatever a damaged file makes of zipfile and pickletools
+        raise files.FileFormatError(f"it is cut short or damaged ({why(problem)})") from problem
 
 
 def _program(archive: zipfile.ZipFile, size: int) -> bytes:
