@@ -47,6 +47,7 @@ class LoopOptions:
     usual_rates: ClassVar[str] = "1e-5 to 1e-3"
 
     def __post_init__(self) -> None:
+        check_whole(self, "steps", "batch_size", "seed")
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}: train at least one")
         if not 0 < self.learning_rate <= self.largest_rate:
@@ -55,6 +56,14 @@ class LoopOptions:
             )
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+
+
+def check_whole(options: Any, *fields: str) -> None:
+    """Raise ValueError unless these fields are whole numbers: NaN is neither too small nor too large."""
+    for field in fields:
+        value = getattr(options, field)
+        if not isinstance(value, int):
+            raise ValueError(f"{field}={value} must be a whole number")
 
 
 @dataclass(frozen=True)

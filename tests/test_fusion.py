@@ -86,7 +86,8 @@ def test_the_fusion_stage_is_the_papers_at_every_timestep(generator):
 
 
 def test_at_the_last_timestep_the_papers_limit_holds():
-    """t = 0: a_p = 1, where the paper's fraction is 0 / 0; s^2 / (1 - a_p) goes to eta^2, so all noise may be swapped."""
+    """t = 0: a_p = 1, where the paper's fraction is 0 / 0; s^2 / (1 - a_p) goes to eta^2, so
+    all noise may be swapped."""
     assert swap_share(0.0, 0.7) == pytest.approx(0.49)
     x, eps, fresh = torch.tensor([2.0]), torch.tensor([1.5]), torch.tensor([3.0])
     torch.testing.assert_close(swap_noise(x, eps, fresh, 0.5, swap_share(0.0, 1.0)), x - 0.5 * eps + 0.5 * fresh)
@@ -95,7 +96,7 @@ def test_at_the_last_timestep_the_papers_limit_holds():
 
 @pytest.mark.parametrize("flow", [False, True])
 def test_a_right_prediction_swaps_noise_at_the_same_level(flow, generator, precise_device):
-    """x = alpha x0 + sigma eps becomes alpha x0 + sigma eps' with eps' = (1 - r) eps + sqrt(r (2 - r)) z of unit variance."""
+    """The noise becomes eps' = (1 - r) eps + sqrt(r (2 - r)) z, of unit variance, under the same alpha x0."""
     clean, eps, fresh = torch.randn(3, 1, 4, 5, 5, generator=generator, dtype=torch.float64).to(precise_device)
     sigma, sigma_next = torch.tensor([0.8, 0.7], dtype=torch.float64, device=precise_device)
     alpha = 1 - sigma if flow else torch.ones_like(sigma)
@@ -117,7 +118,8 @@ def test_a_right_prediction_swaps_noise_at_the_same_level(flow, generator, preci
 
 
 def test_a_flow_model_may_start_from_pure_noise(generator):
-    """sigma = 1: no signal, a noise-to-signal ratio without end; the stage stays finite and swaps eta^2 of the noise."""
+    """sigma = 1: no signal, a noise-to-signal ratio without end; the stage stays finite and
+    swaps eta^2 of the noise."""
     x, fresh = torch.randn(2, 1, 4, 2, 2, generator=generator)
     result = fusion_stage(
         lambda x, at: torch.zeros_like(x),
@@ -157,7 +159,8 @@ def never(*_):
 
 
 def test_the_run_is_the_papers_algorithm(generator):
-    """Both stages at every level, against a straight loop in alpha-bar form, float64: DDIM (eta 0) as the refinement."""
+    """Both stages at every level, against a straight loop in alpha-bar form, float64: DDIM
+    (eta 0) as the refinement."""
     model, steps, m, eta, gamma = ToyModel(generator), 8, 2, 0.8, 0.6
     levels = list(range(999, 0, -999 // steps))[:steps] + [None]
     alpha_bar = [ALPHA_BAR[t] if t is not None else torch.tensor(1.0, dtype=torch.float64) for t in levels]

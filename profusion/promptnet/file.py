@@ -52,12 +52,12 @@ def save_promptnet(
     if path.suffix != SUFFIX:
         raise PromptNetError(f"The PromptNet cannot be saved as '{path}': give it a name that ends in {SUFFIX}.")
     tensors = {name: tensor.detach().to(PRECISIONS[precision]) for name, tensor in network.state_dict().items()}
+    tensors |= {_TRAINING + name: tensor.detach() for name, tensor in (training or {}).items()}
     bad = _not_finite(tensors)
     if bad:
         raise PromptNetError(
             f"The PromptNet cannot be saved as {precision}: {bad} has values that are not finite in it."
         )
-    tensors |= {_TRAINING + name: tensor.detach() for name, tensor in (training or {}).items()}
     metadata = {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion import timestep_of
-from ..loop import Group, TrainingError
+from ..loop import Group, TrainingError, check_whole
 from ..losses import masked_weighted_noise_error
 from .changes import Change
 from .network import PromptNet
@@ -48,6 +48,7 @@ class FinetuneOptions(PromptNetOptions):
             raise ValueError(
                 f"attention_learning_rate={self.attention_learning_rate} must lie in (0, 1]; 1e-5 to 1e-3 is usual"
             )
+        check_whole(self, "rank")
         if self.rank < 0:
             raise ValueError(f"rank={self.rank} must not be negative: 0 is the full difference, 4 to 16 is usual")
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion import per_row, timestep_of, training_sigmas, variance_preserving
-from ..loop import Group, LoopOptions, TrainingError, TrainingLoop, generator_of
+from ..loop import Group, LoopOptions, TrainingError, TrainingLoop, check_whole, generator_of
 from ..losses import weighted_noise_error
 from .file import load_training, save_promptnet
 from .network import PromptNet
@@ -61,6 +61,7 @@ class PromptNetOptions(LoopOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_whole(self, "warmup")
         if self.warmup < 0 or not self.clip > 0 or not self.weight_cap >= 1:
             raise ValueError(
                 f"warmup={self.warmup} must not be negative, clip={self.clip} must be above 0 and "

@@ -1,4 +1,5 @@
-"""PromptNet Finetune in a real ComfyUI, on tiny random models: through its CLIP and its model, as a patch its loader reads."""
+"""PromptNet Finetune in a real ComfyUI, on tiny random models: through its CLIP and its model, as
+a patch its loader reads."""
 
 import importlib
 import types
@@ -174,6 +175,7 @@ def test_the_schema_is_frozen_and_explained(host):
         "filename_prefix:STRING",
         "save_promptnet:BOOLEAN",
         "masks:MASK",
+        "gradient_checkpointing:COMBO",
     ]
     assert [output.io_type for output in schema.outputs] == ["PROMPTNET", "MODEL", "STRING", "IMAGE"]
     assert all(entry.tooltip for entry in [*schema.inputs, *schema.outputs]) and schema.description

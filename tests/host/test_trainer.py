@@ -1,4 +1,5 @@
-"""Residual Trainer in a real ComfyUI: through the host's own model, with its patches, cancelled, resumed, and broken."""
+"""Residual Trainer in a real ComfyUI: through the host's own model, with its patches,
+cancelled, resumed, and broken."""
 
 import asyncio
 import errno
@@ -120,6 +121,7 @@ def test_the_schema_is_frozen_and_explained(host):
         "sample_cfg:FLOAT",
         "masks:MASK",
         "resume:RESIDUAL",
+        "gradient_checkpointing:COMBO",
     ]
     assert [output.io_type for output in schema.outputs] == ["RESIDUAL", "IMAGE", "IMAGE"]
     assert all(entry.tooltip for entry in [*schema.inputs, *schema.outputs]) and schema.description
