@@ -1,0 +1,69 @@
+"""What a training has learned so far, on disk: written now and then while it runs, so that no end of it costs more.
+
+A kill, a power cut or a crash loses what was done since the last time, and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+SECONDS = 30.0  # of work between two savings
+SHARE = 0.01  # of the time that savings may take: where writing is slow, they are rarer
+_BYTES_A_SECOND = 400e6  # of hashing and writing, until it has been measured
+
+
+class Partial:
+    """The file of a run that is not finished. There is one at a time: the newest.
+
+    write: writes what there is now, whole or not at all, and returns where; it may be the same path each time.
+    expected_bytes: roughly, of a file that is large. clock: seconds, for tests.
+    """
+
+    def __init__(self, write: Callable[[], Path], expected_bytes: int = 0, clock: Callable[[], float] = time.monotonic):
+        self._write, self._clock = write, clock
+        self._cost, self._last = expected_bytes / _BYTES_A_SECOND, clock()
+        self.path: Path | None = None
+        self.problem: Exception | None = None  # why the last one could not be written
+
+    def after_step(self) -> None:
+        """Write the file if it is time. A failure is noted in `problem`, and tried again when it is time once more."""
+        self._write_after(max(SECONDS, self._cost / SHARE))
+
+    def at_a_pause(self) -> None:
+        """The same where the run pauses anyway: as early as the cost allows."""
+        self._write_after(self._cost / SHARE)
+
+    def save(self) -> Path:
+        """Write the file now, and remove the one before it. Raises what `write` raises."""
+        started = self._clock()
+        try:
+            path = self._write()
+        finally:
+            self._last = self._clock()
+            self._cost = self._last - started
+        before, self.path, self.problem = self.path, path, None
+        if before is not None and before != path:
+            _remove(before)
+        return path
+
+    def discard(self) -> None:
+        """Remove the file: the run is finished, and saved elsewhere."""
+        if self.path is not None:
+            _remove(self.path)
+        self.path = None
+
+    def _write_after(self, seconds: float) -> None:
+        if self._clock() - self._last < seconds:
+            return
+        try:
+            self.save()
+        except Exception as problem:  # whatever it is: the training is worth more than one of its copies
+            self.problem = problem
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()

@@ -1,0 +1,124 @@
+"""When a run is written to the disk, what that may cost, and what is left of it."""
+
+import pytest
+
+from profusion.keeping import SECONDS, SHARE, Partial
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class Run:
+    """Steps of some seconds each, and savings that take some too."""
+
+    def __init__(self, folder, cost=0.0, expected_bytes=0, overwrite=False):
+        self.clock, self.step, self.cost, self.failing = Clock(), 0, cost, None
+        self.folder, self.overwrite, self.saved_at = folder, overwrite, []
+        self.partial = Partial(self.write, expected_bytes, clock=self.clock)
+
+    def write(self):
+        self.clock.now += self.cost
+        if self.failing:
+            raise self.failing
+        path = self.folder / ("run" if self.overwrite else f"run_{self.step}")
+        path.write_text(str(self.step))
+        self.saved_at.append(self.clock.now)
+        return path
+
+    def work(self, steps, seconds=1.0):
+        for _ in range(steps):
+            self.step += 1
+            self.clock.now += seconds
+            self.partial.after_step()
+
+    def files(self):
+        return sorted(path.name for path in self.folder.iterdir())
+
+
+def test_it_is_written_every_so_many_seconds_and_only_the_newest_stays(tmp_path):
+    run = Run(tmp_path)
+    run.work(int(SECONDS) - 1)
+    assert not run.files()
+    run.work(1)
+    assert run.files() == [f"run_{SECONDS:.0f}"]
+    run.work(int(SECONDS))
+    assert run.files() == [f"run_{2 * SECONDS:.0f}"] and run.partial.path == tmp_path / run.files()[0]
+    run.partial.discard()
+    assert not run.files() and run.partial.path is None
+
+
+def test_a_file_under_one_name_is_replaced_and_not_removed(tmp_path):
+    run = Run(tmp_path, overwrite=True)
+    run.work(3 * int(SECONDS))
+    assert run.files() == ["run"] and (tmp_path / "run").read_text() == f"{3 * SECONDS:.0f}"
+
+
+@pytest.mark.parametrize("cost", [0.01, 0.5, 20.0])
+def test_it_never_takes_more_than_its_share_of_the_time(tmp_path, cost):
+    run = Run(tmp_path, cost)
+    run.work(20_000)
+    assert len(run.saved_at) >= 5
+    between = [later - earlier for earlier, later in zip(run.saved_at, run.saved_at[1:], strict=False)]
+    assert all(cost / gap <= SHARE * 1.01 for gap in between) and min(between) >= SECONDS
+    assert max(between) <= max(SECONDS, cost / SHARE) + cost + 2
+
+
+def test_a_large_file_waits_for_its_first_time_too(tmp_path):
+    """By its size: nobody knows yet how fast the disk is."""
+    run = Run(tmp_path, cost=8.0, expected_bytes=4_000_000_000)
+    run.work(10_000)
+    assert 8.0 / run.saved_at[0] <= 2 * SHARE
+
+
+def test_at_a_pause_it_is_written_earlier_unless_that_costs_too_much(tmp_path):
+    run = Run(tmp_path, cost=0.1)
+    run.work(2)
+    run.partial.at_a_pause()
+    assert run.files() == ["run_2"]
+    run.work(2)
+    run.partial.at_a_pause()
+    assert run.files() == ["run_2"], "0.1 s of 2 s would be more than its share"
+    run.work(9)
+    run.partial.at_a_pause()
+    assert run.files() == ["run_13"]
+
+
+@pytest.mark.parametrize("problem", [OSError("the disk is full"), RuntimeError("out of memory"), ValueError("bad")])
+def test_a_saving_that_fails_stops_nothing_keeps_the_last_one_and_is_tried_again(tmp_path, problem):
+    run = Run(tmp_path)
+    run.work(int(SECONDS))
+    run.failing = problem
+    run.work(int(SECONDS))
+    assert run.files() == [f"run_{SECONDS:.0f}"] and run.partial.problem is problem
+    run.failing = None
+    run.work(int(SECONDS))
+    assert run.files() == [f"run_{3 * SECONDS:.0f}"] and run.partial.problem is None
+
+
+def test_a_saving_that_was_asked_for_raises(tmp_path):
+    run = Run(tmp_path)
+    run.failing = OSError("the disk is full")
+    with pytest.raises(OSError, match="full"):
+        run.partial.save()
+
+
+def test_an_interrupt_while_it_is_written_is_not_swallowed(tmp_path):
+    run = Run(tmp_path)
+    run.failing = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run.work(int(SECONDS))
+
+
+def test_a_file_that_somebody_removed_is_no_problem(tmp_path):
+    run = Run(tmp_path)
+    run.work(int(SECONDS))
+    run.partial.path.unlink()
+    run.work(int(SECONDS))
+    assert run.files() == [f"run_{2 * SECONDS:.0f}"]
+    run.partial.path.unlink()
+    run.partial.discard()
