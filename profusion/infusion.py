@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from .devices import area_means, smoothly_resized
 
 _TO_VALUE = re.compile(
     r"(input|middle|output)_blocks?\.(\d+)\.(?:\d+\.)?transformer_blocks\.(\d+)\.attn2\.to_v\.weight"
@@ -190,7 +191,7 @@ def residual_rows(residual: Tensor, index: Tensor, value: Tensor) -> Tensor:
 def region_weights(region: Tensor, rows: int, size: Sequence[int]) -> Tensor:
     """A region as weights of a layer's cells: (H, W) or (B, H, W) -> (rows, h * w, 1); row i takes mask i modulo B."""
     masks = region.reshape(-1, 1, *region.shape[-2:]).float()
-    masks = F.interpolate(masks, size=tuple(size), mode="area").flatten(2).transpose(1, 2)  # (B, h * w, 1)
+    masks = area_means(masks, size).flatten(2).transpose(1, 2)  # (B, h * w, 1)
     return masks[torch.arange(rows, device=masks.device) % len(masks)]
 
 
@@ -200,7 +201,7 @@ def crop_region(region: Tensor, size: Sequence[int], area: Sequence[int]) -> Ten
     size: (height, width) of the whole latent. area: (height, width, top, left) in latent cells, cut off at its edges.
     """
     masks = region.reshape(-1, 1, *region.shape[-2:]).float()
-    masks = F.interpolate(masks, size=tuple(size), mode="bilinear", antialias=True)[:, 0]
+    masks = smoothly_resized(masks, size)[:, 0]
     height, width, top, left = area
     return masks[:, top : top + height, left : left + width]
 

@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
+from .devices import area_means, smoothly_resized
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 INK, PAPER, ACCENT, FAINT = (40, 40, 48), (250, 249, 246), (214, 86, 48), (214, 212, 206)
 
@@ -21,7 +23,7 @@ class PictureError(ValueError):
 
 def latent_masks(masks: Tensor, cells: Sequence[int]) -> Tensor:
     """Object masks (B, H, W) as weights of latent cells (B, h, w): the covered share of each cell."""
-    return F.interpolate(masks[:, None].float(), size=tuple(cells), mode="area")[:, 0]
+    return area_means(masks[:, None].float(), cells)[:, 0]
 
 
 def read_pictures(folder: Path, size: int) -> tuple[Tensor, Tensor]:
@@ -130,7 +132,7 @@ def _fitting_masks(masks: Tensor, shape: Sequence[int], multiple: int) -> Tensor
         raise PictureError(
             f"a mask of {wide}x{high} pixels does not fit pictures of {width}x{height}: give one of their size"
         )
-    return F.interpolate(masks[:, None], size=(height, width), mode="bilinear", antialias=True)[:, 0]
+    return smoothly_resized(masks[:, None], (height, width))[:, 0]
 
 
 def _cropped(pictures: Tensor, multiple: int) -> Tensor:

@@ -24,7 +24,14 @@ from .display import Progress
 from .encoding import encode_references, model_layers, shown
 from .evaluation import TrainedModel, differentiable, resident_clip
 from .files import PATCHES, PROMPTNETS, next_path
-from .words import LoadedPromptNet, encode_pictures, handed_to_the_host, text_widths, tokens_with_words
+from .words import (
+    LoadedPromptNet,
+    encode_loaded,
+    encode_pictures,
+    handed_to_the_host,
+    text_widths,
+    tokens_with_words,
+)
 
 PREVIEW_EVERY = 10
 ADAMW_BYTES = 16  # a trained float32 number, its gradient and the optimizer's two moments
@@ -52,14 +59,7 @@ class WordEncoder:
         """S* (B, tokens, width) in a prompt: (B, L, D)."""
         self.prompt = prompt
         tokens, _ = tokens_with_words(self._clip, self._config, self._prompts[prompt], words)
-        # As CLIP.encode_from_tokens, which would also load the text encoder, and for that might unload the model at work.
-        encoder, options = self._clip.cond_stage_model, {"execution_device": self._clip.patcher.load_device}
-        if self._clip.layer_idx is not None:
-            options["layer"] = self._clip.layer_idx
-        encoder.reset_clip_options()
-        encoder.set_clip_options(options)
-        context = encoder.encode_token_weights(tokens)[0]
-        return context.unflatten(1, (len(words), -1))[0]
+        return encode_loaded(self._clip, tokens).unflatten(1, (len(words), -1))[0]
 
     @contextmanager
     def running(self) -> Iterator[None]:

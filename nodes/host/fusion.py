@@ -21,6 +21,7 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...profusion.fusion import FusionOptions, Guidance, KeptDifferences, fusion_stage, mean_prediction, segments
@@ -47,6 +48,9 @@ class Word(Protocol):
     rows: tuple[int, ...]
     """The rows of S* in the context."""
 
+    models: Sequence[ModelPatcher]
+    """What `contexts` asks while it is called, and so must be loaded beside the model."""
+
     def contexts(self, model_sampling: Any, alone: bool) -> Callable[[Tensor, float], Tensor]:
         """How the context depends on the noise: (x, sigma) -> (1 or B, L, D). Asked once a run.
         alone: of the prompt that has S* and nothing else."""
@@ -71,6 +75,9 @@ class FusionGuider(comfy.samplers.CFGGuider):
         for name in self._names[1:]:
             for cond in self.original_conds[name]:
                 cond.setdefault("prompt_type", "positive")
+        for cond in (cond for name in self._names for cond in self.original_conds[name] if WORD in cond):
+            # Loaded with the model, and counted: to load them in the midst of sampling might unload it.
+            cond["additional_models"] = [*cond.get("additional_models", ()), *cond[WORD].models]
         self._contexts: dict[int, Callable] = {}
         self._own: dict[int, bool] = {}
         self._begin()
@@ -164,6 +171,11 @@ class FusionGuider(comfy.samplers.CFGGuider):
         word, entry = cond[WORD], cond["model_conds"].get("c_crossattn")
         if entry is None:
             return cond
+        start, end = (
+            float(cond.get(name, level)) for name, level in (("timestep_start", sigma), ("timestep_end", sigma))
+        )
+        if not end <= sigma <= start:
+            return cond  # the host evaluates it at other levels only
         key = id(cond)
         if key not in self._own:
             self._own[key] = entry.cond.shape == word.context.shape and torch.equal(

@@ -31,6 +31,7 @@ from ...profusion.infusion import (
     foundation_patches,
     with_patches,
 )
+from ...profusion.threads import state_of_this_thread
 
 KEY = CONCEPTS_KEY  # of the wrappers, and of the stream that is being evaluated in transformer_options
 
@@ -40,17 +41,18 @@ def add_streams(
     layers: Sequence[Layer],
     shared_latent: bool,
     on_foundation: Callable[[Tensor], None] | None = None,
+    on_plain: Callable[[], None] = lambda: None,
 ) -> ModelPatcher:
     """A clone of MODEL that draws the concepts that conditionings carry; a run without any is the plain run.
 
     shared_latent: F looks at C's latent instead of following its own trajectory. A model that has the streams already
     gets these in their place. `on_foundation`, for whoever wants to see the plain picture too, is given F's finished
-    latent (own trajectory only).
+    latent (own trajectory only). `on_plain` is called at each sampling run whose conditionings carry no concept.
     """
     names = tuple(layer.name for layer in layers)
     patched = model.clone()
     wrappers = {
-        WrappersMP.SAMPLER_SAMPLE: _sampler_wrapper(names, shared_latent, on_foundation),
+        WrappersMP.SAMPLER_SAMPLE: _sampler_wrapper(names, shared_latent, on_foundation, on_plain),
         WrappersMP.CALC_COND_BATCH: _evaluate_stream,
     }
     for kind, wrapper in wrappers.items():
@@ -59,7 +61,9 @@ def add_streams(
     return patched
 
 
-def _sampler_wrapper(layers: tuple[str, ...], shared_latent: bool, on_foundation: Callable | None) -> Callable:
+def _sampler_wrapper(
+    layers: tuple[str, ...], shared_latent: bool, on_foundation: Callable | None, on_plain: Callable[[], None]
+) -> Callable:
     def sample(
         executor,
         guider,
@@ -76,6 +80,10 @@ def _sampler_wrapper(layers: tuple[str, ...], shared_latent: bool, on_foundation
             return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, silent, **kwargs)
 
         if not any(cond.get(KEY) for group in guider.conds.values() for cond in group):
+            if hasattr(
+                executor.class_obj, "sampler_function"
+            ):  # not what merely evaluates the model, as a training does
+                on_plain()
             return run(extra_args, callback, noise, disable_pbar)
 
         streams = _Streams(layers)
@@ -224,13 +232,13 @@ class _InStep:
     """
 
     def __init__(self, run: Callable[[Callable], Tensor], device: torch.device):
-        inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        modes = state_of_this_thread()
 
-        def in_same_mode(ask: Callable) -> Tensor:  # the modes belong to a thread
-            with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+        def in_same_modes(ask: Callable) -> Tensor:
+            with modes():
                 return run(ask)
 
-        self._coroutine = Coroutine(in_same_mode)
+        self._coroutine = Coroutine(in_same_modes)
         self._answer: Any = None
         self._device = device
         self._random_state = _random_state(device)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..devices import area_means
 from ..infusion import name_of_unet
 from ..models.configs import SD15, SD21, SDXL, UNetConfig
 from ..models.unet import UNetEncoder
@@ -238,7 +239,7 @@ class PromptNet(UNetEncoder):
         """
         side = self.config.grid * projection.stride[0]
         if h.shape[-2:] != (side, side):
-            h = F.adaptive_avg_pool2d(h, side)
+            h = area_means(h, (side, side))
         return projection(h)
 
 

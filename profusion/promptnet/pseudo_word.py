@@ -18,6 +18,7 @@ from ..models.clip import TextModel
 from ..models.tokenizer import LENGTH, tokenize, words_to_ids
 
 PLACEHOLDER = "S*"
+WORD_KEY = "profusion_word"  # under which a host's conditioning carries the S* it was made with
 _PLACE = re.compile(r"(?<!\w)S\*")
 _STAND_INS = ("zebra", "accordion", "volcano", "tulip", "saxophone", "lantern", "giraffe", "cactus")  # one token each
 

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..devices import solved
 from ..diffusion import per_row, training_sigmas
 from ..infusion import (
     ExtraOptions,
@@ -91,7 +92,7 @@ def least_squares(to_value: Tensor, energy: Tensor, wanted: Tensor) -> Tensor:
     if scale == 0:
         return to_value.new_zeros(to_value.shape[-1])
     ridge = RIDGE * scale * torch.eye(len(matrix), device=matrix.device)
-    return torch.linalg.solve(matrix + ridge, torch.einsum("hdi,hd->i", to_value, wanted))
+    return solved(matrix + ridge, torch.einsum("hdi,hd->i", to_value, wanted))
 
 
 class ResidualSeed:

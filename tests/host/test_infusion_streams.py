@@ -144,7 +144,7 @@ def test_nothing_is_left_on_the_model(infused):
     assert torch.equal(infused.run(model, infused.positive), plain)
 
 
-def test_a_conditioning_without_concepts_makes_a_plain_run(infused):
+def test_a_conditioning_without_concepts_makes_a_plain_run_and_says_so(infused, caplog):
     """At the plain run's cost, too."""
     calls = []
     model, positive = infused.patch(infused.residual())
@@ -153,8 +153,12 @@ def test_a_conditioning_without_concepts_makes_a_plain_run(infused):
     )
     assert torch.equal(infused.run(model, infused.positive), infused.run(infused.model, infused.positive))
     assert len(calls) == 3
+    (record,) = [record for record in caplog.records if record.name == "ProFusion"]
+    assert "without a concept" in record.getMessage()
+    caplog.clear()
     infused.run(model, positive)
     assert len(calls) == 3 + 2 * 3
+    assert not [record for record in caplog.records if record.name == "ProFusion"]
 
 
 def test_a_conditioning_with_concepts_does_nothing_on_a_plain_model(infused):
@@ -224,3 +228,27 @@ def test_the_prompt_is_the_hosts(infused):
     _, positive = infused.patch(infused.residual())
     assert torch.equal(positive[0][0], infused.encode(PROMPT)[0][0])
     assert torch.equal(positive[0][1]["pooled_output"], infused.encode(PROMPT)[0][1]["pooled_output"])
+
+
+def test_both_streams_compute_under_the_callers_modes(infused, monkeypatch):
+    """A sampler that computes with matrices, under autocast: F is the plain run still."""
+    seen = []
+
+    @torch.no_grad()
+    def mixing(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        ones = x.new_ones(len(x))
+        for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            slope = (x - model(x, sigma * ones, **extra_args)) / sigma
+            mixed = slope.flatten(2) @ torch.eye(x[0, 0].numel(), device=x.device)  # rounded under autocast
+            x = x + mixed.view_as(x).float() * (after - sigma)
+        return x
+
+    monkeypatch.setattr("comfy.samplers.ksampler", lambda *_, **__: samplers.KSAMPLER(mixing))
+    patched, positive = infused.patch(infused.residual())
+    plain = infused.run(infused.model, infused.positive)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = infused.run(infused.model, infused.positive)
+        _, foundation = infused.run_both(patched, positive)
+    assert torch.equal(foundation, rounded) and not torch.equal(rounded, plain)
+    assert set(seen) == {False, True}
