@@ -6,13 +6,18 @@ A kill, a power cut or a crash loses what was done since the last time, and noth
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 SECONDS = 30.0  # of work between two savings
 SHARE = 0.01  # of the time that savings may take: where writing is slow, they are rarer
 _BYTES_A_SECOND = 400e6  # of hashing and writing, until it has been measured
+_WHOLE, _SAMPLES = 1 << 20, 4096  # of a tensor with more values than the first, so many are looked at
 
 
 class Partial:
@@ -67,3 +72,31 @@ class Partial:
 def _remove(path: Path) -> None:
     with contextlib.suppress(OSError):
         path.unlink()
+
+
+def digest(*things: object) -> str:
+    """16 hexadecimal digits that tell trainings apart, of tensors, and of everything else by its repr.
+
+    Lists, tuples and dictionaries may hold both. Of a large tensor, values spread over it are enough: no two trained
+    networks agree in them.
+    """
+    found = hashlib.sha256()
+    _add(found, things)
+    return found.hexdigest()[:16]
+
+
+def _add(found, thing: object) -> None:
+    if isinstance(thing, Tensor):
+        found.update(repr((thing.dtype, tuple(thing.shape))).encode())
+        values = thing.detach().reshape(-1)
+        stride = 1 if len(values) <= _WHOLE else len(values) // _SAMPLES
+        found.update(values[::stride].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    elif isinstance(thing, dict):
+        for name in sorted(thing):
+            _add(found, (name, thing[name]))
+    elif isinstance(thing, (list, tuple)):
+        found.update(f"{len(thing)} of".encode())
+        for part in thing:
+            _add(found, part)
+    else:
+        found.update(f"{thing!r},".encode())

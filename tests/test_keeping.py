@@ -1,8 +1,9 @@
 """When a run is written to the disk, what that may cost, and what is left of it."""
 
 import pytest
+import torch
 
-from profusion.keeping import SECONDS, SHARE, Partial
+from profusion.keeping import SECONDS, SHARE, Partial, digest
 
 
 class Clock:
@@ -122,3 +123,20 @@ def test_a_file_that_somebody_removed_is_no_problem(tmp_path):
     assert run.files() == [f"run_{2 * SECONDS:.0f}"]
     run.partial.path.unlink()
     run.partial.discard()
+
+
+# Which training it is
+
+
+def test_a_digest_tells_apart_what_differs_anywhere():
+    picture, network = torch.zeros(5, 4, 64, 64), torch.zeros(3_000_000)
+    things = ["cat", 1, {"a": picture, "b": 2.0}, (network, None)]
+    assert digest(*things) == digest(*things) and len(digest()) == 16
+    assert digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1}) != digest({"a": 1, "b": 2})
+    assert len({digest(1), digest("1"), digest(1.0), digest(1, 1), digest([1, 1]), digest(11)}) == 6
+    assert len({digest(torch.zeros(2, dtype=kind)) for kind in (torch.float16, torch.bfloat16, torch.float32)}) == 3
+    assert digest(torch.zeros(2, 3)) != digest(torch.zeros(3, 2))
+    changed = picture.clone()
+    changed[3, 2, 17, 5] = 1e-6
+    assert digest(changed) != digest(picture)
+    assert digest(network + 1e-6) != digest(network)

@@ -9,7 +9,7 @@ to the same residual.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..diffusion import per_row, training_sigmas
 from ..infusion import Layer, Patches, Placement, architecture_name, customised_patches, foundation_patches
+from ..keeping import digest
 from ..loop import Group, LoopOptions, TrainingError, TrainingLoop
 from .concept import Residual, ResidualError, check_architecture
 
@@ -124,7 +125,8 @@ class ResidualTraining(TrainingLoop):
     references: of one size. flipped: the same pictures mirrored *before* encoding, or empty. prompt_rows: for each
     prompt that `predict_noise` knows, the noun's rows in its context. resume: a residual of the same model whose
     `training_state` is kept, to go on from bit for bit, or one of no steps, to start from. sigmas: the noise levels of
-    the model's timesteps (n,), each as likely to be drawn; default Stable Diffusion's.
+    the model's timesteps (n,), each as likely to be drawn; default Stable Diffusion's. identity: says whether two
+    trainings of one model from nothing are the same.
     """
 
     def __init__(
@@ -151,6 +153,8 @@ class ResidualTraining(TrainingLoop):
             self._sigmas = (training_sigmas() if sigmas is None else sigmas).to("cpu", torch.float32, copy=True)
             self.delta = torch.zeros(len(layers), 1, layers[0].context_dim, device=device)
         self._placements = [Placement(self.delta, self._names, rows) for rows in prompt_rows]
+        compared = {name: value for name, value in asdict(options).items() if name != "steps"}
+        self.identity = digest(compared, noun, self._names, prompt_rows, self._latents, self._masks)
         learned = Group("the residual", {"delta": self.delta}, _WITHOUT_GRADIENT)
         super().__init__(options, [learned], self._latents[0, 0].numel())
         if resume is not None:
