@@ -26,7 +26,8 @@ ROWS = (5,)
 
 
 def saved_numbers(work: Callable[[], Tensor], apart_from: nn.Module) -> int:
-    """How many numbers autograd keeps for the backward pass of `work()`, each memory counted once, weights not at all."""
+    """How many numbers autograd keeps for the backward pass of `work()`, each memory counted
+    once, weights not at all."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in apart_from.parameters()}
     kept: dict[int, tuple[int, Tensor]] = {}
 

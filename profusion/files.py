@@ -55,7 +55,7 @@ Written = TypeVar("Written")
 
 
 class FileFormatError(ValueError):
-    """The bytes are not a tensor file, or a damaged one. The message says which, of "it"."""
+    """Not a safetensors file, or a damaged one. The message completes the sentence "it is ..."."""
 
 
 class NameTaken(Exception):
@@ -98,6 +98,21 @@ def write_numbered(paths: Iterable[Path], write: Callable[[Path], Written]) -> W
         except NameTaken:
             continue
     raise ValueError("no name is left")
+
+
+def try_writing(path: Path, size: int) -> None:
+    """Whether so many bytes can be written in the folder of `path`, which is made. Raises OSError; leaves no file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(path)
+    try:
+        with opened_temporary(temporary) as file:
+            file.write(bytes(size))
+            file.flush()
+            os.fsync(file.fileno())
+        _remove_leftovers(temporary)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def temporary_beside(path: Path) -> Path:

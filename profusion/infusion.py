@@ -257,7 +257,7 @@ def customised_patches(store: QueryStore, placements_for: PlacementsFor, key_for
             raise RuntimeError(
                 f"the foundation stream left no queries for layer {layer}: was it evaluated before this one?"
             )
-        locked = torch.cat(recorded).to(n)
+        locked = _joined(recorded, n)
         if locked.shape != n.shape:
             raise RuntimeError(
                 f"layer {layer} has shape {tuple(n.shape)} in this stream and {tuple(locked.shape)} in the foundation "
@@ -267,6 +267,16 @@ def customised_patches(store: QueryStore, placements_for: PlacementsFor, key_for
 
     residuals = _residual_patches(placements_for)
     return {**residuals, "attn2_patch": [replay, *residuals["attn2_patch"]]}
+
+
+def _joined(chunks: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Chunks (N, T, D), which may wait in main memory, as one batch on the device and in the type of another."""
+    if len(chunks) == 1:
+        return chunks[0].to(like, non_blocking=chunks[0].device.type == "cpu")
+    joined = like.new_empty(sum(map(len, chunks)), *chunks[0].shape[1:])
+    for place, chunk in zip(joined.split([len(chunk) for chunk in chunks]), chunks, strict=True):
+        place.copy_(chunk, non_blocking=chunk.device.type == "cpu")
+    return joined
 
 
 def _chunks(extra_options: ExtraOptions) -> int:

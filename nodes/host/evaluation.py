@@ -25,8 +25,8 @@ from ...profusion.metrics.fisher import NoisyLatents
 
 BATCH = 4  # noisy latents at a time where predictions are compared
 
-# What a step needs, in multiples of what the host reckons for inference: 10,500 numbers a latent cell on SD 1.5, where
-# the backward pass keeps 90,000 (benchmarks/training_memory.py) and needs some more while it runs.
+# A training step needs about 12 times the host's estimate for inference. Measured on SD 1.5 by
+# benchmarks/training_memory.py: 90,000 activations per latent cell against 10,500, and some more while it runs.
 BACKWARD_MEMORY = 12
 
 

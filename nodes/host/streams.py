@@ -1,13 +1,14 @@
 """Infusion's two streams in the host's sampling run.
 
-Infusion is two wrappers on the MODEL, both under one key, and nothing else. SAMPLER_SAMPLE runs the sampler for F and
-for C in step; CALC_COND_BATCH evaluates each stream with its patches. What a concept does, and where, travels in the
-CONDITIONING.
+Infusion is three wrappers on the MODEL, all under one key, and nothing else. PREPARE_SAMPLING asks for the memory of what
+F leaves for C; SAMPLER_SAMPLE runs the sampler for F and for C in step; CALC_COND_BATCH evaluates each stream with its
+patches. What a concept does, and where, travels in the CONDITIONING.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,6 +32,7 @@ from ...profusion.infusion import (
     foundation_patches,
     with_patches,
 )
+from ...profusion.queries import APART, KEPT, WaitingQueries, bytes_on_device, query_numbers
 from ...profusion.threads import state_of_this_thread
 
 KEY = CONCEPTS_KEY  # of the wrappers, and of the stream that is being evaluated in transformer_options
@@ -52,6 +54,7 @@ def add_streams(
     names = tuple(layer.name for layer in layers)
     patched = model.clone()
     wrappers = {
+        WrappersMP.PREPARE_SAMPLING: _reserve_memory,
         WrappersMP.SAMPLER_SAMPLE: _sampler_wrapper(names, shared_latent, on_foundation, on_plain),
         WrappersMP.CALC_COND_BATCH: _evaluate_stream,
     }
@@ -59,6 +62,27 @@ def add_streams(
         patched.remove_wrappers_with_key(kind, KEY)
         patched.add_wrapper_with_key(kind, KEY, wrapper)
     return patched
+
+
+def _reserve_memory(executor, model: ModelPatcher, noise_shape: Sequence[int], conds: dict, *args, **kwargs):
+    """PREPARE_SAMPLING: let the host keep memory free for F's queries too.
+
+    It reckons with the latent's size alone, so it is told of a latent that is larger by as many lines as need this memory.
+    """
+    count = sum(map(len, conds.values()))
+    if any(cond.get(KEY) for group in conds.values() for cond in group):
+        kept = KEPT if model.load_device.type in APART else math.inf
+        numbers = query_numbers(dict(model.get_model_object("diffusion_model").named_parameters()))
+        cells, element = math.prod(noise_shape[-2:]), _element_size(model)
+        left = noise_shape[0] * bytes_on_device(numbers, cells, count, element, kept)
+        line = model.model.memory_required([*noise_shape[:-2], 1, noise_shape[-1]])
+        noise_shape = [*noise_shape[:-2], noise_shape[-2] + math.ceil(left / line), noise_shape[-1]]
+    return executor(model, noise_shape, conds, *args, **kwargs)
+
+
+def _element_size(model: ModelPatcher) -> int:
+    """Bytes of a number that the model computes with."""
+    return (getattr(model.model, "manual_cast_dtype", None) or model.model.get_dtype()).itemsize
 
 
 def _sampler_wrapper(
@@ -123,7 +147,7 @@ class _Streams:
 
     def __init__(self, layers: tuple[str, ...]):
         self._layers = layers
-        self._queries: dict = {}
+        self._queries = WaitingQueries()
         self._placements: dict = {}
 
     def asking_foundation(self, ask: Callable) -> Callable:

@@ -52,8 +52,9 @@ class PromptNetConfig:
     embeddings of each text encoder, in the order of the UNet's context (SDXL has two; S* is cut between them).
     tokens: pseudo-words in S*. grid: side of the grid that everything is brought to. projection: channels of each
     part of it. second_latent: "none"; "noisy", the latent being denoised, so that S* must be made afresh at every
-    step; or "reference", the reference latent once more. holds_position: S* was trained without a position embedding
-    being added to it, as the authors' code does, and must not be given one: so it is the same word anywhere in a prompt. normalise: whether there is a `norm`.
+    step; or "reference", the reference latent once more. holds_position: S* already
+    contains its position (the authors add it after the position embeddings), so the text encoder must not add one, and
+    S* is the same word anywhere in a prompt. normalise: whether there is a `norm`.
     """
 
     unet: UNetConfig

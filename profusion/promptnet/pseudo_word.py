@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..models.clip import TextModel
 from ..models.tokenizer import LENGTH, tokenize, words_to_ids
+
+if TYPE_CHECKING:
+    from ..models.clip import TextModel
 
 PLACEHOLDER = "S*"
 WORD_KEY = "profusion_word"  # under which a host's conditioning carries the S* it was made with

@@ -222,13 +222,28 @@ class PromptNetTraining(TrainingLoop):
     def resume(self, path: str | Path, same_start: bool = False) -> None:
         """Go on from a checkpoint of the same training. Raises PromptNetError for its file, TrainingError for another's.
 
-        same_start: refuse also one that began with another network, or with other image tokens.
+        same_start: refuse also one that began otherwise or went further; to be asked before the first step.
         """
         network, state, notes = load_training(path)
         self._check_same_training(network, notes)
-        if same_start and notes.get("identity", self.identity) != self.identity:
-            raise TrainingError(f"the checkpoint's training began with another PromptNet or image encoder. {_ADVICE}")
+        if same_start:
+            if notes.get("identity", self.identity) != self.identity:
+                raise TrainingError(
+                    f"the checkpoint's training began with another PromptNet or image encoder. {_ADVICE}"
+                )
+            self.check_state(state)
         self.go_on(network.state_dict(), state)
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raise TrainingError unless a `state()` can be of this training, before its first step."""
+        if int(state["step"]) > self.options.steps:
+            raise TrainingError(
+                f"the checkpoint has {int(state['step'])} steps already, and {self.options.steps} are wanted. {_ADVICE}"
+            )
+        if not self.begins_like(state):
+            raise TrainingError(
+                f"the first step gives another loss than the checkpoint's did: another model, or something on it. {_ADVICE}"
+            )
 
     def go_on(self, network: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Go on where the network had these values and the training this `state()`."""
