@@ -252,9 +252,10 @@ class FinetuningRun:
         for folder in self._folders():
             check_writable(folder, prefix, 1, PromptNetError)
         self._identity = finetuning.identity()
-        numbers = sum(value.numel() for value in finetuning.training.state().values())
-        self._partial = Partial(self._save_partial, expected_bytes=6 * numbers)  # 4 a number; PromptNet is half as many
-        self._first_step, self._begun = 0, ""
+        groups = finetuning.training.groups
+        numbers = sum(value.numel() for group in groups for value in group.parameters.values())
+        self._partial = Partial(self._save_partial, expected_bytes=3 * 4 * numbers)  # itself and AdamW's two moments
+        self._begun = ""  # what to say of an earlier run's file
 
     def _folders(self) -> list[str]:
         wanted = ((PATCHES, self.finetuning.training.changes), (PROMPTNETS, self._keep_promptnet))
@@ -301,7 +302,7 @@ class FinetuningRun:
         except (PromptNetError, TrainingError) as problem:
             self._begun = f"Begun anew. {problem}\n"
             return
-        self._partial.path, self._first_step = path, training.step
+        self._partial.path = path
         self._begun = f"Gone on from step {training.step}, from {where}\n"
 
     def _partial_paths(self) -> list[Path]:
