@@ -1,81 +1,177 @@
-"""What a training step keeps for its backward pass, beside a plain backward pass of the same model.
+"""What a training step of a residual takes on a device, from the shapes alone, on tensors that have no memory.
 
-    python -m benchmarks.training_memory [--model sd15|toybox] [--cells 8 16]
+    python -m benchmarks.training_memory [--model sd15 sd2 sdxl] [--pixels 512 1024] [--batch 1 4]
 
-The weights are random: memory does not depend on them.
+Every tensor that a step makes is counted while it lives, forward and back, as a device would hold it: attention as
+fused kernels do it, which keep no map, and F's queries as `WaitingQueries` lets them wait. Not counted: what the
+allocator and the libraries take for themselves.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from unittest import mock
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from profusion.diffusion import noise_predictor
-from profusion.infusion import Patches, Placement, cross_attention_layers, customised_patches
-from profusion.models.configs import SD15
-from profusion.models.unet import UNet
-from profusion.residual.training import Reference, ResidualTraining, TrainingOptions, masked_noise_error
+from profusion import queries
+from profusion.checkpointing import checkpointed
+from profusion.infusion import Placement, cross_attention_layers, customised_patches, foundation_patches
+from profusion.models.configs import SD15, SD21, SDXL, UNetConfig
+from profusion.models.unet import BasicTransformerBlock, ResBlock, UNet
+from profusion.queries import TakenOnce, WaitingQueries
+from profusion.residual.training import masked_noise_error
 from profusion.toybox.configs import TOYBOX
 
-MODELS = {"sd15": SD15, "toybox": TOYBOX}
-ROWS = (5,)
+MODELS = {"sd15": SD15, "sd2": SD21, "sdxl": SDXL, "toybox": TOYBOX}
+TOKENS, ROWS, PIXELS_A_CELL = 77, (5,), 8
+OPTIMIZER_BYTES = 16  # a trained float32 number, its gradient and AdamW's two moments
+CUDA_CONTEXT = 0.5e9  # bytes that a process takes on a card before its first tensor; a common size, not measured here
 
 
-def saved_numbers(work: Callable[[], Tensor], apart_from: nn.Module) -> int:
-    """How many numbers autograd keeps for the backward pass of `work()`, each memory counted
-    once, weights not at all."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in apart_from.parameters()}
-    kept: dict[int, tuple[int, Tensor]] = {}
+class Living(TorchDispatchMode):
+    """Bytes of the tensors that were made under it and still live; `peak`: the most so far."""
 
-    def pack(tensor: Tensor) -> Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in weights:
-            kept[place] = tensor.untyped_storage().nbytes() // 4, tensor  # held, so that no place is used twice
-        return tensor
+    def __init__(self, apart_from: Iterable[Tensor]):
+        """apart_from: tensors that were there before, which views are made of."""
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in apart_from)
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        work()
-    return sum(size for size, _ in kept.values())
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self._seen:
+                self._add(tensor.untyped_storage())
+        return made
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+        self._seen.add(storage)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, size)
+
+    def _remove(self, size: int) -> None:
+        self.now -= size
 
 
-def measure(unet: UNet, cells: int) -> tuple[int, int]:
-    """Numbers that a step at batch 1 keeps, and those that the plain model's would, on a latent of cells x cells."""
-    layers = cross_attention_layers(dict(unet.named_parameters()))
-    context = torch.randn(1, 77, unet.config.context_dim)
+class _Fused(torch.autograd.Function):
+    """The shapes of a fused attention kernel: it keeps its inputs, its output and one number a query."""
 
-    def predict(x: Tensor, sigma: Tensor, prompt: int, patches: Patches) -> Tensor:
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out, sums = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: None = None) -> Tensor:
+    return _Fused.apply(query, key, value)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Bytes: the model's weights, what waits for the way back, and the most that a step takes beside the weights."""
+
+    weights: int
+    kept: int
+    peak: int
+
+
+def measure(config: UNetConfig, batch: int, cells: tuple[int, int], dtype: torch.dtype, checkpointing: bool) -> Step:
+    """One step on latents of cells (height, width)."""
+    with torch.device("meta"), mock.patch("torch.nn.functional.scaled_dot_product_attention", _fused), _spilling():
+        unet = UNet(config).to(dtype).requires_grad_(False)
+        layers = cross_attention_layers(dict(unet.named_parameters()))
+        delta = torch.zeros(len(layers), 1, config.context_dim, requires_grad=True)
+        x, context = torch.zeros(batch, 4, *cells), torch.zeros(batch, TOKENS, config.context_dim, dtype=dtype)
+        parts = [part for part in unet.modules() if isinstance(part, (ResBlock, BasicTransformerBlock))]
+        with (
+            Living([*unet.parameters(), delta, x, context]) as living,
+            checkpointed(parts) if checkpointing else nullcontext(),
+        ):
+            loss = _loss(unet, x, context, Placement(delta, tuple(layer.name for layer in layers), ROWS), checkpointing)
+            kept = living.now
+            loss.backward()
+    return Step(sum(value.nbytes for value in unet.parameters()), kept, living.peak)
+
+
+def _loss(unet: UNet, x: Tensor, context: Tensor, placement: Placement, checkpointing: bool) -> Tensor:
+    """As `ResidualTraining.loss`: F without autograd, then C with it."""
+    store = WaitingQueries() if checkpointing else TakenOnce()
+    added = torch.zeros(len(x), unet.config.adm_channels, dtype=context.dtype) if unet.config.adm_channels else None
+
+    def predict(patches: dict) -> Tensor:
         options = {"patches": patches, "cond_or_uncond": [0]}
-        return noise_predictor(lambda x, t: unet(x, t, context, transformer_options=options))(x, sigma)
+        return unet(x.to(context), torch.zeros(len(x)), context, added, options).float()
 
-    references = [Reference(torch.randn(4, cells, cells), torch.ones(cells, cells))]
-    training = ResidualTraining(predict, references, [ROWS], layers, "cat", TrainingOptions(batch_size=1))
-    batch = training.batch()
+    with torch.no_grad():
+        plain = predict(foundation_patches(store))
+    predicted = predict(customised_patches(store, lambda options, chunk: (placement,)))
+    return masked_noise_error(predicted, x, x[:, 0]) + masked_noise_error(predicted, plain, x[:, 0])
 
-    def plain() -> Tensor:
-        placement = Placement(training.delta, tuple(layer.name for layer in layers), ROWS)
-        patches = customised_patches({}, lambda options, chunk: (placement,))
-        own_queries = {**patches, "attn2_patch": patches["attn2_patch"][1:]}
-        return masked_noise_error(predict(batch.noisy, batch.sigma, 0, own_queries), batch.noise, batch.mask)
 
-    return saved_numbers(lambda: training.loss(batch), unet), saved_numbers(plain, unet)
+@contextmanager
+def _spilling() -> Iterator[None]:
+    """Let tensors without memory be spilled as those of a device with its own are: main memory is not counted."""
+
+    class _Elsewhere:
+        """Rows in main memory."""
+
+        def __init__(self, rows: Tensor):
+            self.shape, self._dtype, self.device = rows.shape, rows.dtype, torch.device("cpu")
+
+        def __len__(self) -> int:
+            return self.shape[0]
+
+        def to(self, like: Tensor, non_blocking: bool) -> Tensor:
+            return torch.empty(self.shape, dtype=self._dtype, device="meta")
+
+    with mock.patch.object(queries, "APART", ("meta",)), mock.patch.object(queries, "in_main_memory", _Elsewhere):
+        yield
+
+
+def numbers_a_cell(config: UNetConfig, checkpointing: bool, cells: int = 64) -> float:
+    """The most that a step takes beside the weights, in numbers of the model's type for each cell of the latents."""
+    return measure(config, 1, (cells, cells), torch.float16, checkpointing).peak / 2 / cells**2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="toybox")
-    parser.add_argument("--cells", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--model", choices=MODELS, nargs="+", default=["sd15", "sd2", "sdxl"])
+    parser.add_argument("--pixels", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     arguments = parser.parse_args()
-    unet = UNet(MODELS[arguments.model]).requires_grad_(False)
-    for cells in arguments.cells:
-        step, plain = measure(unet, cells)
-        print(
-            f"{arguments.model}, latent {cells}x{cells}: a step keeps {step:,} numbers, {step / cells**2:,.0f} a cell; "
-            f"the plain model {plain:,} ({(step - plain) / plain:+.2%})"
-        )
+    print("float16, GB (1e9 bytes); kept: for the way back; total: weights, peak and a CUDA context\n")
+    print("| model | pixels | batch | checkpointing | weights | kept | peak | numbers a cell | total |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name in arguments.model:
+        for pixels in arguments.pixels:
+            cells = pixels // PIXELS_A_CELL
+            for batch in arguments.batch:
+                for checkpointing in (False, True):
+                    step = measure(MODELS[name], batch, (cells, cells), torch.float16, checkpointing)
+                    total = step.weights + step.peak + CUDA_CONTEXT
+                    sizes = (step.weights, step.kept, step.peak)
+                    weights, kept, peak = (f"{size / 1e9:.2f}" for size in sizes)
+                    share = step.peak / 2 / cells**2 / batch
+                    words = "yes" if checkpointing else "no"
+                    print(
+                        f"| {name} | {pixels} | {batch} | {words} | {weights} | {kept} | {peak} | {share:,.0f} | "
+                        f"{total / 1e9:.2f} |"
+                    )
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def run(
     """
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    fused, judge = FusedToybox.load(), Judge.load()
+    judge, fused = Judge.load(), FusedToybox.load()  # the judge first: an installed pack has none
     toybox = fused.toybox
     say(f"learning {concept.name!r} (noun {concept.noun!r}) from {len(concept.pictures)} pictures")
     trained = train(toybox, concept, options, say, out)

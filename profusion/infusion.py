@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from .devices import area_means, smoothly_resized
@@ -191,7 +192,7 @@ def residual_rows(residual: Tensor, index: Tensor, value: Tensor) -> Tensor:
 def region_weights(region: Tensor, rows: int, size: Sequence[int]) -> Tensor:
     """A region as weights of a layer's cells: (H, W) or (B, H, W) -> (rows, h * w, 1); row i takes mask i modulo B."""
     masks = region.reshape(-1, 1, *region.shape[-2:]).float()
-    masks = area_means(masks, size).flatten(2).transpose(1, 2)  # (B, h * w, 1)
+    masks = rearrange(area_means(masks, size), "b 1 h w -> b (h w) 1")
     return masks[torch.arange(rows, device=masks.device) % len(masks)]
 
 
@@ -325,7 +326,7 @@ def _residual_patches(placements_for: PlacementsFor) -> Patches:
 
 def _repeat_chunks(x: Tensor, chunks: int, times: int) -> Tensor:
     """Repeat every chunk's rows: (chunks * N, ...) -> (chunks * times * N, ...)."""
-    return x if times == 1 else x.unflatten(0, (chunks, 1, -1)).expand(-1, times, *(-1,) * x.ndim).flatten(0, 2)
+    return repeat(x, "(chunks n) ... -> (chunks times n) ...", chunks=chunks, times=times) if times > 1 else x
 
 
 CONCEPTS_KEY = "profusion_infusion"

@@ -120,8 +120,8 @@ def _fitting_masks(masks: Tensor, shape: Sequence[int], multiple: int) -> Tensor
     black = [index for index, mask in enumerate(masks, start=1) if not mask.any()]
     if black:
         raise PictureError(
-            f"mask {black[0]} is all black, so nothing of its picture would be learned. Paint the object white in it, or "
-            "connect no mask"
+            f"mask {black[0]} is all black, so nothing of its picture would be learned. Paint the object white in it, "
+            "or connect no mask"
         )
     masks = masks.expand(count, -1, -1)
     high, wide = masks.shape[1:]
@@ -225,7 +225,8 @@ def captioned(image: Image.Image, text: str) -> Image.Image:
 
 
 def _fitted(draw: ImageDraw.ImageDraw, text: str, width: int, face: ImageFont.ImageFont) -> list[str]:
-    """A line of text as lines that are no wider: broken after a space or one of a path's separators, where there is one."""
+    """A line of text as lines that are no wider: broken after a space or one of a path's
+    separators, where there is one."""
     lines = []
     while draw.textlength(text, face) > width and len(text) > 1:
         fits = max(count for count in range(1, len(text)) if count == 1 or draw.textlength(text[:count], face) <= width)

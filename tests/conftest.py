@@ -1,10 +1,14 @@
 """Shared by all tests: one thread, so that small shapes are quick and results do not depend on the machine's cores."""
 
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests import pretend
 
+ROOT = Path(__file__).parents[1]
 SLOW = 20  # seconds, from which on a test is to be marked
 
 
@@ -40,23 +44,51 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
-def pytest_collection_modifyitems(config, items):
-    def is_for_nothing(item):
-        pretended = getattr(item, "callspec", None) and item.callspec.params.get("device") == pretend.NAME
-        return pretended and item.get_closest_marker("real_device")
+@pytest.fixture(scope="session")
+def root():
+    """The checkout."""
+    return ROOT
 
-    deselected = [item for item in items if is_for_nothing(item)]
+
+@pytest.fixture(scope="session")
+def packed():
+    """The files that `comfy node pack` puts into the Registry's archive: what git tracks and .comfyignore, which is read
+    by gitignore's rules, does not match."""
+
+    def listed(*options: str) -> set[str]:
+        command = ["git", "ls-files", "-z", *options]
+        return set(
+            subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+        )
+
+    try:
+        names = listed() - listed("--cached", "--ignored", "--exclude-from=.comfyignore")
+    except (FileNotFoundError, subprocess.CalledProcessError) as problem:
+        pytest.skip(f"only git knows what would be packed, and this is no checkout of it: {problem}")
+    return sorted(name for name in names if (ROOT / name).is_file())
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out on the pretended device what it cannot do."""
+
+    def is_impossible(item):
+        too_much = item.get_closest_marker("real_device") or "precise_device" in item.fixturenames
+        return is_pretended(item) and too_much
+
+    deselected = [item for item in items if is_impossible(item)]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
-        items[:] = [item for item in items if not is_for_nothing(item)]
+        items[:] = [item for item in items if not is_impossible(item)]
 
 
 def pytest_collection_finish(session):
     # Before the first test: autograd counts the devices when it is first used.
-    if any(
-        getattr(item, "callspec", None) and item.callspec.params.get("device") == pretend.NAME for item in session.items
-    ):
+    if any(map(is_pretended, session.items)):
         pretend.install()
+
+
+def is_pretended(item) -> bool:
+    return hasattr(item, "callspec") and item.callspec.params.get("device") == pretend.NAME
 
 
 def pytest_terminal_summary(terminalreporter):

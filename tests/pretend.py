@@ -1,6 +1,7 @@
 """A second device on a machine with one: its tensors lie in main memory, and mix with others no more than a GPU's do.
 
-Registering it is for a whole process, so `install` is called where a test first wants it. Numbers are the CPU's.
+Like Apple's it has no float64, not even on the way to another device. Numbers are the CPU's. Registering it is for a whole
+process, so `install` is called only where a test wants it.
 """
 
 from __future__ import annotations
@@ -139,6 +140,8 @@ def _run(operator, *args, **kwargs):
     def own_or_new(value):
         if not isinstance(value, Tensor):
             return value
+        if value.dtype == torch.float64:
+            raise TypeError(f"{operator._schema.name}: {NAME} has no float64")
         return own[id(value)] if id(value) in own else PretendTensor(value)
 
     return _map(own_or_new, results)
@@ -154,6 +157,9 @@ def _check(operator, values: list) -> None:
     ]
     if here and apart and name not in MAY_MIX:
         raise RuntimeError(f"{name}: expected all tensors on one device, and those of shapes {apart} are on the CPU")
+    doubles = [value for value in values if value is torch.float64 or getattr(value, "dtype", None) == torch.float64]
+    if here and doubles:
+        raise TypeError(f"{name}: {NAME} has no float64")
     drawn = [value for value in values if isinstance(value, torch.Generator)]
     to_here = any(isinstance(value, torch.device) and value.type == NAME for value in values)
     if drawn and (here or to_here):

@@ -1,4 +1,5 @@
-"""The structure that everything else leans on: one direction of imports, and nothing in the archive that a scan flags."""
+"""The structure that everything else leans on: one direction of imports, and nothing in the
+archive that a scan flags."""
 
 import ast
 import re
@@ -255,3 +256,15 @@ def test_the_page_of_the_architecture_lists_every_file():
     folders = {path.parent for ring in ("nodes", "profusion") for path in (ROOT / ring).rglob("*.py")}
     for folder in folders:
         assert f"<!-- map: {folder.relative_to(ROOT).as_posix()} -->" in page
+
+
+def test_what_the_page_of_the_architecture_names_is_there():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+\.py):([\w.]+)`", page))
+    assert len(named) > 40
+    for file, name in named:
+        scope = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+        for part in name.split("."):
+            found = [node for node in scope if getattr(node, "name", None) == part]
+            assert found, f"docs/architecture.md names {name}, which is not in {file}"
+            scope = found[0].body

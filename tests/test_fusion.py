@@ -86,7 +86,8 @@ def test_the_fusion_stage_is_the_papers_at_every_timestep(generator):
 
 
 def test_at_the_last_timestep_the_papers_limit_holds():
-    """t = 0: a_p = 1, where the paper's fraction is 0 / 0; s^2 / (1 - a_p) goes to eta^2, so all noise may be swapped."""
+    """t = 0: a_p = 1, where the paper's fraction is 0 / 0; s^2 / (1 - a_p) goes to eta^2, so
+    all noise may be swapped."""
     assert swap_share(0.0, 0.7) == pytest.approx(0.49)
     x, eps, fresh = torch.tensor([2.0]), torch.tensor([1.5]), torch.tensor([3.0])
     torch.testing.assert_close(swap_noise(x, eps, fresh, 0.5, swap_share(0.0, 1.0)), x - 0.5 * eps + 0.5 * fresh)
@@ -94,10 +95,10 @@ def test_at_the_last_timestep_the_papers_limit_holds():
 
 
 @pytest.mark.parametrize("flow", [False, True])
-def test_a_right_prediction_swaps_noise_at_the_same_level(flow, generator):
-    """x = alpha x0 + sigma eps becomes alpha x0 + sigma eps' with eps' = (1 - r) eps + sqrt(r (2 - r)) z of unit variance."""
-    clean, eps, fresh = torch.randn(3, 1, 4, 5, 5, generator=generator, dtype=torch.float64)
-    sigma, sigma_next = torch.tensor([0.8, 0.7], dtype=torch.float64)
+def test_a_right_prediction_swaps_noise_at_the_same_level(flow, generator, precise_device):
+    """The noise becomes eps' = (1 - r) eps + sqrt(r (2 - r)) z, of unit variance, under the same alpha x0."""
+    clean, eps, fresh = torch.randn(3, 1, 4, 5, 5, generator=generator, dtype=torch.float64).to(precise_device)
+    sigma, sigma_next = torch.tensor([0.8, 0.7], dtype=torch.float64, device=precise_device)
     alpha = 1 - sigma if flow else torch.ones_like(sigma)
     ratio = (sigma_next / (1 - sigma_next)) / (sigma / (1 - sigma)) if flow else sigma_next / sigma
     share = swap_share(ratio, 0.9)
@@ -117,7 +118,8 @@ def test_a_right_prediction_swaps_noise_at_the_same_level(flow, generator):
 
 
 def test_a_flow_model_may_start_from_pure_noise(generator):
-    """sigma = 1: no signal, a noise-to-signal ratio without end; the stage stays finite and swaps eta^2 of the noise."""
+    """sigma = 1: no signal, a noise-to-signal ratio without end; the stage stays finite and
+    swaps eta^2 of the noise."""
     x, fresh = torch.randn(2, 1, 4, 2, 2, generator=generator)
     result = fusion_stage(
         lambda x, at: torch.zeros_like(x),
@@ -157,7 +159,8 @@ def never(*_):
 
 
 def test_the_run_is_the_papers_algorithm(generator):
-    """Both stages at every level, against a straight loop in alpha-bar form, float64: DDIM (eta 0) as the refinement."""
+    """Both stages at every level, against a straight loop in alpha-bar form, float64: DDIM
+    (eta 0) as the refinement."""
     model, steps, m, eta, gamma = ToyModel(generator), 8, 2, 0.8, 0.6
     levels = list(range(999, 0, -999 // steps))[:steps] + [None]
     alpha_bar = [ALPHA_BAR[t] if t is not None else torch.tensor(1.0, dtype=torch.float64) for t in levels]
@@ -208,6 +211,35 @@ def test_the_fresh_noise_comes_from_the_generator(generator):
         return euler(halve, x, sigmas[first : last + 1])
 
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
+
+
+def test_a_run_is_the_same_on_every_device(device, generator):
+    """Sigmas may lie anywhere; fresh noise is drawn on the CPU, so that a seed means the same everywhere."""
+    sigmas, x = sampling_sigmas(5), torch.randn(2, 4, 3, 3, generator=generator)
+    word, text = torch.randn(2, 1, 4, 1, 1, generator=generator)
+    guidance = Guidance((1.0, 0.5), refresh=2)
+
+    def run(where, sigmas, flow):
+        run_guidance, stages = RunGuidance(guidance), iter(["fusion", "refinement"] * 9)
+
+        def denoise(x, sigma):
+            def evaluate(everything):
+                shifts = (word + text, torch.zeros_like(word), text) if everything else (word + text,)
+                return [torch.tanh(x + shift.to(x)) for shift in shifts]
+
+            return run_guidance.step(next(stages), evaluate, unit=float(sigma[0]))
+
+        def refine(x, first, last):
+            return denoise(x, sigmas[first].expand(len(x)).to(x.device)) * 0.9
+
+        fresh = fresh_noise(seeded(1, 2))
+        return sample_fusion(denoise, refine, x.to(where), sigmas, FusionOptions(2, eta=0.7), fresh, flow)
+
+    for flow, levels in ((False, sigmas), (True, torch.tensor([1.0, 0.6, 0.3, 0.0]))):
+        expected, there = run("cpu", levels, flow), run(device, levels, flow)
+        assert there.device.type == device.type and expected.isfinite().all()
+        torch.testing.assert_close(there.cpu(), expected)
+        torch.testing.assert_close(run(device, levels.to(device), flow).cpu(), expected)
 
 
 def test_each_row_of_fresh_noise_comes_from_its_own_generator():

@@ -47,10 +47,9 @@ class Node:
 
     @property
     def below(self) -> tuple[int, int]:
-        """Where the next node of a column goes. Nodes 2.0, and the text of older frontends,
-        make ours a little taller."""
+        """Where the next node of a column goes. Nodes 2.0 make nodes a little taller, ours by a badge and text."""
         x, y = self.position
-        taller = 2 * WIDGET if self.type.startswith("ProFusion_") else 0
+        taller = 2 * WIDGET if self.type.startswith("ProFusion_") else WIDGET
         return x, y + self.size[1] + taller + TITLE + MARGIN
 
 

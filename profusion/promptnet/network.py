@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -180,8 +181,7 @@ class PromptNet(UNetEncoder):
         grid = [self._to_grid(h, projection) for h, projection in zip(features, self.projections, strict=True)]
         joined = torch.cat(grid, dim=1)
         joined = F.group_norm(joined, len(grid)) if self.config.normalise else joined
-        word = self.output(joined)[..., 0, 0]  # (B, tokens * text_width)
-        word = word.view(-1, self.config.tokens, self.config.text_width)
+        word = rearrange(self.output(joined), "b (tokens d) 1 1 -> b tokens d", tokens=self.config.tokens)
         return self.start + self.spread * word
 
     def encoder_features(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..diffusion import eps_denoiser, sample_euler, sampling_sigmas, variance_exploding, variance_preserving
@@ -90,8 +91,8 @@ class FusedToybox:
         """
         knots = torch.tensor(KNOTS)
         words = torch.stack([self.words(some, knots) for some in pictures], dim=1)  # (K, B, tokens, width)
-        made, rows = self._encoded(prompt, words.flatten(0, 1))
-        made = made.unflatten(0, words.shape[:2])
+        made, rows = self._encoded(prompt, rearrange(words, "k b tokens d -> (k b) tokens d"))
+        made = rearrange(made, "(k b) l d -> k b l d", k=len(knots))
         return lambda timestep, gamma: scaled(interpolated(made, knots, timestep)[0], rows, gamma)
 
     def _encoded(self, prompt: str, words: Tensor) -> tuple[Tensor, tuple[int, ...]]:

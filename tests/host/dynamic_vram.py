@@ -24,7 +24,8 @@ BUFFER_BYTES = 1 << 25
 
 
 class Card:
-    """The simulated card. `fits`: whether weights find room; where not, buffers that are used again take their place."""
+    """The simulated card. `fits`: whether weights find room; where not, buffers that are
+    used again take their place."""
 
     def __init__(self):
         self.fits, self._age, self._pages = True, 0, []

@@ -106,7 +106,8 @@ def _read(file):
 
 
 class Loader:
-    """Loads the file as the host's own loaders do: weights stay as they are in the file where the host keeps them so."""
+    """Loads the file as the host's own loaders do: weights stay as they are in the file
+    where the host keeps them so."""
 
     def __init__(self, file, dtype):
         self._unet, self._text, self._dtype = *file, dtype

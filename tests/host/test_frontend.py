@@ -61,7 +61,8 @@ view.offset[0] = 100 / view.scale - left;
 view.offset[1] = 100 / view.scale - top;
 window.app.canvas.setDirty(true, true);
 """
-# (id, x, y, width, height) in the graph's units, without the titles: as drawn on the canvas, or as elements of the page.
+# (id, x, y, width, height) in the graph's units, without the titles: as drawn on the canvas, or as elements of the
+# page.
 BOXES = """
 const scale = window.app.canvas.ds.scale;
 return window.app.graph.nodes.map(node => {
@@ -143,7 +144,8 @@ def test_after_a_run_its_nodes_stand_apart_and_show_what_they_say(path, browser,
     for node in workflow["nodes"]:
         _shorten(node, object_info)
     speaking = {node["type"] for node in workflow["nodes"]} & set(PICTURES)
-    cached = {kind for kind in speaking if object_info[kind]["output_node"]}  # others are not even looked at
+    cached = {kind for kind in speaking if object_info[kind]["output_node"]}  # the host passes over others
+    server.post("/free", {"unload_models": True, "free_memory": True})  # and so over what the graph before has made
     try:
         for nodes_2, expected in ((False, speaking), (True, cached)):
             open_page(browser, server, **{NODES_2: nodes_2})

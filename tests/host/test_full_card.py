@@ -1,4 +1,5 @@
-"""A card that is full once the model is on it, and a PromptNet that looks at the noisy latent: nothing may be unloaded."""
+"""A card that is full once the model is on it, and a PromptNet that looks at the noisy
+latent: nothing may be unloaded."""
 
 import pytest
 import torch

@@ -194,8 +194,8 @@ def test_refresh_saves_rows_where_there_are_several_terms(node, counted, texts):
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "dpmpp_sde"])
 def test_what_refresh_keeps_is_the_difference_of_noise(node, model, texts, sampler, monkeypatch):
-    """Where the terms do differ by the same noise at every level, keeping changes nothing: denoised pictures then differ
-    by that times sigma, which the kept differences must follow."""
+    """Where the terms do differ by the same noise at every level, keeping changes nothing: denoised pictures then
+    differ by that times sigma, which the kept differences must follow."""
     offsets = dict(zip((0, 1, 2), torch.randn(3, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5)), strict=True))
 
     def straight(inner_model, conds, x, sigma, model_options):

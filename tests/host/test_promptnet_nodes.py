@@ -1,4 +1,5 @@
-"""PromptNet in the host, on Toybox's own models in the host's classes: S* in a prompt, anew for each step, and bad input."""
+"""PromptNet in the host, on Toybox's own models in the host's classes: S* in a prompt, anew for
+each step, and bad input."""
 
 import importlib
 import sys
@@ -349,7 +350,8 @@ def test_bad_inputs_of_a_residual_from_a_promptnet_are_explained(studio, inputs,
 
 
 def test_a_residual_is_placed_in_the_prompt_that_has_s(studio, infused_toybox):
-    """At its noun, wherever S* has moved it to; S* stays what it was, and F is the run without residuals, bit for bit."""
+    """At its noun, wherever S* has moved it to; S* stays what it was, and F is the run
+    without residuals, bit for bit."""
     text, residual = "a photo of (S*:1.2) on snow", infused_toybox.residual(size=2.0, noun="snow")
     positive, plain = studio.encode(text=text)
     expected = studio.draw(positive, text=plain)

@@ -111,7 +111,8 @@ def test_outside_the_mask_the_target_is_what_the_plain_model_predicts(generator)
 
 @pytest.mark.real_device
 def test_preserving_keeps_the_prediction_outside_the_mask_nearer_to_the_plain_one(unet):
-    """Same seed, same steps: how far C is from F around the concept. (Of a random UNet C moves by 1e-5 only: hence 100.)"""
+    """Same seed, same steps: how far C is from F around the concept. (Of a random UNet C moves
+    by 1e-5 only: hence 100.)"""
     mask = torch.zeros(8, 8)
     mask[:, :4] = 1
     half = [Reference(item.latent, mask) for item in references()]

@@ -1,4 +1,5 @@
-"""A residual of 6 bits a number draws the concept as well as one of 32: measured on Toybox, by likeness to the concept."""
+"""A residual of 6 bits a number draws the concept as well as one of 32: measured on Toybox,
+by likeness to the concept."""
 
 import pytest
 import torch
