@@ -7,7 +7,9 @@ from __future__ import annotations
 _NUMBERS_A_CELL = {"SD 1.x": (90_800, 30_000), "SD 2.x": (85_800, 25_000), "SDXL": (153_300, 21_500)}
 
 
-def step_bytes(architecture: str, batch: int, cells: int, element: int, checkpointing: bool) -> float | None:
+def step_bytes(
+    architecture: str, batch: int, cells: int, element: int, checkpointing: bool, finetuning: bool = False
+) -> float | None:
     """Bytes of a training step beside the model's weights; None for an architecture that was not measured.
 
     architecture: see `infusion.architecture_name`. cells: of each of the latents. element: bytes of a number.

@@ -36,19 +36,18 @@ def show(node: type[io.ComfyNode], text: str, picture: Image.Image | None = None
 
 def tell(node: type[io.ComfyNode], text: str, preview: Image.Image | None = None) -> None:
     """Show text under the node that is being executed, for as long as the frontend keeps it, and a last preview."""
-    node_id = node.hidden.unique_id if node.hidden is not None else None
-    if tell_node(node_id, text) and preview is not None:
-        comfy.utils.ProgressBar(1).update_absolute(1, preview=("JPEG", preview, None))
+    _tell(node.hidden.unique_id if node.hidden is not None else None, text, preview)
 
 
-def tell_node(node_id: str | None, text: str) -> bool:
-    """Show text under a node, executed or not; returns whether there is anybody to show it to."""
-    # Where a server runs, its module is loaded.
+def _tell(node_id: str | None, text: str, preview: Image.Image | None) -> None:
+    """The same for any node, also one that has been executed."""
+    # Where a server runs, its module is loaded; without one there is nobody to show anything to.
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if node_id is None or server is None:
-        return False
+        return
     server.send_progress_text(text, node_id)
-    return True
+    if preview is not None:
+        comfy.utils.ProgressBar(1, node_id).update_absolute(1, preview=("JPEG", preview, None))
 
 
 def warn_under(node: type[io.ComfyNode]) -> Callable[[str], None]:
@@ -57,7 +56,7 @@ def warn_under(node: type[io.ComfyNode]) -> Callable[[str], None]:
 
     def warn(text: str) -> None:
         logging.getLogger("ProFusion").warning(text)
-        tell_node(node_id, text)
+        _tell(node_id, text, caption(text))
 
     return warn
 

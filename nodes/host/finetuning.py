@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -17,10 +17,11 @@ from ...profusion.infusion import architecture_name, check_context_width
 from ...profusion.keeping import Partial, digest
 from ...profusion.loop import TrainingError
 from ...profusion.pictures import loss_plot
-from ...profusion.promptnet.changes import attention_layers, changed, patch_tensors, save_patch, start_changes
+from ...profusion.promptnet.changes import Change, attention_layers, changed, patch_tensors, save_patch, start_changes
 from ...profusion.promptnet.file import SUFFIX, save_promptnet
 from ...profusion.promptnet.finetune import FinetuneOptions, FinetunePictures, FinetuneTraining, trainable_copy
 from ...profusion.promptnet.network import PromptNetConfig, PromptNetError, check_fits
+from .budget import Budget, plan_training
 from .display import Progress
 from .encoding import encode_references, model_layers, shown
 from .evaluation import TrainedModel, differentiable, resident_clip
@@ -120,31 +121,35 @@ class Finetuning:
         masks: Tensor | None,
         train_attention: bool,
         options: FinetuneOptions,
+        checkpointing: str = "auto",
     ):
-        """pictures (M, H, W, 3), masks (M, H, W), as `concept_pictures` returns them."""
+        """pictures (M, H, W, 3), masks (M, H, W), as `concept_pictures` returns them. checkpointing: see `plan_training`."""
         layers = model_layers(model)
         check_fits(promptnet.config, architecture=architecture_name(layers))
         self._model, self._promptnet = model, promptnet
         self._words = WordEncoder(clip, promptnet.config, options.prompts)
         given = _pictures(promptnet, model, clip_vision, vae, pictures, masks)
         device = model.load_device
-        network = trainable_copy(promptnet.network, device)
-        word = _first_word(network, given)
-        self._words.check(word)
-        conditionings = self._words.conditionings(word)
-        check_context_width(conditionings[0][0][0].shape[-1], layers)
         changes = {}
         if train_attention:
             names = dict(model.get_model_object("diffusion_model").named_parameters())
             generator = torch.Generator().manual_seed(options.seed % 2**63)
             changes = start_changes(attention_layers(names), options.rank, generator, device)
+        budget = self._plan(changes, (options.batch_size, *given.targets.shape[1:]), checkpointing)
+        network = trainable_copy(promptnet.network, device)
+        word = _first_word(network, given)
+        self._words.check(word)
+        conditionings = self._words.conditionings(word)
+        check_context_width(conditionings[0][0][0].shape[-1], layers)
         sampling = model.get_model_object("model_sampling")
-        learning = [
-            *network.parameters(),
-            *(item for change in changes.values() for item in change.parameters().values()),
-        ]
-        memory = ADAMW_BYTES * sum(item.numel() for item in learning)
-        self._trained = TrainedModel(model, conditionings, [self._words.patcher], memory)
+        self._trained = TrainedModel(
+            model,
+            conditionings,
+            [self._words.patcher],
+            budget.step,
+            checkpointing=budget.checkpointing,
+            learning=[network],
+        )
         self.training = FinetuneTraining(
             network,
             self._predict_noise,
@@ -154,6 +159,13 @@ class Finetuning:
             changes,
             sampling.timestep,
             self._trained.sigmas,
+        )
+
+    def _plan(self, changes: Mapping[str, Change], shape: Sequence[int], checkpointing: str) -> Budget:
+        learned = sum(item.numel() for item in self._promptnet.network.parameters())
+        learned += sum(item.numel() for change in changes.values() for item in change.parameters().values())
+        return plan_training(
+            self._model, shape, checkpointing, [self._words.patcher], ADAMW_BYTES * learned, finetuning=True
         )
 
     def _predict_noise(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
