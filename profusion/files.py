@@ -63,7 +63,7 @@ class NameTaken(Exception):
 
 
 def write_atomically(path: Path, data: bytes | Iterable[bytes], overwrite: bool = True) -> None:
-    """Write `data`, whole or in pieces, under a temporary name in the same folder, flush it to the disk, then rename it.
+    """Write `data`, whole or in pieces, under a temporary name in its folder, flush it to the disk, then rename it.
 
     Whatever goes wrong, `path` holds either what it held before or all of `data`, and no temporary file is left; what
     a kill left in this folder earlier is removed. overwrite: whether a file at `path` may be replaced; otherwise
@@ -158,7 +158,7 @@ def _claim(path: Path, temporary: Path) -> None:
 def _remove_leftovers(own: Path) -> None:
     """Remove the temporaries beside `own`, just written, that a killed process left.
 
-    Safe beside live ones: they have been written to lately, by the clock of the folder, which `own` tells, or are locked.
+    Safe beside live ones: they were written to lately, by the clock of the folder, which `own` tells, or are locked.
     """
     with contextlib.suppress(OSError):
         now = own.stat().st_mtime

@@ -1,4 +1,4 @@
-"""What a training has learned so far, on disk: written now and then while it runs, so that no end of it costs more.
+"""What a training has learned so far, on the disk now and then while it runs.
 
 A kill, a power cut or a crash loses what was done since the last time, and nothing else.
 """
@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import files
+
 SECONDS = 30.0  # of work between two savings
 SHARE = 0.01  # of the time that savings may take: where writing is slow, they are rarer
-_BYTES_A_SECOND = 400e6  # of hashing and writing, until it has been measured
+_TRIAL_BYTES, _HASHED_A_SECOND = 1 << 24, 200e6  # to tell how long writing takes before it has been done
 _WHOLE, _SAMPLES = 1 << 20, 4096  # of a tensor with more values than the first, so many are looked at
 
 
@@ -24,12 +26,12 @@ class Partial:
     """The file of a run that is not finished. There is one at a time: the newest.
 
     write: writes what there is now, whole or not at all, and returns where; it may be the same path each time.
-    expected_bytes: roughly, of a file that is large. clock: seconds, for tests.
+    expected: the seconds that it takes, roughly, until it has been measured. clock: seconds, for tests.
     """
 
-    def __init__(self, write: Callable[[], Path], expected_bytes: int = 0, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, write: Callable[[], Path], expected: float = 0.0, clock: Callable[[], float] = time.monotonic):
         self._write, self._clock = write, clock
-        self._cost, self._last = expected_bytes / _BYTES_A_SECOND, clock()
+        self._cost, self._last = expected, clock()
         self.path: Path | None = None
         self.problem: Exception | None = None  # why the last one could not be written
 
@@ -72,6 +74,16 @@ class Partial:
 def _remove(path: Path) -> None:
     with contextlib.suppress(OSError):
         path.unlink()
+
+
+def seconds_to_write(path: Path, size: int) -> float:
+    """Roughly, of a file of so many bytes, by writing some of them beside it; 0 where that cannot be done."""
+    started, trial = time.monotonic(), max(1, min(size, _TRIAL_BYTES))
+    try:
+        files.try_writing(path, trial)
+    except OSError:
+        return 0.0
+    return size * ((time.monotonic() - started) / trial + 1 / _HASHED_A_SECOND)
 
 
 def digest(*things: object) -> str:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, under names that nobody else gets, and temporaries that a kill leaves behind."""
+"""Files that appear whole or not at all, under names that nobody else gets, and what a kill leaves behind."""
 
 import errno
 import multiprocessing

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from profusion.keeping import SECONDS, SHARE, Partial, digest
+from profusion.keeping import SECONDS, SHARE, Partial, digest, seconds_to_write
 
 
 class Clock:
@@ -17,10 +17,10 @@ class Clock:
 class Run:
     """Steps of some seconds each, and savings that take some too."""
 
-    def __init__(self, folder, cost=0.0, expected_bytes=0, overwrite=False):
+    def __init__(self, folder, cost=0.0, expected=0.0, overwrite=False):
         self.clock, self.step, self.cost, self.failing = Clock(), 0, cost, None
         self.folder, self.overwrite, self.saved_at = folder, overwrite, []
-        self.partial = Partial(self.write, expected_bytes, clock=self.clock)
+        self.partial = Partial(self.write, expected, clock=self.clock)
 
     def write(self):
         self.clock.now += self.cost
@@ -70,10 +70,17 @@ def test_it_never_takes_more_than_its_share_of_the_time(tmp_path, cost):
 
 
 def test_a_large_file_waits_for_its_first_time_too(tmp_path):
-    """By its size: nobody knows yet how fast the disk is."""
-    run = Run(tmp_path, cost=8.0, expected_bytes=4_000_000_000)
+    run = Run(tmp_path, cost=8.0, expected=8.0)
     run.work(10_000)
-    assert 8.0 / run.saved_at[0] <= 2 * SHARE
+    assert 8.0 / run.saved_at[0] <= SHARE
+
+
+def test_how_long_writing_takes_is_told_by_a_little_of_it(tmp_path, monkeypatch):
+    small, large = (seconds_to_write(tmp_path / "sub" / "x", size) for size in (1 << 22, 1 << 32))
+    assert 0 < small < large and large > (1 << 32) / 1e10
+    assert not list((tmp_path / "sub").iterdir())
+    (tmp_path / "file").touch()
+    assert seconds_to_write(tmp_path / "file" / "x", 1) == 0
 
 
 def test_at_a_pause_it_is_written_earlier_unless_that_costs_too_much(tmp_path):

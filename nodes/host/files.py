@@ -133,7 +133,7 @@ def save_numbered(folder: str, prefix: str, save: Callable[[Path], Saved], every
 
 
 def check_writable(kind: str, prefix: str, size: int, error: type[ValueError]) -> None:
-    """Find out before a training, not after it, whether so many bytes can be saved under this prefix. Raises `error`."""
+    """Find out before a training whether so many bytes can be saved under this prefix. Raises `error`."""
     path = next(_free_paths(folder_paths.get_folder_paths(kind)[0], prefix, error))
     try:
         try_writing(path, size)

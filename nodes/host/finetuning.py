@@ -14,7 +14,7 @@ from comfy.sd import CLIP, VAE
 from torch import Tensor, nn
 
 from ...profusion.infusion import architecture_name, check_context_width
-from ...profusion.keeping import Partial, digest
+from ...profusion.keeping import Partial, digest, seconds_to_write
 from ...profusion.loop import TrainingError
 from ...profusion.pictures import loss_plot
 from ...profusion.promptnet.changes import Change, attention_layers, changed, patch_tensors, save_patch, start_changes
@@ -41,7 +41,7 @@ PREVIEW_EVERY = 10
 ADAMW_BYTES = 16  # a trained float32 number, its gradient and the optimizer's two moments
 
 _unsaved: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
-"""The last fine-tuning that no file could be written of, PromptNet and state, by its identity: queued again, it goes on."""
+"""The last fine-tuning of which no file could be written: PromptNet and state by its identity, to go on from."""
 
 
 class WordEncoder:
@@ -177,7 +177,7 @@ class Finetuning:
         partial: Partial | None = None,
         before: Callable[[], None] = lambda: None,
     ) -> None:
-        """Train to the end, or until `after_step` raises. before: is called first, when the training can be evaluated."""
+        """Train to the end, or until `after_step` raises. before: is called first, once the model can be evaluated."""
         shape = self.training.options.batch_size, *self.training.pictures.latents.shape[1:]
 
         def train() -> None:
@@ -266,7 +266,8 @@ class FinetuningRun:
         self._identity = finetuning.identity()
         groups = finetuning.training.groups
         numbers = sum(value.numel() for group in groups for value in group.parameters.values())
-        self._partial = Partial(self._save_partial, expected_bytes=3 * 4 * numbers)  # itself and AdamW's two moments
+        size = 3 * 4 * numbers  # each in float32, and AdamW's two moments of it
+        self._partial = Partial(self._save_partial, seconds_to_write(self._partial_paths()[0], size))
         self._begun = ""  # what to say of an earlier run's file
 
     def _folders(self) -> list[str]:
@@ -392,8 +393,8 @@ class FinetuningRun:
             _unsaved.clear()
             _unsaved[self._identity] = network, {name: value.cpu() for name, value in training.state().items()}
             return (
-                f"They are in memory until ComfyUI is closed: queue the same inputs again to go on from there, or to save "
-                f"them. No file to go on from could be written: {problem}"
+                "They are in memory until ComfyUI is closed: queue the same inputs again to go on from there, or to "
+                f"save them. No file to go on from could be written: {problem}"
             )
         return (
             f"Queue the same inputs again to go on from step {done}, or delete\n{path}\n{path.stat().st_size:,} bytes"

@@ -220,7 +220,7 @@ class PromptNetTraining(TrainingLoop):
         return save_promptnet(self.network, path, "float32", notes, self.state(), overwrite)
 
     def resume(self, path: str | Path, same_start: bool = False) -> None:
-        """Go on from a checkpoint of the same training. Raises PromptNetError for its file, TrainingError for another's.
+        """Go on from a checkpoint of the same training. Raises PromptNetError, and TrainingError for another training's.
 
         same_start: refuse also one that began otherwise or went further; to be asked before the first step.
         """
@@ -242,7 +242,8 @@ class PromptNetTraining(TrainingLoop):
             )
         if not self.begins_like(state):
             raise TrainingError(
-                f"the first step gives another loss than the checkpoint's did: another model, or something on it. {_ADVICE}"
+                "the first step gives another loss than the checkpoint's did: another model, or something on it. "
+                f"{_ADVICE}"
             )
 
     def go_on(self, network: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
