@@ -53,12 +53,13 @@ def save_promptnet(
     precision: str = "float16",
     notes: Mapping[str, str] | None = None,
     training: Mapping[str, Tensor] | None = None,
+    overwrite: bool = True,
 ) -> int:
     """Write a PromptNet and return the file's bytes; missing folders are made.
 
     precision: "float16" or "float32", which is exact. notes: texts for people, such as what it was trained on.
     training: an optimizer's tensors, to go on later. A file already at `path` is replaced as a whole, or untouched
-    where anything fails. Raises PromptNetError, which says what to do.
+    where anything fails; without `overwrite` it stays, and files.NameTaken is raised. Raises PromptNetError, which says what to do.
     """
     path = Path(path)
     if precision not in PRECISIONS:
@@ -82,7 +83,7 @@ def save_promptnet(
     pieces = files.tensor_pieces(tensors, metadata, {_NOTES + name: text for name, text in (notes or {}).items()})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(path, pieces)
+        files.write_atomically(path, pieces, overwrite)
     except (OSError, ValueError) as problem:
         raise PromptNetError(
             f"The PromptNet could not be saved as '{path}': {files.why_not_written(problem)}"
