@@ -1,4 +1,4 @@
-"""`python -m profusion demo --out DIR [--images DIR --noun NOUN]`, `promptnet train --out FILE` and `score --images DIR ...`."""
+"""The command line: `python -m profusion` with demo, promptnet train or score."""
 
 from __future__ import annotations
 

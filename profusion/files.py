@@ -46,7 +46,8 @@ class FileFormatError(ValueError):
 
 
 def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Write `data`, whole or in pieces, under a temporary name in the same folder, flush it to the disk, then rename it.
+    """Write `data`, whole or in pieces, under a temporary name in the same folder, flush it to the disk, then rename
+    it.
 
     Whatever goes wrong, `path` holds either what it held before or all of `data`, and no temporary file is left.
     Raises OSError as the system words it (no such folder, read-only, disk full).

@@ -24,8 +24,9 @@ def find_noun(chunks: Sequence[Chunk], noun: Sequence[int], ends_word: Callable[
 
     chunks: the prompt as (token, word id) pairs, chunk by chunk as the text encoder takes them. Word id 0 marks the
     start token, the end token and padding. A token may be an embedding instead of an id.
-    noun: the noun's token ids. `ends_word(token)`: whether a token's text ends a word. Returns the context rows of
-    each occurrence, in order; a word may be split between chunks. Occurrences do not overlap.
+    noun: the noun's token ids. `ends_word(token)`: whether a token's text ends a word.
+
+    Returns the context rows of each occurrence, in order, none overlapping; a word may be split between chunks.
     """
     entries = [entry for chunk in chunks for entry in chunk]
     words = [(row, token) for row, (token, word) in enumerate(entries) if word != 0]

@@ -25,8 +25,8 @@ class UNetConfig:
     def __post_init__(self) -> None:
         if len(self.channel_mult) != len(self.transformer_depth):
             raise ValueError(
-                f"channel_mult has {len(self.channel_mult)} levels and transformer_depth {len(self.transformer_depth)}; "
-                "give one entry per level in both"
+                f"channel_mult has {len(self.channel_mult)} levels and transformer_depth "
+                f"{len(self.transformer_depth)}; give one entry per level in both"
             )
         if (self.num_heads is None) == (self.head_channels is None):
             raise ValueError("set exactly one of num_heads and head_channels")

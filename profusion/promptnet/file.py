@@ -112,9 +112,10 @@ def load_training(path: str | Path) -> tuple[PromptNet, dict[str, Tensor], dict[
     state = {name.removeprefix(_TRAINING): value for name, value in tensors.items() if name.startswith(_TRAINING)}
     bad = _not_finite(state)
     if not state or bad:
+        why = f"has values in {bad} that are not finite" if bad else "keeps no training"
         raise PromptNetError(
-            f"The PromptNet file '{path}' {f'has values in {bad} that are not finite' if bad else 'keeps no training'}, "
-            "so its training cannot go on. Choose the checkpoint that the training wrote beside it."
+            f"The PromptNet file '{path}' {why}, so its training cannot go on. Choose the checkpoint that the training "
+            "wrote beside it."
         )
     notes = {name.removeprefix(_NOTES): text for name, text in metadata.items() if name.startswith(_NOTES)}
     return network, {name: value.clone() for name, value in state.items()}, notes
@@ -177,8 +178,8 @@ def _built(config: PromptNetConfig, state: Mapping[str, Tensor], dtype: torch.dt
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         if wrong:
             raise PromptNetError(
-                f"{len(wrong)} of its tensors do not fit a PromptNet of {config.architecture}: {some(wrong)}; the first "
-                f"should be {expected.get(wrong[0], 'absent')} and is {found.get(wrong[0], 'absent')}"
+                f"{len(wrong)} of its tensors do not fit a PromptNet of {config.architecture}: {some(wrong)}; the "
+                f"first should be {expected.get(wrong[0], 'absent')} and is {found.get(wrong[0], 'absent')}"
             )
         network = network.to(dtype or next(iter(state.values())).dtype).to_empty(device="cpu")
         for name, value in network.state_dict().items():
@@ -200,7 +201,8 @@ def official_promptnet(
     unet: UNetConfig | None = None,
     with_noise: bool = True,
 ) -> PromptNet:
-    """The PromptNet of the authors' state dict, whatever file it was in; see `load_promptnet`. Raises PromptNetError."""
+    """The PromptNet of the authors' state dict, whatever file it was in; see `load_promptnet`. Raises
+    PromptNetError."""
     if _OFFICIAL not in tensors:
         raise PromptNetError(f"it holds something else than the authors' PromptNet (its tensors: {some(tensors)})")
     config = _told_from_shapes({name: tuple(value.shape) for name, value in tensors.items()})
@@ -272,7 +274,8 @@ _SINGLE = {
 
 
 def diffusers_name(name: str, unet: UNetConfig) -> str:
-    """The name of one of our parameters in the authors' checkpoint, which has diffusers' (its module is promptnet.py)."""
+    """The name of one of our parameters in the authors' checkpoint, which has diffusers'
+    (its module is promptnet.py)."""
     module, _, kind = name.rpartition(".")
     if module in _SINGLE:
         return f"{_SINGLE[module]}.{kind}"
