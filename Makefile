@@ -2,11 +2,13 @@
 # make bench  set up, then measure again what README and docs claim: benchmarks/results; SETTING=full for more
 # make test   set up, then run every test: the kernel's once, tests/host against every ComfyUI found (tools/hosts.py),
 #             each in an environment of its own beside it; FAST=1 leaves out what is marked slow
+# make fuzz   set up, then mutate files of every kind, and prompts in every ComfyUI found; FILES=20000
 VENV ?= .venv
 PYTHON ?= python3
 OUT ?= demo
 SETTING ?= quick
 JOBS ?= 2
+FILES ?= 20000
 BIN := $(VENV)/bin
 TORCH := torch torchvision safetensors transformers einops numpy Pillow
 TESTING := pytest pytest-xdist hypothesis ruff scipy POT scikit-learn open_clip_torch timm
@@ -14,7 +16,7 @@ HOST_TESTING := requests selenium websocket-client
 PYTEST := -q -rs -n $(JOBS) --dist loadgroup $(if $(FAST),-m "not slow")
 HOST = $(shell $(BIN)/python -c "from tools.hosts import find_host; print(find_host() or '')")
 
-.PHONY: demo bench test lint clean
+.PHONY: demo bench test fuzz lint clean
 demo: $(VENV)/.kernel
 	$(BIN)/python -m profusion demo --out $(OUT)
 
@@ -29,6 +31,15 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests --ignore tests/host $(PYTEST)
 	$(BIN)/python -m tools.hosts --base $(VENV) --packages $(TESTING) $(HOST_TESTING) -- $(PYTEST)
+
+# A fixed seed and a random one, which is printed.
+fuzz: export OMP_NUM_THREADS = 1
+fuzz: export FUZZ = 2000
+fuzz: $(VENV)/.test
+	$(BIN)/python -m tools.fuzz --files $(FILES)
+	$(BIN)/python -m tools.hosts --base $(VENV) --packages $(TESTING) $(HOST_TESTING) -- -q -s -k test_prompt_fuzz
+	SEED=$$(date +%s) $(BIN)/python -m tools.hosts --base $(VENV) --packages $(TESTING) $(HOST_TESTING) \
+		-- -q -s -k test_prompt_fuzz
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
