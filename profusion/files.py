@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import problems
+from .problems import Explained
 
 DTYPES = {
     "F64": torch.float64,
@@ -40,7 +41,7 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_DIMENSIONS = 8
 
 
-class FileFormatError(ValueError):
+class FileFormatError(Explained, ValueError):
     """Not a safetensors file, or a damaged one. The message completes the sentence "it is ..."."""
 
 

@@ -19,6 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .problems import Explained
+
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by torch's names
 _SEED_STRIDE = 1_000_003
 
@@ -27,7 +29,7 @@ SMALLEST_SCALE, LARGEST_SCALE = 2.0**-16, 2.0**32
 GROWTH_INTERVAL = 50  # steps
 
 
-class TrainingError(RuntimeError):
+class TrainingError(Explained, RuntimeError):
     """Training cannot start or go on. The message says why and what to do."""
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .problems import Explained
+
 OCCURRENCES = ("auto", "all", "first", "second", "third", "fourth", "last")
 
 Span = tuple[int, ...]
 Chunk = Sequence[tuple[Any, int]]
 
 
-class NounError(ValueError):
+class NounError(Explained, ValueError):
     """A prompt has no place for a concept."""
 
 

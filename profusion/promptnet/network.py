@@ -29,6 +29,7 @@ from ..devices import area_means
 from ..infusion import name_of_unet
 from ..models.configs import MAX_WIDTH, SD15, SD21, SDXL, UNetConfig, check_bounds
 from ..models.unet import UNetEncoder
+from ..problems import Explained
 
 SECOND_LATENTS = ("none", "noisy", "reference")
 # The timesteps at which a run's S*, and the context with it, are made; see `interpolated`.
@@ -44,7 +45,7 @@ _BOUNDS = {
 ENCODER = ("time_embed.", "input_blocks.", "middle_block.")  # what PromptNet has from the UNet it serves
 
 
-class PromptNetError(ValueError):
+class PromptNetError(Explained, ValueError):
     """A PromptNet does not fit, or its file cannot be used. The message says why and what to do."""
 
 

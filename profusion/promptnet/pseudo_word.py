@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..models.tokenizer import LENGTH, tokenize, words_to_ids
+from ..problems import Explained
 
 if TYPE_CHECKING:
     from ..models.clip import TextModel
@@ -26,7 +27,7 @@ _PLACE = re.compile(r"(?<!\w)S\*")
 _STAND_INS = ("zebra", "accordion", "volcano", "tulip", "saxophone", "lantern", "giraffe", "cactus")  # one token each
 
 
-class PlaceholderError(ValueError):
+class PlaceholderError(Explained, ValueError):
     """A prompt does not have exactly one place for S*. The message quotes it."""
 
 

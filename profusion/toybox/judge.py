@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..problems import Explained
 from .drawing import BACKGROUNDS, PATTERNS, SIZE
 from .pipeline import WEIGHTS, weight_file
 from .world import NOUNS
@@ -21,7 +22,7 @@ from .world import NOUNS
 _BATCH = 64  # pictures judged at once; more only take more memory
 
 
-class JudgeError(ValueError):
+class JudgeError(Explained, ValueError):
     """Something that is not a batch of Toybox pictures."""
 
 
