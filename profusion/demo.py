@@ -1,5 +1,5 @@
-"""The main job, start to end, without a host: a concept in new places, by Infusion from a few pictures, and by ProFusion from
-one of them and no training; both are measured alike."""
+"""The main job, start to end, without a host: a concept in new places, by Infusion from a few pictures, and by
+ProFusion from one of them and no training; both are measured alike."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ def _begun(path: Path, options: TrainingOptions, say: Say) -> Residual | None:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One prompt's pictures, (B, 96, 96, 3) each: plain, Infusion's and ProFusion's from the same seeds, plain from others."""
+    """One prompt's pictures, (B, 96, 96, 3) each: plain, Infusion's and ProFusion's from the same seeds, plain from
+    others."""
 
     prompt: str
     plain: Tensor

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import problems
+from .problems import Explained
 
 try:
     import fcntl
@@ -54,7 +55,7 @@ _TEMPORARY = re.compile(r"\.profusion-[0-9a-f]{12}\.tmp")
 Written = TypeVar("Written")
 
 
-class FileFormatError(ValueError):
+class FileFormatError(Explained, ValueError):
     """Not a safetensors file, or a damaged one. The message completes the sentence "it is ..."."""
 
 

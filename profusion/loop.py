@@ -1,11 +1,11 @@
 """The one training loop. A method adds what it draws, its loss, and what learns.
 
-A step draws a batch from a generator that is generator_of by the run's seed and the step alone, evaluates the loss, leaves
+A step draws a batch from a generator that is seeded by the run's seed and the step alone, evaluates the loss, leaves
 its gradient in the parameters and lets AdamW move them. So a run that stopped after any whole step, and was restored
 from `TrainingLoop.state`, goes on bit for bit.
 
-The loss is multiplied by a scale before it is differentiated, and the gradient divided by it after, so that float16 models
-neither round small gradients to zero nor overflow.
+The loss is multiplied by a scale before it is differentiated, and the gradient divided by it after, so that float16
+models neither round small gradients to zero nor overflow.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .keeping import Partial
+from .problems import Explained
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by torch's names
 _SEED_STRIDE = 1_000_003
@@ -30,7 +31,7 @@ SMALLEST_SCALE, LARGEST_SCALE = 2.0**-16, 2.0**32
 GROWTH_INTERVAL = 50  # steps
 
 
-class TrainingError(RuntimeError):
+class TrainingError(Explained, RuntimeError):
     """Training cannot start or go on. The message says why and what to do."""
 
 
@@ -55,7 +56,8 @@ class LoopOptions:
             raise ValueError(f"steps={self.steps}: train at least one")
         if not 0 < self.learning_rate <= self.largest_rate:
             raise ValueError(
-                f"learning_rate={self.learning_rate} must lie in (0, {self.largest_rate:g}]; {self.usual_rates} is usual"
+                f"learning_rate={self.learning_rate} must lie in (0, {self.largest_rate:g}]; {self.usual_rates} is "
+                "usual"
             )
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
@@ -115,7 +117,8 @@ class TrainingLoop(ABC):
         return self.options.learning_rate
 
     def batch(self) -> Any:
-        """What this step trains on. It depends on the seed and the step only, so that a resumed training draws alike."""
+        """What this step trains on. It depends on the seed and the step only, so that a resumed training draws
+        alike."""
         return self.draw(generator_of(self.options.seed * _SEED_STRIDE + self.step))
 
     def steps(self, partial: Partial | None = None) -> Iterator[float]:
@@ -238,8 +241,8 @@ class TrainingLoop(ABC):
 
 @dataclass(frozen=True)
 class _Gradient:
-    """What is known of a gradient: the loss it is of, whether all of it is finite, a group that has none, and whether the
-    loss depends on anything that learns."""
+    """What is known of a gradient: the loss it is of, whether all of it is finite, a group that has none, and whether
+    the loss depends on anything that learns."""
 
     loss: float
     finite: bool

@@ -36,6 +36,10 @@ _ERRNO = {
 }
 
 
+class Explained(Exception):
+    """A failure whose message is for the user: what is wrong and what to do. All of the kernel's errors are."""
+
+
 def _says(*words: str) -> Callable[[BaseException], bool]:
     return lambda problem: any(word in str(problem) for word in words)
 

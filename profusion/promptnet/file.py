@@ -130,9 +130,10 @@ def load_training(path: str | Path) -> tuple[PromptNet, dict[str, Tensor], dict[
     state = {name.removeprefix(_TRAINING): value for name, value in tensors.items() if name.startswith(_TRAINING)}
     bad = _not_finite(state)
     if not state or bad:
+        why = f"has values in {bad} that are not finite" if bad else "keeps no training"
         raise PromptNetError(
-            f"The PromptNet file '{path}' {f'has values in {bad} that are not finite' if bad else 'keeps no training'}, "
-            "so its training cannot go on. Choose the checkpoint that the training wrote beside it."
+            f"The PromptNet file '{path}' {why}, so its training cannot go on. Choose the checkpoint that the training "
+            "wrote beside it."
         )
     notes = {name.removeprefix(_NOTES): text for name, text in metadata.items() if name.startswith(_NOTES)}
     return network, {name: value.clone() for name, value in state.items()}, notes
@@ -231,7 +232,8 @@ def official_promptnet(
     with_noise: bool = True,
     poll: Poll = _never,
 ) -> PromptNet:
-    """The PromptNet of the authors' state dict, whatever file it was in; see `load_promptnet`. Raises PromptNetError."""
+    """The PromptNet of the authors' state dict, whatever file it was in; see `load_promptnet`. Raises
+    PromptNetError."""
     if _OFFICIAL not in tensors:
         raise PromptNetError(f"it holds something else than the authors' PromptNet (its tensors: {some(tensors)})")
     check_stored(tensors)
@@ -306,7 +308,8 @@ _SINGLE = {
 
 
 def diffusers_name(name: str, unet: UNetConfig) -> str:
-    """The name of one of our parameters in the authors' checkpoint, which has diffusers' (its module is promptnet.py)."""
+    """The name of one of our parameters in the authors' checkpoint, which has diffusers'
+    (its module is promptnet.py)."""
     module, _, kind = name.rpartition(".")
     if module in _SINGLE:
         return f"{_SINGLE[module]}.{kind}"

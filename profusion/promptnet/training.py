@@ -37,17 +37,19 @@ PredictWithContext = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`predict_noise(x, sigma, context) -> eps`: x = x0 + sigma * eps of (B, C, H, W), sigma (B,), context (B, L, D)."""
 
 EncodeWord = Callable[[int, Tensor], Tensor]
-"""`encode_word(prompt, pseudo_word) -> context` (B, L, D) of the prompt of this index with S* (B, tokens, width) in it."""
+"""`encode_word(prompt, pseudo_word) -> context` (B, L, D) of the prompt of this index with S* (B, tokens, width) in
+it."""
 
 
 @dataclass(frozen=True)
 class PromptNetOptions(LoopOptions):
     """How a PromptNet is trained; see `LoopOptions`. The learning rate is the paper's by default.
 
-    prompts: each with S* in it. warmup: steps over which it rises. cosine: whether it then falls to
-    nothing at the last step. clip: largest norm of the gradient. weight_cap: rows weigh min(1 + sigma^2, this), which
-    is min(1 / alpha_bar, this); 1 is the paper's loss, and more of it attends to the noise at which a word matters most.
-    level_bias: noise level k of n is drawn with a probability in proportion to k^this; 0 draws all alike, as the paper does.
+    prompts: each with S* in it. warmup: steps over which it rises. cosine: whether it then falls to nothing at the
+    last step. clip: largest norm of the gradient. weight_cap: rows weigh min(1 + sigma^2, this), which is
+    min(1 / alpha_bar, this); 1 is the paper's loss, and more of it attends to the noise at which a word matters most.
+    level_bias: noise level k of n is drawn with a probability in proportion to k^this; 0 draws all alike, as the paper
+    does.
     """
 
     steps: int = 2000

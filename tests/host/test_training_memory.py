@@ -1,4 +1,5 @@
-"""Memory in the two trainings: gradient checkpointing changes nothing but it, and what cannot fit is refused at once."""
+"""Memory in the two trainings: gradient checkpointing changes nothing but it, and what cannot fit is refused at
+once."""
 
 import importlib
 import math
