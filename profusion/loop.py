@@ -19,8 +19,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .keeping import Partial
+
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by torch's names
 _SEED_STRIDE = 1_000_003
+_SAME_LOSS = 1e-3  # relative: GPUs do not round alike every time
 
 SCALE_FACTOR = 16.0  # a power of two: in float32 no scale changes a bit of the gradient
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-16, 2.0**32
@@ -115,13 +118,17 @@ class TrainingLoop(ABC):
         """What this step trains on. It depends on the seed and the step only, so that a resumed training draws alike."""
         return self.draw(generator_of(self.options.seed * _SEED_STRIDE + self.step))
 
-    def steps(self) -> Iterator[float]:
+    def steps(self, partial: Partial | None = None) -> Iterator[float]:
         """Train to the end, yielding each step's loss; stop asking and the training stops after the last whole step.
 
-        Raises TrainingError on a loss that is not finite; what was learned before it is kept.
+        partial: the file that is written now and then meanwhile. Raises TrainingError on a loss that is not finite;
+        what was learned before it is kept.
         """
         while self.step < self.options.steps:
-            yield self._one_step()
+            loss = self._one_step()
+            if partial is not None:
+                partial.after_step()
+            yield loss
 
     def mean_loss(self, last: int) -> float:
         """The mean of the last losses; 0 where there are none."""
@@ -150,6 +157,17 @@ class TrainingLoop(ABC):
                 if moments["exp_avg"] is not None:
                     moments = {kind: value.to(parameter, copy=True) for kind, value in moments.items()}
                     self._optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
+
+    def begins_like(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether the first step here has the loss that the first one of a state had; to be asked before any step.
+
+        Where it has not, something else is trained, or with something else, such as another patch on the model.
+        """
+        if self.step or "losses" not in state:
+            return True
+        with torch.inference_mode(False), torch.no_grad():
+            loss = self.loss(self.batch()).item()
+        return math.isclose(loss, state["losses"][0].item(), rel_tol=_SAME_LOSS)
 
     def _learned(self) -> dict[str, Tensor]:
         return {name: value for group in self.groups for name, value in group.parameters.items()}

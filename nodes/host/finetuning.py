@@ -13,18 +13,20 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from torch import Tensor, nn
 
-from ...profusion import files
 from ...profusion.infusion import architecture_name, check_context_width
+from ...profusion.keeping import Partial, digest, seconds_to_write
+from ...profusion.loop import TrainingError
 from ...profusion.pictures import loss_plot
 from ...profusion.promptnet.changes import Change, attention_layers, changed, patch_tensors, save_patch, start_changes
-from ...profusion.promptnet.file import save_promptnet
+from ...profusion.promptnet.file import SUFFIX, save_promptnet
 from ...profusion.promptnet.finetune import FinetuneOptions, FinetunePictures, FinetuneTraining, trainable_copy
 from ...profusion.promptnet.network import PromptNetConfig, PromptNetError, check_fits
 from .budget import Budget, plan_training
 from .display import Progress
 from .encoding import encode_references, model_layers, shown
 from .evaluation import TrainedModel, differentiable, resident_clip
-from .files import PATCHES, PROMPTNETS, next_path
+from .files import PATCHES, PROMPTNETS, check_writable, folders, save_numbered
+from .identity import model_digest
 from .words import (
     LoadedPromptNet,
     encode_loaded,
@@ -34,8 +36,12 @@ from .words import (
     tokens_with_words,
 )
 
+TRAINING = "training"  # subfolder of PROMPTNETS
 PREVIEW_EVERY = 10
 ADAMW_BYTES = 16  # a trained float32 number, its gradient and the optimizer's two moments
+
+_unsaved: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+"""The last fine-tuning of which no file could be written: PromptNet and state by its identity, to go on from."""
 
 
 class WordEncoder:
@@ -167,14 +173,25 @@ class Finetuning:
     def _predict_noise(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
         return self._trained.predict_noise_with(x, sigma, self._words.prompt, context)
 
-    def run(self, after_step: Callable[[], None]) -> None:
-        """Train to the end, or until `after_step` raises."""
+    def run(
+        self,
+        after_step: Callable[[], None],
+        partial: Partial | None = None,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Train to the end, or until `after_step` raises. before: is called first, once the model can be evaluated."""
         shape = self.training.options.batch_size, *self.training.pictures.latents.shape[1:]
-        self.evaluating(lambda: self._train(after_step), shape)
 
-    def _train(self, after_step: Callable[[], None]) -> None:
-        for _ in self.training.steps():
-            after_step()
+        def train() -> None:
+            before()
+            for _ in self.training.steps(partial):
+                after_step()
+
+        self.evaluating(train, shape)
+
+    def identity(self) -> str:
+        """What must be the same for one fine-tuning to go on as another, also after a restart."""
+        return digest(self.training.identity, model_digest(self._model), model_digest(self._words.patcher))
 
     def evaluating(self, work: Callable[[], None], shape: Sequence[int]) -> None:
         """Do `work()` with the model loaded and computing with the changes, for latents (B, C, H, W) of this shape."""
@@ -236,7 +253,10 @@ def _first_word(network: nn.Module, given: FinetunePictures) -> Tensor:
 
 
 class FinetuningRun:
-    """One fine-tuning: the training, what is shown of it, and its files."""
+    """One fine-tuning: the training, what is shown of it, and its files.
+
+    While it runs, PROMPTNETS has training/finetune_<digits>.safetensors, from which the same inputs go on.
+    """
 
     def __init__(self, finetuning: Finetuning, prefix: str, keep_promptnet: bool):
         self.finetuning, self._prefix, self._keep_promptnet = finetuning, prefix, keep_promptnet
@@ -244,7 +264,13 @@ class FinetuningRun:
         self.patch_path: Path | None = None
         self._saved: dict[str, str] = {}  # by folder, what to say of it
         for folder in self._folders():
-            _check_writable(next_path(folder, prefix))
+            check_writable(folder, prefix, 1, PromptNetError)
+        self._identity = finetuning.identity()
+        groups = finetuning.training.groups
+        numbers = sum(value.numel() for group in groups for value in group.parameters.values())
+        size = 3 * 4 * numbers  # each in float32, and AdamW's two moments of it
+        self._partial = Partial(self._save_partial, seconds_to_write(self._partial_paths()[0], size))
+        self._begun = ""  # what to say of an earlier run's file
 
     def _folders(self) -> list[str]:
         wanted = ((PATCHES, self.finetuning.training.changes), (PROMPTNETS, self._keep_promptnet))
@@ -252,8 +278,13 @@ class FinetuningRun:
 
     def train(self) -> str:
         """Train, save, and say what was saved."""
-        self.finetuning.run(self._after_step)
-        return self._save(self._prefix)
+        self.finetuning.run(self._after_step, self._partial, self._go_on)
+        problems = self._save(self._prefix)
+        if problems:
+            raise PromptNetError(" ".join(problems))
+        self._partial.discard()
+        _unsaved.clear()
+        return self._begun + ("\n".join(self._saved.values()) or "Nothing is saved.")
 
     def _after_step(self) -> None:
         training = self.finetuning.training
@@ -263,42 +294,110 @@ class FinetuningRun:
     def plot(self):
         return loss_plot(self.finetuning.training.losses, self.finetuning.training.options.steps)
 
-    def _save(self, prefix: str) -> str:
-        """Write what is not written yet, and say what there is."""
-        finetuning, options = self.finetuning, self.finetuning.training.options
-        notes = {"steps": str(finetuning.training.step), "seed": str(options.seed), "rank": str(options.rank)}
+    # What an earlier run of the same inputs left
+
+    def _go_on(self) -> None:
+        """Go on from what could not be saved, or else from the file of an unfinished training, if there is one.
+
+        What is not of this training is left alone, and said.
+        """
+        training = self.finetuning.training
+        path = next((path for path in self._partial_paths() if path.is_file()), None)
+        try:
+            if self._identity in _unsaved:
+                network, state = _unsaved[self._identity]
+                training.check_state(state)
+                training.go_on(network, state)
+                where = "memory"
+            elif path is not None:
+                training.resume(path, same_start=True)
+                where = str(path)
+            else:
+                return
+        except (PromptNetError, TrainingError) as problem:
+            self._begun = f"Begun anew. {problem}\n"
+            return
+        self._partial.path = path
+        self._begun = f"Gone on from step {training.step}, from {where}\n"
+
+    def _partial_paths(self) -> list[Path]:
+        return [folder / TRAINING / f"finetune_{self._identity}{SUFFIX}" for folder in folders(PROMPTNETS)]
+
+    def _save_partial(self) -> Path:
+        """Write the training so far where there is room."""
+        problems: list[Exception] = []
+        for path in self._partial_paths():
+            try:
+                self.finetuning.training.save(path)
+                return path
+            except Exception as problem:  # whatever it is, another folder may do
+                problems.append(problem)
+        raise PromptNetError(" ".join(str(problem) for problem in problems)) from problems[0]
+
+    # What comes out
+
+    def _save(self, prefix: str, everywhere: bool = False) -> list[str]:
+        """Write what is not written yet, each file whatever becomes of the others. Returns what went wrong."""
+        problems = []
         for folder in self._folders():
             if folder in self._saved:
                 continue
-            path = next_path(folder, prefix)
+            try:
+                path, size = save_numbered(
+                    folder, prefix, lambda path, kind=folder: self._write(kind, path), everywhere
+                )
+            except Exception as problem:  # whatever it is, such as no memory: the other file may still be saved
+                problems.append(str(problem) or type(problem).__name__)
+                continue
             if folder == PATCHES:
-                size = save_patch(finetuning.patch(), path, notes)
                 self.patch_path = path
-            else:
-                size = save_promptnet(finetuning.training.network, path, "float16", notes)
             self._saved[folder] = f"{path}\n{size:,} bytes"
-        return "\n".join(self._saved.values()) or "Nothing is saved."
+        return problems
+
+    def _write(self, folder: str, path: Path) -> tuple[Path, int]:
+        training = self.finetuning.training
+        notes = {
+            "steps": str(training.step),
+            "seed": str(training.options.seed),
+            "rank": str(training.options.rank),
+        }
+        if folder == PATCHES:
+            return path, save_patch(self.finetuning.patch(), path, notes, False)
+        return path, save_promptnet(training.network, path, "float16", notes, None, False)
 
     def keep(self) -> str:
-        """After a failure: keep what has been learned, and say where."""
-        done = self.finetuning.training.step
+        """After a failure: keep what has been learned, try everything, and say what is where."""
+        training = self.finetuning.training
+        done, last = training.step, training.options.steps
         if not done:
             return "Nothing had been learned yet."
-        if done == self.finetuning.training.options.steps:
-            prefix = self._prefix
-        else:
-            prefix = f"{self._prefix}_partial_{done}_steps"
-        try:
-            return f"What the {done} steps so far have learned:\n{self._save(prefix)}"
-        except (PromptNetError, OSError) as error:
+        prefix = self._prefix if done == last else f"{self._prefix}_partial_{done}_steps"
+        before = list(self._saved.values())
+        problems = self._save(prefix, everywhere=True)
+        if problems:
             kept = "".join(f"\nSaved before: {text}" for text in self._saved.values())
-            return f"The {done} steps so far could not all be saved: {error}{kept}"
+            said = f"The {done} steps so far could not all be saved: {' '.join(problems)}{kept}"
+        else:
+            saved = "\n".join([*before, *(text for text in self._saved.values() if text not in before)])
+            said = f"What the {done} steps so far have learned:\n{saved or 'No file was asked for.'}"
+        if done == last and not problems:
+            self._partial.discard()
+            return said
+        return f"{said}\n{self._keep_partial(done)}"
 
-
-def _check_writable(path: Path) -> None:
-    """Find out before the training, not after it. Raises PromptNetError."""
-    try:
-        files.write_atomically(path, b"")
-        path.unlink()
-    except OSError as problem:
-        raise PromptNetError(f"'{path}' could not be saved: {files.why_not_written(problem)}") from problem
+    def _keep_partial(self, done: int) -> str:
+        """Keep what the training can go on from, in a file or else in memory, and say so."""
+        try:
+            path = self._partial.save()
+        except Exception as problem:  # whatever it is, the work of hours must not be lost to it
+            training = self.finetuning.training
+            network = {name: value.detach().cpu() for name, value in training.network.state_dict().items()}
+            _unsaved.clear()
+            _unsaved[self._identity] = network, {name: value.cpu() for name, value in training.state().items()}
+            return (
+                "They are in memory until ComfyUI is closed: queue the same inputs again to go on from there, or to "
+                f"save them. No file to go on from could be written: {problem}"
+            )
+        return (
+            f"Queue the same inputs again to go on from step {done}, or delete\n{path}\n{path.stat().st_size:,} bytes"
+        )

@@ -155,11 +155,16 @@ def patch_tensors(changes: Mapping[str, Change]) -> dict[str, Tensor]:
     return tensors
 
 
-def save_patch(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> int:
-    """Write a patch file, whole or not at all, and return its bytes; missing folders are made. Raises PromptNetError."""
+def save_patch(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None, overwrite: bool = True
+) -> int:
+    """Write a patch file, whole or not at all, and return its bytes; missing folders are made.
+
+    overwrite: as `save_promptnet` has it. Raises PromptNetError.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(path, files.tensor_pieces(tensors, {"format": "pt", **(metadata or {})}))
+        files.write_atomically(path, files.tensor_pieces(tensors, {"format": "pt", **(metadata or {})}), overwrite)
     except (OSError, ValueError) as problem:
         raise PromptNetError(
             f"The patch file '{path}' could not be saved: {files.why_not_written(problem)}"

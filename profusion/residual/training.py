@@ -9,7 +9,7 @@ to the same residual.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
@@ -25,6 +25,7 @@ from ..infusion import (
     customised_patches,
     foundation_patches,
 )
+from ..keeping import digest
 from ..loop import Group, LoopOptions, TrainingError, TrainingLoop
 from ..losses import masked_noise_error
 from ..queries import TakenOnce
@@ -122,6 +123,7 @@ class ResidualTraining(TrainingLoop):
     `training_state` is kept, to go on from bit for bit, or one of no steps, to start from. sigmas: the noise levels of
     the model's timesteps (n,), each as likely to be drawn; default Stable Diffusion's.
     queries: where F's queries wait in a step. A model that recomputes C on the way back asks for each twice.
+    identity: says whether two trainings of one model from nothing are the same.
     """
 
     def __init__(
@@ -150,6 +152,8 @@ class ResidualTraining(TrainingLoop):
             self._sigmas = (training_sigmas() if sigmas is None else sigmas).to("cpu", torch.float32, copy=True)
             self.delta = torch.zeros(len(layers), 1, layers[0].context_dim, device=device)
         self._placements = [Placement(self.delta, self._names, rows) for rows in prompt_rows]
+        compared = {name: value for name, value in asdict(options).items() if name != "steps"}
+        self.identity = digest(compared, noun, self._names, prompt_rows, self._latents, self._masks)
         learned = Group("the residual", {"delta": self.delta}, _WITHOUT_GRADIENT)
         super().__init__(options, [learned], self._latents[0, 0].numel())
         if resume is not None:
