@@ -37,6 +37,10 @@ def test_what_fits_stays_and_the_rest_is_spilled(apart):
     assert store.on_device == 2048 and len(store) == 2
 
 
+def test_a_model_without_cross_attention_leaves_nothing():
+    assert bytes_on_device(query_numbers({}), 4096, 2, 2) == 0
+
+
 def test_a_kept_chunk_does_not_hold_its_batch(apart):
     store, batch = WaitingQueries(), rows(2)
     store["layer"] = batch.chunk(2)[0]
