@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2, help="conditionings in a batch: 2 under guidance")
     arguments = parser.parse_args()
     print(
-        "MB (1e6 bytes) a picture, float16. most: kept and one layer's, while C has it. told: what the host reckons with\n"
+        "MB (1e6 bytes) a picture, float16. most: kept and one layer's, while C has it. told: what the host is told\n"
     )
     print("| model | pixels | F leaves | on the device | in main memory | most | told |")
     print("|---|---|---|---|---|---|---|")

@@ -1,4 +1,4 @@
-"""Fine-tuning in the host: PromptNet through the host's text encoder and model, and the model's attention layers beside it."""
+"""Fine-tuning in the host: PromptNet through the host's text encoder and model, and the model's attention layers."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ class WordEncoder:
     def running(self) -> Iterator[None]:
         """For the time being autograd goes through the text encoder, which is loaded.
 
-        The host's CLIP adds to its hidden state in place, also after a norm has kept it for the way back: norms get copies.
+        The host's CLIP adds to its hidden state in place, also after a norm has kept it for the way back: norms get
+        copies.
         """
         encoder = self._clip.cond_stage_model
         with differentiable(encoder), ExitStack() as hooks:
@@ -98,8 +99,9 @@ class WordEncoder:
 
     def _name(self) -> str:
         return (
-            f"PromptNet cannot be fine-tuned through the text encoder {type(self._clip.cond_stage_model).__name__}, because "
-            "no gradient goes back through it to the pseudo-word. Load the CLIP of the checkpoint, unquantised and uncompiled"
+            f"PromptNet cannot be fine-tuned through the text encoder {type(self._clip.cond_stage_model).__name__}, "
+            "because no gradient goes back through it to the pseudo-word. Load the CLIP of the checkpoint, unquantised "
+            "and uncompiled"
         )
 
 
@@ -108,7 +110,7 @@ def _copied(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 class Finetuning:
-    """One fine-tuning in the host. Nothing that came in is altered: PromptNet is a copy, and the model's changes lie beside it."""
+    """One fine-tuning in the host. It alters nothing that came in: PromptNet is a copy, the model's changes lie beside."""
 
     def __init__(
         self,
@@ -123,7 +125,7 @@ class Finetuning:
         options: FinetuneOptions,
         checkpointing: str = "auto",
     ):
-        """pictures (M, H, W, 3), masks (M, H, W), as `concept_pictures` returns them. checkpointing: see `plan_training`."""
+        """pictures (M, H, W, 3), masks (M, H, W), as `concept_pictures` returns them; checkpointing as `plan_training`'s."""
         layers = model_layers(model)
         check_fits(promptnet.config, architecture=architecture_name(layers))
         self._model, self._promptnet = model, promptnet
@@ -192,7 +194,7 @@ class Finetuning:
         return digest(self.training.identity, model_digest(self._model), model_digest(self._words.patcher))
 
     def evaluating(self, work: Callable[[], None], shape: Sequence[int]) -> None:
-        """Do `work()` while the model is loaded and computes with the changes, for latents (B, C, H, W) of this shape."""
+        """Do `work()` with the model loaded and computing with the changes, for latents (B, C, H, W) of this shape."""
 
         def changed_work() -> None:
             network = self._trained.model.get_model_object("diffusion_model")
