@@ -2,6 +2,7 @@
 # make bench  set up, then measure again what README and docs claim: benchmarks/results; SETTING=full for more
 # make test   set up, then run every test: the kernel's once, tests/host against every ComfyUI found (tools/hosts.py),
 #             each in an environment of its own beside it; FAST=1 leaves out what is marked slow
+# make fuzz   set up, then mutate files of every kind, and prompts in every ComfyUI found; FILES=20000
 # make kills  set up, then kill 20 servers in the middle of trainings in every ComfyUI found, and go on bit for bit
 # make soak   set up, then watch every ComfyUI found at 1,000 prompts, some of them interrupted
 VENV ?= .venv
@@ -9,6 +10,7 @@ PYTHON ?= python3
 OUT ?= demo
 SETTING ?= quick
 JOBS ?= 2
+FILES ?= 20000
 BIN := $(VENV)/bin
 TORCH := torch torchvision safetensors transformers einops numpy Pillow
 TESTING := pytest pytest-xdist hypothesis ruff scipy POT scikit-learn open_clip_torch timm
@@ -18,7 +20,7 @@ HOST = $(shell $(BIN)/python -c "from tools.hosts import find_host; print(find_h
 
 IN_HOSTS = $(BIN)/python -m tools.hosts --base $(VENV) --packages $(TESTING) $(HOST_TESTING) --
 
-.PHONY: demo bench test kills soak lint clean
+.PHONY: demo bench test fuzz kills soak lint clean
 demo: $(VENV)/.kernel
 	$(BIN)/python -m profusion demo --out $(OUT)
 
@@ -41,6 +43,14 @@ kills: $(VENV)/.test
 soak: export OMP_NUM_THREADS = 1
 soak: $(VENV)/.test
 	SOAK=$(or $(SOAK),1000) $(IN_HOSTS) -q -k soak
+
+# A fixed seed and a random one, which is printed.
+fuzz: export OMP_NUM_THREADS = 1
+fuzz: export FUZZ = 2000
+fuzz: $(VENV)/.test
+	$(BIN)/python -m tools.fuzz --files $(FILES)
+	$(IN_HOSTS) -q -s -k test_prompt_fuzz
+	SEED=$$(date +%s) $(IN_HOSTS) -q -s -k test_prompt_fuzz
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

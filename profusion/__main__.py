@@ -10,6 +10,7 @@ from pathlib import Path
 from . import demo
 from .loop import TrainingError
 from .pictures import PictureError
+from .problems import known, printable
 from .prompt import NounError
 from .promptnet import PromptNetError
 from .residual import ResidualError
@@ -76,7 +77,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options)
     except (PictureError, NounError, ResidualError, PromptNetError, TrainingError, ValueError, OSError) as error:
-        print(f"profusion: {error}", file=sys.stderr)
+        print(f"profusion: {printable(str(error))}", file=sys.stderr)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        words = known(error)
+        if words is None:
+            raise
+        print(f"profusion: {words}", file=sys.stderr)
         return 1
 
 

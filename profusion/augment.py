@@ -49,5 +49,4 @@ def soft_edge(mask: Tensor, pixels: int) -> Tensor:
 
 def composite(drawn: Tensor, picture: Tensor, mask: Tensor) -> Tensor:
     """The picture where the mask is 1, to the bit, and what was drawn where it is 0: (H, W, 3) twice, (H, W) -> (H, W, 3)."""
-    weight = mask[..., None]
-    return torch.where(weight == 1, picture, torch.lerp(drawn, picture, weight))
+    return torch.lerp(drawn, picture, mask[..., None])

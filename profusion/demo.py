@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,12 @@ from .residual.training import TrainingOptions
 from .toybox.concepts import DEMO_PROMPTS, Concept
 from .toybox.fused import FRESH_NOISE, FUSED_SHARE, GUIDED, FusedToybox, first_levels
 from .toybox.judge import Judge
+from .toybox.picture_sets import Say
 from .toybox.pipeline import CUSTOMISED_GUIDANCE, Toybox, seeded
 from .toybox.scores import likeness_among, picture_scores
 from .toybox.similarity import concept_similarity
 
 Report = dict[str, object]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

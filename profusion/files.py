@@ -22,6 +22,8 @@ import safetensors
 import torch
 from torch import Tensor
 
+from . import problems
+
 try:
     import fcntl
 except ImportError:  # Windows, which refuses to remove a file that is open
@@ -44,8 +46,6 @@ Contents = dict[str, tuple[str, list[int], bytes]]
 CHECKSUM = "checksum"
 MAX_HEADER_BYTES = 1 << 20
 MAX_DIMENSIONS = 8
-_DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EINVAL}
 
 LEFT_BEHIND = 600.0  # seconds without a write, after which a temporary that nobody holds was left by a kill
@@ -185,12 +185,14 @@ def _is_held(path: Path) -> bool:
 
 def why_not_written(problem: Exception) -> str:
     """Why a file could not be written, and what to do."""
-    code = getattr(problem, "errno", None)
-    if code in _DISK_FULL:
+    if problems.disk_is_full(problem):
         return "the disk is full. Make room and save again; what was there before is untouched."
-    if code in _NOT_ALLOWED:
-        return "the folder is read-only, or not yours to write to. Change its permissions or choose another one."
-    return f"{getattr(problem, 'strerror', None) or problem}. Check the name and the folder."
+    return f"{problems.why(problem)}. Check the name, the folder and its permissions."
+
+
+def why_not_read(problem: Exception) -> str:
+    """Why a file could not be read, and what to do."""
+    return f"{problems.why(problem)}. Check the name, the folder and its permissions."
 
 
 def tensors_to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -229,7 +231,7 @@ def parse(data: bytes) -> tuple[Contents, dict[str, str]]:
     """
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > MAX_HEADER_BYTES:
-        raise FileFormatError(_what_it_is(data))
+        raise FileFormatError(what_it_is(data))
     if len(data) < 8 + length:
         raise FileFormatError(
             f"it is cut short, or its first bytes are damaged: the header takes {length} bytes, "
@@ -239,9 +241,9 @@ def parse(data: bytes) -> tuple[Contents, dict[str, str]]:
         entries = safetensors.deserialize(data)
         header = json.loads(data[8 : 8 + length], object_pairs_hook=_without_duplicates)
     except safetensors.SafetensorError as problem:
-        raise FileFormatError(f"it is cut short, damaged, or not a safetensors file at all ({problem})") from problem
+        raise _not_safetensors(problem) from problem
     except (ValueError, RecursionError) as problem:
-        raise FileFormatError(f"it has an invalid header ({problem})") from problem
+        raise FileFormatError(f"it has an invalid header ({problems.why(problem)})") from problem
     contents = {name: (entry["dtype"], entry["shape"], entry["data"]) for name, entry in entries}
     return contents, header.get("__metadata__") or {}
 
@@ -262,22 +264,37 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with path.open("rb") as file:
         beginning = file.read(64)
     if len(beginning) < 8 or int.from_bytes(beginning[:8], "little") > MAX_HEADER_BYTES:
-        raise FileFormatError(_what_it_is(beginning))
+        raise FileFormatError(what_it_is(beginning))
     try:
         with safetensors.safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except safetensors.SafetensorError as problem:
-        raise FileFormatError(f"it is cut short, damaged, or not a safetensors file at all ({problem})") from problem
+        raise _not_safetensors(problem) from problem
 
 
-def check_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], checked: Collection[str]) -> None:
-    """`check_integrity` for what `read_tensors` returned."""
+def _not_safetensors(problem: safetensors.SafetensorError) -> FileFormatError:
+    return FileFormatError(f"it is cut short, damaged, or not a safetensors file at all ({problems.why(problem)})")
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    checked: Collection[str],
+    poll: Callable[[], None] = lambda: None,
+) -> None:
+    """`check_integrity` for what `read_tensors` returned. poll: called before each tensor; it stops by raising."""
     strange = [name for name, tensor in tensors.items() if tensor.dtype not in _DTYPE_NAMES]
     if strange:
         raise FileFormatError(
             f"it holds a tensor of a kind unknown here: '{strange[0]:.80}', {tensors[strange[0]].dtype}"
         )
-    _compare(metadata, checked, ((name, *_content(tensors[name])) for name in sorted(tensors)))
+
+    def contents() -> Iterator[tuple]:
+        for name in sorted(tensors):
+            poll()
+            yield name, *_content(tensors[name])
+
+    _compare(metadata, checked, contents())
 
 
 def _compare(metadata: Mapping[str, str], checked: Collection[str], contents: Iterable[tuple]) -> None:
@@ -299,7 +316,7 @@ def to_tensors(contents: Contents) -> dict[str, Tensor]:
     return tensors
 
 
-def _what_it_is(data: bytes) -> str:
+def what_it_is(data: bytes) -> str:
     """What a file that does not begin with a believable header length most likely is."""
     if not data:
         return "it is empty"

@@ -1,6 +1,6 @@
 """The one training loop. A method adds what it draws, its loss, and what learns.
 
-A step draws a batch from a generator that is seeded by the run's seed and the step alone, evaluates the loss, leaves
+A step draws a batch from a generator that is generator_of by the run's seed and the step alone, evaluates the loss, leaves
 its gradient in the parameters and lets AdamW move them. So a run that stopped after any whole step, and was restored
 from `TrainingLoop.state`, goes on bit for bit.
 
@@ -50,6 +50,7 @@ class LoopOptions:
     usual_rates: ClassVar[str] = "1e-5 to 1e-3"
 
     def __post_init__(self) -> None:
+        check_whole(self, "steps", "batch_size", "seed")
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}: train at least one")
         if not 0 < self.learning_rate <= self.largest_rate:
@@ -58,6 +59,14 @@ class LoopOptions:
             )
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+
+
+def check_whole(options: Any, *fields: str) -> None:
+    """Raise ValueError unless these fields are whole numbers: NaN is neither too small nor too large."""
+    for field in fields:
+        value = getattr(options, field)
+        if not isinstance(value, int):
+            raise ValueError(f"{field}={value} must be a whole number")
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,7 @@ class TrainingLoop(ABC):
 
     def batch(self) -> Any:
         """What this step trains on. It depends on the seed and the step only, so that a resumed training draws alike."""
-        return self.draw(seeded(self.options.seed * _SEED_STRIDE + self.step))
+        return self.draw(generator_of(self.options.seed * _SEED_STRIDE + self.step))
 
     def steps(self, partial: Partial | None = None) -> Iterator[float]:
         """Train to the end, yielding each step's loss; stop asking and the training stops after the last whole step.
@@ -254,6 +263,6 @@ def grown(scale: float, step: int, first: float) -> float:
     return min(scale * SCALE_FACTOR, first) if scale < first and step % GROWTH_INTERVAL == 0 else scale
 
 
-def seeded(number: int) -> torch.Generator:
+def generator_of(number: int) -> torch.Generator:
     """A CPU generator of a whole number of any size and sign."""
     return torch.Generator().manual_seed(number % 2**63)

@@ -7,18 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
+from .decoding import PictureError, decode
 from .devices import area_means, smoothly_resized
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 INK, PAPER, ACCENT, FAINT = (40, 40, 48), (250, 249, 246), (214, 86, 48), (214, 212, 206)
-
-
-class PictureError(ValueError):
-    """Pictures that cannot be used. The message says which, why and what to do."""
 
 
 def latent_masks(masks: Tensor, cells: Sequence[int]) -> Tensor:
@@ -47,15 +44,12 @@ def picture_paths(folder: Path) -> list[Path]:
 
 
 def read_picture(path: Path, size: int | None = None) -> tuple[Tensor, Tensor]:
-    """(H, W, 3) and its mask (H, W): of its own size, or the centre of it as a square of `size` pixels a side."""
-    try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGBA")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise PictureError(f"{path} cannot be read as a picture: {error}") from error
-    if size is not None:
-        picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
-    values = torch.from_numpy(np.asarray(picture).copy()).float() / 255
+    """(H, W, 3) and its mask (H, W): of its own size, or the centre of it as a square of `size` pixels a side.
+
+    One of more than two megapixels is reduced to them, in its proportions. Raises PictureError, also where it is too
+    large to be decoded at all.
+    """
+    values = torch.from_numpy(np.array(decode(path, size))).float().div_(255)
     mask = values[..., 3]
     if not mask.any():
         raise PictureError(f"{path} is wholly transparent, so there is no object to learn")

@@ -1,7 +1,7 @@
 """Where F's queries wait for C, and how much of the device's memory they take meanwhile.
 
-F leaves the input of every cross-attention (`infusion.foundation_patches`): for SDXL at 1024 pixels under guidance, 400 MiB
-a picture. `WaitingQueries` keeps some of them there and the rest in main memory, from where C has each back for the
+F leaves the input of every cross-attention (`infusion.foundation_patches`): for SDXL at 1024 pixels under guidance, 400
+MiB a picture. `WaitingQueries` keeps some of them there and the rest in main memory, from where C has each back for the
 time of its layer. A copy there and back changes no bit.
 """
 

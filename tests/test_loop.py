@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from profusion.loop import GROWTH_INTERVAL, Group, LoopOptions, TrainingError, TrainingLoop, grown, seeded
+from profusion.loop import GROWTH_INTERVAL, Group, LoopOptions, TrainingError, TrainingLoop, generator_of, grown
 
 NUMBERS = 2**13  # the scale begins at batch_size times this, 2^14
 
@@ -213,4 +213,4 @@ def test_every_step_draws_from_its_seed_alone():
     again = Line(lambda step: (1.0, 1.0))
     again.restore({"step": torch.tensor([3])})
     assert again.batch() and again.drawn == run.drawn[3:]
-    assert torch.equal(torch.rand(2, generator=seeded(-1)), torch.rand(2, generator=seeded(2**63 - 1)))
+    assert torch.equal(torch.rand(2, generator=generator_of(-1)), torch.rand(2, generator=generator_of(2**63 - 1)))

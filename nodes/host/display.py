@@ -15,6 +15,7 @@ from comfy_api.latest import io, ui
 
 from ...profusion.loop import TrainingError
 from ...profusion.pictures import caption, from_image
+from ...profusion.problems import inert, known, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,6 +30,7 @@ def show(node: type[io.ComfyNode], text: str, picture: Image.Image | None = None
     the cache; newer ones clear its text when the job ends. previewed: the node has shown previews, the last of which
     would hide the picture. The node must ask for the hidden unique_id.
     """
+    text = printable(text)
     picture = caption(text) if picture is None else picture
     tell(node, text, picture if previewed else None)
     return {**ui.PreviewText(text).as_dict(), **ui.PreviewImage(from_image(picture)[None]).as_dict()}
@@ -45,7 +47,7 @@ def _tell(node_id: str | None, text: str, preview: Image.Image | None) -> None:
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if node_id is None or server is None:
         return
-    server.send_progress_text(text, node_id)
+    server.send_progress_text(inert(text), node_id)  # which older frontends show as HTML
     if preview is not None:
         comfy.utils.ProgressBar(1, node_id).update_absolute(1, preview=("JPEG", preview, None))
 
@@ -78,7 +80,7 @@ def keeping(node: type[io.ComfyNode], keep: Callable[[], str]) -> Iterator[None]
             tell(node, where, caption(where))  # the host shows the `ui` of nodes that finish only
         if isinstance(problem, Interrupted) or not isinstance(problem, Exception):
             raise
-        raise TrainingError(f"{problem}\n{where}") from problem
+        raise TrainingError(f"{known(problem) or problem}\n{where}") from problem
 
 
 class Progress:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TypeVar
 
 import folder_paths
 
 from ...profusion.files import try_writing, why_not_written, write_numbered
+from ...profusion.problems import hidden_character, printable, why, why_no_name
 from ...profusion.promptnet.network import PromptNetError
 from ...profusion.residual import PREVIEW_SUFFIX, SUFFIX, ResidualError
 from ...profusion.toybox.pipeline import WEIGHTS
@@ -53,7 +54,7 @@ def _default_bases() -> set[Path]:
 
 def residual_names() -> list[str]:
     """The residuals on disk, as the loader lists them."""
-    return folder_paths.get_filename_list(RESIDUALS)
+    return _listed(RESIDUALS)
 
 
 def find_residual(name: str) -> Path:
@@ -64,7 +65,17 @@ def find_residual(name: str) -> Path:
 
 def promptnet_names() -> list[str]:
     """The embedded one, if it is there, and those in models/profusion_promptnets."""
-    return [*([TOYBOX] if _TOYBOX_FILE.is_file() else []), *folder_paths.get_filename_list(PROMPTNETS)]
+    return [*([TOYBOX] if _TOYBOX_FILE.is_file() else []), *_listed(PROMPTNETS)]
+
+
+def _listed(kind: str) -> list[str]:
+    """The files of a folder that a loader offers. Older frontends put a list's entries into their menu as HTML."""
+    return [name for name in folder_paths.get_filename_list(kind) if not _unfit(name)]
+
+
+def _unfit(name: str) -> str | None:
+    """What no name that comes from the outside may have."""
+    return hidden_character(name) or next((mark for mark in "<>\n\r\t" if mark in name), None)
 
 
 def find_promptnet(name: str) -> Path:
@@ -78,6 +89,10 @@ def find_promptnet(name: str) -> Path:
 def find(kind: str, name: str, names: Sequence[str], error: type[ValueError], what: str, advice: str) -> Path:
     """The path of a file in one of our folders. names: those that a loader lists, for the error, which also says where
     it was looked for."""
+    if not isinstance(name, str) or not name or _unfit(name):
+        raise error(
+            f"There can be no {what} {name!r:.80}: choose a file of the list, renamed without < and > if need be."
+        )
     path = folder_paths.get_full_path(kind, name)
     if path is not None:
         return Path(path)
@@ -95,8 +110,8 @@ def why_not_found(find: Callable[[str], Path], name: str | None) -> bool | str:
     try:
         if name is not None:
             find(name)
-    except ValueError as problem:
-        return str(problem)
+    except Exception as problem:  # it is logged and shown, whatever it is
+        return printable(str(problem)) if isinstance(problem, ValueError) else why(problem)
     return True
 
 
@@ -105,7 +120,7 @@ def fingerprint(find: Callable[[str], Path], name: str | None) -> str:
     try:
         path = find(name)
         return f"{path}:{path.stat().st_mtime_ns}:{path.stat().st_size}"
-    except (ValueError, OSError):
+    except Exception:  # the node itself will say what is wrong
         return "missing"
 
 
@@ -177,14 +192,19 @@ def _save_numbered(
 
 def _free_paths(folder: str, prefix: str, error: type[ValueError], companion: str = SUFFIX) -> Iterator[Path]:
     """Paths that no file has, nor one beside it with the other suffix, by number."""
-    if not prefix.strip(" ./\\") or PurePath(prefix).is_absolute() or ".." in re.split(r"[/\\]", prefix):
-        raise error(f"filename_prefix '{prefix}' is no name within {folder}: use one such as 'pets/cat'.")
+    prefix = prefix.replace("\\", "/")  # as Windows has it
+    if not prefix.strip(" ./") or prefix.startswith("/") or ".." in prefix.split("/"):
+        raise error(f"filename_prefix {prefix!r} is no name within {folder}: use one such as 'pets/cat'.")
+    parts = [part for part in prefix.split("/") if part not in ("", ".")]
+    refused = next((reason for part in (*parts[:-1], f"{parts[-1]}_") if (reason := why_no_name(part))), None)
+    if refused:
+        raise error(f"filename_prefix {prefix!r} cannot be used: {refused}. Use one such as 'pets/cat'.")
     try:
         subfolder, stem, number, _, _ = folder_paths.get_save_image_path(prefix, folder)
-    except (OSError, ValueError) as problem:
-        reason = getattr(problem, "strerror", None) or problem
+    except Exception as problem:  # the host raises a bare one where a link leads out of the folder
         raise error(
-            f"The folder {folder} cannot be used for '{prefix}': {reason}. Check that it may be written to."
+            f"The folder {folder} cannot be used for {prefix!r}: {why(problem)}. Check that it may be written to, and that "
+            "no link leads out of it."
         ) from problem
     for free in itertools.count(number):
         path = Path(subfolder) / f"{stem}_{free:05}_{SUFFIX}"

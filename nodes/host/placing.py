@@ -19,7 +19,7 @@ from ...profusion.infusion import (
 from ...profusion.prompt import NounError, Span, choose_spans, find_noun
 from ...profusion.promptnet.pseudo_word import WORD_KEY, with_stand_in
 from ...profusion.residual import Residual, check_architecture
-from ...profusion.residual.training import PROMPTS
+from ...profusion.residual.training import NOUN_PROMPTS
 
 if TYPE_CHECKING:
     from comfy.sd import CLIP
@@ -101,7 +101,7 @@ def encode_training_prompts(clip: CLIP, noun: str, layers: Sequence[Layer]) -> t
     """The training prompts of a noun: their CONDITIONINGs, and the noun's rows in each."""
     if not any(character.isalnum() for character in noun):
         raise NounError(f"noun={noun!r}: give the class of what the pictures show, such as cat")
-    prompts = [prompt.format(noun) for prompt in PROMPTS]
+    prompts = [prompt.format(noun) for prompt in NOUN_PROMPTS]
     spans = [noun_spans(clip, prompt, noun) for prompt in prompts]
     if not all(spans):
         raise NounError(f"noun={noun!r} is not found in the prompt {prompts[0]!r}: give a plain word, without brackets")

@@ -18,6 +18,7 @@ from comfy.sd import CLIP, VAE
 from torch import Tensor
 
 from ...profusion.diffusion import noised
+from ...profusion.problems import why
 from ...profusion.promptnet.file import SUFFIX, load_promptnet, official_promptnet
 from ...profusion.promptnet.network import (
     KNOTS,
@@ -29,10 +30,10 @@ from ...profusion.promptnet.network import (
     merged,
     parts,
 )
-from ...profusion.promptnet.pseudo_word import PLACEHOLDER, WORD_KEY, placed, with_stand_in, without_position
+from ...profusion.promptnet.pseudo_word import ALONE, WORD_KEY, placed, with_stand_in, without_position
+from ...profusion.promptnet.released import check_archive
 
 WORD = WORD_KEY
-ALONE = f"a photo of {PLACEHOLDER}"
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,20 @@ def load(path: Path) -> LoadedPromptNet:
     device = comfy.model_management.get_torch_device()
     half = comfy.model_management.should_use_fp16(device, prioritize_performance=False)
     dtype = torch.float16 if half else torch.float32
-    network = load_promptnet(path, dtype) if path.suffix == SUFFIX else _released(path, dtype)
+    poll = comfy.model_management.throw_exception_if_processing_interrupted
+    network = load_promptnet(path, dtype, poll=poll) if path.suffix == SUFFIX else _released(path, dtype)
     return handed_to_the_host(network, path.stem)
 
 
 def _released(path: Path, dtype: torch.dtype) -> PromptNet:
     """The authors' checkpoint as they released it, a .bin of torch's, which the host reads as tensors and nothing else."""
     try:
+        check_archive(path)
         return official_promptnet(comfy.utils.load_torch_file(str(path), safe_load=True), dtype)
     except Exception as problem:  # torch raises whatever a damaged file makes of it
         raise PromptNetError(
-            f"The PromptNet file '{path}' cannot be loaded: {problem}. A {path.suffix} file must be the authors' released "
-            f"checkpoint; other PromptNets are {SUFFIX} files."
+            f"The PromptNet file '{path}' cannot be loaded: {why(problem)}. A {path.suffix} file must be the authors' "
+            f"released checkpoint; other PromptNets are {SUFFIX} files."
         ) from problem
 
 
@@ -176,7 +179,10 @@ class WordInPrompt:
             part.to(device, network.start.dtype).split(1)
             for part in (self._reference.latents, self._reference.image_tokens)
         )
-        words = [network.embed_all(*pair, timesteps, noisy) for pair in zip(latents, tokens, strict=True)]
+        words = []
+        for pair in zip(latents, tokens, strict=True):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            words.append(network.embed_all(*pair, timesteps, noisy))
         return merged(words, self._reference.weights).float().cpu()
 
     def _encode(self, prompt: str, words: Tensor) -> tuple[list[tuple[Tensor, dict]], tuple[int, ...]]:

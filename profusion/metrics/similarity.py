@@ -6,9 +6,6 @@ Every similarity is a cosine in [-1, 1], one number a picture; its mean over pic
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -59,31 +56,6 @@ def similarity_among(references: Tensor) -> Tensor:
         raise MetricError("one reference has none to be compared with: give at least two")
     cosines = cosine(references, references)
     return (cosines.sum(dim=1) - cosines.diagonal()) / (len(references) - 1)
-
-
-@dataclass(frozen=True)
-class Identity:
-    """samples: of the pictures with a face, (N - unseen,). unseen: pictures in which none was found."""
-
-    samples: Tensor
-    unseen: int
-
-
-def identity_similarity(embed: Callable[[Tensor], Tensor], pictures: Tensor, references: Tensor) -> Identity:
-    """Each face's mean cosine with the references' faces (arXiv 2305.13579, section 4).
-
-    embed: any face embedder, pictures (B, H, W, 3) in [0, 1] -> (B, D), a row of NaN where it finds no face.
-    """
-    found, known = (_with_faces(embed(rows)) for rows in (pictures, references))
-    if not len(known):
-        raise MetricError("no face was found in any reference: give pictures that show the face, large enough")
-    if not len(found):
-        return Identity(found.new_zeros(0), len(pictures))
-    return Identity(image_similarity(found, known), len(pictures) - len(found))
-
-
-def _with_faces(features: Tensor) -> Tensor:
-    return features[~features.isnan().any(dim=1)]
 
 
 def object_only(pictures: Tensor, masks: Tensor) -> Tensor:

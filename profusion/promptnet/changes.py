@@ -117,11 +117,6 @@ def start_changes(
     return changes
 
 
-def changed_weight(weight: Tensor, change: Change) -> Tensor:
-    """W' (out, in) in float32."""
-    return weight.float() + change.matrix().to(weight.device, torch.float32)
-
-
 @contextmanager
 def changed(network: nn.Module, changes: Mapping[str, Change]) -> Iterator[dict[str, int]]:
     """For the time being the network computes with W' in place of W; its weights are not touched.

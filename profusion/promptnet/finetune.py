@@ -15,10 +15,19 @@ import torch
 from torch import Tensor
 
 from ..diffusion import timestep_of
-from ..loop import Group, TrainingError
+from ..loop import Group, TrainingError, check_whole
+from ..losses import masked_weighted_noise_error
 from .changes import Change
 from .network import PromptNet
-from .training import WITHOUT_GRADIENT, Batch, EncodeWord, PictureSet, PredictNoise, PromptNetOptions, PromptNetTraining
+from .training import (
+    WITHOUT_GRADIENT,
+    EncodeWord,
+    PictureBatch,
+    PictureSet,
+    PredictWithContext,
+    PromptNetOptions,
+    PromptNetTraining,
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ class FinetuneOptions(PromptNetOptions):
             raise ValueError(
                 f"attention_learning_rate={self.attention_learning_rate} must lie in (0, 1]; 1e-5 to 1e-3 is usual"
             )
+        check_whole(self, "rank")
         if self.rank < 0:
             raise ValueError(f"rank={self.rank} must not be negative: 0 is the full difference, 4 to 16 is usual")
 
@@ -83,16 +93,6 @@ class FinetunePictures(PictureSet):
         return f"{super().fingerprint()} {digest.hexdigest()[:16]}"
 
 
-def masked_weighted_noise_error(predicted: Tensor, noise: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-    """Mean over rows of weight * the mean of |eps_theta - eps|^2 over the row's mask: scalar, float32.
-
-    predicted and noise (B, C, H, W), weight (B,), mask (B, H, W).
-    """
-    error = ((predicted.float() - noise.float()) ** 2).mean(dim=1)  # (B, H, W)
-    mask = mask.float()
-    return (weight * (error * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2))).mean()
-
-
 def trainable_copy(
     network: PromptNet, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> PromptNet:
@@ -117,7 +117,7 @@ class FinetuneTraining(PromptNetTraining):
     def __init__(
         self,
         network: PromptNet,
-        predict_noise: PredictNoise,
+        predict_noise: PredictWithContext,
         encode_word: EncodeWord,
         pictures: FinetunePictures,
         options: FinetuneOptions,
@@ -141,7 +141,7 @@ class FinetuneTraining(PromptNetTraining):
         """See PromptNetTraining."""
         return pictures.targets
 
-    def _error(self, predicted: Tensor, pictures: FinetunePictures, batch: Batch, weight: Tensor) -> Tensor:
+    def _error(self, predicted: Tensor, pictures: FinetunePictures, batch: PictureBatch, weight: Tensor) -> Tensor:
         """Inside the masks, where there are any."""
         mask = (
             torch.ones_like(predicted[:, 0]) if pictures.masks is None else pictures.masks[batch.rows].to(self._device)

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from ..devices import area_means
 from ..infusion import name_of_unet
-from ..models.configs import SD15, SD21, SDXL, UNetConfig
+from ..models.configs import MAX_WIDTH, SD15, SD21, SDXL, UNetConfig, check_bounds
 from ..models.unet import UNetEncoder
 
 SECOND_LATENTS = ("none", "noisy", "reference")
@@ -38,6 +38,14 @@ KNOTS = (
     749,
     999,
 )  # the timesteps at which a run's S*, and the context with it, are made; see `interpolated`
+MAX_ENCODERS = 8
+_BOUNDS = {
+    "image_width": (1, MAX_WIDTH),
+    "text_widths": (1, MAX_WIDTH),
+    "tokens": (1, 256),
+    "grid": (1, 64),
+    "projection": (1, 4096),
+}
 ENCODER = ("time_embed.", "input_blocks.", "middle_block.")  # what PromptNet has from the UNet it serves
 
 
@@ -69,11 +77,12 @@ class PromptNetConfig:
     normalise: bool = True
 
     def __post_init__(self) -> None:
-        if not self.text_widths or min(self.text_widths) < 1:
-            raise ValueError(f"text_widths={self.text_widths}: give the width of each text encoder, at least one")
-        for field in ("image_width", "tokens", "grid", "projection"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
+        if not 1 <= len(self.text_widths) <= MAX_ENCODERS:
+            raise ValueError(f"text_widths={self.text_widths!r:.80}: give the width of each of 1 to 8 text encoders")
+        check_bounds(self, _BOUNDS)
+        for field in ("holds_position", "normalise"):
+            if type(getattr(self, field)) is not bool:
+                raise ValueError(f"{field}={getattr(self, field)!r:.80} must be true or false")
         if self.second_latent not in SECOND_LATENTS:
             raise ValueError(f"second_latent={self.second_latent!r}; choose one of {', '.join(SECOND_LATENTS)}")
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..models.clip import TextModel
 
 PLACEHOLDER = "S*"
+ALONE = f"a photo of {PLACEHOLDER}"  # the prompt that has S* and says nothing else
 WORD_KEY = "profusion_word"  # under which a host's conditioning carries the S* it was made with
 _PLACE = re.compile(r"(?<!\w)S\*")
 _STAND_INS = ("zebra", "accordion", "volcano", "tulip", "saxophone", "lantern", "giraffe", "cactus")  # one token each

@@ -32,13 +32,11 @@ from ..infusion import (
 from ..loop import TrainingError
 from ..models.attention import attention_map, split_heads
 from ..residual import Residual
-from ..residual.training import PROMPTS as NOUN_PROMPTS
-from ..residual.training import PredictNoise, Reference
-from .training import PROMPTS as WORD_PROMPTS
+from ..residual.training import NOUN_PROMPTS, PredictWithPatches, Reference
+from .training import WORD_PROMPTS
 
-PROMPTS = tuple(
-    zip(NOUN_PROMPTS, WORD_PROMPTS, strict=True)
-)  # what both were trained in: "a photo of a {}", "a photo of S*"
+# What both were trained in: "a photo of a {}", "a photo of S*".
+PROMPT_PAIRS = tuple(zip(NOUN_PROMPTS, WORD_PROMPTS, strict=True))
 RIDGE = 0.03  # of the mean of the least squares' diagonal; from 0.01 to 0.1 it makes no difference
 
 
@@ -106,7 +104,7 @@ class ResidualSeed:
 
     def __init__(
         self,
-        predict_noise: PredictNoise,
+        predict_noise: PredictWithPatches,
         references: Sequence[Reference],
         prompt_rows: Sequence[tuple[int, ...]],
         words: Sequence[Tensor],

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..diffusion import per_row, timestep_of, training_sigmas, variance_preserving
 from ..keeping import digest
-from ..loop import Group, LoopOptions, TrainingError, TrainingLoop, seeded
+from ..loop import Group, LoopOptions, TrainingError, TrainingLoop, check_whole, generator_of
+from ..losses import weighted_noise_error
 from .file import load_training, save_promptnet
 from .network import PromptNet
 from .pseudo_word import PLACEHOLDER, split_prompt
@@ -30,9 +31,9 @@ WITHOUT_GRADIENT = (
     "inference do. Use the model as it was before that"
 )
 _ADVICE = "Give what it was trained with, or begin anew in another file"
-PROMPTS = (f"a photo of {PLACEHOLDER}", f"a picture of {PLACEHOLDER}", PLACEHOLDER)
+WORD_PROMPTS = (f"a photo of {PLACEHOLDER}", f"a picture of {PLACEHOLDER}", PLACEHOLDER)
 
-PredictNoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+PredictWithContext = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`predict_noise(x, sigma, context) -> eps`: x = x0 + sigma * eps of (B, C, H, W), sigma (B,), context (B, L, D)."""
 
 EncodeWord = Callable[[int, Tensor], Tensor]
@@ -53,7 +54,7 @@ class PromptNetOptions(LoopOptions):
     learning_rate: float = 2e-5
     batch_size: int = 8
     seed: int = 0
-    prompts: tuple[str, ...] = PROMPTS
+    prompts: tuple[str, ...] = WORD_PROMPTS
     warmup: int = 0
     cosine: bool = False
     clip: float = 1.0
@@ -62,6 +63,7 @@ class PromptNetOptions(LoopOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_whole(self, "warmup")
         if self.warmup < 0 or not self.clip > 0 or not self.weight_cap >= 1:
             raise ValueError(
                 f"warmup={self.warmup} must not be negative, clip={self.clip} must be above 0 and "
@@ -105,7 +107,7 @@ class PictureSet:
 
 
 @dataclass(frozen=True)
-class Batch:
+class PictureBatch:
     """Row indices of the pictures (B,), noise (B, C, H, W), sigma (B,), and the prompt of all rows."""
 
     rows: Tensor
@@ -117,11 +119,6 @@ class Batch:
 def noise_weight(sigma: Tensor, cap: float) -> Tensor:
     """min(1 / alpha_bar, cap) = min(1 + sigma^2, cap) of each row: (B,) -> (B,)."""
     return (1 + sigma.float() ** 2).clamp_max(cap)
-
-
-def weighted_noise_error(predicted: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
-    """Mean over rows of weight * mean|eps_theta - eps|^2: (B, C, H, W) twice, (B,) -> scalar, float32."""
-    return (weight * ((predicted.float() - noise.float()) ** 2).mean(dim=(1, 2, 3))).mean()
 
 
 def learning_rate_at(step: int, options: PromptNetOptions) -> float:
@@ -144,7 +141,7 @@ class PromptNetTraining(TrainingLoop):
     def __init__(
         self,
         network: PromptNet,
-        predict_noise: PredictNoise,
+        predict_noise: PredictWithContext,
         encode_word: EncodeWord,
         pictures: PictureSet,
         options: PromptNetOptions,
@@ -167,7 +164,7 @@ class PromptNetTraining(TrainingLoop):
         """See `learning_rate_at`."""
         return learning_rate_at(self.step, self.options)
 
-    def draw(self, generator: torch.Generator, pictures: int | None = None) -> Batch:
+    def draw(self, generator: torch.Generator, pictures: int | None = None) -> PictureBatch:
         """Rows of so many pictures (default: all), noise of a level each, and one prompt for all rows."""
         count = self.options.batch_size
         rows = torch.randint(len(self.pictures) if pictures is None else pictures, (count,), generator=generator)
@@ -175,13 +172,13 @@ class PromptNetTraining(TrainingLoop):
         share = torch.rand(count, generator=generator) ** (1 / (1 + self.options.level_bias))
         sigma = self._sigmas[(share * len(self._sigmas)).long().clamp_max(len(self._sigmas) - 1)]
         noise = torch.randn((count, *self.pictures.latents.shape[1:]), generator=generator)
-        return Batch(rows, noise.to(self._device), sigma.to(self._device), prompt)
+        return PictureBatch(rows, noise.to(self._device), sigma.to(self._device), prompt)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: PictureBatch) -> Tensor:
         """The loss of a batch of the pictures."""
         return self.loss_of(self.pictures, batch)
 
-    def loss_of(self, pictures: PictureSet, batch: Batch, word: Tensor | None = None) -> Tensor:
+    def loss_of(self, pictures: PictureSet, batch: PictureBatch, word: Tensor | None = None) -> Tensor:
         """The loss of a batch of any pictures; `word` (tokens, width) takes the place of every S*."""
         target = self._on_device(self._targets(pictures)[batch.rows])
         noisy = target + per_row(batch.sigma, target) * batch.noise
@@ -203,14 +200,14 @@ class PromptNetTraining(TrainingLoop):
         """Latents (N, C, H, W) of what is to be drawn: here, what PromptNet is shown."""
         return pictures.latents
 
-    def _error(self, predicted: Tensor, pictures: PictureSet, batch: Batch, weight: Tensor) -> Tensor:
+    def _error(self, predicted: Tensor, pictures: PictureSet, batch: PictureBatch, weight: Tensor) -> Tensor:
         """The loss of a prediction (B, C, H, W) with these weights of its rows (B,)."""
         return weighted_noise_error(predicted, batch.noise, weight)
 
     @torch.no_grad()
     def loss_on(self, pictures: PictureSet, batches: int = 4, word: Tensor | None = None) -> float:
         """The mean loss on pictures, kept from training perhaps, always at the same noise; with `word` for every S*."""
-        draws = [self.draw(seeded(-1 - index), len(pictures)) for index in range(batches)]
+        draws = [self.draw(generator_of(-1 - index), len(pictures)) for index in range(batches)]
         return sum(self.loss_of(pictures, draw, word).item() for draw in draws) / batches
 
     def save(self, path: str | Path, overwrite: bool = True) -> int:

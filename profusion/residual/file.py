@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from .. import files
+from ..problems import why
 from . import packing
-from .concept import Residual, ResidualError, checked_delta, checked_training_state, some
+from .concept import Residual, ResidualError, checked_delta, checked_layers, checked_training_state, some
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -94,12 +95,11 @@ def load_residual(path: str | Path) -> Residual:
     path = Path(path)
     try:
         return _decode(_read(path))
-    except (ResidualError, files.FileFormatError) as problem:
+    except OSError as problem:
+        raise ResidualError(f"The residual file '{path}' cannot be read: {files.why_not_read(problem)}") from problem
+    except Exception as problem:  # whatever a damaged file makes of a library
         advice = "Choose a file that the residual saver wrote, copy it once more, or train the residual again."
-        raise ResidualError(f"The residual file '{path}' cannot be loaded: {problem}. {advice}") from problem
-    except (OSError, ValueError) as problem:  # ValueError: a name that no file can have
-        reason = f"{getattr(problem, 'strerror', None) or problem}. Check the name, the folder and its permissions."
-        raise ResidualError(f"The residual file '{path}' cannot be read: {reason}") from problem
+        raise ResidualError(f"The residual file '{path}' cannot be loaded: {why(problem)}. {advice}") from problem
 
 
 def _encode(residual: Residual, precision: str, keep_training_state: bool) -> bytes:
@@ -171,7 +171,7 @@ def _decode(data: bytes) -> Residual:
         raise ResidualError(f"it lacks the metadata {some(missing)}")
     tensors = files.to_tensors(contents)
     state = {name.removeprefix(_TRAINING): tensors.pop(name) for name in list(tensors) if name.startswith(_TRAINING)}
-    layers = tuple(metadata["layers"].split(" "))
+    layers = checked_layers(metadata["layers"].split(" "))  # before anything is made of the tensors
     return Residual(
         delta=_decode_delta(tensors, metadata["precision"], len(layers), _number(metadata, "width")),
         noun=metadata["noun"],

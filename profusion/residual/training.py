@@ -27,6 +27,7 @@ from ..infusion import (
 )
 from ..keeping import digest
 from ..loop import Group, LoopOptions, TrainingError, TrainingLoop
+from ..losses import masked_noise_error
 from ..queries import TakenOnce
 from .concept import Residual, ResidualError, check_architecture
 
@@ -35,9 +36,9 @@ _WITHOUT_GRADIENT = (
     "something on the model computes its attention without one, as SageAttention and other kernels made for inference "
     "do. Connect the model as it was before that"
 )
-PROMPTS = ("a photo of a {}", "a picture of a {}", "a {}")
+NOUN_PROMPTS = ("a photo of a {}", "a picture of a {}", "a {}")
 
-PredictNoise = Callable[[Tensor, Tensor, int, Patches], Tensor]
+PredictWithPatches = Callable[[Tensor, Tensor, int, Patches], Tensor]
 """`predict_noise(x, sigma, prompt, patches) -> eps`: x = x0 + sigma * eps of (B, C, H, W), sigma (B,), the index of the
 prompt whose context all B rows take, and the attention patches to evaluate with."""
 
@@ -103,15 +104,8 @@ def residual_loss(predicted: Tensor, noise: Tensor, plain: Tensor, mask: Tensor,
     return loss
 
 
-def masked_noise_error(predicted: Tensor, noise: Tensor, mask: Tensor) -> Tensor:
-    """Mean of |eps_theta - eps|^2 over the mask: (B, C, H, W) twice, weights (B, H, W) -> scalar, float32."""
-    error = (predicted.float() - noise.float()) ** 2
-    weights = mask.float()[:, None].expand_as(error)
-    return (error * weights).sum() / weights.sum()
-
-
 @dataclass(frozen=True)
-class Batch:
+class ResidualBatch:
     """noisy = clean + sigma * noise and noise (B, C, H, W), sigma (B,), mask (B, H, W), and the prompt of all rows."""
 
     noisy: Tensor
@@ -134,7 +128,7 @@ class ResidualTraining(TrainingLoop):
 
     def __init__(
         self,
-        predict_noise: PredictNoise,
+        predict_noise: PredictWithPatches,
         references: Sequence[Reference],
         prompt_rows: Sequence[tuple[int, ...]],
         layers: Sequence[Layer],
@@ -197,7 +191,7 @@ class ResidualTraining(TrainingLoop):
         """(C, H, W) of the references."""
         return tuple(self._latents.shape[2:])
 
-    def draw(self, generator: torch.Generator) -> Batch:
+    def draw(self, generator: torch.Generator) -> ResidualBatch:
         """Pictures, mirrored or not, noise of levels that are all as likely, and one prompt for all rows."""
         count, device = self.options.batch_size, self._latents.device
         picture = torch.randint(self._latents.shape[1], (count,), generator=generator)
@@ -206,9 +200,9 @@ class ResidualTraining(TrainingLoop):
         sigma = self._sigmas[torch.randint(len(self._sigmas), (count,), generator=generator)].to(device)
         clean = self._latents[side, picture]
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        return Batch(clean + per_row(sigma, clean) * noise, noise, sigma, self._masks[side, picture], prompt)
+        return ResidualBatch(clean + per_row(sigma, clean) * noise, noise, sigma, self._masks[side, picture], prompt)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: ResidualBatch) -> Tensor:
         """See `residual_loss`; F is evaluated first, and leaves its queries."""
         queries = self._queries()
         with torch.no_grad():  # F needs no gradient: its queries are constants of the loss

@@ -177,6 +177,7 @@ def test_the_schema_is_frozen_and_explained(host):
         "filename_prefix:STRING",
         "save_promptnet:BOOLEAN",
         "masks:MASK",
+        "gradient_checkpointing:COMBO",
     ]
     assert [output.io_type for output in schema.outputs] == ["PROMPTNET", "MODEL", "STRING", "IMAGE"]
     assert all(entry.tooltip for entry in [*schema.inputs, *schema.outputs]) and schema.description

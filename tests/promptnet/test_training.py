@@ -6,17 +6,11 @@ import pytest
 import torch
 
 from profusion.diffusion import noise_predictor, timestep_of, training_sigmas
-from profusion.loop import Group, TrainingError, seeded
+from profusion.loop import Group, TrainingError, generator_of
+from profusion.losses import weighted_noise_error
 from profusion.promptnet import PromptNetError
 from profusion.promptnet.pseudo_word import PlaceholderError, encode_tokens, prompt_tokens
-from profusion.promptnet.training import (
-    PictureSet,
-    PromptNetOptions,
-    PromptNetTraining,
-    learning_rate_at,
-    noise_weight,
-    weighted_noise_error,
-)
+from profusion.promptnet.training import PictureSet, PromptNetOptions, PromptNetTraining, learning_rate_at, noise_weight
 
 
 def pictures(count=4, seed=5):
@@ -66,7 +60,7 @@ def test_the_learning_rate_rises_and_falls():
 
 @pytest.mark.parametrize(("bias", "lower_half"), [(0.0, 0.5), (1.0, 0.25), (2.0, 0.125)])
 def test_noisier_levels_are_drawn_more_often(small, bias, lower_half):
-    sigma = training(small, batch_size=20_000, level_bias=bias).draw(seeded(1)).sigma
+    sigma = training(small, batch_size=20_000, level_bias=bias).draw(generator_of(1)).sigma
     assert (sigma < training_sigmas()[500]).float().mean().item() == pytest.approx(lower_half, abs=0.02)
     assert sigma.min() >= training_sigmas()[0] and sigma.max() > training_sigmas()[990]
 
