@@ -283,7 +283,7 @@ class FinetuningRun:
         if problems:
             raise PromptNetError(" ".join(problems))
         self._partial.discard()
-        _unsaved.clear()
+        _unsaved.pop(self._identity, None)
         return self._begun + ("\n".join(self._saved.values()) or "Nothing is saved.")
 
     def _after_step(self) -> None:
@@ -395,8 +395,8 @@ class FinetuningRun:
             _unsaved.clear()
             _unsaved[self._identity] = network, {name: value.cpu() for name, value in training.state().items()}
             return (
-                "They are in memory until ComfyUI is closed: queue the same inputs again to go on from there, or to "
-                f"save them. No file to go on from could be written: {problem}"
+                "They are in memory until ComfyUI is closed or another training cannot be saved: queue the same inputs "
+                f"again to go on from there, or to save them. No file to go on from could be written: {problem}"
             )
         return (
             f"Queue the same inputs again to go on from step {done}, or delete\n{path}\n{path.stat().st_size:,} bytes"

@@ -129,7 +129,7 @@ class TrainingRun:
                 self._partial.at_a_pause()
             self.pictures.insert(0, self._samples.draw(self.training.residual()))
             self._progress.report(stop, self._preview())
-        _unsaved.clear()
+        _unsaved.pop(self._identity, None)
 
     def _train_until(self, stop: int) -> None:
         for _ in self.training.steps(self._partial):
@@ -165,8 +165,9 @@ class TrainingRun:
             _unsaved[self._identity] = training.residual()
             earlier = f" Fewer of them are saved as {self._partial.path}." if self._partial.path else ""
             return (
-                f"The {done} steps so far could not be saved: {error} Until ComfyUI is closed they are in memory: "
-                f"queue the same inputs again to go on from there.{earlier}"
+                f"The {done} steps so far could not be saved: {error} They are in memory until ComfyUI is closed "
+                "or another training cannot be saved: queue the same inputs again to go on from there."
+                f"{earlier}"
             )
         return f"The {done} steps so far are saved as {path}; load it into resume to go on from there."
 

@@ -556,6 +556,8 @@ def test_where_nothing_at_all_can_be_written_it_is_kept_in_memory(host, finetune
         broken.setattr(host.finetuning.FinetuneTraining, "save", full)
         cancelled(finetune, 2, steps=3)
     assert not partials(folders) and len(host.finetuning._unsaved) == 1
+    finetune(steps=1, seed=9)
+    assert len(host.finetuning._unsaved) == 1, "another training's success is no reason to forget it"
     said, steps = shown_text(host, monkeypatch), trained_steps()
     assert same(values(finetune(steps=3)[0].network), values(whole.network))
     assert set(steps) == {3} and "from memory" in said[-1] and not host.finetuning._unsaved

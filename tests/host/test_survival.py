@@ -28,6 +28,9 @@ KILLS = int(os.environ.get("KILLS", "3"))
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 PATIENCE = 4.0  # seconds that a step and a saving may take beyond the interval, on a machine that does other work too
 
+ENDLESS = 100_000  # steps, while servers are killed
+MORE = 3  # steps in which the last server finishes what the others left
+
 TOYBOX = {"class_type": "ProFusion_ToyboxLoader", "inputs": {"toy": "gold and navy cup", "count": 3, "seed": 0}}
 
 
@@ -120,14 +123,15 @@ def lives(tmp_path):
 
 
 def run_through_kills(lives, kills, graph, newest, steps_in, report):
-    """Kill servers at random moments, go on from what each left, and return the history of the last, which finishes.
+    """Kill servers at random moments, go on from what each left, and let the last one finish.
 
-    graph(newest file) is queued, newest() finds it, steps_in(file) are those that it holds.
+    graph(newest file, steps) is queued, newest() finds the file, steps_in(file) are those that it holds. Returns the
+    history of the last, and its steps.
     """
     rng, kept = random.Random(kills), 0
     for kill in range(kills):
         server = lives.start()
-        server.post("/prompt", {"prompt": graph(newest())})
+        server.post("/prompt", {"prompt": graph(newest(), ENDLESS)})
         lives.wait_for_a_step()
         started = lives.steps()[0][1]
         assert lives.steps()[0][0] == kept + 1, "it went on where the one before was saved"
@@ -141,7 +145,7 @@ def run_through_kills(lives, kills, graph, newest, steps_in, report):
         last = lives.steps()[-1][0]
         report(f"{number.name} after step {last}: {found} steps on the disk, {last - found} steps or {lost:.2f} s lost")
         kept = found
-    return lives.start().run(graph(newest()))
+    return lives.start().run(graph(newest(), kept + MORE)), kept + MORE
 
 
 def whole_files(models):
@@ -155,7 +159,6 @@ def whole_files(models):
 
 def test_a_residual_outlives_its_servers_bit_for_bit(lives, capsys):
     kills = (KILLS + 1) // 2
-    steps = 30 + 40 * kills
     folder = lives.models / "profusion_residuals"
 
     def newest():
@@ -163,11 +166,11 @@ def test_a_residual_outlives_its_servers_bit_for_bit(lives, capsys):
         assert len(found) <= 1 + kills
         return found[-1] if found else None
 
-    def graph(path):
+    def graph(path, steps):
         return residual_graph(steps, None if path is None else str(path.relative_to(folder)))
 
     with capsys.disabled():
-        run_through_kills(lives, kills, graph, newest, lambda path: load_residual(path).steps, print)
+        _, steps = run_through_kills(lives, kills, graph, newest, lambda path: load_residual(path).steps, print)
     assert whole_files(lives.models)
     (ended,) = folder.rglob(f"cup_{steps}_steps_*")
     lives.server.run(residual_graph(steps))
@@ -179,7 +182,6 @@ def test_a_residual_outlives_its_servers_bit_for_bit(lives, capsys):
 
 def test_a_finetuning_outlives_its_servers_bit_for_bit(lives, capsys):
     kills = KILLS - (KILLS + 1) // 2
-    steps = 20 + 25 * kills
 
     def newest():
         found = lives.partials("profusion_promptnets", "finetune_*")
@@ -190,7 +192,7 @@ def test_a_finetuning_outlives_its_servers_bit_for_bit(lives, capsys):
         return int(load_training(path)[1]["step"])
 
     with capsys.disabled():
-        entry = run_through_kills(lives, kills, lambda _: finetune_graph(steps), newest, steps_in, print)
+        entry, steps = run_through_kills(lives, kills, lambda _, steps: finetune_graph(steps), newest, steps_in, print)
     assert "Gone on from step" in entry["outputs"]["2"]["text"][0] and newest() is None and whole_files(lives.models)
     graph = finetune_graph(steps)
     graph["2"]["inputs"]["filename_prefix"] = "whole"
