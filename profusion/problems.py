@@ -44,19 +44,13 @@ def _says(*words: str) -> Callable[[BaseException], bool]:
     return lambda problem: any(word in str(problem) for word in words)
 
 
-def _torch_says(*words: str) -> Callable[[BaseException], bool]:
-    """Errors of our own are RuntimeErrors too, and say already what to do."""
-    says = _says(*words)
-    return lambda problem: type(problem).__module__.partition(".")[0] in ("builtins", "torch") and says(problem)
-
-
 def _always(_: BaseException) -> bool:
     return True
 
 
 _TABLE: tuple[tuple[type[BaseException], Callable[[BaseException], bool], str], ...] = (
     (MemoryError, _always, OUT_OF_MEMORY),
-    (RuntimeError, _torch_says("can't allocate memory", "not enough memory", "out of memory"), OUT_OF_MEMORY),
+    (RuntimeError, _says("can't allocate memory", "not enough memory", "out of memory"), OUT_OF_MEMORY),
     (UnicodeError, _always, "it has a character that no file name and no log can hold"),
     (ValueError, _says("null byte", "null character"), "it has a null character in it"),
     (RecursionError, _always, "it is nested too deeply"),
@@ -64,7 +58,9 @@ _TABLE: tuple[tuple[type[BaseException], Callable[[BaseException], bool], str], 
 
 
 def known(problem: BaseException) -> str | None:
-    """What the table says of an exception; None where it says nothing."""
+    """What the table says of an exception; None where it says nothing, or the exception explains itself."""
+    if isinstance(problem, Explained):
+        return None
     return next((words for kind, fits, words in _TABLE if isinstance(problem, kind) and fits(problem)), None)
 
 
