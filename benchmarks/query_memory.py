@@ -1,4 +1,5 @@
-"""What F's queries take on the device while they wait for C, from the shapes alone: the UNet is evaluated without memory.
+"""What F's queries take on the device while they wait for C, from the shapes alone: the UNet
+is evaluated without memory.
 
 python -m benchmarks.query_memory [--model sd15 sd2 sdxl] [--pixels 512 1024] [--rows 2]
 """

@@ -110,7 +110,8 @@ def _copied(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 class Finetuning:
-    """One fine-tuning in the host. It alters nothing that came in: PromptNet is a copy, the model's changes lie beside."""
+    """One fine-tuning in the host. It alters nothing that came in: PromptNet is a copy, the
+    model's changes lie beside."""
 
     def __init__(
         self,
@@ -125,7 +126,8 @@ class Finetuning:
         options: FinetuneOptions,
         checkpointing: str = "auto",
     ):
-        """pictures (M, H, W, 3), masks (M, H, W), as `concept_pictures` returns them; checkpointing as `plan_training`'s."""
+        """pictures (M, H, W, 3), masks (M, H, W), as `concept_pictures` returns them;
+        checkpointing as `plan_training`'s."""
         layers = model_layers(model)
         check_fits(promptnet.config, architecture=architecture_name(layers))
         self._model, self._promptnet = model, promptnet

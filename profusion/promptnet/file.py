@@ -59,7 +59,8 @@ def save_promptnet(
 
     precision: "float16" or "float32", which is exact. notes: texts for people, such as what it was trained on.
     training: an optimizer's tensors, to go on later. A file already at `path` is replaced as a whole, or untouched
-    where anything fails; without `overwrite` it stays, and files.NameTaken is raised. Raises PromptNetError, which says what to do.
+    where anything fails; without `overwrite` it stays, and files.NameTaken is raised. Raises
+    PromptNetError, which says what to do.
     """
     path = Path(path)
     if precision not in PRECISIONS:

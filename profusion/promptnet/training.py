@@ -219,7 +219,8 @@ class PromptNetTraining(TrainingLoop):
         return save_promptnet(self.network, path, "float32", notes, self.state(), overwrite)
 
     def resume(self, path: str | Path, same_start: bool = False) -> None:
-        """Go on from a checkpoint of the same training. Raises PromptNetError, and TrainingError for another training's.
+        """Go on from a checkpoint of the same training. Raises PromptNetError, and
+        TrainingError for another training's.
 
         same_start: refuse also one that began otherwise or went further; to be asked before the first step.
         """

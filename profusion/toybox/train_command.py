@@ -200,7 +200,8 @@ def _checkpoint(command: Command, training: PromptNetTraining) -> Path:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Gathers Ctrl-C and SIGTERM instead of stopping in the middle of a step, half of whose parameters would have moved."""
+    """Gathers Ctrl-C and SIGTERM instead of stopping in the middle of a step, half of whose
+    parameters would have moved."""
     gathered: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield gathered
