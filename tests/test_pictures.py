@@ -1,5 +1,7 @@
 """Reading people's pictures, and drawing grids and plots."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -210,6 +212,14 @@ def test_a_caption_holds_all_of_a_long_path_between_its_margins():
 @pytest.mark.parametrize("text", ["", "W", "W" * 200, "one two " * 40, "a\n\nb"])
 def test_any_text_has_a_caption(text):
     assert caption(text, 320).width == 320
+
+
+@pytest.mark.parametrize("text", ["/x" * 2000, "x" * 4000, "\u200b" * 4000, "W\n" * 4000, "\n" * 100_000], ids=ascii)
+def test_a_caption_is_no_work_however_long_its_text(text):
+    started = time.process_time()
+    drawn = caption(text)
+    assert time.process_time() - started < 2
+    assert drawn.width == 640 and drawn.height < 8500
 
 
 def test_pictures_are_tiled_in_their_order():
