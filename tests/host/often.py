@@ -1,7 +1,7 @@
 """A pack for a server under test: trainings write what they have learned often, and every finished step is noted.
 
 Put into custom_nodes as a package's __init__.py. Steps are noted in steps.txt beside it, as lines of a training, a step
-and a time; what was written survives a kill.
+and the times of its beginning and end; what was written survives a kill.
 """
 
 import sys
@@ -19,8 +19,8 @@ def _watch(kernel: dict) -> None:
     one_step, file = loop.TrainingLoop._one_step, Path(__file__).with_name("steps.txt").open("a", buffering=1)
 
     def noted(training):
-        value = one_step(training)
-        file.write(f"{type(training).__name__} {training.step} {time.time()}\n")
+        begun, value = time.time(), one_step(training)
+        file.write(f"{type(training).__name__} {training.step} {begun} {time.time()}\n")
         return value
 
     loop.TrainingLoop._one_step = noted

@@ -90,10 +90,10 @@ class Lives:
         self.server.wait()
         return self.server
 
-    def steps(self) -> list[tuple[int, float]]:
-        """What this life has finished: (step, time)."""
-        lines = self.notes.read_text().splitlines() if self.notes.exists() else []
-        return [(int(line.split()[1]), float(line.split()[2])) for line in lines if len(line.split()) == 3]
+    def steps(self) -> list[tuple[int, float, float]]:
+        """What this life has finished: (step, when it began, when it ended)."""
+        lines = [line.split() for line in self.notes.read_text().splitlines()] if self.notes.exists() else []
+        return [(int(line[1]), float(line[2]), float(line[3])) for line in lines if len(line) == 4]
 
     def wait_for_a_step(self, seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
@@ -105,10 +105,10 @@ class Lives:
         self.server.process.send_signal(number)
         self.server.process.wait(60)
 
-    def lost(self, kept: int, started: float) -> float:
+    def lost(self, kept: int) -> float:
         """Seconds of work that are gone, if `kept` steps are on the disk."""
         steps = self.steps()
-        return steps[-1][1] - max([started, *(when for step, when in steps if step <= kept)])
+        return steps[-1][2] - max([steps[0][1], *(end for step, _, end in steps if step <= kept)])
 
     def partials(self, folder: str, pattern: str) -> list[Path]:
         return sorted((self.models / folder / "training").glob(pattern), key=lambda path: path.stat().st_mtime)
@@ -133,14 +133,13 @@ def run_through_kills(lives, kills, graph, newest, steps_in, report):
         server = lives.start()
         server.post("/prompt", {"prompt": graph(newest(), ENDLESS)})
         lives.wait_for_a_step()
-        started = lives.steps()[0][1]
         assert lives.steps()[0][0] == kept + 1, "it went on where the one before was saved"
         time.sleep(rng.uniform(0, 4))
         number = SIGNALS[kill % 2]
         lives.kill(number)
         path = newest()
         found = steps_in(path) if path is not None else 0
-        lost = lives.lost(found, started)
+        lost = lives.lost(found)
         assert found >= kept and lost <= often.SECONDS + PATIENCE, (kill, found, kept, lost)
         last = lives.steps()[-1][0]
         report(f"{number.name} after step {last}: {found} steps on the disk, {last - found} steps or {lost:.2f} s lost")
