@@ -181,6 +181,20 @@ def test_the_gradient_of_all_parts_is_clipped_together():
     assert gradients(small) == [3.0, 4.0]
 
 
+class Still(TrainingLoop):
+    """Any number of parameters, and nothing drawn."""
+
+    def __init__(self, weights, clip):
+        self.weights = weights
+        super().__init__(LoopOptions(1, 0.1, 1, 0), [Group("all", weights, "")], NUMBERS, clip)
+
+    def draw(self, generator):
+        return None
+
+    def loss(self, batch):
+        return sum((value * 2).sum() for value in self.weights.values())
+
+
 def test_the_device_is_waited_for_a_fixed_number_of_times(monkeypatch):
     """However many parameters there are: once to look at the gradient, once more to clip it."""
     waits = []
@@ -190,13 +204,9 @@ def test_the_device_is_waited_for_a_fixed_number_of_times(monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
 
     def counted(parameters, clip):
-        run = Line(lambda step: (1.0, 1.0), clip=clip)
-        more = {f"more{index}": torch.zeros(2) for index in range(parameters)}
-        run.groups.append(Group("more", more, ""))
-        run.loss = lambda batch: sum((value.requires_grad_() * 2).sum() for value in run._learned().values())
-        run.draw = lambda generator: None
+        run = Still({f"weight{index}": torch.zeros(2) for index in range(parameters)}, clip)
         waits.clear()
-        run._one_step()
+        next(run.steps())
         return len(waits)
 
     assert counted(1, math.inf) == counted(50, math.inf) == 1

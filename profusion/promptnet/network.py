@@ -183,7 +183,7 @@ class PromptNet(UNetEncoder):
         """
         self._check(latent, image_tokens)
         features = self.encoder_features(latent, timesteps, self.image_projection(image_tokens), noisy)
-        grid = [self._to_grid(h, projection) for h, projection in zip(features, self.projections, strict=True)]
+        grid = [self.to_grid(h, projection) for h, projection in zip(features, self.projections, strict=True)]
         joined = torch.cat(grid, dim=1)
         joined = F.group_norm(joined, len(grid)) if self.config.normalise else joined
         word = rearrange(self.output(joined), "b (tokens d) 1 1 -> b tokens d", tokens=self.config.tokens)
@@ -237,7 +237,7 @@ class PromptNet(UNetEncoder):
             return None
         return self.second_latent(noisy if self.config.with_noise else latent)
 
-    def _to_grid(self, h: Tensor, projection: nn.Conv2d) -> Tensor:
+    def to_grid(self, h: Tensor, projection: nn.Conv2d) -> Tensor:
         """One feature on the grid, (B, projection, grid, grid), whatever the size and proportions of the latent.
 
         The authors' code convolves as is, so that a larger picture has more pseudo-words or loses its edges. Here the

@@ -152,6 +152,24 @@ def test_only_what_is_named_learns(small):
     assert [name for name, value in parameters(run).items() if not torch.equal(value, before[name])] == ["output.bias"]
 
 
+def test_every_prompt_is_drawn_and_is_the_one_that_s_is_put_into(small):
+    drawn, encoded = [], []
+    run = training(small, steps=12, batch_size=1, prompts=("S*", "a S*", "the S*"))
+    for seed in range(12):
+        batch = run.draw(generator_of(seed))
+        drawn.append(batch.prompt)
+        run.loss(batch)
+    assert set(drawn) == {0, 1, 2}
+
+    def encode(prompt, word):
+        encoded.append(prompt)
+        return encode_tokens(small.text, *prompt_tokens("S*"), word)
+
+    options = PromptNetOptions(steps=12, batch_size=1, prompts=("S*", "a S*", "the S*"))
+    list(PromptNetTraining(small.promptnet(), guess, encode, pictures(), options).steps())
+    assert set(encoded) == {0, 1, 2}
+
+
 def test_large_gradients_are_clipped(small):
     run = training(small, clip=1e-6)
     next(run.steps())

@@ -119,7 +119,8 @@ def test_preserving_keeps_the_prediction_outside_the_mask_nearer_to_the_plain_on
         plain, batch = predictor(unet), run.batch()
         queries = {}
         foundation = plain(batch.noisy, batch.sigma, batch.prompt, foundation_patches(queries))
-        placement = Placement(run.delta.detach(), run._names, ROWS[batch.prompt])
+        names = tuple(layer.name for layer in cross_attention_layers(dict(unet.named_parameters())))
+        placement = Placement(run.delta.detach(), names, ROWS[batch.prompt])
         customised = plain(
             batch.noisy, batch.sigma, batch.prompt, customised_patches(queries, on_conditional([placement]))
         )

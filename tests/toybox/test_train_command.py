@@ -43,15 +43,14 @@ def test_an_interrupted_run_goes_on_and_ends_as_one_that_was_not(toybox, tmp_pat
 
     def interrupt(text):
         if text.startswith("encoding"):
-            real = commands.PromptNetTraining._one_step
+            real = commands.PromptNetTraining.loss
 
-            def once(training):
-                monkeypatch.setattr(commands.PromptNetTraining, "_one_step", real)
-                value = real(training)
+            def once(training, batch):
+                monkeypatch.setattr(commands.PromptNetTraining, "loss", real)
                 os.kill(os.getpid(), number)
-                return value
+                return real(training, batch)
 
-            monkeypatch.setattr(commands.PromptNetTraining, "_one_step", once)
+            monkeypatch.setattr(commands.PromptNetTraining, "loss", once)
 
     halved = command(tmp_path / "halved.safetensors", "--steps", "3")
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(KeyboardInterrupt):
