@@ -152,8 +152,8 @@ def _next_path(kind: str, prefix: str, error: type[ValueError], companion: str =
         subfolder, stem, number, _, _ = folder_paths.get_save_image_path(prefix, folder)
     except Exception as problem:  # the host raises a bare one where a link leads out of the folder
         raise error(
-            f"The folder {folder} cannot be used for {prefix!r}: {why(problem)}. Check that it may be written to, and that "
-            "no link leads out of it."
+            f"The folder {folder} cannot be used for {prefix!r}: {why(problem)}. Check that it may be written "
+            "to, and that no link leads out of it."
         ) from problem
     while True:
         path = Path(subfolder) / f"{stem}_{number:05}_{SUFFIX}"

@@ -60,8 +60,8 @@ class UNetConfig:
     def __post_init__(self) -> None:
         if len(self.channel_mult) != len(self.transformer_depth):
             raise ValueError(
-                f"channel_mult has {len(self.channel_mult)} levels and transformer_depth {len(self.transformer_depth)}; "
-                "give one entry per level in both"
+                f"channel_mult has {len(self.channel_mult)} levels and transformer_depth "
+                f"{len(self.transformer_depth)}; give one entry per level in both"
             )
         if not 1 <= len(self.channel_mult) <= MAX_LEVELS:
             raise ValueError(f"channel_mult has {len(self.channel_mult)} levels: give 1 to {MAX_LEVELS} levels")
@@ -75,7 +75,7 @@ class UNetConfig:
             field = "head_channels" if self.num_heads is None else "num_heads"
             if (mult * self.model_channels) % (self.num_heads or self.head_channels):
                 raise ValueError(
-                    f"{field}={getattr(self, field)} does not divide the {mult * self.model_channels} channels of a layer"
+                    f"{field}={getattr(self, field)} does not divide a layer's {mult * self.model_channels} channels"
                 )
 
     def heads(self, channels: int) -> int:

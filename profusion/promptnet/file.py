@@ -230,7 +230,7 @@ def official_promptnet(
     with_noise: bool = True,
     poll: Poll = _never,
 ) -> PromptNet:
-    """The PromptNet of the authors' state dict, whatever file it was in; see `load_promptnet`. Raises PromptNetError."""
+    """The PromptNet of the authors' state dict, whatever its file; see `load_promptnet`. Raises PromptNetError."""
     if _OFFICIAL not in tensors:
         raise PromptNetError(f"it holds something else than the authors' PromptNet (its tensors: {some(tensors)})")
     check_stored(tensors)

@@ -53,7 +53,7 @@ def forget_peak() -> float:
 
 
 def outcome(kind: Kind, path: Path, forged: bool, original: object) -> str:
-    """Load a file: "refused" in our words, "equal" to the original, or "another" that is whole. AssertionError if not."""
+    """Load a file: "refused" in our words, "equal" to the original, or "another" that is whole; else AssertionError."""
     try:
         loaded = kind.load(path)
     except kind.refusals as problem:
