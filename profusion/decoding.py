@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from .problems import why
+from .problems import Explained, why
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 OWN_PIXELS = 2**21  # a picture of its own size has no more: every image encoder takes far fewer
@@ -33,7 +33,7 @@ _TURNS = {
 }
 
 
-class PictureError(ValueError):
+class PictureError(Explained, ValueError):
     """Pictures that cannot be used. The message says which, why and what to do."""
 
 

@@ -32,6 +32,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from .devices import area_means, smoothly_resized
+from .problems import Explained
 
 _TO_VALUE = re.compile(
     r"(input|middle|output)_blocks?\.(\d+)\.(?:\d+\.)?transformer_blocks\.(\d+)\.attn2\.to_v\.weight"
@@ -46,7 +47,7 @@ Patches = dict[str, list[Callable]]
 QueryStore = MutableMapping[Hashable, Tensor]
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(Explained, ValueError):
     """A model on which Infusion has nothing to act."""
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 _RESIDUAL = {"SD 1.x": (90_800, 30_000), "SD 2.x": (85_800, 25_000), "SDXL": (153_300, 21_500)}
 _FINETUNING = {"SD 1.x": (182_400, 41_500), "SD 2.x": (177_400, 38_700), "SDXL": (364_300, 56_000)}
 
-# Of a text encoder that autograd goes through, which computes in float32: the weights that are cast for it wait for the
-# way back, and what it computes, of 77 tokens, is this many bytes for each of its parameters (CLIP's towers: 0.33, 0.41).
+# Of a text encoder that autograd goes through, which computes in float32: the weights that are cast for it wait for
+# the way back, and what it computes, of 77 tokens, is this many bytes for each of its parameters
+# (CLIP's towers: 0.33, 0.41).
 _TEXT_BYTES = 0.5
 
 
@@ -18,8 +19,9 @@ def step_bytes(
 ) -> float | None:
     """Bytes of a training step beside the model's weights; None for an architecture that was not measured.
 
-    architecture: see `infusion.architecture_name`. cells: of each of the latents. element: bytes of a number. finetuning:
-    of PromptNet and attention layers, what they learn and the text encoder left out, and not of a residual.
+    architecture: see `infusion.architecture_name`. cells: of each of the latents. element: bytes of a number.
+    finetuning: of PromptNet and attention layers, what they learn and the text encoder left out, and not of a
+    residual.
     """
     measured = _FINETUNING if finetuning else _RESIDUAL
     if architecture not in measured:
@@ -37,5 +39,6 @@ def text_bytes(parameters: int, weights: int, batch: int) -> float:
 
 
 def optimizer_bytes(learned: float) -> float:
-    """Bytes that AdamW's step takes for a moment; learned: those of what it moves, their gradient and moments included."""
+    """Bytes that AdamW's step takes for a moment; learned: those of what it moves, their gradient and moments
+    included."""
     return learned / 4

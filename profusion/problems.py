@@ -36,6 +36,10 @@ _ERRNO = {
 }
 
 
+class Explained(Exception):
+    """A failure whose message is for the user: what is wrong and what to do. All of the kernel's errors are."""
+
+
 def _says(*words: str) -> Callable[[BaseException], bool]:
     return lambda problem: any(word in str(problem) for word in words)
 
@@ -54,7 +58,9 @@ _TABLE: tuple[tuple[type[BaseException], Callable[[BaseException], bool], str], 
 
 
 def known(problem: BaseException) -> str | None:
-    """What the table says of an exception; None where it says nothing."""
+    """What the table says of an exception; None where it says nothing, or the exception explains itself."""
+    if isinstance(problem, Explained):
+        return None
     return next((words for kind, fits, words in _TABLE if isinstance(problem, kind) and fits(problem)), None)
 
 

@@ -103,4 +103,4 @@ def bytes_on_device(numbers: Sequence[float], cells: int, rows: int, element: in
     numbers: see `query_numbers`. cells: of the latent. rows: conditionings in a batch. element: bytes of a number.
     """
     waiting = min(kept, sum(numbers) * cells * rows * element)
-    return waiting + max(numbers) * cells * rows * element  # and one layer's, while C has it
+    return waiting + max(numbers, default=0) * cells * rows * element  # and one layer's, while C has it

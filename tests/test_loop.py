@@ -1,6 +1,7 @@
 """The training loop by itself: one number that learns, through a backward pass of limited range."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,6 +157,15 @@ def test_a_state_without_a_scale_or_losses_is_read():
 def test_the_scale_never_grows_beyond_its_start_by_itself():
     assert grown(4.0, GROWTH_INTERVAL, 16.0) == 16.0 and grown(4.0, GROWTH_INTERVAL + 1, 16.0) == 4.0
     assert grown(64.0, GROWTH_INTERVAL, 16.0) == 64.0 and grown(0.25, 0, 2.0**14) == 4.0
+
+
+def test_the_file_of_an_unfinished_run_has_every_step_that_was_reported():
+    """It is written before a step is handed out: whoever stops there has lost nothing."""
+    run, written = Line(lambda step: (1.0, 1.0)), []
+    partial = SimpleNamespace(after_step=lambda: written.append(run.step))
+    for _ in run.steps(partial):
+        assert written[-1] == run.step
+    assert written == [1, 2, 3, 4]
 
 
 # The rest of a step

@@ -1,4 +1,5 @@
-"""Train the judge on drawn pictures: `python -m training.judge --work DIR`. A few minutes; the same seed, the same judge.
+"""Train the judge on drawn pictures: `python -m training.judge --work DIR`. A few minutes; the same seed, the same
+judge.
 
 Blur, noise, tints and shifts are added while it trains, so that it reads a decoded picture as it reads a drawn one.
 """
@@ -25,8 +26,8 @@ UNKNOWN = -1  # no label: the nouns of a picture of two objects, the pattern of 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Labelled pictures (B, 96, 96, 3) and masks of whole objects and of bodies (B, 96, 96, 2), both uint8 0..255; labels
-    (B, 3): indices into NOUNS, BACKGROUNDS and PATTERNS, or UNKNOWN."""
+    """Labelled pictures (B, 96, 96, 3) and masks of whole objects and of bodies (B, 96, 96, 2), both uint8 0..255;
+    labels (B, 3): indices into NOUNS, BACKGROUNDS and PATTERNS, or UNKNOWN."""
 
     pictures: Tensor
     masks: Tensor
@@ -113,8 +114,8 @@ def train(drawn: Drawn, steps: int, path: Path, seed: int = 0, batch: int = 64) 
 
 
 def held_out_scores(judge: Judge, drawn: Drawn, corruption: torch.Generator | None = None) -> dict[str, float]:
-    """Accuracies and mean mask overlaps (intersection over union) on drawn pictures, as they are or corrupted like those of
-    training."""
+    """Accuracies and mean mask overlaps (intersection over union) on drawn pictures, as they are or corrupted like
+    those of training."""
     layers, labels = drawn.batch(torch.arange(len(drawn)))
     layers = layers if corruption is None else augment(layers, corruption)
     verdict = judge.look(layers[:, :3].movedim(1, -1))

@@ -70,7 +70,8 @@ class Stage:
                 pace = (time.monotonic() - started) / (step - first)
                 shown = "  ".join(f"{key} {value:.4f}" for key, value in totals.items())
                 print(
-                    f"{self.name} {step}/{self.steps}  {shown}  {pace:.2f} s/step  {pace * (self.steps - step) / 60:.1f} min left",
+                    f"{self.name} {step}/{self.steps}  {shown}  {pace:.2f} s/step  "
+                    f"{pace * (self.steps - step) / 60:.1f} min left",
                     flush=True,
                 )
             if time.monotonic() - saved > self.save_seconds:

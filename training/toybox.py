@@ -45,7 +45,7 @@ class Recipe:
 
 
 def train_vae(recipe: Recipe, data: DataSet, work: Path) -> VAE:
-    """Squared and absolute error (flat colours have sharp edges), a light KL. Small crops first: a quarter of the cost."""
+    """Squared and absolute error (flat colours have sharp edges), a light KL. Small crops come first, and cost less."""
     torch.manual_seed(recipe.seed)
     vae = VAE(TOYBOX_VAE).to(memory_format=torch.channels_last)
     stage = Stage("vae", nn.ModuleDict({"vae": vae}), recipe.vae_steps, work / "vae.pt", ema_decay=0.995)
@@ -73,9 +73,9 @@ def train_vae(recipe: Recipe, data: DataSet, work: Path) -> VAE:
 def spliced(latents: Tensor, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Put a rectangle of another picture's cells, and of its pixels, into every second picture of a batch.
 
-    The autoencoder's norms and its attention see whole pictures, so a cell can mean something else beside other cells. At
-    this size that is a lot: exchange an object's latents, and the decoded background changes to the far corner. A decoder
-    that must draw splices has to read each cell for itself. latents (B, 4, h, w), pixels (B, 3, 8h, 8w), B > 1.
+    The autoencoder's norms and its attention see whole pictures, so a cell can mean something else beside other cells.
+    At this size that is a lot: exchange an object's latents, and the decoded background changes to the far corner. A
+    decoder that must draw splices has to read each cell for itself. latents (B, 4, h, w), pixels (B, 3, 8h, 8w), B > 1.
     """
     batch, _, height, width = latents.shape
     region = torch.zeros(batch, 1, height, width)
@@ -166,7 +166,7 @@ def _attributes(scene: world.Scene, caption: world.Caption) -> list[list[int]]:
 
 
 def train_text(recipe: Recipe, data: DataSet, work: Path) -> TextModel:
-    """Text alone: each noun's row must say its noun and the attributes before it, so that the row carries appearance."""
+    """Text alone: a noun's row must say its noun and the attributes before it, so that it carries appearance."""
     torch.manual_seed(recipe.seed + 1)
     text = TextModel(TOYBOX_TEXT)
     nn.init.normal_(text.text_model.embeddings.token_embedding.weight, std=0.05)
@@ -212,7 +212,7 @@ def encode_text(text: TextModel, tokens: Tensor, length: int) -> Tensor:
 
 def context_of(text: TextModel, captions: Captions, keep_padding: bool) -> Tensor:
     """The context (B, 77, D). Unless `keep_padding`, end and padding rows are the empty prompt's, so that *words* carry
-    the condition: where they may, end and padding take most of the attention and a residual on the noun can do nothing."""
+    the condition: else end and padding take most of the attention, and a residual on the noun can do nothing."""
     if keep_padding:
         return text(captions.tokens)
     length = int(captions.lengths.max()) + 1
@@ -224,9 +224,9 @@ def context_of(text: TextModel, captions: Captions, keep_padding: bool) -> Tenso
 
 
 def localisation_loss(maps: list[Tensor], masks: Tensor, captions: Captions, told: Tensor) -> tuple[Tensor, Tensor]:
-    """Each noun's row should own its object's cells, the background's words the rest (as FastComposer, arXiv 2305.10431).
+    """A noun's row should own its object's cells, the background's words the rest (FastComposer, arXiv 2305.10431).
 
-    maps: per layer (B, T, 77), averaged over heads; masks (B, 2, 12, 12); told (B,) marks captions that were not dropped.
+    maps: per layer (B, T, 77), averaged over heads; masks (B, 2, 12, 12); told (B,) marks captions that are kept.
     Returns the loss and the mean share of attention that nouns have inside their objects.
     """
     total, shares = 0.0, []

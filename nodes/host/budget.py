@@ -74,9 +74,9 @@ def plan_training(
 
 
 def _memory_of(device: torch.device) -> float:
-    """Bytes of a device that models may take; the main memory is not reckoned with."""
+    """Bytes of a device that models may take; not reckoned with: the main memory, and DirectML, which does not tell."""
     management = comfy.model_management
-    if management.is_device_cpu(device):
+    if management.is_device_cpu(device) or management.directml_enabled:
         return math.inf
     return management.get_total_memory(device) - management.extra_reserved_memory()
 

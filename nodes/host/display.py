@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -66,13 +67,17 @@ def warn_under(node: type[io.ComfyNode]) -> Callable[[str], None]:
 def keeping(node: type[io.ComfyNode], keep: Callable[[], str]) -> Iterator[None]:
     """Whatever stops a training, Cancel included: `keep` saves what has been learned and says where. The node shows it.
 
-    Errors come out as TrainingError, with that text.
+    Errors come out as TrainingError, with that text. What fails in `keep`, or in showing it, hides nothing.
     """
     try:
         yield
     except BaseException as problem:
-        where = keep()
-        tell(node, where, caption(where))  # the host shows the `ui` of nodes that finish only
+        try:
+            where = keep()
+        except Exception as second:
+            where = f"What had been learned could not be kept: {type(second).__name__}: {second}"
+        with contextlib.suppress(Exception):
+            tell(node, where, caption(where))  # the host shows the `ui` of nodes that finish only
         if isinstance(problem, Interrupted) or not isinstance(problem, Exception):
             raise
         raise TrainingError(f"{known(problem) or problem}\n{where}") from problem

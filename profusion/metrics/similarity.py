@@ -1,7 +1,7 @@
 """How alike pictures are to their prompts and to the references, from features of a backbone.
 
-Every similarity is a cosine in [-1, 1], one number a picture; its mean over pictures is what papers print. Features are rows
-(N, D) of any length.
+Every similarity is a cosine in [-1, 1], one number a picture; its mean over pictures is what papers print. Features
+are rows (N, D) of any length.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def cosine(features: Tensor, others: Tensor) -> Tensor:
             raise MetricError("a feature is all zeros and has no direction: the backbone's weights are missing")
     if features.shape[1] != others.shape[1]:
         raise MetricError(
-            f"features of width {features.shape[1]} and {others.shape[1]} do not compare: take both from one backbone, texts "
-            "from the text encoder that it was trained with"
+            f"features of width {features.shape[1]} and {others.shape[1]} do not compare: take both from one backbone, "
+            "texts from the text encoder that it was trained with"
         )
     unit, other = F.normalize(features.float(), dim=1), F.normalize(others.float(), dim=1).to(features.device)
     return unit @ other.T
@@ -43,7 +43,8 @@ def prompt_similarity(pictures: Tensor, texts: Tensor) -> Tensor:
 
 
 def image_similarity(pictures: Tensor, references: Tensor) -> Tensor:
-    """CLIP-I, or DINO, as the backbone has it (arXiv 2208.12242, section 4): each picture's mean cosine with all references.
+    """CLIP-I, or DINO, as the backbone has it (arXiv 2208.12242, section 4): each picture's mean cosine with all
+    references.
 
     (N, D), (M, D) -> (N,)
     """

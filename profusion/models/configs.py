@@ -75,7 +75,8 @@ class UNetConfig:
             field = "head_channels" if self.num_heads is None else "num_heads"
             if (mult * self.model_channels) % (self.num_heads or self.head_channels):
                 raise ValueError(
-                    f"{field}={getattr(self, field)} does not divide a layer's {mult * self.model_channels} channels"
+                    f"{field}={getattr(self, field)} does not divide the {mult * self.model_channels} channels of a "
+                    "layer"
                 )
 
     def heads(self, channels: int) -> int:

@@ -53,12 +53,14 @@ def save_promptnet(
     precision: str = "float16",
     notes: Mapping[str, str] | None = None,
     training: Mapping[str, Tensor] | None = None,
+    overwrite: bool = True,
 ) -> int:
     """Write a PromptNet and return the file's bytes; missing folders are made.
 
     precision: "float16" or "float32", which is exact. notes: texts for people, such as what it was trained on.
     training: an optimizer's tensors, to go on later. A file already at `path` is replaced as a whole, or untouched
-    where anything fails. Raises PromptNetError, which says what to do.
+    where anything fails; without `overwrite` it stays, and files.NameTaken is raised. Raises PromptNetError, which
+    says what to do.
     """
     path = Path(path)
     if precision not in PRECISIONS:
@@ -82,7 +84,7 @@ def save_promptnet(
     pieces = files.tensor_pieces(tensors, metadata, {_NOTES + name: text for name, text in (notes or {}).items()})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(path, pieces)
+        files.write_atomically(path, pieces, overwrite)
     except (OSError, ValueError) as problem:
         raise PromptNetError(
             f"The PromptNet could not be saved as '{path}': {files.why_not_written(problem)}"
@@ -129,9 +131,10 @@ def load_training(path: str | Path) -> tuple[PromptNet, dict[str, Tensor], dict[
     state = {name.removeprefix(_TRAINING): value for name, value in tensors.items() if name.startswith(_TRAINING)}
     bad = _not_finite(state)
     if not state or bad:
+        why = f"has values in {bad} that are not finite" if bad else "keeps no training"
         raise PromptNetError(
-            f"The PromptNet file '{path}' {f'has values in {bad} that are not finite' if bad else 'keeps no training'}, "
-            "so its training cannot go on. Choose the checkpoint that the training wrote beside it."
+            f"The PromptNet file '{path}' {why}, so its training cannot go on. Choose the checkpoint that the training "
+            "wrote beside it."
         )
     notes = {name.removeprefix(_NOTES): text for name, text in metadata.items() if name.startswith(_NOTES)}
     return network, {name: value.clone() for name, value in state.items()}, notes
@@ -230,7 +233,8 @@ def official_promptnet(
     with_noise: bool = True,
     poll: Poll = _never,
 ) -> PromptNet:
-    """The PromptNet of the authors' state dict, whatever its file; see `load_promptnet`. Raises PromptNetError."""
+    """The PromptNet of the authors' state dict, whatever file it was in; see `load_promptnet`. Raises
+    PromptNetError."""
     if _OFFICIAL not in tensors:
         raise PromptNetError(f"it holds something else than the authors' PromptNet (its tensors: {some(tensors)})")
     check_stored(tensors)
@@ -305,7 +309,8 @@ _SINGLE = {
 
 
 def diffusers_name(name: str, unet: UNetConfig) -> str:
-    """The name of one of our parameters in the authors' checkpoint, which has diffusers' (its module is promptnet.py)."""
+    """The name of one of our parameters in the authors' checkpoint, which has diffusers'
+    (its module is promptnet.py)."""
     module, _, kind = name.rpartition(".")
     if module in _SINGLE:
         return f"{_SINGLE[module]}.{kind}"

@@ -1,8 +1,9 @@
 """Fine-tuning to one picture (ProFusion, arXiv 2305.13579, section 3.1): about 50 steps of PromptNet's own training, on
 that picture or on variants of it, in which the UNet's attention layers may learn too.
 
-The loop is `PromptNetTraining`'s. What the picture shows to PromptNet and what is to be drawn may differ (the first may be
-grey around the object), the loss may count the object only, and the attention layers have a learning rate of their own.
+The loop is `PromptNetTraining`'s. What the picture shows to PromptNet and what is to be drawn may differ (the first
+may be grey around the object), the loss may count the object only, and the attention layers have a learning rate of
+their own.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from .training import (
 class FinetuneOptions(PromptNetOptions):
     """How a PromptNet is fine-tuned; see `PromptNetOptions`.
 
-    attention_learning_rate: AdamW's, of the attention layers' changes. rank: of these changes; 0 is the full difference.
+    attention_learning_rate: AdamW's, of the attention layers' changes. rank: of these changes; 0 is the full
+    difference.
     """
 
     steps: int = 50
@@ -57,8 +59,8 @@ class FinetuneOptions(PromptNetOptions):
 class FinetunePictures(PictureSet):
     """Pictures of one thing: `latents` and `image_tokens` as PromptNet sees them.
 
-    targets: latents (N, C, H, W) of what is to be drawn; default: the same. masks: weights of their cells (N, H, W), 1 at
-    the object, and only there is anything learned; default: everywhere.
+    targets: latents (N, C, H, W) of what is to be drawn; default: the same. masks: weights of their cells (N, H, W), 1
+    at the object, and only there is anything learned; default: everywhere.
     """
 
     targets: Tensor | None = None
@@ -70,7 +72,8 @@ class FinetunePictures(PictureSet):
             object.__setattr__(self, "targets", self.latents)
         if self.targets.shape != self.latents.shape:
             raise ValueError(
-                f"targets {tuple(self.targets.shape)} and latents {tuple(self.latents.shape)} must be of the same pictures"
+                f"targets {tuple(self.targets.shape)} and latents {tuple(self.latents.shape)} must be of the same "
+                "pictures"
             )
         if not torch.isfinite(self.targets).all():
             raise TrainingError("a picture's latent is not finite: the VAE overflowed; run it in float32")
@@ -81,7 +84,8 @@ class FinetunePictures(PictureSet):
             raise ValueError(f"masks {tuple(self.masks.shape)} must be (N, H, W) of the latents' cells, {cells}")
         if not (self.masks.flatten(1).sum(dim=1) > 0).all():
             raise TrainingError(
-                "a mask is empty, so nothing of its picture would be learned. Paint the object white, or leave masks out"
+                "a mask is empty, so nothing of its picture would be learned. Paint the object white, or leave masks "
+                "out"
             )
 
     def fingerprint(self) -> str:

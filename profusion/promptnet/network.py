@@ -29,15 +29,11 @@ from ..devices import area_means
 from ..infusion import name_of_unet
 from ..models.configs import MAX_WIDTH, SD15, SD21, SDXL, UNetConfig, check_bounds
 from ..models.unet import UNetEncoder
+from ..problems import Explained
 
 SECOND_LATENTS = ("none", "noisy", "reference")
-KNOTS = (
-    0,
-    249,
-    499,
-    749,
-    999,
-)  # the timesteps at which a run's S*, and the context with it, are made; see `interpolated`
+# The timesteps at which a run's S*, and the context with it, are made; see `interpolated`.
+KNOTS = (0, 249, 499, 749, 999)
 MAX_ENCODERS = 8
 _BOUNDS = {
     "image_width": (1, MAX_WIDTH),
@@ -49,7 +45,7 @@ _BOUNDS = {
 ENCODER = ("time_embed.", "input_blocks.", "middle_block.")  # what PromptNet has from the UNet it serves
 
 
-class PromptNetError(ValueError):
+class PromptNetError(Explained, ValueError):
     """A PromptNet does not fit, or its file cannot be used. The message says why and what to do."""
 
 
@@ -60,10 +56,10 @@ class PromptNetConfig:
     unet: of the model it serves. image_width: hidden width of the CLIP image tower. text_widths: width of the token
     embeddings of each text encoder, in the order of the UNet's context (SDXL has two; S* is cut between them).
     tokens: pseudo-words in S*. grid: side of the grid that everything is brought to. projection: channels of each
-    part of it. second_latent: "none"; "noisy", the latent being denoised, so that S* must be made afresh at every
-    step; or "reference", the reference latent once more. holds_position: S* already
-    contains its position (the authors add it after the position embeddings), so the text encoder must not add one, and
-    S* is the same word anywhere in a prompt. normalise: whether there is a `norm`.
+    part of it. second_latent: "none"; "noisy", the latent being denoised, so that S* must be made anew at every step;
+    or "reference", the reference latent once more. holds_position: S* already contains its position (the authors add it
+    after the position embeddings), so the text encoder must not add one: S* is the same word anywhere in a prompt.
+    normalise: whether there is a `norm`.
     """
 
     unet: UNetConfig
@@ -182,8 +178,8 @@ class PromptNet(UNetEncoder):
         """S* of each row: (B, tokens, text_width).
 
         latent (B, C, H, W) of the reference, scaled as the UNet takes it; timesteps (B,); image_tokens
-        (B, L, image_width), the CLIP image tower's last hidden state. noisy: the latent being denoised, (B, C, H, W) and
-        scaled as the UNet takes it, where the configuration has `with_noise`.
+        (B, L, image_width), the CLIP image tower's last hidden state. noisy: the latent being denoised, (B, C, H, W)
+        and scaled as the UNet takes it, where the configuration has `with_noise`.
         """
         self._check(latent, image_tokens)
         features = self.encoder_features(latent, timesteps, self.image_projection(image_tokens), noisy)
@@ -209,8 +205,8 @@ class PromptNet(UNetEncoder):
     ) -> Tensor:
         """S* of one picture at several timesteps at once: (T, tokens, text_width).
 
-        reference_latent (1, C, H, W), image_tokens (1, L, image_width), timesteps (T,) in any order, noisy (T, C, H, W) as
-        in `forward`.
+        reference_latent (1, C, H, W), image_tokens (1, L, image_width), timesteps (T,) in any order, noisy
+        (T, C, H, W) as in `forward`.
         """
         count = len(timesteps)
         latents, tokens = reference_latent.expand(count, -1, -1, -1), image_tokens.expand(count, -1, -1)
@@ -220,13 +216,13 @@ class PromptNet(UNetEncoder):
         channels, width = self.config.unet.in_channels, self.config.image_width
         if latent.ndim != 4 or latent.shape[1] != channels or not latent.numel():
             raise PromptNetError(
-                f"a reference latent of shape {tuple(latent.shape)}: this PromptNet takes (pictures, {channels}, height, "
-                "width) of at least one cell"
+                f"a reference latent of shape {tuple(latent.shape)}: this PromptNet takes (pictures, {channels}, "
+                "height, width) of at least one cell"
             )
         if image_tokens.ndim != 3 or image_tokens.shape[-1] != width:
             raise PromptNetError(
-                f"image tokens of shape {tuple(image_tokens.shape)}: this PromptNet was trained with a CLIP image tower "
-                f"of width {width}. Load the CLIP vision model that goes with it"
+                f"image tokens of shape {tuple(image_tokens.shape)}: this PromptNet was trained with a CLIP image "
+                f"tower of width {width}. Load the CLIP vision model that goes with it"
             )
 
     def _embedded_second(self, latent: Tensor, noisy: Tensor | None) -> Tensor | None:
@@ -283,7 +279,8 @@ def typical_embedding(table: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merged(words: Sequence[Tensor] | Tensor, weights: Sequence[float] | None = None) -> Tensor:
-    """One S* from those of several pictures of the same thing: their mean, P times (..., tokens, D) -> (..., tokens, D).
+    """One S* from those of several pictures of the same thing: their mean, P times (..., tokens, D) ->
+    (..., tokens, D).
 
     weights: of each picture, not negative; only their proportions count. Raises PromptNetError for no pictures, S* of
     different shapes, or weights that sum to nothing.
@@ -337,8 +334,8 @@ def check_fits(
         )
     if architecture is not None and architecture != config.architecture:
         raise PromptNetError(
-            f"the PromptNet was trained for {config.architecture}, but the model is {architecture}. Load a PromptNet of "
-            "that architecture, or a model of the kind it was trained for"
+            f"the PromptNet was trained for {config.architecture}, but the model is {architecture}. Load a PromptNet "
+            "of that architecture, or a model of the kind it was trained for"
         )
 
 

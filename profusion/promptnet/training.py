@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion import per_row, timestep_of, training_sigmas, variance_preserving
+from ..keeping import digest
 from ..loop import Group, LoopOptions, TrainingError, TrainingLoop, check_whole, generator_of
 from ..losses import weighted_noise_error
 from .file import load_training, save_promptnet
@@ -29,23 +30,26 @@ WITHOUT_GRADIENT = (
     "something on the model or in the text encoder computes without one, as compiled models and kernels made for "
     "inference do. Use the model as it was before that"
 )
+_ADVICE = "Give what it was trained with, or begin anew in another file"
 WORD_PROMPTS = (f"a photo of {PLACEHOLDER}", f"a picture of {PLACEHOLDER}", PLACEHOLDER)
 
 PredictWithContext = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`predict_noise(x, sigma, context) -> eps`: x = x0 + sigma * eps of (B, C, H, W), sigma (B,), context (B, L, D)."""
 
 EncodeWord = Callable[[int, Tensor], Tensor]
-"""`encode_word(prompt, pseudo_word) -> context` (B, L, D) of the prompt of this index with S* (B, tokens, width) in it."""
+"""`encode_word(prompt, pseudo_word) -> context` (B, L, D) of the prompt of this index with S* (B, tokens, width) in
+it."""
 
 
 @dataclass(frozen=True)
 class PromptNetOptions(LoopOptions):
     """How a PromptNet is trained; see `LoopOptions`. The learning rate is the paper's by default.
 
-    prompts: each with S* in it. warmup: steps over which it rises. cosine: whether it then falls to
-    nothing at the last step. clip: largest norm of the gradient. weight_cap: rows weigh min(1 + sigma^2, this), which
-    is min(1 / alpha_bar, this); 1 is the paper's loss, and more of it attends to the noise at which a word matters most.
-    level_bias: noise level k of n is drawn with a probability in proportion to k^this; 0 draws all alike, as the paper does.
+    prompts: each with S* in it. warmup: steps over which it rises. cosine: whether it then falls to nothing at the
+    last step. clip: largest norm of the gradient. weight_cap: rows weigh min(1 + sigma^2, this), which is
+    min(1 / alpha_bar, this); 1 is the paper's loss, and more of it attends to the noise at which a word matters most.
+    level_bias: noise level k of n is drawn with a probability in proportion to k^this; 0 draws all alike, as the paper
+    does.
     """
 
     steps: int = 2000
@@ -133,7 +137,7 @@ class PromptNetTraining(TrainingLoop):
 
     pictures: each is its own reference. timesteps: the model's timestep of a sigma (B,) -> (B,); sigmas: its noise
     levels (n,), each as likely to be drawn; both default to Stable Diffusion's. groups: what learns; default all of the
-    network.
+    network. identity: says whether two trainings of one model are the same, from their beginning on.
     """
 
     def __init__(
@@ -154,6 +158,9 @@ class PromptNetTraining(TrainingLoop):
             self._sigmas = (training_sigmas() if sigmas is None else sigmas).to("cpu", torch.float32, copy=True)
         groups = groups or [Group("PromptNet", dict(network.named_parameters()), WITHOUT_GRADIENT)]
         super().__init__(options, groups, pictures.latents[0].numel(), options.clip)
+        compared = {name: value for name, value in asdict(options).items() if name not in self._free()}
+        start = {**network.state_dict(), **self._learned()}
+        self.identity = digest(compared, pictures.fingerprint(), pictures.image_tokens, start)
 
     def learning_rate(self) -> float:
         """See `learning_rate_at`."""
@@ -205,33 +212,64 @@ class PromptNetTraining(TrainingLoop):
         draws = [self.draw(generator_of(-1 - index), len(pictures)) for index in range(batches)]
         return sum(self.loss_of(pictures, draw, word).item() for draw in draws) / batches
 
-    def save(self, path: str | Path) -> int:
+    def save(self, path: str | Path, overwrite: bool = True) -> int:
         """Write a checkpoint, from which `resume` goes on bit for bit; returns its bytes. Raises PromptNetError."""
-        notes = {"options": json.dumps(asdict(self.options)), "pictures": self.pictures.fingerprint()}
-        return save_promptnet(self.network, path, "float32", notes, self.state())
+        options, pictures = json.dumps(asdict(self.options)), self.pictures.fingerprint()
+        notes = {"options": options, "pictures": pictures, "identity": self.identity}
+        return save_promptnet(self.network, path, "float32", notes, self.state(), overwrite)
 
-    def resume(self, path: str | Path) -> None:
-        """Go on from a checkpoint of the same training. Raises PromptNetError for its file, TrainingError for another's."""
+    def resume(self, path: str | Path, same_start: bool = False) -> None:
+        """Go on from a checkpoint of the same training. Raises PromptNetError, and TrainingError for another
+        training's.
+
+        same_start: refuse also one that began otherwise or went further; to be asked before the first step.
+        """
         network, state, notes = load_training(path)
         self._check_same_training(network, notes)
+        if same_start:
+            if notes.get("identity", self.identity) != self.identity:
+                raise TrainingError(
+                    f"the checkpoint's training began with another PromptNet or image encoder. {_ADVICE}"
+                )
+            self.check_state(state)
+        self.go_on(network.state_dict(), state)
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raise TrainingError unless a `state()` can be of this training, before its first step."""
+        if int(state["step"]) > self.options.steps:
+            raise TrainingError(
+                f"the checkpoint has {int(state['step'])} steps already, and {self.options.steps} are wanted. {_ADVICE}"
+            )
+        if not self.begins_like(state):
+            raise TrainingError(
+                "the first step gives another loss than the checkpoint's did: another model, or something on it. "
+                f"{_ADVICE}"
+            )
+
+    def go_on(self, network: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """Go on where the network had these values and the training this `state()`."""
         with torch.inference_mode(False), torch.no_grad():
             for name, value in self.network.state_dict().items():
-                value.copy_(network.state_dict()[name])
+                value.copy_(network[name])
         self.restore(state)
+
+    def _free(self) -> tuple[str, ...]:
+        """The options that may differ: more steps of a constant rate are the same training."""
+        return () if self.options.cosine else ("steps",)
 
     def _check_same_training(self, network: PromptNet, notes: Mapping[str, str]) -> None:
         here = json.loads(json.dumps(asdict(self.options)))
         there = json.loads(notes.get("options", "{}"))
-        free = () if self.options.cosine else ("steps",)  # more steps of a constant rate are the same training
-        differing = [name for name in here if name not in free and here[name] != there.get(name)]
-        advice = "Give what it was trained with, or begin anew in another file"
+        differing = [name for name in here if name not in self._free() and here[name] != there.get(name)]
         if differing:
             name = differing[0]
-            raise TrainingError(f"the checkpoint was trained with {name}={there.get(name)}, not {here[name]}. {advice}")
+            raise TrainingError(
+                f"the checkpoint was trained with {name}={there.get(name)}, not {here[name]}. {_ADVICE}"
+            )
         if notes.get("pictures") != self.pictures.fingerprint():
             raise TrainingError(
                 f"the checkpoint was trained on other pictures ({notes.get('pictures')}, here "
-                f"{self.pictures.fingerprint()}). {advice}"
+                f"{self.pictures.fingerprint()}). {_ADVICE}"
             )
         if network.config != self.network.config:
-            raise TrainingError(f"the checkpoint is of a PromptNet of another size ({network.config}). {advice}")
+            raise TrainingError(f"the checkpoint is of a PromptNet of another size ({network.config}). {_ADVICE}")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..files import DTYPES
 from ..infusion import architecture_name
+from ..problems import Explained
 
 MAX_TEXT = 64
 MAX_LAYERS = 1024  # SDXL has 70
@@ -29,7 +30,7 @@ _LAYER_NAME = re.compile(r"(input|middle|output)\.[0-9]{1,4}\.[0-9]{1,4}")
 _TRAINING_NAME = re.compile(r"[A-Za-z0-9_.]{1,80}")
 
 
-class ResidualError(ValueError):
+class ResidualError(Explained, ValueError):
     """A residual, or the file of one, that cannot be used. The message says why and what to do."""
 
 

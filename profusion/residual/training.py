@@ -2,14 +2,14 @@
 
 Each step noises the concept's latents, evaluates F without autograd and C with it on the same noisy latent, and
 minimises the eps-prediction error of C inside the concept's mask, and its distance from F outside. Who evaluates the
-model is the caller's affair: the kernel's UNet and the host's model are trained by the same code and, from the same seed,
-to the same residual.
+model is the caller's affair: the kernel's UNet and the host's model are trained by the same code and, from the same
+seed, to the same residual.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
@@ -25,6 +25,7 @@ from ..infusion import (
     customised_patches,
     foundation_patches,
 )
+from ..keeping import digest
 from ..loop import Group, LoopOptions, TrainingError, TrainingLoop
 from ..losses import masked_noise_error
 from ..queries import TakenOnce
@@ -85,16 +86,18 @@ class Reference:
             raise TrainingError("a reference picture's latent is not finite: the VAE overflowed; run it in float32")
         if not self.mask.sum() > 0:
             raise TrainingError(
-                "a mask is empty, so nothing of its picture would be learned. Paint the object white, or leave masks out"
+                "a mask is empty, so nothing of its picture would be learned. Paint the object white, or leave masks "
+                "out"
             )
 
 
 def residual_loss(predicted: Tensor, noise: Tensor, plain: Tensor, mask: Tensor, preserve: float) -> Tensor:
     """Inside the mask the noise that was added, outside it what F predicts: scalar, float32.
 
-    predicted (C's), noise and plain (F's prediction): (B, C, H, W); mask (B, H, W). The paper's loss (arXiv 2404.14007,
-    section 5.1) is the first part alone. It leaves a residual free to do anything around the concept, and some of every map
-    falls there. What should stay as it was is known, F has just been evaluated, so the second part costs nothing.
+    predicted (C's), noise and plain (F's prediction): (B, C, H, W); mask (B, H, W). The paper's loss
+    (arXiv 2404.14007, section 5.1) is the first part alone. It leaves a residual free to do anything around the
+    concept, and some of every map falls there. What should stay as it was is known, F has just been evaluated, so the
+    second part costs nothing.
     """
     loss = masked_noise_error(predicted, noise, mask)
     outside = 1 - mask
@@ -122,6 +125,7 @@ class ResidualTraining(TrainingLoop):
     `training_state` is kept, to go on from bit for bit, or one of no steps, to start from. sigmas: the noise levels of
     the model's timesteps (n,), each as likely to be drawn; default Stable Diffusion's.
     queries: where F's queries wait in a step. A model that recomputes C on the way back asks for each twice.
+    identity: says whether two trainings of one model from nothing are the same.
     """
 
     def __init__(
@@ -150,6 +154,8 @@ class ResidualTraining(TrainingLoop):
             self._sigmas = (training_sigmas() if sigmas is None else sigmas).to("cpu", torch.float32, copy=True)
             self.delta = torch.zeros(len(layers), 1, layers[0].context_dim, device=device)
         self._placements = [Placement(self.delta, self._names, rows) for rows in prompt_rows]
+        compared = {name: value for name, value in asdict(options).items() if name != "steps"}
+        self.identity = digest(compared, noun, self._names, prompt_rows, self._latents, self._masks)
         learned = Group("the residual", {"delta": self.delta}, _WITHOUT_GRADIENT)
         super().__init__(options, [learned], self._latents[0, 0].numel())
         if resume is not None:
@@ -163,13 +169,13 @@ class ResidualTraining(TrainingLoop):
             )
         if residual.steps and residual.seed != self.options.seed:
             raise ResidualError(
-                f"the residual to resume was trained with seed {residual.seed}, not {self.options.seed}: set that seed, "
-                "or it would not be the same training"
+                f"the residual to resume was trained with seed {residual.seed}, not {self.options.seed}: set that "
+                "seed, or it would not be the same training"
             )
         if residual.steps > self.options.steps:
             raise ResidualError(
-                f"the residual to resume has {residual.steps} steps already, and steps={self.options.steps} counts from "
-                "the first: raise steps to train it further"
+                f"the residual to resume has {residual.steps} steps already, and steps={self.options.steps} counts "
+                "from the first: raise steps to train it further"
             )
         state = dict(residual.training_state or {})
         if residual.steps and set(_MOMENTS) - set(state):

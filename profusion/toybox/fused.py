@@ -21,7 +21,8 @@ from ..promptnet.seed import PROMPT_PAIRS, ResidualSeed, attention_modules
 from ..residual import Residual
 from .pipeline import STEPS, Toybox, initial_noise, noun_rows, weight_file
 
-# As Fusion KSampler comes, with the cfg that Toybox takes: S* and the plain text, a fusion stage in the first fifth of a run.
+# As Fusion KSampler comes, with the cfg that Toybox takes: S* and the plain text, a fusion stage in the first fifth of
+# a run.
 GUIDED = Guidance((1.0, 0.5), cfg=4.0, refresh=2)
 FUSED_SHARE = 0.2
 FRESH_NOISE = 10_000  # seeds the fusion stage's noise, which must not be the noise that the picture starts from
@@ -38,8 +39,8 @@ def first_levels(share: float, steps: int) -> FusionOptions:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a run of B pictures is conditioned on: contexts (B, 77, width) of the prompt with S*, given the timestep (1,) and
-    gamma; of the prompt in plain words; and of the empty one."""
+    """What a run of B pictures is conditioned on: contexts (B, 77, width) of the prompt with S*, given the timestep
+    (1,) and gamma; of the prompt in plain words; and of the empty one."""
 
     word: Callable[[Tensor, float], Tensor]
     text: Tensor
@@ -48,7 +49,8 @@ class Conditions:
 
 @dataclass
 class FusedToybox:
-    """Toybox and its PromptNet (one that does not look at the noisy latent). `rows` counts UNet rows evaluated so far."""
+    """Toybox and its PromptNet (one that does not look at the noisy latent). `rows` counts UNet rows evaluated so
+    far."""
 
     toybox: Toybox
     promptnet: PromptNet
@@ -68,7 +70,8 @@ class FusedToybox:
         return merged([self.promptnet.embed_all(latent, token, timesteps) for latent, token in pairs])
 
     def seed(self, pictures: Tensor, masks: Tensor, noun: str) -> Residual:
-        """A residual from which a training on these pictures (P, 96, 96, 3) of one thing, masks (P, 96, 96), may start."""
+        """A residual from which a training on these pictures (P, 96, 96, 3) of one thing, masks (P, 96, 96), may
+        start."""
         word = self.words(pictures, torch.tensor(KNOTS)).mean(dim=0, keepdim=True)  # (1, tokens, width)
         plain = [prompt.format(noun) for prompt, _ in PROMPT_PAIRS]
         with torch.no_grad():
@@ -124,7 +127,8 @@ class FusedToybox:
         steps: int = STEPS,
         fresh: torch.Generator | None = None,
     ) -> Tensor:
-        """One latent for each generator, (B, 4, 12, 12). fresh: of the fusion stage's noise; needed where that has steps."""
+        """One latent for each generator, (B, 4, 12, 12). fresh: of the fusion stage's noise; needed where that has
+        steps."""
         sigmas = sampling_sigmas(steps)
 
         fuse, settle = (eps_denoiser(partial(predict, stage=stage)) for stage in ("fusion", "refinement"))
@@ -146,10 +150,11 @@ class FusedToybox:
         steps: int = STEPS,
         fresh: torch.Generator | None = None,
     ) -> Tensor:
-        """One latent for each of `pictures` (each (P, 96, 96, 3), of one thing), its noun and its generator: (B, 4, 12, 12).
+        """One latent for each of `pictures` (each (P, 96, 96, 3), of one thing), its noun and its generator:
+        (B, 4, 12, 12).
 
-        prompt: with S* once. A noun stands for S* in the plain text, which is the second of guidance.weights if there are
-        two. fresh: see `sample`.
+        prompt: with S* once. A noun stands for S* in the plain text, which is the second of guidance.weights if there
+        are two. fresh: see `sample`.
         """
         given = self.conditions(prompt, nouns, pictures, guidance.mode)
         run = RunGuidance(guidance)

@@ -1,7 +1,7 @@
 """The judge: a small network that says what a Toybox picture shows and where, so that captions can be scored.
 
-It has learnt from drawn pictures only, never from generated ones (`python -m training.judge` makes its weights). Pictures
-are the host's IMAGE tensors, (B, 96, 96, 3) in [0, 1]; every mask is (B, 96, 96) in [0, 1].
+It has learnt from drawn pictures only, never from generated ones (`python -m training.judge` makes its weights).
+Pictures are the host's IMAGE tensors, (B, 96, 96, 3) in [0, 1]; every mask is (B, 96, 96) in [0, 1].
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..problems import Explained
 from .drawing import BACKGROUNDS, PATTERNS, SIZE
 from .pipeline import WEIGHTS, weight_file
 from .world import NOUNS
@@ -21,7 +22,7 @@ from .world import NOUNS
 _BATCH = 64  # pictures judged at once; more only take more memory
 
 
-class JudgeError(ValueError):
+class JudgeError(Explained, ValueError):
     """Something that is not a batch of Toybox pictures."""
 
 
@@ -49,8 +50,8 @@ class JudgeNetwork(nn.Module):
         self.pattern = nn.Linear(2 * 64, len(PATTERNS))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(B, 3, 96, 96) in [-1, 1] -> logits: nouns (B, 13), backgrounds (B, 6), patterns (B, 4), and of the masks of whole
-        objects and of their bodies (B, 2, 96, 96)."""
+        """(B, 3, 96, 96) in [-1, 1] -> logits: nouns (B, 13), backgrounds (B, 6), patterns (B, 4), and of the masks of
+        whole objects and of their bodies (B, 2, 96, 96)."""
         x48 = self.down48(F.pixel_unshuffle(pixels, 2))
         x24 = self.down24(x48)
         x12 = self.down12(x24)
@@ -90,8 +91,9 @@ def whole(left: Tensor, right: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees in each of B pictures: probabilities of NOUNS (B, 13), BACKGROUNDS (B, 6) and PATTERNS (B, 4; no
-    meaning for an object that has its own appearance); soft masks (B, 96, 96) of whole objects and of their bodies."""
+    """What the judge sees in each of B pictures: probabilities of NOUNS (B, 13), BACKGROUNDS (B, 6) and PATTERNS (B,
+    4; no meaning for an object that has its own appearance); soft masks (B, 96, 96) of whole objects and of their
+    bodies."""
 
     noun_probabilities: Tensor
     background_probabilities: Tensor

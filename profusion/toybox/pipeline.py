@@ -113,7 +113,8 @@ class Toybox:
         return self.text(tokenize([prompts] if isinstance(prompts, str) else list(prompts)))
 
     def evaluator(self, context: Tensor, guidance: float = GUIDANCE) -> Evaluate:
-        """The UNet under classifier-free guidance as `evaluate(x, sigma, patches) -> denoised`; context (B, 77, 128)."""
+        """The UNet under classifier-free guidance as `evaluate(x, sigma, patches) -> denoised`; context
+        (B, 77, 128)."""
         both_contexts = torch.cat([context, self.context("").expand_as(context)])
 
         def evaluate(x: Tensor, sigma: Tensor, patches: Patches) -> Tensor:
@@ -210,7 +211,8 @@ class Toybox:
 
 
 def noun_rows(prompt: str, noun: str) -> tuple[int, ...]:
-    """The context rows of a noun's last place in a prompt ("a photo of a photo"); NounError, which quotes the prompt, if it has none."""
+    """The context rows of a noun's last place in a prompt ("a photo of a photo"); NounError, which quotes the prompt,
+    if it has none."""
     ids, wanted = words_to_ids(prompt), words_to_ids(noun)
     chunk = [(START, 0), *((token, 1) for token in ids)]
     spans = find_noun([chunk], wanted, lambda token: id_to_text(token).endswith("</w>"))

@@ -1,7 +1,8 @@
-"""Every method of the kernel, and combinations of them, behind one face: what tests/contract/test_contract.py holds all to.
+"""Every method of the kernel, and combinations of them, behind one face: what tests/contract/test_contract.py holds
+all to.
 
-A method is attached to one small frozen model and changes what that predicts. The face is the tests' own, a thin one: what
-is under it is the kernel's public interface, called as the demo and the nodes call it.
+A method is attached to one small frozen model and changes what that predicts. The face is the tests' own, a thin one:
+what is under it is the kernel's public interface, called as the demo and the nodes call it.
 """
 
 from __future__ import annotations

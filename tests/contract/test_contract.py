@@ -1,7 +1,7 @@
 """What every method must keep, whatever it does: see methods.py for them.
 
-Off is the plain model, bit for bit. Training moves the method's own parameters alone. What is saved comes back. Bad input
-raises and changes nothing. All of it on every device, and in every type that a model may have.
+Off is the plain model, bit for bit. Training moves the method's own parameters alone. What is saved comes back. Bad
+input raises and changes nothing. All of it on every device, and in every type that a model may have.
 """
 
 from contextlib import nullcontext

@@ -1,4 +1,5 @@
-"""Memory in the two trainings: gradient checkpointing changes nothing but it, and what cannot fit is refused at once."""
+"""Memory in the two trainings: gradient checkpointing changes nothing but it, and what cannot fit is refused at
+once."""
 
 import importlib
 import math
@@ -9,6 +10,7 @@ import torch
 
 pytest.importorskip("comfy.samplers", reason="no ComfyUI: set COMFYUI_PATH to a checkout")
 
+import comfy.model_management  # noqa: E402
 import tiny  # noqa: E402
 from pooled import PooledVae  # noqa: E402
 from test_finetune_nodes import PooledVision, promptnet  # noqa: E402
@@ -186,8 +188,13 @@ def test_an_unknown_choice_is_refused(host, clip):
         trained(host, clip, gradient_checkpointing="some")
 
 
-def test_main_memory_is_not_reckoned_with(host):
+def test_memory_that_nobody_tells_is_not_reckoned_with(host, monkeypatch):
+    management, card = comfy.model_management, torch.device("cuda:0")
+    monkeypatch.setattr(management, "get_total_memory", lambda device: 12e9)
     assert host.budget._memory_of(torch.device("cpu")) == math.inf
+    assert host.budget._memory_of(card) == 12e9 - management.extra_reserved_memory()
+    monkeypatch.setattr(management, "directml_enabled", True)
+    assert host.budget._memory_of(card) == math.inf
 
 
 def test_sdxl_on_a_card_of_12_gb(host, monkeypatch):

@@ -159,6 +159,35 @@ def test_large_gradients_are_clipped(small):
     assert total == pytest.approx(1e-6, rel=1e-3)
 
 
+def test_a_checkpoint_of_another_beginning_is_refused_where_that_matters(small, tmp_path):
+    path, other = tmp_path / "one.safetensors", pictures()
+    run = training(small)
+    run.save(path)
+    for again in (
+        training(small, network=small.stirred()),
+        training(small, given=PictureSet(other.latents, other.image_tokens + 1)),
+    ):
+        assert again.identity != run.identity
+        with pytest.raises(TrainingError, match="began with another PromptNet or image encoder"):
+            again.resume(path, same_start=True)
+    same = training(small, steps=9)
+    same.resume(path, same_start=True)
+    assert same.identity == run.identity != training(small, steps=9, cosine=True).identity
+
+
+def test_a_first_loss_tells_whether_a_training_began_alike(small):
+    run = training(small)
+    assert run.begins_like({}) and not run.losses
+    list(run.steps())
+    assert training(small).begins_like(run.state())
+    assert not training(small, predict=guess).begins_like(run.state())
+    fresh = training(small)
+    before = parameters(fresh)
+    fresh.begins_like(run.state())
+    assert fresh.step == 0 and all(torch.equal(value, before[name]) for name, value in parameters(fresh).items())
+    assert list(fresh.steps()) == run.losses, "asking leaves nothing behind"
+
+
 def test_another_trainings_checkpoint_is_refused(small, tmp_path):
     path = tmp_path / "one.safetensors"
     training(small).save(path)

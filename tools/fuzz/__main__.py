@@ -53,7 +53,7 @@ def forget_peak() -> float:
 
 
 def outcome(kind: Kind, path: Path, forged: bool, original: object) -> str:
-    """Load a file: "refused" in our words, "equal" to the original, or "another" that is whole; else AssertionError."""
+    """Load a file: "refused" in our words, "equal" to the original, "another" that is whole, or AssertionError."""
     try:
         loaded = kind.load(path)
     except kind.refusals as problem:
