@@ -127,6 +127,20 @@ def test_a_shared_file_with_markup_is_refused_by_name(server):
     assert "cat.safetensors" in json.dumps(listed) and MARKUP not in json.dumps(listed)
 
 
+@pytest.mark.parametrize("value", ["int6\ud800", None, "int7", "\0"], ids=ascii)
+def test_no_choice_stops_the_server(server, value):
+    """The host refuses these itself; where it cannot even log them, its answer says only that it failed."""
+    assert outcome(server, load_and_save(f"chosen {time.monotonic_ns()}", precision=value)) != "success"
+    still_works(server)
+
+
+def test_a_very_deep_path_is_saved_and_shown_at_once(server):
+    started = time.monotonic()
+    assert outcome(server, load_and_save("deep/" * 300 + f"cat {time.monotonic_ns()}")) == "success"
+    assert time.monotonic() - started < 30
+    still_works(server)
+
+
 def toybox(**inputs):
     values = {"toy": "bear", "count": 1, "seed": 0} | inputs
     return {"1": {"class_type": "ProFusion_ToyboxLoader", "inputs": values}}
