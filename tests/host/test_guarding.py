@@ -245,11 +245,16 @@ def test_a_file_whose_name_is_markup_is_not_listed_nor_loaded(files):
     ],
 )
 def test_a_prefix_that_some_system_refuses_is_refused_on_all(files, prefix):
-    for next_path in (lambda: files.next_residual_path(prefix, "cat"), lambda: files.next_path("loras", prefix)):
+    for next_path in (lambda: files.next_residual_path(prefix, "cat"), lambda: free_path(files, "loras", prefix)):
         with pytest.raises(ValueError, match="^filename_prefix ") as caught:
             next_path()
         assert str(caught.value).isprintable()
     assert not any((files.folder / "loras").rglob("*.safetensors"))
+
+
+def free_path(files, folder, prefix):
+    """Where a file with this prefix would be saved."""
+    return files.save_numbered(folder, prefix, lambda path: path)
 
 
 def test_a_backslash_is_a_subfolder_on_every_system(files):
@@ -263,7 +268,7 @@ def test_a_link_out_of_the_folder_is_named(files, tmp_path):
     (files.folder / "loras" / "link").symlink_to(tmp_path / "elsewhere")
     link = files.folder / "loras" / "link"
     try:
-        path = files.next_path("loras", "link/x")
+        path = free_path(files, "loras", "link/x")
     except ValueError as problem:  # newer hosts
         assert "'link/x'" in str(problem) and "no link leads out" in str(problem)
     else:  # older ones follow the links of the folder's owner
