@@ -19,7 +19,7 @@ from profusion.toybox import world
 from profusion.toybox.judge import Judge, JudgeNetwork, halves, save_judge
 
 from .data import work_folder
-from .stages import Stage
+from .stages import TrainingStage
 
 UNKNOWN = -1  # no label: the nouns of a picture of two objects, the pattern of a lemon
 
@@ -97,7 +97,7 @@ def train(drawn: Drawn, steps: int, path: Path, seed: int = 0, batch: int = 64) 
     """Cross-entropy on the three labels and on every pixel of the masks."""
     torch.manual_seed(seed)
     network = JudgeNetwork()
-    stage = Stage(
+    stage = TrainingStage(
         "judge", nn.ModuleDict({"judge": network}), steps, path, learning_rate=3e-3, ema_decay=0.99, seed=4 + seed
     )
 

@@ -15,7 +15,7 @@ from .muon import Muon
 
 
 @dataclass
-class Stage:
+class TrainingStage:
     """A loop of `steps` optimiser steps over `modules`, checkpointed every `save_seconds` under `path`."""
 
     name: str

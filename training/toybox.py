@@ -26,7 +26,7 @@ from profusion.toybox.configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE, TOYBOX_VIS
 from profusion.toybox.pipeline import save_weights
 
 from .data import Captions, DataSet, check_vocabulary, pooled, work_folder
-from .stages import Stage
+from .stages import TrainingStage
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def train_vae(recipe: Recipe, data: DataSet, work: Path) -> VAE:
     """Squared and absolute error (flat colours have sharp edges), a light KL. Small crops come first, and cost less."""
     torch.manual_seed(recipe.seed)
     vae = VAE(TOYBOX_VAE).to(memory_format=torch.channels_last)
-    stage = Stage("vae", nn.ModuleDict({"vae": vae}), recipe.vae_steps, work / "vae.pt", ema_decay=0.995)
+    stage = TrainingStage("vae", nn.ModuleDict({"vae": vae}), recipe.vae_steps, work / "vae.pt", ema_decay=0.995)
 
     def loss_of(step: int, generator: torch.Generator):
         progress = step / recipe.vae_steps
@@ -126,7 +126,7 @@ def train_decoder(recipe: Recipe, data: DataSet, vae: VAE, latents: Tensor, work
     A little noise on the latents, since the UNet's are not exact either.
     """
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
-    stage = Stage(
+    stage = TrainingStage(
         "decoder",
         decoder,
         recipe.decoder_steps,
@@ -175,7 +175,7 @@ def train_text(recipe: Recipe, data: DataSet, work: Path) -> TextModel:
     heads = nn.ModuleList([nn.Linear(TOYBOX_TEXT.width, size) for size in sizes])
     place = nn.Linear(TOYBOX_TEXT.width, len(world.BACKGROUNDS))
     modules = nn.ModuleDict({"text": text, "heads": heads, "place": place})
-    stage = Stage("text", modules, recipe.text_steps, work / "text.pt", ema_decay=0.99, seed=1)
+    stage = TrainingStage("text", modules, recipe.text_steps, work / "text.pt", ema_decay=0.99, seed=1)
 
     def loss_of(step: int, generator: torch.Generator):
         rng = np.random.default_rng((1, step))
@@ -267,7 +267,7 @@ def train_unet(recipe: Recipe, data: DataSet, latents: Tensor, text: TextModel, 
             if ".out_layers.3." in name or ".proj_out." in name or name.startswith("out.2."):
                 parameter.zero_()
     modules = nn.ModuleDict({"unet": unet, "text": text})
-    stage = Stage("unet", modules, recipe.unet_steps, work / "unet.pt", ema_decay=0.999, seed=2)
+    stage = TrainingStage("unet", modules, recipe.unet_steps, work / "unet.pt", ema_decay=0.999, seed=2)
     weights = (1 / alphas_cumprod()).clamp(max=25)
     weights = weights / weights.mean()
 
@@ -309,7 +309,7 @@ def train_vision(recipe: Recipe, data: DataSet, text: TextModel, work: Path) -> 
     text.text_projection.requires_grad_(True)
     scale = nn.ParameterDict({"log": nn.Parameter(torch.tensor(2.7))})
     modules = nn.ModuleDict({"vision": vision, "projection": text.text_projection, "scale": scale})
-    stage = Stage("vision", modules, recipe.vision_steps, work / "vision.pt", ema_decay=0.99, seed=3)
+    stage = TrainingStage("vision", modules, recipe.vision_steps, work / "vision.pt", ema_decay=0.99, seed=3)
 
     def loss_of(step: int, generator: torch.Generator):
         rng = np.random.default_rng((3, step))
