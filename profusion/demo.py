@@ -51,6 +51,9 @@ def train(toybox: Toybox, concept: Concept, options: TrainingOptions, say: Say, 
     if folder is not None:
         path = folder / f"training_{digest(training.identity, dict(toybox.unet.named_parameters()))}{SUFFIX}"
         begun = _begun(path, options, say)
+        if begun is None and path.is_file():  # of a longer training, or damaged: it stays as it is
+            path = path.with_stem(f"{path.stem}_{options.steps}")
+            begun = _begun(path, options, say)
         if begun is not None:
             training = toybox.training(concept.pictures, concept.masks, concept.noun, options, begun)
         partial = Partial(lambda: save_residual(training.residual(), path, "float32").path)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -54,7 +55,7 @@ class FusionOptions:
     sigma_end: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.repeats < math.inf:
+        if not isinstance(self.repeats, Integral) or self.repeats < 0:
             raise ValueError(f"repeats={self.repeats}: give 0 (no fusion stage) or more")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta} must lie in [0, 1]: the share of the noise that may be swapped")
@@ -102,7 +103,7 @@ class Guidance:
         for name in ("cfg", "fusion_cfg", "gamma"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)} is not a finite number")
-        if not 1 <= self.refresh < math.inf:
+        if not isinstance(self.refresh, Integral) or self.refresh < 1:
             raise ValueError(f"refresh={self.refresh}: give 1 (all conditions at every evaluation) or more")
 
     def scale(self, stage: Stage) -> float:

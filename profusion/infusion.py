@@ -16,7 +16,8 @@ a row of equal chunks, one for each entry of `extra_options["cond_or_uncond"]`.
 
 The streams are evaluated one after the other: F with `foundation_patches`, then C with `customised_patches`. In one
 batch, a matrix product of 2N rows would have to give the bits that N rows give, and it does not (on a CPU the output
-of a small UNet moves by 5e-6 at N = 1, 2 and 3). In two, F is the plain run, and memory is that of one.
+of a small UNet moves by 5e-6 at N = 1, 2 and 3). In two, F is the plain run, and memory is that of one and of F's
+queries while they wait (`profusion.queries`).
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ class Placement:
         if addend is None:
             residual = self.strength * self.delta[self.layers.index(layer)]
             addend = residual_rows(residual, self._index(value), value)
-            if not addend.requires_grad:
+            if not self.delta.requires_grad:  # not the addend's: it has none where gradients are off
                 self._kept[key] = addend
         return value + addend
 

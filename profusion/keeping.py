@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import files
+from . import files, problems
 
 SECONDS = 30.0  # of work between two savings
 SHARE = 0.01  # of the time that savings may take: where writing is slow, they are rarer
@@ -68,6 +69,11 @@ class Partial:
         try:
             self.save()
         except Exception as problem:  # whatever it is: the training is worth more than one of its copies
+            if self.problem is None:
+                logging.getLogger("ProFusion").warning(
+                    "What has been learned so far cannot be written (%s). The training goes on, and tries again.",
+                    problems.why(problem),
+                )
             self.problem = problem
 
 

@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -67,7 +68,7 @@ def check_whole(options: Any, *fields: str) -> None:
     """Raise ValueError unless these fields are whole numbers: NaN is neither too small nor too large."""
     for field in fields:
         value = getattr(options, field)
-        if not isinstance(value, int):
+        if not isinstance(value, Integral):
             raise ValueError(f"{field}={value} must be a whole number")
 
 
@@ -223,8 +224,8 @@ class TrainingLoop(ABC):
         attached = loss.requires_grad
         if attached:
             (loss * scale).backward()
-        largest = [_largest(group.parameters.values(), loss) for group in self.groups]  # of each group, NaN if one is
-        value, *sizes = torch.stack([loss.detach().float(), *largest]).tolist()
+        totals = [_total(group.parameters.values(), loss) for group in self.groups]  # of each group, NaN if one is
+        value, *sizes = torch.stack([loss.detach().float(), *totals]).tolist()
         missing = next((group for group, size in zip(self.groups, sizes, strict=True) if not size), None)
         return _Gradient(value, all(math.isfinite(size) for size in sizes), missing, attached)
 
@@ -233,7 +234,8 @@ class TrainingLoop(ABC):
         torch._foreach_div_(gradients, self.loss_scale)
         if math.isfinite(self.clip):
             norm = math.hypot(*torch.stack(torch._foreach_norm(gradients)).tolist())
-            torch._foreach_mul_(gradients, min(1.0, self.clip / norm))
+            if norm > self.clip:
+                torch._foreach_mul_(gradients, self.clip / norm)
 
     def _overflow(self) -> str:
         return f"the gradient overflowed at step {self.step}: use a model in float32 or bfloat16"
@@ -250,12 +252,13 @@ class _Gradient:
     attached: bool
 
 
-def _largest(parameters: Iterable[Tensor], like: Tensor) -> Tensor:
-    """The largest |gradient| of parameters, a scalar on the device of `like`; 0 where there is none."""
+def _total(parameters: Iterable[Tensor], like: Tensor) -> Tensor:
+    """The sum of |gradient| of parameters, a scalar on the device of `like`; 0 where there is none."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros((), device=like.device)
-    return torch.stack(torch._foreach_norm(gradients, math.inf)).max().to(like.device)
+    # Not the largest: MPS overlooks NaN in a maximum.
+    return torch.stack(torch._foreach_norm(gradients, 1)).sum().to(like.device)
 
 
 def grown(scale: float, step: int, first: float) -> float:

@@ -129,7 +129,9 @@ def _fitting_masks(masks: Tensor, shape: Sequence[int], multiple: int) -> Tensor
         raise PictureError(
             f"a mask of {wide}x{high} pixels does not fit pictures of {width}x{height}: give one of their size"
         )
-    return smoothly_resized(masks[:, None], (height, width))[:, 0]
+    resized = smoothly_resized(masks[:, None], (height, width))[:, 0].clamp(0, 1)
+    # White stays white: what rounding leaves would count as the concept's surroundings, and as all of them.
+    return torch.where(resized > 1 - 1e-5, torch.ones_like(resized), resized)
 
 
 def _cropped(pictures: Tensor, multiple: int) -> Tensor:

@@ -24,7 +24,7 @@ def state_of_this_thread() -> Callable[[], ExitStack]:
     """
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     cached = torch.is_autocast_cache_enabled()
-    casts = [(kind, torch.get_autocast_dtype(kind)) for kind in AUTOCAST if torch.is_autocast_enabled(kind)]
+    casts = [(kind, torch.get_autocast_dtype(kind)) for kind in AUTOCAST if _is_autocasting(kind)]
     functions, operators = _get_current_function_mode_stack(), _get_current_dispatch_mode_stack()
     streams = [
         (kind, kind.current_stream())
@@ -45,6 +45,13 @@ def state_of_this_thread() -> Callable[[], ExitStack]:
         return modes
 
     return entered
+
+
+def _is_autocasting(kind: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(kind)
+    except (RuntimeError, TypeError):  # older versions do not know every kind
+        return False
 
 
 @contextmanager

@@ -80,7 +80,8 @@ def keeping(node: type[io.ComfyNode], keep: Callable[[], str]) -> Iterator[None]
             tell(node, where, caption(where))  # the host shows the `ui` of nodes that finish only
         if isinstance(problem, Interrupted) or not isinstance(problem, Exception):
             raise
-        raise TrainingError(f"{known(problem) or problem}\n{where}") from problem
+        said = known(problem) or str(problem) or type(problem).__name__
+        raise TrainingError(f"{said}\n{where}") from problem
 
 
 class Progress:

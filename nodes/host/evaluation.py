@@ -25,6 +25,7 @@ from ...profusion.loop import TrainingError
 from ...profusion.metrics import predictions
 from ...profusion.metrics.fisher import NoisyLatents
 from ...profusion.models.unet import BasicTransformerBlock, ResBlock
+from ...profusion.problems import known
 
 BATCH = 4  # noisy latents at a time where predictions are compared
 
@@ -53,10 +54,15 @@ def resident(model: ModelPatcher) -> ModelPatcher:
         return model
     try:
         found = model.clone(disable_dynamic=True)
+    except comfy.model_management.InterruptProcessingException:
+        raise
     except Exception as error:  # the loader's: whatever reading the file again makes of it
+        if known(error) is not None:
+            raise  # it says itself what is wrong, such as no memory
         raise TrainingError(_dynamic(f"it cannot be loaded anew: {error}")) from error
     found.parent = None  # else the host takes the memory of the one for the other's, once this is gone
     _cast_as_computed(found.model)
+    found.size = 0  # the host counts it anew: it was that of the file's type
     return found
 
 

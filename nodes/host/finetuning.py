@@ -304,23 +304,26 @@ class FinetuningRun:
         What is not of this training is left alone, and said.
         """
         training = self.finetuning.training
-        path = next((path for path in self._partial_paths() if path.is_file()), None)
-        try:
-            if self._identity in _unsaved:
-                network, state = _unsaved[self._identity]
-                training.check_state(state)
-                training.go_on(network, state)
-                where = "memory"
-            elif path is not None:
-                training.resume(path, same_start=True)
-                where = str(path)
-            else:
-                return
-        except (PromptNetError, TrainingError) as problem:
-            self._begun = f"Begun anew. {problem}\n"
+        while True:
+            path = next((path for path in self._partial_paths() if path.is_file()), None)
+            try:
+                if self._identity in _unsaved:
+                    network, state = _unsaved[self._identity]
+                    training.check_state(state)
+                    training.go_on(network, state)
+                    where = "memory"
+                elif path is not None:
+                    training.resume(path, same_start=True)
+                    where = str(path)
+                else:
+                    return
+            except (PromptNetError, TrainingError) as problem:
+                self._begun += f"Begun anew. {problem}\n"
+                self._identity = digest(self._identity, "anew")  # what was found keeps its name, and its file
+                continue
+            self._partial.path = path
+            self._begun += f"Gone on from step {training.step}, from {where}\n"
             return
-        self._partial.path = path
-        self._begun = f"Gone on from step {training.step}, from {where}\n"
 
     def _partial_paths(self) -> list[Path]:
         return [folder / TRAINING / f"finetune_{self._identity}{SUFFIX}" for folder in folders(PROMPTNETS)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,8 +58,9 @@ def told(problem: Exception) -> InputError | None:
     words = known(problem)
     if words is not None and not isinstance(problem, InputError):
         return InputError(f"{words[0].upper()}{words[1:]}.")
-    chain, texts = problem, []
-    while chain is not None:  # the log prints what caused it too
+    chain, texts, seen = problem, [], set()
+    while chain is not None and id(chain) not in seen:  # the log prints what caused it too
+        seen.add(id(chain))
         texts.append(str(chain))
         chain = chain.__cause__ or chain.__context__
     if any(printable(text) != text for text in texts):
@@ -76,7 +78,7 @@ def check_inputs(inputs: list, values: Mapping[str, Any]) -> None:
         if kind in ("STRING", "COMBO"):
             _check_text(one.id, value)
         elif kind in ("INT", "FLOAT", "BOOLEAN"):
-            if not isinstance(value, int | float) or not math.isfinite(value):
+            if not isinstance(value, numbers.Real) or value != value or abs(value) == math.inf:
                 raise InputError(f"{one.id} is {value!r:.80}: give a number")
         elif isinstance(value, _PLAIN) or (value is None and kind not in _PARTS):
             raise InputError(f"{one.id} is {value!r:.80}: connect a node that gives {kind}")

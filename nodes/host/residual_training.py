@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,11 @@ from comfy.sd import CLIP, VAE
 from torch import Tensor
 
 from ...profusion.infusion import CONCEPTS_KEY
-from ...profusion.keeping import Partial
+from ...profusion.keeping import Partial, digest
 from ...profusion.pictures import concept_pictures, loss_plot, stacked, to_image
 from ...profusion.prompt import NounError
 from ...profusion.residual import Residual, ResidualError, SavedResidual, save_residual
-from ...profusion.residual.training import ResidualTraining, TrainingOptions
+from ...profusion.residual.training import Reference, ResidualTraining, TrainingOptions
 from .budget import plan_training
 from .display import Progress
 from .drawing import Sampling, draw
@@ -189,12 +188,18 @@ def _save(residual: Residual, name: str, everywhere: bool = False) -> SavedResid
     )
 
 
-def _identity(model: ModelPatcher, pictures: Tensor, masks: Tensor, noun: str, options: TrainingOptions) -> str:
+def _identity(
+    model: ModelPatcher,
+    clip: CLIP,
+    references: Sequence[Reference],
+    noun: str,
+    options: TrainingOptions,
+    resume: Residual | None,
+) -> str:
     """What must be the same for one training to go on as another."""
-    digest = hashlib.sha256(repr((id(model.model), str(model.patches_uuid), noun, options)).encode())
-    for tensor in (pictures, masks):
-        digest.update(tensor.contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    parts = [(id(part.model), str(part.patches_uuid)) for part in (model, clip.patcher)]
+    learned = [(reference.latent, reference.mask) for reference in references]
+    return digest(parts, learned, noun, options, None if resume is None else (resume.steps, resume.delta))
 
 
 @dataclass(frozen=True)
@@ -222,9 +227,9 @@ def prepare_training(
     layers = model_layers(model)
     check_connected(clip=clip, vae=vae)
     pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
-    identity = _identity(model, pictures, weights, noun, options)
     conditionings, rows = encode_training_prompts(clip, noun, layers)
     references = encode_references(model, vae, pictures, weights)
+    identity = _identity(model, clip, references, noun, options, resume)
     budget = plan_training(model, (options.batch_size, *references[0].latent.shape), checkpointing)
     trained = TrainedModel(model, conditionings, memory=budget.step, checkpointing=budget.checkpointing)
     flipped = encode_references(model, vae, pictures.flip(2), weights.flip(2)) if options.flip else ()

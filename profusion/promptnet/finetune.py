@@ -156,6 +156,16 @@ class FinetuneTraining(PromptNetTraining):
         """See PromptNetTraining; the changes are part of it."""
         return super().state() | {name: value.detach().cpu() for name, value in self._attention.items()}
 
+    def go_on(self, network: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """See PromptNetTraining. Raises TrainingError, before anything is altered, for changes of other layers."""
+        kept = {name: value.shape for name, value in state.items() if name.startswith("attention.")}
+        if kept != {name: value.shape for name, value in self._attention.items()}:
+            raise TrainingError(
+                "the checkpoint's training changed other attention layers, or with another rank. Give what it was "
+                "trained with, or begin anew in another file"
+            )
+        super().go_on(network, state)
+
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """See PromptNetTraining; the changes are restored too."""
         super().restore(state)

@@ -217,7 +217,7 @@ class ResidualTraining(TrainingLoop):
     def residual(self) -> Residual:
         """What has been learned so far, with the optimizer's state, so that it can be resumed."""
         state = self.state()
-        moments = {kind: state[f"{kind}.delta"] for kind in _MOMENTS if f"{kind}.delta" in state}
+        moments = {kind: state[f"{kind}.delta"].clone() for kind in _MOMENTS if f"{kind}.delta" in state}
         return Residual(
             delta=self.delta.detach().clone(),
             noun=self._noun,
