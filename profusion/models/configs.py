@@ -84,6 +84,6 @@ SD21 = UNetConfig(320, (1, 2, 4, 4), 2, (1, 1, 1, 0), 1, 1024, head_channels=64,
 SDXL = UNetConfig(320, (1, 2, 4), 2, (0, 2, 10), 10, 2048, head_channels=64, use_linear=True, adm_channels=2816)
 
 TOYBOX = UNetConfig(64, (1, 2, 2), 1, (1, 1, 1), 1, 128, num_heads=4)
-TOYBOX_VAE = VAEConfig(64, (1, 1, 1, 2), 1)  # 32 channels would make its 32 groups instance norms, which lose colour
+TOYBOX_VAE = VAEConfig(64, (1, 1, 2, 2), 1)  # 32 channels would make its 32 groups instance norms, which lose colour
 TOYBOX_TEXT = TextConfig(128, 4, 4, 512)
-TOYBOX_VISION = VisionConfig(128, 4, 4, 512, image_size=96, patch_size=12, projection=128)
+TOYBOX_VISION = VisionConfig(128, 4, 4, 512, image_size=128, patch_size=16, projection=128)

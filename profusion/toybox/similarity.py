@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-STEP = 7 / 96  # from one colour of a pair to the other, as a share of the picture's side: half a stripe's period
+STEP = 11 / 128  # from one colour of a pair to the other, as a share of the picture's side: half a stripe's period
 BANDWIDTH = 0.07  # s, in Oklab: a clearly visible difference of colour
 LIGHTNESS = 0.5  # what a difference in lightness counts: objects are shaded
 _STRIDE = 3  # every third pixel is looked at, each way

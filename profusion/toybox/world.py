@@ -40,21 +40,24 @@ BACKGROUND_PHRASES = {
     "wall": "by a brick wall",
 }
 _TURN = {
-    "ball": 16,
-    "star": 16,
-    "heart": 10,
+    "ball": 14,
+    "star": 8,
+    "heart": 9,
     "house": 2,
-    "fish": 12,
+    "fish": 10,
     "cat": 4,
-    "mushroom": 7,
+    "mushroom": 6,
     "cup": 4,
     "car": 4,
-    "butterfly": 14,
-    "lemon": 18,
-    "ladybird": 7,
-    "watermelon": 12,
+    "butterfly": 10,
+    "lemon": 12,
+    "ladybird": 6,
+    "watermelon": 10,
 }
 
+# Pixels: where objects stand, alone or side by side, and their longer sides.
+MIDDLE, LEFT, RIGHT = (SIZE / 2, 67), (SIZE / 4 + 0.5, 68), (3 * SIZE / 4 - 0.5, 68)
+SINGLE_DIAMETERS, PAIR_DIAMETERS = (78, 92), (57, 60)
 OFF_PALETTE_SHARE = 0.35
 TWO_OBJECT_SHARE = 0.25
 HELD_OUT_SHARE = 0.08
@@ -175,8 +178,8 @@ def sample_scene(rng: np.random.Generator, *, hold_out: bool = True) -> Scene:
         if rng.random() < TWO_OBJECT_SHARE:
             left, right = rng.choice(NOUNS, size=2, replace=False)
             objects = (
-                _sample_object(rng, str(left), (25.5, 50), 1.0, (40, 43)),
-                _sample_object(rng, str(right), (70.5, 50), 1.0, (40, 43)),
+                _sample_object(rng, str(left), LEFT, 1.0, PAIR_DIAMETERS),
+                _sample_object(rng, str(right), RIGHT, 1.0, PAIR_DIAMETERS),
             )
         else:
             objects = (_sample_object(rng, str(rng.choice(NOUNS))),)
@@ -185,7 +188,9 @@ def sample_scene(rng: np.random.Generator, *, hold_out: bool = True) -> Scene:
             return scene
 
 
-def _sample_object(rng, noun, center=(48, 50), offset=5.0, diameters=(54, 66), appearance=None) -> SceneObject:
+def _sample_object(
+    rng, noun, center=MIDDLE, offset=6.0, diameters=SINGLE_DIAMETERS, appearance=None
+) -> SceneObject:
     if appearance is None and noun in GENERIC_NOUNS:
         appearance = sample_appearance(rng)
     x, y = center + rng.uniform(-offset, offset, 2)
@@ -338,7 +343,7 @@ def concept_pictures(name: str, n: int, rng: np.random.Generator) -> list[Pictur
     order = np.concatenate([rng.permutation(len(BACKGROUNDS)) for _ in range(-(-n // len(BACKGROUNDS)))] or [[]])[:n]
     pictures = []
     for index in order:
-        item = _sample_object(rng, noun, offset=4.0, appearance=look)
+        item = _sample_object(rng, noun, offset=5.0, appearance=look)
         scene = Scene((replace(item, flip=False),), BACKGROUNDS[int(index)], int(rng.integers(2**31)))
         pictures.append(render(scene))
     return pictures
