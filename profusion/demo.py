@@ -43,7 +43,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Concept:
-    """What is to be learned: pictures (M, 96, 96, 3), masks (M, 96, 96), the class noun, and words for people."""
+    """What is to be learned: pictures (M, SIZE, SIZE, 3), masks (M, SIZE, SIZE), the class noun, and words for people."""
 
     name: str
     noun: str
@@ -79,7 +79,7 @@ def train(toybox: Toybox, concept: Concept, options: TrainingOptions, say: Say) 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One prompt's pictures, (B, 96, 96, 3) each: plain, Infusion's and ProFusion's from the same seeds, plain from others."""
+    """One prompt's pictures, (B, SIZE, SIZE, 3) each: plain, Infusion's and ProFusion's from the same seeds, plain from others."""
 
     prompt: str
     plain: Tensor
@@ -91,7 +91,7 @@ class Drawing:
 def draw(
     fused: FusedToybox, residual: Residual, picture: Tensor, prompt: str, seeds: Sequence[int], steps: int
 ) -> Drawing:
-    """prompt: with {} for the noun. ProFusion has not been trained on anything: it sees one picture (1, 96, 96, 3)."""
+    """prompt: with {} for the noun. ProFusion has not been trained on anything: it sees one picture (1, SIZE, SIZE, 3)."""
     toybox, text = fused.toybox, prompt.format(residual.noun)
     plain, customised = toybox.generate_customised(text, [residual], seeded(*seeds), steps, GUIDANCE)
     others = seeded(*(seed + 1000 for seed in seeds))

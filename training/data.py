@@ -118,16 +118,6 @@ class Captions:
         return cls(*(session.put(tensor) for tensor in (tokens, lengths, nouns, background)))
 
 
-def check_vocabulary() -> None:
-    """Every word the world uses must be one token, or `Captions` would point at the wrong rows."""
-    rng = np.random.default_rng(0)
-    for _ in range(2000):
-        text = world.caption(world.sample_scene(rng), rng).text
-        length = int((tokenize(text)[0] == 49407).int().argmax())
-        if length != len(text.split()) + 1:
-            raise ValueError(f"a word of {text!r} is more than one token")
-
-
 def pooled(masks: Tensor, tokens: int) -> Tensor:
     """Silhouettes (B, K, CELLS, CELLS) on a coarser grid of `tokens` cells: (B, K, tokens)."""
     side = round(tokens**0.5)

@@ -18,7 +18,7 @@ class Recipe:
     vae_steps: int = 6_000
     decoder_steps: int = 2_000
     judge_scenes: int = 9_000
-    judge_steps: int = 1_500
+    judge_steps: int = 1_000
     text_steps: int = 600
     unet_steps: int = 24_000
     vision_steps: int = 1_500

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,42 @@ from profusion.toybox import world
 from .data import Captions, DataSet
 from .session import Session
 from .stages import Stage
+
+TABLE = "text_model.embeddings.token_embedding.weight"
+
+
+@cache
+def vocabulary() -> Tensor:
+    """Ids of every token that a caption of the world may hold, rising; the tower is trained with these alone."""
+    words = ("a an and", *world.NOUNS, *world.PALETTE, *world.PATTERNS, *world.BACKGROUND_PHRASES.values())
+    return torch.unique(tokenize([*words, *world.OPENINGS]))
+
+
+def compact(tokens: Tensor) -> Tensor:
+    """Ids of the world's tokens as places in `vocabulary`."""
+    return torch.searchsorted(vocabulary().to(tokens.device), tokens)
+
+
+def whole(text: TextModel) -> TextModel:
+    """The tower with CLIP's whole table, on the same device; words that the world does not have are zero."""
+    state = text.state_dict()
+    table = state[TABLE].new_zeros(TOYBOX_TEXT.vocabulary, TOYBOX_TEXT.width)
+    table[vocabulary().to(table.device)] = state[TABLE]
+    full = TextModel(TOYBOX_TEXT).to(table.device)
+    full.load_state_dict(state | {TABLE: table})
+    return full.eval().requires_grad_(False)
+
+
+def check_vocabulary() -> None:
+    """Every word the world uses must be one token, or `Captions` would point at the wrong rows; and all must be known."""
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        text = world.caption(world.sample_scene(rng), rng).text
+        tokens = tokenize(text)[0]
+        if int((tokens == END).int().argmax()) != len(text.split()) + 1:
+            raise ValueError(f"a word of {text!r} is more than one token")
+        if not torch.isin(tokens, vocabulary()).all():
+            raise ValueError(f"a word of {text!r} is not in the vocabulary")
 
 
 def _attributes(scene: world.Scene, caption: world.Caption) -> list[list[int]]:
@@ -33,7 +72,7 @@ def _attributes(scene: world.Scene, caption: world.Caption) -> list[list[int]]:
 def train_text(session: Session, data: DataSet) -> TextModel:
     """Text alone: each noun's row must say its noun and the attributes before it, so that the row carries appearance."""
     torch.manual_seed(session.recipe.seed + 1)
-    text = TextModel(TOYBOX_TEXT)
+    text = TextModel(replace(TOYBOX_TEXT, vocabulary=len(vocabulary())))
     nn.init.normal_(text.text_model.embeddings.token_embedding.weight, std=0.05)
     nn.init.normal_(text.text_model.embeddings.position_embedding.weight, std=0.02)
     sizes = (len(world.NOUNS), len(world.PALETTE) + 1, len(world.PALETTE) + 1, len(world.PATTERNS) + 1)
@@ -66,15 +105,7 @@ def train_text(session: Session, data: DataSet) -> TextModel:
 
 
 def encode_text(text: TextModel, tokens: Tensor, length: int) -> Tensor:
-    """The first `length` rows only: the tower is causal, so later rows (padding) cannot change them."""
+    """The first `length` rows only: the tower is causal, so later rows (padding) cannot change them. tokens (B, 77): ids."""
     embeddings = text.text_model.embeddings
-    x = embeddings.token_embedding(tokens[:, :length]) + embeddings.position_embedding.weight[:length]
+    x = embeddings.token_embedding(compact(tokens[:, :length])) + embeddings.position_embedding.weight[:length]
     return text.encode_embeddings(x)
-
-
-def used_tokens(data: DataSet) -> Tensor:
-    """Ids of every word the world can say; the file keeps the embedding rows of these alone."""
-    rng = np.random.default_rng(0)
-    texts = [world.caption(scene, rng).text for scene in data.scenes[:5000]]
-    texts += [world.full_caption(scene).text for scene in data.scenes[:5000]]
-    return torch.unique(torch.cat([tokenize(texts).flatten(), torch.tensor([END])]))

@@ -15,12 +15,12 @@ import torch
 from profusion.toybox.judge import save_judge
 from profusion.toybox.pipeline import save_weights
 
-from .data import DataSet, check_vocabulary
+from .data import DataSet
 from .judge import train_judge
 from .recipe import Recipe
 from .session import Session, Stopped
 from .sheets import generated, write_sheet
-from .text import train_text, used_tokens
+from .text import check_vocabulary, train_text, vocabulary, whole
 from .unet import train_unet
 from .vae import encode_all, train_decoder, train_vae
 from .vision import train_vision
@@ -42,7 +42,7 @@ def train(session: Session, out: Path) -> None:
     latents = encode_all(session, vae, data)
 
     def draw_with(unet):
-        return lambda scenes: generated(unet, vae, text, scenes)
+        return lambda scenes: generated(unet, vae, whole(text), scenes)
 
     def watch(step: int, unet) -> None:
         write_sheet(session, f"4-unet-{step:05}", vae, draw_with(unet))
@@ -50,7 +50,7 @@ def train(session: Session, out: Path) -> None:
     unet = train_unet(session, data, latents, text, watch)
     write_sheet(session, "5-unet", vae, draw_with(unet))
     vision = train_vision(session, data, text)
-    sizes = save_weights(out, unet=unet, vae=vae, text=text, vision=vision, tokens=used_tokens(data))
+    sizes = save_weights(out, unet=unet, vae=vae, text=whole(text), vision=vision, tokens=vocabulary())
     print(sizes | {"judge": save_judge(judge, out)})
 
 

@@ -20,17 +20,17 @@ from .data import Captions, DataSet, pooled
 from .norm import with_quick_norms
 from .session import Session
 from .stages import Stage
-from .text import encode_text
+from .text import compact, encode_text
 
 
 def context_of(text: TextModel, captions: Captions, keep_padding: bool) -> Tensor:
     """The context (B, 77, D). Unless `keep_padding`, end and padding rows are the empty prompt's, so that *words* carry
     the condition: where they may, end and padding take most of the attention and a residual on the noun can do nothing."""
     if keep_padding:
-        return text(captions.tokens)
+        return text(compact(captions.tokens))
     length = int(captions.lengths.max()) + 1
     hidden = encode_text(text, captions.tokens, length)
-    empty = text(tokenize("").to(hidden.device))  # (1, 77, D)
+    empty = text(compact(tokenize("").to(hidden.device)))  # (1, 77, D)
     rows = torch.arange(empty.shape[1], device=hidden.device)[None, :, None]
     hidden = torch.cat([hidden, empty[:, length:].expand(len(hidden), -1, -1)], dim=1)
     return torch.where(rows >= captions.lengths[:, None, None], empty, hidden)

@@ -23,10 +23,11 @@ from ..prompt import NounError, find_noun
 from ..residual import Residual
 from ..streams import Evaluate, two_stream_denoiser
 from ..training import PROMPTS, PredictNoise, Reference, ResidualTraining, TrainingOptions
+from .drawing import SIZE
 
 WEIGHTS = Path(__file__).with_name("weights")
 NETWORKS = ("unet", "vae", "text", "vision")
-SIZE = 96  # pixels a side
+CELLS = SIZE // 8  # latent cells a side
 GUIDANCE = 4.0
 STEPS = 30
 Callback = Callable[[int, Tensor], None]
@@ -97,10 +98,15 @@ class Toybox:
             network.eval().requires_grad_(False)
         return cls(*networks)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.unet.parameters()).device
+
     @torch.no_grad()
     def context(self, prompts: str | Sequence[str]) -> Tensor:
         """Prompts -> (B, 77, 128)."""
-        return self.text(tokenize([prompts] if isinstance(prompts, str) else list(prompts)))
+        return self.text(tokenize([prompts] if isinstance(prompts, str) else list(prompts)).to(self.device))
 
     def evaluator(self, context: Tensor, guidance: float = GUIDANCE) -> Evaluate:
         """The UNet under classifier-free guidance as `evaluate(x, sigma, patches) -> denoised`; context (B, 77, 128)."""
@@ -127,10 +133,10 @@ class Toybox:
         guidance: float = GUIDANCE,
         callback: Callback | None = None,
     ) -> Tensor:
-        """One picture a prompt, each from its own generator -> latents (B, 4, 12, 12)."""
+        """One picture a prompt, each from its own CPU generator -> latents (B, 4, CELLS, CELLS)."""
         evaluate = self.evaluator(self.context(prompts), guidance)
-        noise = initial_noise(generators)
-        return sample_euler(lambda x, sigma: evaluate(x, sigma, {}), noise, sampling_sigmas(steps), callback)
+        noise, sigmas = initial_noise(generators).to(self.device), sampling_sigmas(steps).to(self.device)
+        return sample_euler(lambda x, sigma: evaluate(x, sigma, {}), noise, sigmas, callback)
 
     @torch.no_grad()
     def generate_customised(
@@ -144,7 +150,7 @@ class Toybox:
         shared_latent: bool = False,
         callback: Callback | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Both streams of a prompt, a picture a generator -> plain and customised latents, (B, 4, 12, 12) each."""
+        """Both streams of a prompt, a picture a generator -> plain and customised latents, (B, 4, CELLS, CELLS) each."""
         placements = [
             Placement(item.delta, item.layers, noun_rows(prompt, item.noun), strength=strength) for item in residuals
         ]
@@ -209,7 +215,7 @@ def noun_rows(prompt: str, noun: str) -> tuple[int, ...]:
     return spans[-1]
 
 
-def initial_noise(generators: Sequence[torch.Generator], cells: int = SIZE // 8) -> Tensor:
+def initial_noise(generators: Sequence[torch.Generator], cells: int = CELLS) -> Tensor:
     """Unit noise (B, 4, cells, cells), each row from its own generator."""
     return torch.stack([torch.randn(4, cells, cells, generator=generator) for generator in generators])
 

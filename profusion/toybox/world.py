@@ -31,6 +31,7 @@ PALETTE: dict[str, Color] = {
 GENERIC_NOUNS = ("ball", "star", "heart", "house", "fish", "cat", "mushroom", "cup", "car", "butterfly")
 FIXED_NOUNS = ("lemon", "ladybird", "watermelon")  # the name alone implies the appearance
 NOUNS = GENERIC_NOUNS + FIXED_NOUNS
+OPENINGS = ("", "a photo of", "a picture of")
 BACKGROUND_PHRASES = {
     "grass": "on grass",
     "sand": "on sand",
@@ -254,7 +255,7 @@ def caption(scene: Scene, rng: np.random.Generator, *, bare: float = 0.25, no_ba
     bare: how often an object whose attributes have names is mentioned by its noun alone (half more often where only
     its pattern has one). no_background: how often the background is left out.
     """
-    opening = str(rng.choice(["", "a photo of", "a picture of"], p=(0.35, 0.45, 0.2)))
+    opening = str(rng.choice(OPENINGS, p=(0.35, 0.45, 0.2)))
     mentions = [_attributes(item.appearance, rng, bare) for item in scene.objects]
     return _assemble(scene, opening, mentions, rng.random() >= no_background)
 
