@@ -29,7 +29,8 @@ def _scenes(seed: int, chunk: int) -> list[world.Scene]:
 
 
 def _draw(job: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures (CHUNK, SIZE, SIZE, 3) and silhouettes on the latent grid (CHUNK, 2, CELLS, CELLS), from a seed and a chunk."""
+    """Pictures (CHUNK, SIZE, SIZE, 3) and silhouettes on the latent grid (CHUNK, 2, CELLS, CELLS), from a seed and a
+    chunk."""
     pictures = np.empty((CHUNK, SIZE, SIZE, 3), np.uint8)
     masks = np.zeros((CHUNK, MAX_OBJECTS, CELLS, CELLS), np.uint8)
     for row, scene in enumerate(_scenes(*job)):

@@ -24,8 +24,8 @@ UNKNOWN = -1  # no label: the nouns of a picture of two objects, the pattern of 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Labelled pictures (B, SIZE, SIZE, 3) and masks of whole objects and of bodies (B, SIZE, SIZE, 2), both uint8 0..255; labels
-    (B, 3): indices into NOUNS, BACKGROUNDS and PATTERNS, or UNKNOWN."""
+    """Labelled pictures (B, SIZE, SIZE, 3) and masks of whole objects and of bodies (B, SIZE, SIZE, 2), both uint8
+    0..255; labels (B, 3): indices into NOUNS, BACKGROUNDS and PATTERNS, or UNKNOWN."""
 
     pictures: Tensor
     masks: Tensor
@@ -114,8 +114,8 @@ def train_judge(session: Session, batch: int = 64) -> JudgeNetwork:
 
 
 def held_out_scores(judge: Judge, drawn: Drawn, corruption: torch.Generator | None = None) -> dict[str, float]:
-    """Accuracies and mean mask overlaps (intersection over union) on drawn pictures, as they are or corrupted like those of
-    training."""
+    """Accuracies and mean mask overlaps (intersection over union) on drawn pictures, as they are or corrupted like
+    those of training."""
     layers, labels = drawn.batch(torch.arange(len(drawn)))
     layers = layers if corruption is None else augment(layers, corruption)
     verdict = judge.look(layers[:, :3].movedim(1, -1))

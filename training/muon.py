@@ -13,7 +13,8 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """The nearest matrices with all singular values about 1, by a quintic Newton-Schulz iteration: (n, a, b) -> (n, a, b).
+    """The nearest matrices with all singular values about 1, by a quintic Newton-Schulz iteration: (n, a, b) -> (n, a,
+    b).
 
     X <- a X + (b A + c A^2) X with A = X X^T, in bfloat16: a step needs a direction, and values in 0.7..1.2 do.
     """

@@ -1,7 +1,7 @@
 """Group norm for training: what torch's own computes, in a few passes over channels-last memory.
 
-On a CPU torch's backward of a bfloat16 group norm takes as long as all convolutions of the autoencoder together; this one
-takes a fifth of that. Statistics are float32 whatever the input is.
+On a CPU torch's backward of a bfloat16 group norm takes as long as all convolutions of the autoencoder together; this
+one takes a fifth of that. Statistics are float32 whatever the input is.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class GroupNorm(nn.GroupNorm):
 
 
 def with_quick_norms(module: nn.Module) -> nn.Module:
-    """Replace every group norm inside by `GroupNorm`, which shares its parameters. On accelerators torch's own is quick."""
+    """Replace every group norm inside by `GroupNorm`, which shares its parameters. On accelerators torch's own is
+    quick."""
     for name, child in module.named_children():
         if type(child) is nn.GroupNorm:
             quick = GroupNorm(child.num_groups, child.num_channels, child.eps)

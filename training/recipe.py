@@ -15,8 +15,8 @@ class Recipe:
 
     seed: int = 0
     pictures: int = 24_000
-    vae_steps: int = 6_000
-    decoder_steps: int = 2_000
+    vae_steps: int = 12_000
+    decoder_steps: int = 2_500
     judge_scenes: int = 9_000
     judge_steps: int = 1_000
     text_steps: int = 600
@@ -44,7 +44,8 @@ class Recipe:
         for name, value in asdict(self).items():
             if begun.get(name) != value:
                 raise ValueError(
-                    f"{work} was begun with {name}={begun.get(name)}, not {value}: go on with that, or take another folder"
+                    f"{work} was begun with {name}={begun.get(name)}, not {value}: go on with that, or take another "
+                    "folder"
                 )
 
 

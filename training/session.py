@@ -78,8 +78,7 @@ class Session:
     def say(self, stage: str, step: int, pace: float | None, shown: str = "") -> None:
         """One line of progress."""
         speed = "" if pace is None else f"  {pace:.3f} s/step"
-        left = self.minutes_left(stage, step, pace)
+        left = f"{self.minutes_left(stage, step, pace):.0f} min left of all"
         print(
-            f"{time.strftime('%H:%M:%S')} {stage} {step}/{self.recipe.steps(stage)}{shown}{speed}  {left:.0f} min left of all",
-            flush=True,
+            f"{time.strftime('%H:%M:%S')} {stage} {step}/{self.recipe.steps(stage)}{shown}{speed}  {left}", flush=True
         )

@@ -1,4 +1,5 @@
-"""Picture sheets, so that a person can look: the same scenes as drawn, through the autoencoder, and from their captions."""
+"""Picture sheets, so that a person can look: the same scenes as drawn, through the autoencoder, and from their
+captions."""
 
 from __future__ import annotations
 

@@ -35,7 +35,9 @@ class Stage:
     weight_decay: float = 0.01
     ema_decay: float = 0.999
     seed: int = 0
-    watch: Callable[[int], None] | None = None  # called every recipe.sheet_every steps, with the averaged weights in place
+    watch: Callable[[int], None] | None = (
+        None  # called every recipe.sheet_every steps, with the averaged weights in place
+    )
     ema: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -45,7 +45,8 @@ def whole(text: TextModel) -> TextModel:
 
 
 def check_vocabulary() -> None:
-    """Every word the world uses must be one token, or `Captions` would point at the wrong rows; and all must be known."""
+    """Every word the world uses must be one token, or `Captions` would point at the wrong rows; and all must be
+    known."""
     rng = np.random.default_rng(0)
     for _ in range(2000):
         text = world.caption(world.sample_scene(rng), rng).text
@@ -70,7 +71,8 @@ def _attributes(scene: world.Scene, caption: world.Caption) -> list[list[int]]:
 
 
 def train_text(session: Session, data: DataSet) -> TextModel:
-    """Text alone: each noun's row must say its noun and the attributes before it, so that the row carries appearance."""
+    """Text alone: each noun's row must say its noun and the attributes before it, so that the row carries
+    appearance."""
     torch.manual_seed(session.recipe.seed + 1)
     text = TextModel(replace(TOYBOX_TEXT, vocabulary=len(vocabulary())))
     nn.init.normal_(text.text_model.embeddings.token_embedding.weight, std=0.05)
@@ -105,7 +107,8 @@ def train_text(session: Session, data: DataSet) -> TextModel:
 
 
 def encode_text(text: TextModel, tokens: Tensor, length: int) -> Tensor:
-    """The first `length` rows only: the tower is causal, so later rows (padding) cannot change them. tokens (B, 77): ids."""
+    """The first `length` rows only: the tower is causal, so later rows (padding) cannot change them. tokens (B, 77):
+    ids."""
     embeddings = text.text_model.embeddings
     x = embeddings.token_embedding(compact(tokens[:, :length])) + embeddings.position_embedding.weight[:length]
     return text.encode_embeddings(x)

@@ -1,19 +1,21 @@
-"""Train Toybox: `python -m training.toybox --work DIR`. Stop it at any moment and start it again; same seed, same weights.
+"""Train Toybox: `python -m training.toybox --work DIR`. Stop it at any moment and start it again; same seed, same
+weights.
 
-Stages: draw the world; the autoencoder, then its decoder alone; the judge; the text tower alone; the UNet with the text tower;
-the image tower; export. After each, and while the UNet learns, DIR/sheets has pictures to look at.
+Stages: draw the world; the autoencoder, then its decoder alone; the judge; the text tower alone; the UNet with the text
+tower; the image tower; export. After each, and while the UNet learns, DIR/sheets has pictures to look at.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from profusion.toybox.judge import save_judge
-from profusion.toybox.pipeline import save_weights
+from profusion.models.unet import UNet
+from profusion.toybox.pipeline import save_network
 
 from .data import DataSet
 from .judge import train_judge
@@ -27,37 +29,44 @@ from .vision import train_vision
 
 
 def train(session: Session, out: Path) -> None:
-    """All stages, each from where it stopped; the finished weights go to `out`. Raises Stopped when the session is over."""
+    """All stages, each from where it stopped; every network goes to `out` once it is finished. Raises Stopped when the
+    session is over."""
     session.recipe.keep(session.work)
     check_vocabulary()
     data = DataSet.draw(session)
     write_sheet(session, "1-drawn")
     vae = train_vae(session, data)
     write_sheet(session, "2-vae", vae)
-    train_decoder(session, data, vae)
-    vae.eval()
+    vae = train_decoder(session, data, vae)
     write_sheet(session, "3-decoder", vae)
-    judge = train_judge(session)
+    save_network("vae", vae, out)
+    save_network("judge", train_judge(session), out)
     text = train_text(session, data)
     latents = encode_all(session, vae, data)
 
-    def draw_with(unet):
+    def draw_with(unet: UNet) -> Callable:
         return lambda scenes: generated(unet, vae, whole(text), scenes)
 
-    def watch(step: int, unet) -> None:
+    def watch(step: int, unet: UNet) -> None:
         write_sheet(session, f"4-unet-{step:05}", vae, draw_with(unet))
 
     unet = train_unet(session, data, latents, text, watch)
     write_sheet(session, "5-unet", vae, draw_with(unet))
+    save_network("unet", unet, out)
     vision = train_vision(session, data, text)
-    sizes = save_weights(out, unet=unet, vae=vae, text=whole(text), vision=vision, tokens=vocabulary())
-    print(sizes | {"judge": save_judge(judge, out)})
+    save_network("vision", vision, out)
+    save_network("text", whole(text), out, vocabulary())
+    session.say(
+        "export", 1, None, f"  {sum(path.stat().st_size for path in out.glob('*.safetensors')):,} bytes in {out}"
+    )
 
 
 def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("toybox-work"), help="folder for all that is made on the way")
-    parser.add_argument("--out", type=Path, default=None, help="folder for the finished weights (default: WORK/weights)")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder for the finished weights (default: WORK/weights)"
+    )
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, mps, ...")
     parser.add_argument("--minutes", type=float, default=None, help="stop after so many; start again to go on")
     parser.add_argument("--threads", type=int, default=None, help="of the CPU (default: torch's choice)")

@@ -25,7 +25,8 @@ from .text import compact, encode_text
 
 def context_of(text: TextModel, captions: Captions, keep_padding: bool) -> Tensor:
     """The context (B, 77, D). Unless `keep_padding`, end and padding rows are the empty prompt's, so that *words* carry
-    the condition: where they may, end and padding take most of the attention and a residual on the noun can do nothing."""
+    the condition: where they may, end and padding take most of the attention and a residual on the noun can do
+    nothing."""
     if keep_padding:
         return text(compact(captions.tokens))
     length = int(captions.lengths.max()) + 1
@@ -37,10 +38,11 @@ def context_of(text: TextModel, captions: Captions, keep_padding: bool) -> Tenso
 
 
 def localisation_loss(maps: list[Tensor], masks: Tensor, captions: Captions, told: Tensor) -> tuple[Tensor, Tensor]:
-    """Each noun's row should own its object's cells, the background's words the rest (as FastComposer, arXiv 2305.10431).
+    """Each noun's row should own its object's cells, the background's words the rest (as FastComposer, arXiv
+    2305.10431).
 
-    maps: per layer (B, T, 77), averaged over heads; masks (B, 2, CELLS, CELLS); told (B,) marks captions that were not dropped.
-    Returns the loss and the mean share of attention that nouns have inside their objects.
+    maps: per layer (B, T, 77), averaged over heads; masks (B, 2, CELLS, CELLS); told (B,) marks captions that were not
+    dropped. Returns the loss and the mean share of attention that nouns have inside their objects.
     """
     total, shares = 0.0, []
     present = (captions.nouns >= 0).float() * told[:, None]  # (B, 2)

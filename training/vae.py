@@ -28,7 +28,8 @@ def new_vae(session: Session) -> VAE:
 
 
 def train_vae(session: Session, data: DataSet) -> VAE:
-    """Squared and absolute error (flat colours have sharp edges), a light KL. Small crops first: a quarter of the cost."""
+    """Squared and absolute error (flat colours have sharp edges), a light KL. Small crops first: a quarter of the
+    cost."""
     vae = new_vae(session)
     stage = Stage("vae", nn.ModuleDict({"vae": vae}), session, ema_decay=0.998)
 
@@ -70,9 +71,9 @@ def rectangles(shape: torch.Size, generator: torch.Generator) -> Tensor:
 def spliced(x: Tensor, region: Tensor) -> Tensor:
     """Latents or pictures (B, C, H, W), where region (B, 1, h, w) is 1 those of the picture before in the batch.
 
-    The autoencoder's norms and its attention see whole pictures, so a cell can mean something else beside other cells. At
-    this size that is a lot: exchange an object's latents, and the decoded background changes to the far corner. A decoder
-    that must draw splices has to read each cell for itself.
+    The autoencoder's norms and its attention see whole pictures, so a cell can mean something else beside other cells.
+    At this size that is a lot: exchange an object's latents, and the decoded background changes to the far corner. A
+    decoder that must draw splices has to read each cell for itself.
     """
     where = F.interpolate(region, size=x.shape[-2:]) > 0
     return torch.where(where, x.roll(1, 0), x).contiguous(memory_format=torch.channels_last)
@@ -80,8 +81,8 @@ def spliced(x: Tensor, region: Tensor) -> Tensor:
 
 @torch.no_grad()
 def standardise(session: Session, vae: VAE, data: DataSet, count: int = 512) -> None:
-    """Fold the latents' mean and deviation, channel by channel, into the 1 x 1 convolutions, so that SD's own 0.18215 gives
-    unit latents."""
+    """Fold the latents' mean and deviation, channel by channel, into the 1 x 1 convolutions, so that SD's own 0.18215
+    gives unit latents."""
     count = min(count, len(data))
     latents = torch.cat(
         [vae.encode(session.put(data.pixels(torch.arange(i, min(i + 32, count))))) for i in range(0, count, 32)]
@@ -119,11 +120,11 @@ def encode_all(session: Session, vae: VAE, data: DataSet) -> Tensor:
     return latents
 
 
-def train_decoder(session: Session, data: DataSet, vae: VAE) -> bool:
+def train_decoder(session: Session, data: DataSet, vae: VAE) -> VAE:
     """The decoder alone, on whole pictures: sharper, and the latents that the UNet will know stay what they are.
 
-    Each picture is decoded as it is and with a rectangle of another's cells: beyond SPILL pixels around the rectangle both
-    must be the same. A little noise on the latents, since the UNet's are not exact either. False if it was done before.
+    Each picture is decoded as it is and with a rectangle of another's cells: beyond SPILL pixels around the rectangle
+    both must be the same. A little noise on the latents, since the UNet's are not exact either.
     """
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
     stage = Stage("decoder", decoder, session, matrix_rate=0.01, learning_rate=1e-3, ema_decay=0.998, seed=4)
@@ -145,4 +146,5 @@ def train_decoder(session: Session, data: DataSet, vae: VAE) -> bool:
         leak = ((decoded[2] - decoded[0]).abs() * (1 - near[0])).sum() / (3 * (1 - near).sum()).clamp(min=1)
         return squared + absolute + leak, {"psnr": psnr(squared), "leak": leak / 2}
 
-    return stage.run(loss_of)
+    stage.run(loss_of)
+    return vae.eval()

@@ -173,7 +173,8 @@ def _softened(image):
 
 
 def draw_background(name: str, seed: int) -> np.ndarray:
-    """One of BACKGROUNDS (SIZE, SIZE, 3); `seed` decides its hour, horizon, hills, clouds, trees, moon, waves or bricks."""
+    """One of BACKGROUNDS (SIZE, SIZE, 3); `seed` decides its hour, horizon, hills, clouds, trees, moon, waves or
+    bricks."""
     return _PAINTERS[name](np.random.default_rng(seed))
 
 
@@ -257,7 +258,9 @@ def _snow(rng):
         height = rng.uniform(24, 34)
         cone = np.clip(0.36 * (_Y - horizon - 4 + height) - np.abs(_X - x) + 0.5, 0, 1) * (horizon + 4 > _Y)
         image = _blend(image, pine, cone)
-    drift = _gradient((244, 248, 254), _between(rng, (214, 226, 244), (230, 224, 242))) + 5 * _noise(rng, 4, 4)[..., None]
+    drift = (
+        _gradient((244, 248, 254), _between(rng, (214, 226, 244), (230, 224, 242))) + 5 * _noise(rng, 4, 4)[..., None]
+    )
     image = _blend(image, drift, _below(rng, horizon + 3, 4))
     return _specks(rng, image, (255, 255, 255), int(rng.integers(4, 9)), 2.6, 36)
 
@@ -276,7 +279,9 @@ def _night(rng):
     image = _gradient(sky, _between(rng, (82, 70, 150), (60, 92, 150), (124, 70, 140)), 110)
     image = _specks(rng, image, (255, 248, 206), int(rng.integers(7, 14)), 1.9, 70)
     x, y, radius = _at_a_side(rng), rng.uniform(14, 26), rng.uniform(9, 12)
-    bite = np.clip(np.hypot(_X - x - (0.55 * radius if x < SIZE / 2 else -0.55 * radius), _Y - y + 3) - 0.8 * radius, 0, 1)
+    bite = np.clip(
+        np.hypot(_X - x - (0.55 * radius if x < SIZE / 2 else -0.55 * radius), _Y - y + 3) - 0.8 * radius, 0, 1
+    )
     image = _blend(image, (255, 240, 190), _disc(x, y, radius) * bite)
     image = _blend(image, (46, 56, 108), _below(rng, horizon - 9, 7))
     return _blend(image, (30, 42, 78), _below(rng, horizon + 3, 3))

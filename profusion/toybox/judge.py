@@ -1,7 +1,7 @@
 """The judge: a small network that says what a Toybox picture shows and where, so that captions can be scored.
 
-It has learnt from drawn pictures only, never from generated ones (`python -m training.judge` makes its weights). Pictures
-are the host's IMAGE tensors, (B, SIZE, SIZE, 3) in [0, 1]; every mask is (B, SIZE, SIZE) in [0, 1].
+It has learnt from drawn pictures only, never from generated ones (`python -m training.judge` makes its weights).
+Pictures are the host's IMAGE tensors, (B, SIZE, SIZE, 3) in [0, 1]; every mask is (B, SIZE, SIZE) in [0, 1].
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .drawing import BACKGROUNDS, PATTERNS, SIZE
-from .pipeline import WEIGHTS, weight_file
+from .pipeline import load_network
 from .world import NOUNS
 
 _BATCH = 64  # pictures judged at once; more only take more memory
@@ -49,8 +48,8 @@ class JudgeNetwork(nn.Module):
         self.pattern = nn.Linear(2 * 64, len(PATTERNS))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(B, 3, SIZE, SIZE) in [-1, 1] -> logits: nouns (B, 13), backgrounds (B, 6), patterns (B, 4), and of the masks of whole
-        objects and of their bodies (B, 2, SIZE, SIZE)."""
+        """(B, 3, SIZE, SIZE) in [-1, 1] -> logits: nouns (B, 13), backgrounds (B, 6), patterns (B, 4), and of the masks
+        of whole objects and of their bodies (B, 2, SIZE, SIZE)."""
         x2 = self.down2(F.pixel_unshuffle(pixels, 2))
         x4 = self.down4(x2)
         x8 = self.down8(x4)
@@ -90,8 +89,9 @@ def whole(left: Tensor, right: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees in each of B pictures: probabilities of NOUNS (B, 13), BACKGROUNDS (B, 6) and PATTERNS (B, 4; no
-    meaning for an object that has its own appearance); soft masks (B, SIZE, SIZE) of whole objects and of their bodies."""
+    """What the judge sees in each of B pictures: probabilities of NOUNS (B, 13), BACKGROUNDS (B, 6) and PATTERNS (B, 4;
+    no meaning for an object that has its own appearance); soft masks (B, SIZE, SIZE) of whole objects and of their
+    bodies."""
 
     noun_probabilities: Tensor
     background_probabilities: Tensor
@@ -128,9 +128,7 @@ class Judge:
     def load(cls, folder: Path | None = None) -> Judge:
         """Load the shipped weights, or those of another folder; FileNotFoundError if there are none."""
         network = JudgeNetwork()
-        network.load_state_dict(
-            {name: value.float() for name, value in load_file(weight_file("judge", folder)).items()}
-        )
+        network.load_state_dict(load_network("judge", folder))
         return cls(network.eval().requires_grad_(False))
 
     @torch.no_grad()
@@ -170,13 +168,3 @@ def _check(pictures: Tensor) -> None:
         )
     if not pictures.is_floating_point() or not bool(((pictures >= 0) & (pictures <= 1)).all()):
         raise JudgeError("pictures must be floating-point numbers in 0..1")
-
-
-def save_judge(network: JudgeNetwork, folder: Path | None = None) -> int:
-    """Write the network in fp16 where `Judge.load` finds it. Returns the bytes written."""
-    folder = Path(folder or WEIGHTS)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "toybox_judge.safetensors"
-    state = {name: value.detach().half().contiguous() for name, value in network.state_dict().items()}
-    save_file(state, path, metadata={"format": "pt", "architecture": "Toybox", "network": "judge"})
-    return path.stat().st_size

@@ -62,22 +62,26 @@ def load_network(network: str, folder: Path | None = None) -> dict[str, Tensor]:
     return state
 
 
+def save_network(network: str, module: nn.Module, folder: Path | None = None, tokens: Tensor | None = None) -> int:
+    """Write one network's file in fp16, where `load_network` finds it; of the text tower's table the rows of `tokens`
+    alone. Returns the bytes written."""
+    state = {name: value.detach().half().cpu().contiguous() for name, value in module.state_dict().items()}
+    if network == "text":
+        state[_TABLE] = state[_TABLE][tokens].contiguous()
+        state[_TOKENS] = tokens.to(torch.int32)
+    folder = folder or WEIGHTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"toybox_{network}.safetensors"
+    save_file(state, path, metadata={"format": "pt", "architecture": "Toybox", "network": network})
+    return path.stat().st_size
+
+
 def save_weights(
     folder: str | Path | None, *, unet: nn.Module, vae: nn.Module, text: nn.Module, vision: nn.Module, tokens: Tensor
 ) -> dict[str, int]:
-    """Write the four files in fp16; `tokens` are the ids whose embedding rows are kept. Returns bytes by network."""
-    folder = Path(folder or WEIGHTS)
-    folder.mkdir(parents=True, exist_ok=True)
-    sizes = {}
-    for network, module in zip(NETWORKS, (unet, vae, text, vision), strict=True):
-        state = {name: value.detach().half().contiguous() for name, value in module.state_dict().items()}
-        if network == "text":
-            state[_TABLE] = state[_TABLE][tokens].contiguous()
-            state[_TOKENS] = tokens.to(torch.int32)
-        path = folder / f"toybox_{network}.safetensors"
-        save_file(state, path, metadata={"format": "pt", "architecture": "Toybox", "network": network})
-        sizes[network] = path.stat().st_size
-    return sizes
+    """Write the four files. Returns bytes by network."""
+    networks, folder = dict(zip(NETWORKS, (unet, vae, text, vision), strict=True)), Path(folder or WEIGHTS)
+    return {name: save_network(name, module, folder, tokens) for name, module in networks.items()}
 
 
 @dataclass
@@ -109,7 +113,8 @@ class Toybox:
         return self.text(tokenize([prompts] if isinstance(prompts, str) else list(prompts)).to(self.device))
 
     def evaluator(self, context: Tensor, guidance: float = GUIDANCE) -> Evaluate:
-        """The UNet under classifier-free guidance as `evaluate(x, sigma, patches) -> denoised`; context (B, 77, 128)."""
+        """The UNet under classifier-free guidance as `evaluate(x, sigma, patches) -> denoised`; context (B, 77,
+        128)."""
         both_contexts = torch.cat([context, self.context("").expand_as(context)])
 
         def evaluate(x: Tensor, sigma: Tensor, patches: Patches) -> Tensor:
@@ -150,7 +155,8 @@ class Toybox:
         shared_latent: bool = False,
         callback: Callback | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Both streams of a prompt, a picture a generator -> plain and customised latents, (B, 4, CELLS, CELLS) each."""
+        """Both streams of a prompt, a picture a generator -> plain and customised latents, (B, 4, CELLS, CELLS)
+        each."""
         placements = [
             Placement(item.delta, item.layers, noun_rows(prompt, item.noun), strength=strength) for item in residuals
         ]
@@ -206,7 +212,8 @@ class Toybox:
 
 
 def noun_rows(prompt: str, noun: str) -> tuple[int, ...]:
-    """The context rows of a noun's last place in a prompt ("a photo of a photo"); NounError, which quotes the prompt, if it has none."""
+    """The context rows of a noun's last place in a prompt ("a photo of a photo"); NounError, which quotes the prompt,
+    if it has none."""
     ids, wanted = words_to_ids(prompt), words_to_ids(noun)
     chunk = [(START, 0), *((token, 1) for token in ids)]
     spans = find_noun([chunk], wanted, lambda token: id_to_text(token).endswith("</w>"))

@@ -189,9 +189,7 @@ def sample_scene(rng: np.random.Generator, *, hold_out: bool = True) -> Scene:
             return scene
 
 
-def _sample_object(
-    rng, noun, center=MIDDLE, offset=6.0, diameters=SINGLE_DIAMETERS, appearance=None
-) -> SceneObject:
+def _sample_object(rng, noun, center=MIDDLE, offset=6.0, diameters=SINGLE_DIAMETERS, appearance=None) -> SceneObject:
     if appearance is None and noun in GENERIC_NOUNS:
         appearance = sample_appearance(rng)
     x, y = center + rng.uniform(-offset, offset, 2)

@@ -6,8 +6,8 @@ import torch
 from safetensors import safe_open
 
 from profusion.toybox import world
-from profusion.toybox.judge import Judge, JudgeError, JudgeNetwork, halves, save_judge, whole
-from profusion.toybox.pipeline import weight_file
+from profusion.toybox.judge import Judge, JudgeError, JudgeNetwork, halves, whole
+from profusion.toybox.pipeline import save_network, weight_file
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,6 @@ def test_the_file_is_small_and_says_what_it_is(tmp_path):
         assert file.metadata() == {"format": "pt", "architecture": "Toybox", "network": "judge"}
     network = JudgeNetwork()
     assert sum(parameter.numel() for parameter in network.parameters()) <= 350_000
-    save_judge(network, tmp_path)
+    save_network("judge", network, tmp_path)
     again = Judge.load(tmp_path).network.state_dict()
     assert all(torch.equal(again[name], value.half().float()) for name, value in network.state_dict().items())
