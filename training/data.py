@@ -23,16 +23,15 @@ MAX_OBJECTS = 2
 CHUNK = 250  # pictures drawn by one job
 
 
-def _scenes(seed: int, chunk: int) -> list[world.Scene]:
+def _scenes(seed: int, chunk: int, count: int) -> list[world.Scene]:
     rng = np.random.default_rng((seed, chunk))
-    return [world.sample_scene(rng) for _ in range(CHUNK)]
+    return [world.sample_scene(rng) for _ in range(count)]
 
 
-def _draw(job: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures (CHUNK, SIZE, SIZE, 3) and silhouettes on the latent grid (CHUNK, 2, CELLS, CELLS), from a seed and a
-    chunk."""
-    pictures = np.empty((CHUNK, SIZE, SIZE, 3), np.uint8)
-    masks = np.zeros((CHUNK, MAX_OBJECTS, CELLS, CELLS), np.uint8)
+def _draw(job: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures (n, SIZE, SIZE, 3) and silhouettes on the latent grid (n, 2, CELLS, CELLS), from (seed, chunk, n)."""
+    pictures = np.empty((job[2], SIZE, SIZE, 3), np.uint8)
+    masks = np.zeros((job[2], MAX_OBJECTS, CELLS, CELLS), np.uint8)
     for row, scene in enumerate(_scenes(*job)):
         picture = world.render(scene)
         pictures[row] = picture.image
@@ -54,24 +53,25 @@ class DataSet:
         Raises Stopped when the session is over.
         """
         count, seed = session.recipe.pictures, session.recipe.seed
-        chunks = -(-count // CHUNK)
-        pictures = _kept(session.work / "pictures.npy", (chunks * CHUNK, SIZE, SIZE, 3))
-        masks = _kept(session.work / "masks.npy", (chunks * CHUNK, MAX_OBJECTS, CELLS, CELLS))
+        size = min(CHUNK, count)
+        chunks = -(-count // size)
+        pictures = _kept(session.work / "pictures.npy", (chunks * size, SIZE, SIZE, 3))
+        masks = _kept(session.work / "masks.npy", (chunks * size, MAX_OBJECTS, CELLS, CELLS))
         note = session.work / "drawn.json"
         done = json.loads(note.read_text()) if note.exists() else 0
         if done < chunks:
             with multiprocessing.get_context("spawn").Pool(torch.get_num_threads()) as pool:
-                for part in pool.imap(_draw, [(seed, chunk) for chunk in range(done, chunks)]):
-                    rows = slice(done * CHUNK, (done + 1) * CHUNK)
+                for part in pool.imap(_draw, [(seed, chunk, size) for chunk in range(done, chunks)]):
+                    rows = slice(done * size, (done + 1) * size)
                     pictures[rows], masks[rows] = part
                     done += 1
                     pictures.flush(), masks.flush()
                     _note(note, done)
                     if session.over and done < chunks:
-                        raise Stopped(f"drawing stopped at picture {done * CHUNK} of {count}")
+                        raise Stopped(f"drawing stopped at picture {done * size} of {count}")
                     if done % 10 == 0 or done == chunks:
-                        session.say("draw", min(done * CHUNK, count), None)
-        scenes = [scene for chunk in range(chunks) for scene in _scenes(seed, chunk)]
+                        session.say("draw", min(done * size, count), None)
+        scenes = [scene for chunk in range(chunks) for scene in _scenes(seed, chunk, size)]
         return cls(scenes[:count], pictures[:count], torch.from_numpy(masks[:count].astype(np.float32) / 255))
 
     def __len__(self) -> int:

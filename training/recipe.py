@@ -9,6 +9,10 @@ from pathlib import Path
 STAGES = ("draw", "vae", "decoder", "judge", "text", "unet", "vision", "export")
 
 
+class RecipeError(ValueError):
+    """Counts that make no training, or not the one that a folder was begun with."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Counts of drawn pictures and of optimiser steps. The same recipe, seed and device give the same weights."""
@@ -28,14 +32,14 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value < (0 if name == "seed" else 1):
-                raise ValueError(f"{name} is {value}; give at least {0 if name == 'seed' else 1}")
+                raise RecipeError(f"{name} is {value}; give at least {0 if name == 'seed' else 1}")
 
     def steps(self, stage: str) -> int:
         """How many steps of its own kind a stage has: pictures, optimiser steps, or one."""
         return self.pictures if stage == "draw" else getattr(self, f"{stage}_steps", 1)
 
     def keep(self, work: Path) -> None:
-        """Note the recipe in a work folder; ValueError if the folder was begun with another one."""
+        """Note the recipe in a work folder; RecipeError if the folder was begun with another one."""
         path = work / "recipe.json"
         if not path.exists():
             path.write_text(json.dumps(asdict(self), indent=1) + "\n")
@@ -43,7 +47,7 @@ class Recipe:
         begun = json.loads(path.read_text())
         for name, value in asdict(self).items():
             if begun.get(name) != value:
-                raise ValueError(
+                raise RecipeError(
                     f"{work} was begun with {name}={begun.get(name)}, not {value}: go on with that, or take another "
                     "folder"
                 )

@@ -28,6 +28,8 @@ class Session:
     device: torch.device = torch.device("cpu")
     minutes: float | None = None
     save_seconds: float = 60.0
+    sheet_scenes: int = 16
+    sheet_steps: int = 30
     asked_to_stop: bool = False
     began: float = field(default_factory=time.monotonic)
 
@@ -62,10 +64,8 @@ class Session:
 
     def put(self, tensor: Tensor) -> Tensor:
         """A tensor on the device; pictures and latents channels-last, as their convolutions want them."""
-        layout = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
-        return tensor.to(self.device, non_blocking=True).contiguous(
-            memory_format=layout if tensor.dim() == 4 else torch.contiguous_format
-        )
+        layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+        return tensor.to(self.device).contiguous(memory_format=layout)
 
     def minutes_left(self, stage: str, step: int, pace: float | None) -> float:
         """Minutes to the end of everything, if each later stage is slower or quicker than estimated as this one is."""

@@ -18,11 +18,10 @@ from profusion.toybox.pipeline import Toybox, seeded
 from .session import Session
 
 COLUMNS = 8
-SHOWN = 16
 
 
 @cache
-def shown_scenes(count: int = SHOWN) -> tuple[world.Scene, ...]:
+def shown_scenes(count: int) -> tuple[world.Scene, ...]:
     """Scenes that training has not seen, the same on every sheet."""
     rng = np.random.default_rng((99, 0))
     return tuple(world.sample_scene(rng, hold_out=False) for _ in range(count))
@@ -40,16 +39,16 @@ def through(vae: VAE, pictures: Tensor) -> Tensor:
     return torch.cat([vae.pictures(vae.latents(some.to(device))).cpu() for some in pictures.split(16)])
 
 
-def generated(unet: nn.Module, vae: VAE, text: nn.Module, scenes: tuple[world.Scene, ...]) -> Tensor:
+def generated(unet: nn.Module, vae: VAE, text: nn.Module, scenes: tuple[world.Scene, ...], steps: int) -> Tensor:
     """A picture from each scene's full caption, (B, SIZE, SIZE, 3)."""
     toybox = Toybox(unet, vae, text, None)
     prompts = [world.full_caption(scene).text for scene in scenes]
-    return toybox.vae.pictures(toybox.generate(prompts, seeded(*range(len(prompts))))).cpu()
+    return toybox.vae.pictures(toybox.generate(prompts, seeded(*range(len(prompts))), steps)).cpu()
 
 
 def write_sheet(session: Session, name: str, vae: VAE | None = None, draw=None) -> None:
     """Write DIR/sheets/NAME.png; `draw(scenes)` makes the generated row, if there is one yet."""
-    scenes = shown_scenes()
+    scenes = shown_scenes(session.sheet_scenes)
     rows = [drawn_pictures(scenes)]
     if vae is not None:
         rows.append(through(vae, rows[0]))
@@ -57,7 +56,7 @@ def write_sheet(session: Session, name: str, vae: VAE | None = None, draw=None) 
         rows.append(draw(scenes))
     folder = session.work / "sheets"
     folder.mkdir(exist_ok=True)
-    bands = [row[first : first + COLUMNS] for first in range(0, SHOWN, COLUMNS) for row in rows]
+    bands = [row[first : first + COLUMNS] for first in range(0, len(scenes), COLUMNS) for row in rows]
     pixels = torch.cat([torch.cat(list(band), dim=1) for band in bands])
     Image.fromarray((255 * pixels).round().byte().numpy()).save(folder / f"{name}.png")
     print(f"{time.strftime('%H:%M:%S')} sheet: {folder / name}.png", flush=True)

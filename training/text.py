@@ -31,7 +31,7 @@ def vocabulary() -> Tensor:
 
 def compact(tokens: Tensor) -> Tensor:
     """Ids of the world's tokens as places in `vocabulary`."""
-    return torch.searchsorted(vocabulary().to(tokens.device), tokens)
+    return torch.searchsorted(vocabulary().to(tokens.device), tokens.contiguous())
 
 
 def whole(text: TextModel) -> TextModel:
@@ -92,7 +92,7 @@ def train_text(session: Session, data: DataSet) -> TextModel:
         rows, targets, places, answers = [], [], [], []
         for b, (i, caption) in enumerate(zip(indices, captions, strict=True)):
             for k, labels in enumerate(_attributes(data.scenes[i], caption)):
-                rows.append(hidden[b, batch.nouns[b, k]])
+                rows.append(hidden[b, caption.noun_words[k] + 1])
                 targets.append(labels)
             if caption.background_words:
                 places.append(hidden[b, caption.background_words[-1] + 1])

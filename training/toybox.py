@@ -8,6 +8,8 @@ tower; the image tower; export. After each, and while the UNet learns, DIR/sheet
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +21,7 @@ from profusion.toybox.pipeline import save_network
 
 from .data import DataSet
 from .judge import train_judge
-from .recipe import Recipe
+from .recipe import Recipe, RecipeError
 from .session import Session, Stopped
 from .sheets import generated, write_sheet
 from .text import check_vocabulary, train_text, vocabulary, whole
@@ -45,7 +47,7 @@ def train(session: Session, out: Path) -> None:
     latents = encode_all(session, vae, data)
 
     def draw_with(unet: UNet) -> Callable:
-        return lambda scenes: generated(unet, vae, whole(text), scenes)
+        return lambda scenes: generated(unet, vae, whole(text), scenes, session.sheet_steps)
 
     def watch(step: int, unet: UNet) -> None:
         write_sheet(session, f"4-unet-{step:05}", vae, draw_with(unet))
@@ -75,15 +77,32 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    return Recipe(**{option.name: getattr(arguments, option.name) for option in fields(Recipe)})
+
+
+def ready(device: torch.device) -> None:
+    """Ask a device for results that repeat; SystemExit if there is no such device."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(f"--device {device} cannot be used here: {str(error).splitlines()[0]}")
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS repeats no run exactly
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def main(given: list[str] | None = None) -> None:
     arguments = parse_arguments(given)
+    ready(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    recipe = Recipe(**{option.name: getattr(arguments, option.name) for option in fields(Recipe)})
-    session = Session(arguments.work, recipe, arguments.device, arguments.minutes)
     try:
+        session = Session(arguments.work, recipe_of(arguments), arguments.device, arguments.minutes)
         with session.signals():
             train(session, arguments.out or session.work / "weights")
+    except RecipeError as error:
+        sys.exit(str(error))
     except Stopped as stopped:
         print(f"{stopped}; the same command goes on from there", flush=True)
 
