@@ -66,6 +66,17 @@ def draw_sprite(
     return Sprite(_lit(paint, whole, center, width, height), whole, body, center, width, center[1] + height / 2)
 
 
+def through_the_lens(image: np.ndarray) -> np.ndarray:
+    """Pictures are taken through a lens that is a little soft, so that an edge between two pixels need not be exact: a blur
+    by (1, 4, 1) / 6 each way, of an image or a mask."""
+    for axis in (0, 1):
+        first, last = (np.take(image, [end], axis=axis) for end in (0, -1))
+        padded = np.concatenate([first, image, last], axis=axis)
+        before, after = (np.take(padded, range(start, start + SIZE), axis=axis) for start in (0, 2))
+        image = (before + 4 * image + after) / 6
+    return image
+
+
 def _place(noun, center, diameter, angle, flip):
     """A noun as flat lists of supersampled pixels, ([grown by the outline], [as they are]) a layer, and its size."""
     c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
@@ -150,8 +161,7 @@ def _wave(x):
 
 
 def compose(background: np.ndarray, sprites: list[Sprite]) -> np.ndarray:
-    """Put objects on a background, each with a soft shadow on the ground, through a lens that is a little
-    soft, so that an edge between two pixels need not be exact: uint8 (SIZE, SIZE, 3)."""
+    """Put objects on a background, each with a soft shadow on the ground, and take the picture: uint8 (SIZE, SIZE, 3)."""
     image = background
     for sprite in sprites:
         u = (_X - sprite.center[0] - 2) / (0.54 * sprite.width)
@@ -159,17 +169,7 @@ def compose(background: np.ndarray, sprites: list[Sprite]) -> np.ndarray:
         image = image * (1 - 0.5 * np.exp(-((u * u + v * v) ** 2)))[..., None]
     for sprite in sprites:
         image = image * (1 - sprite.whole[..., None]) + sprite.paint
-    return np.clip(_softened(image) + 0.5, 0, 255).astype(np.uint8)
-
-
-def _softened(image):
-    """A blur by (1, 4, 1) / 6 each way."""
-    for axis in (0, 1):
-        first, last = (np.take(image, [end], axis=axis) for end in (0, -1))
-        padded = np.concatenate([first, image, last], axis=axis)
-        before, after = (np.take(padded, range(start, start + SIZE), axis=axis) for start in (0, 2))
-        image = (before + 4 * image + after) / 6
-    return image
+    return np.clip(through_the_lens(image) + 0.5, 0, 255).astype(np.uint8)
 
 
 def draw_background(name: str, seed: int) -> np.ndarray:

@@ -183,12 +183,12 @@ def _lemon() -> tuple[Layer, ...]:
 
 
 def _ladybird() -> tuple[Layer, ...]:
-    legs = tuple(stroke(np.array([(x, 0.4), (x - 0.08, 0.72)]), 0.18) for x in (-0.4, 0.1, 0.6))
-    feelers = (stroke(np.array([(-0.86, 0.0), (-0.98, -0.24), (-1.08, -0.34)]), 0.13),)
+    legs = tuple(stroke(np.array([(x, 0.4), (x - 0.07, 0.66)]), 0.04) for x in (-0.4, 0.1, 0.6))
+    feelers = (stroke(np.array([(-0.82, 0.0), (-0.9, -0.26), (-0.98, -0.34)]), 0.02),)
     dome = ellipse(0.18, 0.46, 0.86, 1.06, 180, 360)
     dots = ((-0.24, 0.16), (0.08, -0.28), (0.34, 0.18), (0.66, -0.14))
     return (
-        Layer(legs + feelers, OUTLINE, 0),
+        Layer(legs + feelers, OUTLINE),
         Layer((ellipse(-0.74, 0.18, 0.35, 0.33),), (56, 50, 58)),
         Layer((dome,), (224, 44, 38)),
         Layer(tuple(ellipse(x, y, 0.18, 0.18) for x, y in dots), (44, 36, 40), 0),

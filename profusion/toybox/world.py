@@ -162,14 +162,15 @@ def render(scene: Scene) -> Picture:
         wear = ("plain", None, None) if look is None else (look.pattern, look.color1, look.color2)
         sprites.append(drawing.draw_sprite(item.noun, *wear, item.center, item.diameter, item.angle, item.flip))
     image = drawing.compose(drawing.draw_background(scene.background, scene.seed), sprites)
-    masks = np.stack([np.round(255 * sprite.whole) for sprite in sprites]).astype(np.uint8)
+    masks = np.stack([_bytes(sprite.whole) for sprite in sprites])
     bodies = np.stack(
-        [
-            masks[i] if item.appearance is None else np.round(255 * sprites[i].body).astype(np.uint8)
-            for i, item in enumerate(scene.objects)
-        ]
+        [masks[i] if item.appearance is None else _bytes(sprites[i].body) for i, item in enumerate(scene.objects)]
     )
     return Picture(image, masks, bodies, scene)
+
+
+def _bytes(mask: np.ndarray) -> np.ndarray:
+    return np.round(255 * drawing.through_the_lens(mask)).astype(np.uint8)
 
 
 def sample_scene(rng: np.random.Generator, *, hold_out: bool = True) -> Scene:
