@@ -1,6 +1,6 @@
 """The judge: a small network that says what a Toybox picture shows and where, so that captions can be scored.
 
-It has learnt from drawn pictures only, never from generated ones (`python -m training.judge` makes its weights).
+It has learnt from drawn pictures only, never from generated ones (`python -m training.toybox` makes its weights).
 Pictures are the host's IMAGE tensors, (B, SIZE, SIZE, 3) in [0, 1]; every mask is (B, SIZE, SIZE) in [0, 1].
 """
 
