@@ -1,24 +1,34 @@
 # make demo   set up, then train a concept on Toybox and draw it: DIR/grid.png, residual.safetensors, report.json
 # make bench  set up, then measure again what README and docs claim: benchmarks/results; SETTING=full for more
-# make test   set up, then run every test; host tests run where a ComfyUI is found, and are named where it is not
+# make test   set up, then run every test: the kernel's once, tests/host against every ComfyUI found (tools/hosts.py),
+#             each in an environment of its own beside it; FAST=1 leaves out what is marked slow
 VENV ?= .venv
 PYTHON ?= python3
 OUT ?= demo
 SETTING ?= quick
-HOST := $(firstword $(foreach d,$(COMFYUI_PATH) $(abspath ../..) $(HOME)/comfy/ComfyUI,$(if $(wildcard $(d)/main.py),$(d))))
+JOBS ?= 2
 BIN := $(VENV)/bin
+TORCH := torch torchvision safetensors tokenizers numpy Pillow einops
+TESTING := pytest pytest-xdist hypothesis ruff scipy POT scikit-learn open_clip_torch timm
+HOST_TESTING := requests selenium websocket-client
+PYTEST := -q -rs -n $(JOBS) --dist loadgroup $(if $(FAST),-m "not slow")
+HOST = $(shell $(BIN)/python -c "from tools.hosts import find_host; print(find_host() or '')")
 
 .PHONY: demo bench test lint clean
 demo: $(VENV)/.kernel
 	$(BIN)/python -m profusion demo --out $(OUT)
 
-bench: $(VENV)/.kernel $(if $(HOST),$(VENV)/.host)
-	COMFYUI_PATH="$(HOST)" $(BIN)/python -m benchmarks.run --setting $(SETTING)
+# What is measured in a host runs in the first one's classes.
+bench: $(VENV)/.kernel
+	$(if $(HOST),$(BIN)/pip install --quiet -r $(HOST)/requirements.txt)
+	$(BIN)/python -m benchmarks.run --setting $(SETTING)
 
-test: $(VENV)/.test $(if $(HOST),$(VENV)/.host)
+test: export OMP_NUM_THREADS = 1
+test: $(VENV)/.test
 	$(BIN)/ruff check .
-	COMFYUI_PATH="$(HOST)" $(BIN)/python -m pytest tests -q -rs
-	@$(if $(HOST),echo "host tests ran against $(HOST)",echo "SKIPPED all host tests: no ComfyUI at COMFYUI_PATH, around this checkout or at ~/comfy/ComfyUI")
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest tests --ignore tests/host $(PYTEST)
+	$(BIN)/python -m tools.hosts --base $(VENV) --packages $(TESTING) $(HOST_TESTING) -- $(PYTEST)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -26,16 +36,12 @@ lint: $(VENV)/.test
 # torchvision is there because the host imports it: torch must be the build that goes with it.
 $(VENV)/.kernel:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch torchvision safetensors tokenizers numpy Pillow einops
+	$(BIN)/pip install --quiet $(TORCH)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.kernel
-	$(BIN)/pip install --quiet pytest hypothesis ruff scipy POT scikit-learn open_clip_torch timm
-	touch $@
-
-$(VENV)/.host: $(VENV)/.test $(HOST)/requirements.txt
-	$(BIN)/pip install --quiet -r $(HOST)/requirements.txt requests selenium websocket-client
+	$(BIN)/pip install --quiet $(TESTING)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OUT)
+	rm -rf $(VENV) $(OUT) $(dir $(wildcard $(VENV)-*/made-of.txt))

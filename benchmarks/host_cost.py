@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from functools import cached_property
@@ -18,19 +17,14 @@ import torch
 
 from benchmarks.results import table, write
 from benchmarks.timing import against, interleaved
-from profusion.promptnet.toybox import new_promptnet
 from profusion.toybox.pipeline import Toybox
+from profusion.toybox.promptnet import new_promptnet
+from tools.hosts import needed_host
 
 ROOT = Path(__file__).resolve().parents[1]
 FINETUNE, FINETUNES = "PromptNet Finetune, 50 steps of batch 4, once for a picture", 3
 PICTURE = torch.rand(1, 96, 96, 3, generator=torch.Generator().manual_seed(0))
 PROMPT, NOUNS = "a photo of a ball and a star and a cup and a cat on grass", ("ball", "star", "cup", "cat")
-
-
-def find_host() -> Path | None:
-    """ComfyUI at COMFYUI_PATH, or in the home folder."""
-    host = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
-    return host if (host / "comfy" / "samplers.py").is_file() else None
 
 
 def load_pack(host: Path):
@@ -60,10 +54,10 @@ class Studio:
         comfy.utils.PROGRESS_BAR_ENABLED = False
         self._sample, self.steps = comfy.sample, steps
         self.nodes = pack.nodes
-        self.model, self.clip = pack.nodes.host_models.load_model(), pack.nodes.host_models.load_clip()
+        self.model, self.clip = pack.nodes.host.toybox.load_model(), pack.nodes.host.toybox.load_clip()
         self.positive, self.negative = self.encode(PROMPT), self.encode("")
         self.latent = torch.zeros(batch, 4, 12, 12)
-        layers = pack.nodes.host.model_layers(self.model)
+        layers = pack.nodes.host.encoding.model_layers(self.model)
         names = tuple(layer.name for layer in layers)
         generator = torch.Generator().manual_seed(0)
         residual = pack.profusion.residual.Residual
@@ -75,7 +69,7 @@ class Studio:
     def promptnet(self):
         """What it has learnt costs no time."""
         network = new_promptnet(Toybox.load()).eval().requires_grad_(False)
-        return self.nodes.host_promptnet.handed_to_the_host(network, "untrained")
+        return self.nodes.host.words.handed_to_the_host(network, "untrained")
 
     def encode(self, text: str) -> list:
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
@@ -105,16 +99,16 @@ class Studio:
 
     def word(self) -> Callable[[], list]:
         """S* of a picture in a prompt, as a CONDITIONING: PromptNet and text encoder."""
-        glue, models = self.nodes.host_promptnet, self.nodes.host_models
-        reference = glue.encode_pictures(self.promptnet, models.load_vae(), models.load_clip_vision(), PICTURE)
+        glue, models = self.nodes.host.words, self.nodes.host.toybox
+        reference = glue.encode_pictures(self.promptnet.config, models.load_vae(), models.load_clip_vision(), PICTURE)
         return lambda: glue.WordInPrompt(self.promptnet, self.clip, reference, "a photo of S* on grass").conditioning()
 
     def finetune(self) -> None:
         """What PromptNet Finetune does with one picture, as its inputs come."""
-        models, options = self.nodes.host_models, self.nodes.host_finetune.FinetuneOptions(learning_rate=2e-5)
+        models, options = self.nodes.host.toybox, self.nodes.host.finetuning.FinetuneOptions(learning_rate=2e-5)
         vision, vae = models.load_clip_vision(), models.load_vae()
         with torch.inference_mode():
-            finetuning = self.nodes.host_finetune.Finetuning(
+            finetuning = self.nodes.host.finetuning.Finetuning(
                 self.promptnet, self.model, self.clip, vision, vae, PICTURE, None, True, options
             )
             finetuning.run(lambda: None)
@@ -168,10 +162,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--json", type=Path, default=None, help="write the figures here")
     given = parser.parse_args()
-    host = find_host()
-    if host is None:
-        parser.error("no ComfyUI found: set COMFYUI_PATH to a checkout")
-    figures = measure(Studio(load_pack(host), given.steps, given.batch), given.rounds)
+    figures = measure(Studio(load_pack(needed_host()), given.steps, given.batch), given.rounds)
     rows = [(name, f"{one['seconds']:.3f}", f"{one['times_plain']:.2f}") for name, one in figures.items()]
     recipe = {**vars(given), "threads": torch.get_num_threads()}
     write(

@@ -25,7 +25,14 @@ from torch.nn import functional as F
 
 from benchmarks.fusion_judging import PROMPTS, references, scores
 from benchmarks.results import percent, plus_minus, table, write
-from profusion.diffusion import sample_euler, sampling_sigmas, timestep_of, training_sigmas
+from profusion.diffusion import (
+    per_row,
+    sample_euler,
+    sampling_sigmas,
+    timestep_of,
+    training_sigmas,
+    variance_preserving,
+)
 from profusion.infusion import ExtraOptions, Patches, layer_name
 from profusion.models.attention import attention
 from profusion.models.unet import CrossAttention, SpatialTransformer, UNet
@@ -140,8 +147,7 @@ def train(
         mute, blind = torch.rand(2, batch, generator=generator) < DROPPED
         sigma = sigmas[torch.randint(len(sigmas), (batch,), generator=generator)]
         noise = torch.randn(known.latents[chosen].shape, generator=generator)
-        scale = sigma.view(-1, 1, 1, 1)
-        noisy = (known.latents[chosen] + scale * noise) / (scale**2 + 1).sqrt()
+        noisy = variance_preserving(known.latents[chosen] + per_row(sigma, noise) * noise, sigma)
         context = contexts[spoken[chosen].masked_fill(mute, len(captions))]
         embeddings = known.embeddings[chosen].masked_fill(blind[:, None], 0.0)
         options = {"patches": adapter.patches(embeddings), "cond_or_uncond": [0]}

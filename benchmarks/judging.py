@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from profusion.demo import Concept
-from profusion.metrics.encoders import ToyboxEncoder
 from profusion.metrics.similarity import image_similarity, prompt_similarity
+from profusion.toybox.concepts import Concept
+from profusion.toybox.encoder import ToyboxEncoder
 from profusion.toybox.judge import Judge, halves, whole
 from profusion.toybox.pipeline import Toybox
 from profusion.toybox.similarity import background_change, concept_similarity

@@ -23,7 +23,14 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from benchmarks.results import table, write
-from profusion.diffusion import eps_denoiser, sample_euler, sampling_sigmas, timestep_of, training_sigmas
+from profusion.diffusion import (
+    eps_denoiser,
+    noise_predictor,
+    sample_euler,
+    sampling_sigmas,
+    training_sigmas,
+    variance_preserving,
+)
 from profusion.metrics import fisher_divergence, noisy_latents, predictions
 from profusion.pictures import ACCENT, INK, PAPER, font
 
@@ -76,8 +83,7 @@ class PointModel(nn.Module):
 
     def predict(self, x: Tensor, sigma: Tensor, word: int) -> Tensor:
         """eps of x = x_0 + sigma eps, (B, 2, 1, 1), all of one word."""
-        scaled = x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt()
-        return self(scaled, timestep_of(sigma), torch.full((len(x),), word))
+        return noise_predictor(lambda x, t: self(x, t, torch.full((len(x),), word)))(x, sigma)
 
     @torch.no_grad()
     def draw(self, word: int, count: int, generator: torch.Generator, steps: int = 40) -> Tensor:
@@ -102,8 +108,8 @@ def train(model: PointModel, parameters, draw: Draw, steps: int, rate: float, se
     for _ in range(steps):
         points, words = draw(batch, generator)
         t = torch.randint(len(sigmas), (batch,), generator=generator)
-        noise, sigma = torch.randn(batch, 2, generator=generator), sigmas[t][:, None]
-        noisy = (points + sigma * noise) / (sigma**2 + 1).sqrt()
+        noise, sigma = torch.randn(batch, 2, generator=generator), sigmas[t]
+        noisy = variance_preserving(points + sigma[:, None] * noise, sigma)
         loss = (model(noisy[..., None, None], t, words).flatten(1) - noise).square().mean()
         optimizer.zero_grad()
         loss.backward()

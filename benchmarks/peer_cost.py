@@ -20,10 +20,10 @@ from benchmarks.host_cost import Studio, find_host, load_pack
 from benchmarks.peers import PEERS, PLAIN, Peer
 from benchmarks.results import table, write
 from benchmarks.timing import interleaved
-from profusion.demo import drawn_concept
 from profusion.metrics.cost import measured
+from profusion.residual.training import TrainingOptions
+from profusion.toybox.concepts import drawn_concept
 from profusion.toybox.pipeline import Toybox
-from profusion.training import TrainingOptions
 
 HOST_PLAIN = "ComfyUI's KSampler"
 TEXT = "a photo of a {} on grass"

@@ -10,9 +10,10 @@ import torch
 
 from benchmarks.results import table, write
 from profusion.infusion import architecture_name, cross_attention_layers
-from profusion.models.configs import SD15, SD21, SDXL, TOYBOX
+from profusion.models.configs import SD15, SD21, SDXL
 from profusion.models.unet import UNet
 from profusion.residual import Residual, save_residual
+from profusion.toybox.configs import TOYBOX
 
 MODELS = {"Stable Diffusion 1.x": SD15, "Stable Diffusion 2.x": SD21, "SDXL": SDXL, "Toybox": TOYBOX}
 

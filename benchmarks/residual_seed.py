@@ -19,18 +19,18 @@ from torch import Tensor
 
 from benchmarks.rates import mean_interval
 from benchmarks.results import table, write
-from profusion import demo
-from profusion.diffusion import training_sigmas
+from profusion.diffusion import per_row, training_sigmas
 from profusion.infusion import Placement, customised_patches, foundation_patches
 from profusion.pictures import latent_masks
 from profusion.promptnet.file import load_promptnet
 from profusion.residual import Residual
+from profusion.residual.training import PROMPTS, TrainingOptions, residual_loss
 from profusion.toybox import world
+from profusion.toybox.concepts import DEMO_PROMPTS, Concept, drawn_concept
 from profusion.toybox.fused import FusedToybox
 from profusion.toybox.judge import Judge
-from profusion.toybox.pipeline import WEIGHTS, Toybox, noun_rows, seeded
+from profusion.toybox.pipeline import CUSTOMISED_GUIDANCE, WEIGHTS, Toybox, noun_rows, seeded
 from profusion.toybox.similarity import concept_similarity
-from profusion.training import PROMPTS, TrainingOptions, residual_loss
 
 AT = (0, 25, 50, 100, 200, 400)
 STRENGTHS = (0.5, 1.5, 2.0)
@@ -44,7 +44,7 @@ Curve = dict[int, tuple[float, float]]
 class Yardstick:
     """Judges residuals of one concept, always by the same pictures and noise."""
 
-    def __init__(self, toybox: Toybox, judge: Judge, concept: demo.Concept, preserve: float, sampling_steps: int):
+    def __init__(self, toybox: Toybox, judge: Judge, concept: Concept, preserve: float, sampling_steps: int):
         self._toybox, self._judge, self._concept = toybox, judge, concept
         self._preserve, self._sampling_steps = preserve, sampling_steps
         prompts = [prompt.format(concept.noun) for prompt in PROMPTS]
@@ -59,10 +59,10 @@ class Yardstick:
     def similarity(self, residual: Residual) -> float:
         """Mean over the demo's prompts and SEEDS."""
         scores = []
-        for prompt in demo.PROMPTS:
+        for prompt in DEMO_PROMPTS:
             text = prompt.format(residual.noun)
             drawn = self._toybox.generate_customised(
-                text, [residual], seeded(*SEEDS), self._sampling_steps, demo.GUIDANCE
+                text, [residual], seeded(*SEEDS), self._sampling_steps, CUSTOMISED_GUIDANCE
             )
             pictures = self._toybox.vae.pictures(drawn[1])
             masks = self._judge.object_mask(pictures)
@@ -82,7 +82,7 @@ class Yardstick:
         return sum(losses) / len(losses)
 
     def _error(self, picture: Tensor, noise: Tensor, sigma: Tensor, prompt: int, residual: Residual) -> float:
-        noisy, queries = self._latents[picture] + sigma.view(-1, 1, 1, 1) * noise, {}
+        noisy, queries = self._latents[picture] + per_row(sigma, noise) * noise, {}
         plain = self._predict(noisy, sigma, prompt, foundation_patches(queries))
         placement = Placement(residual.delta, residual.layers, self._rows[prompt])
         predicted = self._predict(
@@ -93,7 +93,7 @@ class Yardstick:
 
 def curve(
     toybox: Toybox,
-    concept: demo.Concept,
+    concept: Concept,
     options: TrainingOptions,
     start: Residual,
     judged: Callable[[Residual], tuple[float, float]],
@@ -139,7 +139,7 @@ class Measured:
     strengths: dict[float, tuple[float, float]]
 
 
-def measure(fused: FusedToybox, judge: Judge, concept: demo.Concept, given: argparse.Namespace) -> Measured:
+def measure(fused: FusedToybox, judge: Judge, concept: Concept, given: argparse.Namespace) -> Measured:
     """Train one concept from both starts, saying how it goes."""
     began, toybox = time.monotonic(), fused.toybox
     options = TrainingOptions(max(given.at), given.learning_rate, seed=given.seed)
@@ -208,7 +208,7 @@ def main() -> None:
     given.at = sorted({*given.at, 0})
     fused, judge = FusedToybox(Toybox.load(), load_promptnet(given.promptnet)), Judge.load()
     names = list(world.CONCEPTS)[: given.concepts]
-    measured = [measure(fused, judge, demo.drawn_concept(name), given) for name in names]
+    measured = [measure(fused, judge, drawn_concept(name), given) for name in names]
     figures = {one.name: {"zero": one.zero, "seed": one.seed, "strengths": one.strengths} for one in measured}
     write(given.json, vars(given), figures, markdown(measured, given.at))
 

@@ -22,7 +22,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from benchmarks.host_cost import find_host
 from benchmarks.jobs import Job, Runner, file_name
 from benchmarks.judging import PROMPTS, Yardstick
 from benchmarks.overfitting import Overfitting
@@ -30,12 +29,13 @@ from benchmarks.peers import PEERS, PLAIN, Peer
 from benchmarks.peers.lora import Lora
 from benchmarks.report import write_curves, write_peers
 from benchmarks.results import RESULTS, ROOT, include
-from profusion.demo import Concept, drawn_concept
 from profusion.pictures import grid
+from profusion.residual.training import TrainingOptions
 from profusion.toybox import world
+from profusion.toybox.concepts import Concept, drawn_concept
 from profusion.toybox.judge import Judge
 from profusion.toybox.pipeline import Toybox
-from profusion.training import TrainingOptions
+from tools.hosts import SOUGHT, find_host
 
 TUNING = ("slate and apricot mushroom", "gold and navy cup")  # the first is the demo's, on which Infusion was developed
 TABLE = tuple(name for name in world.CONCEPTS if name not in TUNING)
@@ -262,7 +262,7 @@ class Part:
     def why_not(self) -> str:
         """Why it cannot run here; empty if it can."""
         if self.host and find_host() is None:
-            return "no ComfyUI at COMFYUI_PATH or ~/comfy/ComfyUI"
+            return f"no ComfyUI {SOUGHT}"
         return ""
 
     def run(self, setting: str, work: Path, out: Path, say: Callable[[str], None]) -> None:

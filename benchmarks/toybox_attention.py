@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.rates import Rate
-from profusion.diffusion import alphas_cumprod, sample_euler, sampling_sigmas
+from profusion.diffusion import noised, sample_euler, sampling_sigmas
 from profusion.infusion import Placement, cross_attention_layers, on_conditional
 from profusion.models.tokenizer import words_to_ids
 from profusion.pictures import grid
@@ -71,10 +71,10 @@ def attention_shares(toybox: Toybox, pictures: Sequence[world.Picture], bare: bo
         found[".".join(map(str, layer))].append(_shares(attention.mean(dim=1), masks, nouns, ends))
 
     for t in TIMESTEPS:
-        signal = alphas_cumprod()[t]
-        noisy = signal.sqrt() * clean + (1 - signal).sqrt() * torch.randn(clean.shape, generator=generator)
+        timesteps = torch.full((len(clean),), t)
+        noisy = noised(clean, torch.randn(clean.shape, generator=generator), timesteps)
         with torch.no_grad():
-            toybox.unet(noisy, torch.full((len(clean),), t), context, transformer_options={"attention_probe": probe})
+            toybox.unet(noisy, timesteps, context, transformer_options={"attention_probe": probe})
     return {layer: Shares(*np.mean(values, axis=0).tolist()) for layer, values in found.items()}
 
 

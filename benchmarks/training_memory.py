@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from profusion.diffusion import timestep_of
+from profusion.diffusion import noise_predictor
 from profusion.infusion import Patches, Placement, cross_attention_layers, customised_patches
-from profusion.models.configs import SD15, TOYBOX
+from profusion.models.configs import SD15
 from profusion.models.unet import UNet
-from profusion.training import Reference, ResidualTraining, TrainingOptions, masked_noise_error
+from profusion.residual.training import Reference, ResidualTraining, TrainingOptions, masked_noise_error
+from profusion.toybox.configs import TOYBOX
 
 MODELS = {"sd15": SD15, "toybox": TOYBOX}
 ROWS = (5,)
@@ -47,13 +48,11 @@ def measure(unet: UNet, cells: int) -> tuple[int, int]:
 
     def predict(x: Tensor, sigma: Tensor, prompt: int, patches: Patches) -> Tensor:
         options = {"patches": patches, "cond_or_uncond": [0]}
-        return unet(
-            x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt(), timestep_of(sigma), context, transformer_options=options
-        )
+        return noise_predictor(lambda x, t: unet(x, t, context, transformer_options=options))(x, sigma)
 
     references = [Reference(torch.randn(4, cells, cells), torch.ones(cells, cells))]
     training = ResidualTraining(predict, references, [ROWS], layers, "cat", TrainingOptions(batch_size=1))
-    batch = training._draw()
+    batch = training.batch()
 
     def plain() -> Tensor:
         placement = Placement(training.delta, tuple(layer.name for layer in layers), ROWS)
@@ -61,7 +60,7 @@ def measure(unet: UNet, cells: int) -> tuple[int, int]:
         own_queries = {**patches, "attn2_patch": patches["attn2_patch"][1:]}
         return masked_noise_error(predict(batch.noisy, batch.sigma, 0, own_queries), batch.noise, batch.mask)
 
-    return saved_numbers(lambda: training._loss(batch), unet), saved_numbers(plain, unet)
+    return saved_numbers(lambda: training.loss(batch), unet), saved_numbers(plain, unet)
 
 
 def main() -> None:

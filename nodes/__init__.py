@@ -1,4 +1,4 @@
-"""The pack's nodes: schemas and host glue, no mathematics."""
+"""The pack's nodes: schemas alone. What they do in the host is in host/, and the mathematics in the kernel."""
 
 from . import augment, finetune, fusion, infusion, overfit, promptnet, residual, scores, toybox, trainer
 

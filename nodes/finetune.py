@@ -2,94 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import torch
 from comfy_api.latest import io
 
-from ..profusion import files
-from ..profusion.pictures import concept_pictures, from_image, loss_plot
-from ..profusion.promptnet.changes import save_patch
-from ..profusion.promptnet.file import save_promptnet
+from ..profusion.pictures import captioned, concept_pictures, from_image
 from ..profusion.promptnet.finetune import FinetuneOptions
-from ..profusion.promptnet.network import PromptNetError
-from .folders import PATCHES, PROMPTNETS, listed_name, next_path
-from .host_finetune import Finetuning
-from .host_promptnet import LoadedPromptNet, check_connected
-from .host_training import Progress, keeping
-from .messages import show
-
-PREVIEW_EVERY = 10
-
-
-class _Run:
-    """One execution of the node: the training, what is shown of it, and its files."""
-
-    def __init__(self, finetuning: Finetuning, prefix: str, keep_promptnet: bool):
-        self.finetuning, self._prefix, self._keep_promptnet = finetuning, prefix, keep_promptnet
-        self._progress = Progress(finetuning.training.options.steps)
-        self.patch_path: Path | None = None
-        self._saved: dict[str, str] = {}  # by folder, what to say of it
-        for folder in self._folders():
-            _check_writable(next_path(folder, prefix))
-
-    def _folders(self) -> list[str]:
-        wanted = ((PATCHES, self.finetuning.training.changes), (PROMPTNETS, self._keep_promptnet))
-        return [folder for folder, is_wanted in wanted if is_wanted]
-
-    def train(self) -> str:
-        """Train, save, and say what was saved."""
-        self.finetuning.run(self._after_step)
-        return self._save(self._prefix)
-
-    def _after_step(self) -> None:
-        training = self.finetuning.training
-        worth_showing = training.step % PREVIEW_EVERY == 0 or training.step in (1, training.options.steps)
-        self._progress.report(training.step, self.plot() if worth_showing else None)
-
-    def plot(self):
-        return loss_plot(self.finetuning.training.losses, self.finetuning.training.options.steps)
-
-    def _save(self, prefix: str) -> str:
-        """Write what is not written yet, and say what there is."""
-        finetuning, options = self.finetuning, self.finetuning.training.options
-        notes = {"steps": str(finetuning.training.step), "seed": str(options.seed), "rank": str(options.rank)}
-        for folder in self._folders():
-            if folder in self._saved:
-                continue
-            path = next_path(folder, prefix)
-            if folder == PATCHES:
-                size = save_patch(finetuning.patch(), path, notes)
-                self.patch_path = path
-            else:
-                size = save_promptnet(finetuning.training.network, path, "float16", notes)
-            self._saved[folder] = f"{path}\n{size:,} bytes"
-        return "\n".join(self._saved.values()) or "Nothing is saved."
-
-    def keep(self) -> str:
-        """After a failure: keep what has been learned, and say where."""
-        done = self.finetuning.training.step
-        if not done:
-            return "Nothing had been learned yet."
-        if done == self.finetuning.training.options.steps:
-            prefix = self._prefix
-        else:
-            prefix = f"{self._prefix}_partial_{done}_steps"
-        try:
-            return f"What the {done} steps so far have learned:\n{self._save(prefix)}"
-        except (PromptNetError, OSError) as error:
-            kept = "".join(f"\nSaved before: {text}" for text in self._saved.values())
-            return f"The {done} steps so far could not all be saved: {error}{kept}"
-
-
-def _check_writable(path: Path) -> None:
-    """Find out before the training, not after it. Raises PromptNetError."""
-    try:
-        files.write_atomically(path, b"")
-        path.unlink()
-    except OSError as problem:
-        raise PromptNetError(f"'{path}' could not be saved: {files.why_not_written(problem)}") from problem
+from . import inputs
+from .host.display import keeping, show
+from .host.encoding import check_connected
+from .host.files import PATCHES, listed_name
+from .host.finetuning import Finetuning, FinetuningRun
 
 
 class PromptNetFinetune(io.ComfyNode):
@@ -100,22 +22,21 @@ class PromptNetFinetune(io.ComfyNode):
             display_name="PromptNet Finetune",
             category="ProFusion",
             description=(
-                "Fine-tunes a PromptNet to one picture, or to variants of it from Concept Augment, and with it the attention "
-                "layers of the model (ProFusion, arXiv 2305.13579). The PromptNet and the model that come in stay as they "
-                "are: the model's changes are a patch file, as LoRA loaders read them, in models/loras."
+                "Fine-tunes a PromptNet, and with it the model's attention layers, to one picture or to the variants "
+                "that Concept Augment draws of it (ProFusion, arXiv 2305.13579). The PromptNet and the model that come "
+                "in stay as they are: the changes to the model are a patch file in models/loras, which LoRA loaders "
+                "read."
             ),
             inputs=[
-                io.Custom("PROMPTNET").Input("promptnet", tooltip="From PromptNet Loader."),
+                inputs.promptnet(),
                 io.Model.Input(
                     "model", tooltip="The model that the PromptNet serves. LoRAs and other patches on it take part."
                 ),
-                io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
-                io.ClipVision.Input("clip_vision", tooltip="The image encoder that the PromptNet was trained with."),
-                io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
-                io.Image.Input("images", tooltip="The picture, or variants of it, of one size."),
-                io.Int.Input(
-                    "steps", default=50, min=1, max=100_000, tooltip="How long to train: about 50 in the paper."
-                ),
+                inputs.clip(),
+                inputs.clip_vision(),
+                inputs.vae(),
+                io.Image.Input("images", tooltip="The picture, or variants of it, all one size."),
+                inputs.steps(50, "Training steps. The paper takes about 50."),
                 io.Float.Input(
                     "learning_rate",
                     default=2e-5,
@@ -123,12 +44,12 @@ class PromptNetFinetune(io.ComfyNode):
                     max=1.0,
                     step=1e-6,
                     round=False,
-                    tooltip="How far each step moves PromptNet: 1e-5 to 1e-4 is usual.",
+                    tooltip="How far each step moves PromptNet. 1e-5 to 1e-4 is usual.",
                 ),
                 io.Boolean.Input(
                     "train_attention",
                     default=True,
-                    tooltip="Train the attention layers of the model too, as in the paper. Off: only PromptNet.",
+                    tooltip="Train the model's attention layers too, as in the paper. Off: only PromptNet.",
                 ),
                 io.Float.Input(
                     "attention_learning_rate",
@@ -144,49 +65,33 @@ class PromptNetFinetune(io.ComfyNode):
                     default=8,
                     min=0,
                     max=256,
-                    tooltip="Of the attention layers' changes. More can learn more, and makes a larger file. 0: the full "
-                    "difference, as in the paper, in a file as large as these layers.",
+                    tooltip="Rank of the attention LoRA. Higher learns more and makes a larger file. 0: full matrices, "
+                    "as in the paper, in a file as large as these layers.",
                 ),
-                io.Int.Input(
-                    "batch_size",
-                    default=4,
-                    min=1,
-                    max=64,
-                    tooltip="Noisy pictures in each step. Lower it if memory runs out.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Of the training's noise. The same seed trains the same.",
-                ),
+                inputs.batch_size(),
+                inputs.seed("Random seed of the training. The same seed trains the same files."),
                 io.String.Input(
                     "filename_prefix",
                     default="profusion/finetuned",
-                    tooltip="Of the files, which are numbered and never overwritten; it may have subfolders.",
+                    tooltip="Name of the files. A number is added, nothing is overwritten, and 'pets/cat' makes a "
+                    "subfolder.",
                 ),
                 io.Boolean.Input(
                     "save_promptnet",
                     default=True,
-                    tooltip="Save the fine-tuned PromptNet in models/profusion_promptnets, for PromptNet Loader. For SD 1.5 it "
-                    "takes 0.7 GB.",
+                    tooltip="Save the fine-tuned PromptNet in models/profusion_promptnets, for PromptNet Loader. It "
+                    "takes 0.7 GB for SD 1.5.",
                 ),
-                io.Mask.Input(
-                    "masks",
-                    optional=True,
-                    tooltip="White where the object is, one for each picture or one for all. Only there is anything learned.",
-                ),
+                inputs.masks("Only this area is learned."),
             ],
             outputs=[
-                io.Custom("PROMPTNET").Output(tooltip="The fine-tuned one, for PromptNet Encode."),
+                io.Custom("PROMPTNET").Output(tooltip="The fine-tuned PromptNet, for PromptNet Encode."),
                 io.Model.Output(tooltip="The model with its changes as an ordinary patch."),
                 io.String.Output(
                     display_name="patch_file",
-                    tooltip="The patch file's name, as LoRA loaders list it; empty if there is none.",
+                    tooltip="Name of the patch file as LoRA loaders list it. Empty if there is none.",
                 ),
-                io.Image.Output(display_name="loss_plot", tooltip="The loss of each step, and its running mean."),
+                io.Image.Output(display_name="loss_plot", tooltip="Loss of each step and its running mean."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -195,8 +100,8 @@ class PromptNetFinetune(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        promptnet: LoadedPromptNet,
-        model: Any,
+        promptnet,
+        model,
         clip,
         clip_vision,
         vae,
@@ -224,14 +129,13 @@ class PromptNetFinetune(io.ComfyNode):
         pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
         weights = weights if torch.any(weights < 1) else None
         finetuning = Finetuning(promptnet, model, clip, clip_vision, vae, pictures, weights, train_attention, options)
-        run = _Run(finetuning, filename_prefix, save_promptnet)
+        run = FinetuningRun(finetuning, filename_prefix, save_promptnet)
         with keeping(cls, run.keep):
             saved = run.train()
         name = listed_name(PATCHES, run.patch_path) if run.patch_path else ""
-        plot = from_image(run.plot())[None]
-        return io.NodeOutput(
-            finetuning.promptnet(), finetuning.patched_model(), name, plot, ui=show(cls, f"{steps} steps\n{saved}")
-        )
+        plot, text = run.plot(), f"{steps} steps\n{saved}"
+        shown = show(cls, text, captioned(plot, text), previewed=True)
+        return io.NodeOutput(finetuning.promptnet(), finetuning.patched_model(), name, from_image(plot)[None], ui=shown)
 
 
 NODES = [PromptNetFinetune]

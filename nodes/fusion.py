@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.sample
-import comfy.samplers
-import comfy.utils
-import latent_preview
 from comfy_api.latest import io
 
 from ..profusion.fusion import FusionOptions, Guidance
-from .host_fusion import FusionGuider, FusionSampling
-from .messages import show
+from . import inputs
+from .host.display import show
+from .host.drawing import Sampling
+from .host.fusion import FusionGuider, FusionSampling, sample_latent
 
 MORE_TERMS = ("_2", "_3", "_4")
 MODES = ["dependent", "independent"]
@@ -20,37 +18,22 @@ MODES = ["dependent", "independent"]
 
 def _guidance_inputs() -> list:
     return [
-        io.Float.Input(
-            "cfg",
-            default=6.0,
-            min=0.0,
-            max=100.0,
-            step=0.1,
-            round=0.01,
-            tooltip="Guidance of the refinement stage, as in KSampler; 5 to 7 in the paper's code.",
-        ),
-        io.Float.Input(
-            "fusion_cfg",
-            default=3.0,
-            min=0.0,
-            max=100.0,
-            step=0.1,
-            round=0.01,
-            tooltip="Guidance of the fusion stage; 3 in the paper's code.",
-        ),
+        inputs.cfg("Guidance of the refinement stage, as in KSampler. The paper's code takes 5 to 7."),
+        inputs.cfg("Guidance of the fusion stage. The paper's code takes 3.", "fusion_cfg", default=3.0),
         io.Float.Input(
             "gamma",
             default=0.8,
             min=0.0,
             max=2.0,
             step=0.05,
-            tooltip="How much S* counts in the fusion stage: less leaves more to the text.",
+            tooltip="Strength of S* in the fusion stage. Lower leaves more to the text.",
         ),
         io.Combo.Input(
             "mode",
             options=MODES,
             default="dependent",
-            tooltip="dependent: S* is evaluated within its prompt. independent: S* in a prompt of its own, the text in others.",
+            tooltip="dependent: evaluate S* within its prompt. independent: evaluate S* in a prompt of its own; only "
+            "the other conditionings say the text.",
         ),
     ]
 
@@ -62,8 +45,8 @@ def _refresh_input() -> io.Int.Input:
         min=1,
         max=10,
         optional=True,
-        tooltip="Where there are several conditionings, only one evaluation of so many asks all of them; those between ask the "
-        "first, and take what the others and the negative add from the last time. 2: plain guidance's cost. 1: the paper's.",
+        tooltip="Evaluate all conditionings only every N-th call; in between, evaluate the first and reuse the others' "
+        "last difference. 2 costs about as much as plain CFG. 1 is the paper's.",
     )
 
 
@@ -84,21 +67,12 @@ def _stage_inputs() -> list:
             step=0.05,
             tooltip="How much noise a fusion step swaps for fresh noise.",
         ),
-        io.Float.Input(
-            "fusion_start",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            tooltip="The share of sampling after which there is a fusion stage.",
-        ),
-        io.Float.Input(
+        inputs.share("fusion_start", 0.0, "Share of sampling after which the fusion stage acts."),
+        inputs.share(
             "fusion_end",
-            default=0.2,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            tooltip="The share of sampling until which there is a fusion stage. Each stage costs an evaluation. 1: the paper's.",
+            0.2,
+            "Share of sampling until which the fusion stage acts. Each level in it costs an extra evaluation. 1 is the "
+            "paper's.",
         ),
     ]
 
@@ -129,19 +103,11 @@ class FusionGuiderNode(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="Any model."),
                 io.Conditioning.Input(
-                    "conditioning", tooltip="The first: the prompt with S*, from PromptNet Encode, or any."
+                    "conditioning",
+                    tooltip="The first conditioning: the prompt with S*, from PromptNet Encode, or any other.",
                 ),
-                io.Float.Input(
-                    "weight",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="Weights count relative to their sum; guidance is cfg.",
-                ),
-                io.Conditioning.Input(
-                    "negative", tooltip="The unconditional: an empty prompt, or what you do not want."
-                ),
+                inputs.weight("weight", "Weight of the first conditioning. Only the proportions of the weights count."),
+                inputs.negative(),
                 *_guidance_inputs(),
                 *[entry for suffix in MORE_TERMS for entry in _term_inputs(suffix)],
                 _refresh_input(),
@@ -163,17 +129,9 @@ def _term_inputs(suffix: str) -> list:
     number = suffix.strip("_")
     return [
         io.Conditioning.Input(
-            f"conditioning{suffix}", optional=True, tooltip=f"Conditioning {number}: the plain text, say."
+            f"conditioning{suffix}", optional=True, tooltip=f"Conditioning {number}, such as the plain text."
         ),
-        io.Float.Input(
-            f"weight{suffix}",
-            default=1.0,
-            min=-10.0,
-            max=10.0,
-            step=0.05,
-            optional=True,
-            tooltip=f"Weight of conditioning {number}.",
-        ),
+        inputs.weight(f"weight{suffix}", f"Weight of conditioning {number}.", optional=True),
     ]
 
 
@@ -185,9 +143,9 @@ class FusionSamplerNode(io.ComfyNode):
             display_name="Fusion Sampler",
             category="ProFusion",
             description=(
-                "A fusion stage before the steps of another sampler: part of the predicted noise is swapped for fresh noise "
-                "at the same noise level (ProFusion, arXiv 2305.13579). Give it to SamplerCustomAdvanced, with Fusion Guider "
-                "or any other guider."
+                "Puts a fusion stage before the steps of another sampler: it swaps part of the predicted noise for "
+                "fresh noise at the same noise level (ProFusion, arXiv 2305.13579). Give it to SamplerCustomAdvanced, "
+                "with Fusion Guider or any other guider."
             ),
             inputs=[
                 io.Sampler.Input("sampler", tooltip="The refinement stage, from KSamplerSelect."),
@@ -209,62 +167,28 @@ class FusionKSampler(io.ComfyNode):
             display_name="Fusion KSampler",
             category="ProFusion",
             description=(
-                "KSampler with Fusion Sampling (ProFusion, arXiv 2305.13579): draws the S* of a picture together with any "
-                "text. Without fusion steps and text it is KSampler."
+                "KSampler with Fusion Sampling (ProFusion, arXiv 2305.13579): draws the S* of a picture together with "
+                "any text. Without fusion steps and text it is KSampler."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model that draws."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of all noise. The same seed draws the same picture.",
-                ),
-                io.Int.Input("steps", default=20, min=1, max=10_000, tooltip="Noise levels, as in KSampler."),
+                inputs.seed("Random seed. The same seed draws the same picture.", changes_after_run=True),
+                inputs.steps(20, "Sampling steps, as in KSampler.", largest=10_000),
                 *_guidance_inputs()[:1],
-                io.Combo.Input(
-                    "sampler_name",
-                    options=comfy.samplers.KSampler.SAMPLERS,
-                    default="euler",
-                    tooltip="Of the refinement stage.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    default="simple",
-                    tooltip="Of the noise levels.",
-                ),
+                inputs.sampler_name("Sampler of the refinement stage."),
+                inputs.scheduler("Noise schedule."),
                 io.Conditioning.Input("positive", tooltip="The prompt with S*, from PromptNet Encode."),
-                io.Conditioning.Input(
-                    "negative", tooltip="The unconditional: an empty prompt, or what you do not want."
-                ),
+                inputs.negative(),
                 io.Latent.Input("latent_image", tooltip="An empty latent, or one to start from."),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="How much of latent_image is drawn anew.",
-                ),
+                inputs.share("denoise", 1.0, "How much of latent_image is drawn anew."),
                 *_stage_inputs(),
                 *_guidance_inputs()[1:],
                 io.Conditioning.Input(
                     "text",
                     optional=True,
-                    tooltip="The same prompt in plain words, from PromptNet Encode: what the picture should follow besides S*.",
+                    tooltip="The same prompt in plain words, from PromptNet Encode. The picture follows it besides S*.",
                 ),
-                io.Float.Input(
-                    "text_weight",
-                    default=0.5,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.05,
-                    optional=True,
-                    tooltip="Weight of the plain text beside S*, which has 1.",
-                ),
+                inputs.weight("text_weight", "Weight of the plain text. S* has weight 1.", default=0.5, optional=True),
                 _refresh_input(),
             ],
             outputs=[io.Latent.Output(tooltip="The drawn latent.")],
@@ -298,32 +222,17 @@ class FusionKSampler(io.ComfyNode):
         terms, weights = ([positive], (1.0,)) if text is None else ([positive, text], (1.0, text_weight))
         guider = FusionGuider(model)
         guider.set_terms(terms, negative, Guidance(weights, cfg, fusion_cfg, gamma, mode, refresh))
-        plan = comfy.samplers.KSampler(
-            model,
-            steps=steps,
-            device=model.load_device,
-            sampler=sampler_name,
-            scheduler=scheduler,
-            denoise=denoise,
-            model_options=model.model_options,
+        drawn = sample_latent(
+            guider,
+            latent_image,
+            seed,
+            Sampling(steps, cfg, sampler_name, scheduler),
+            denoise,
+            FusionOptions(fusion_steps, eta),
+            (fusion_start, fusion_end),
         )
-        inner = comfy.samplers.sampler_object(sampler_name)
-        sampler = FusionSampling(inner, FusionOptions(fusion_steps, eta), fusion_start, fusion_end)
-        samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
-        noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
-        drawn = guider.sample(
-            noise,
-            samples,
-            sampler,
-            plan.sigmas,
-            denoise_mask=latent_image.get("noise_mask"),
-            callback=latent_preview.prepare_callback(model, len(plan.sigmas) - 1),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            seed=seed,
-        )
-        per_step = guider.rows / len(samples) / max(1, len(plan.sigmas) - 1)
-        message = f"{per_step:.2f} UNet rows a step and picture (plain guidance: 2)"
-        return io.NodeOutput({**latent_image, "samples": drawn.to(samples.device)}, ui=show(cls, message))
+        message = f"{drawn.rows_per_step:.2f} UNet rows a step and picture (plain guidance: 2)"
+        return io.NodeOutput(drawn.latent, ui=show(cls, message))
 
 
 NODES = [FusionGuiderNode, FusionSamplerNode, FusionKSampler]

@@ -2,80 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..profusion.infusion import Layer, Placement
-from ..profusion.prompt import OCCURRENCES, NounError, choose_spans
-from ..profusion.residual import Residual, check_architecture
-from .host import PlacedConcept, add_streams, carrying, encode_prompt, model_layers, noun_spans
-from .host_fusion import WORD
+from ..profusion.infusion import check_context_width
+from ..profusion.prompt import OCCURRENCES
+from . import inputs
+from .host.encoding import check_connected, model_layers
+from .host.placing import MORE_CONCEPTS, ConceptInput, carrying, encode_prompt, place_concepts
+from .host.streams import add_streams
+from .host.words import WORD
 
 OWN_TRAJECTORY, SHARED_LATENT = "own trajectory", "shared latent"
-MORE_CONCEPTS = ("_2", "_3", "_4")
-
-
-@dataclass(frozen=True)
-class ConceptInput:
-    """One residual as it comes in, and where its place in the node is (for error messages)."""
-
-    slot: str
-    residual: Residual
-    strength: float
-    occurrence: str
-    region: Any = None
-
-
-def place_concepts(
-    clip: Any,
-    text: str,
-    layers: Sequence[Layer],
-    concepts: Sequence[ConceptInput],
-    start_percent: float,
-    end_percent: float,
-    pseudo_words: int = 0,
-) -> list[PlacedConcept]:
-    """Find each concept's noun in the prompt. Errors say what is wrong with which input and quote the prompt.
-
-    pseudo_words: tokens of the S* that the prompt has, if it has one.
-    """
-    if not text.strip():
-        raise NounError("the prompt is empty: write one that has the noun of each residual")
-    if start_percent > end_percent:
-        raise ValueError(
-            f"start_percent={start_percent} is after end_percent={end_percent}: the concepts would never be active"
-        )
-    placed = []
-    for concept in concepts:
-        check_architecture(concept.residual, layers)
-        sharing = [c for c in concepts if c.occurrence == "auto" and _same_noun(c, concept)]
-        turn = next((index for index, other in enumerate(sharing) if other is concept), 0)
-        rows = _rows(clip, text, pseudo_words, concept, turn, len(sharing))
-        residual, region = concept.residual, concept.region
-        if region is not None and not region.any():
-            raise ValueError(f"region{concept.slot} is all black: {residual.noun!r} could appear nowhere")
-        placement = Placement(residual.delta, residual.layers, rows, concept.strength, region=region)
-        placed.append(PlacedConcept(placement, start_percent, end_percent))
-    return placed
-
-
-def _same_noun(one: ConceptInput, other: ConceptInput) -> bool:
-    return one.residual.noun.lower().split() == other.residual.noun.lower().split()
-
-
-def _rows(clip: Any, text: str, pseudo_words: int, concept: ConceptInput, turn: int, sharing: int) -> tuple[int, ...]:
-    noun = concept.residual.noun
-    spans = noun_spans(clip, text, noun, pseudo_words)
-    if not spans:
-        raise NounError(f"residual{concept.slot} is of the noun {noun!r}, which is not a word of the prompt {text!r}")
-    try:
-        chosen = choose_spans(spans, concept.occurrence, turn, sharing)
-    except NounError as error:
-        raise NounError(f"residual{concept.slot}: {error} of the noun {noun!r} in the prompt {text!r}") from None
-    return tuple(row for span in chosen for row in span)
 
 
 def _pseudo_words(conditioning: list, text: str) -> int:
@@ -94,15 +34,7 @@ def _concept_inputs(suffix: str) -> list:
     number = suffix.strip("_")
     return [
         io.Custom("RESIDUAL").Input(f"residual{suffix}", optional=True, tooltip=f"Concept {number}, at its own noun."),
-        io.Float.Input(
-            f"strength{suffix}",
-            default=1.0,
-            min=-4.0,
-            max=4.0,
-            step=0.05,
-            optional=True,
-            tooltip=f"Strength of concept {number}.",
-        ),
+        inputs.strength(suffix, f"Strength of concept {number}.", optional=True),
         io.Combo.Input(
             f"occurrence{suffix}",
             options=list(OCCURRENCES),
@@ -145,7 +77,7 @@ class InfusionAttentionPatch(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="An SD 1.x, SD 2.x, SDXL or Toybox model; LoRAs and other patches may be on it."
                 ),
-                io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
+                inputs.clip(),
                 io.String.Input(
                     "text",
                     multiline=True,
@@ -155,30 +87,9 @@ class InfusionAttentionPatch(io.ComfyNode):
                 io.Custom("RESIDUAL").Input(
                     "residual", tooltip="The first concept, from Residual Trainer or Residual Loader."
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-4.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="How much of the first residual is added: 1 as trained, 0 draws the plain picture.",
-                ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="The share of sampling after which the concepts act.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="The share of sampling until which the concepts act.",
-                ),
+                inputs.strength("", "Strength of the first concept. 1: as trained. 0: the plain picture."),
+                inputs.share("start_percent", 0.0, "Share of sampling after which the concepts act."),
+                inputs.share("end_percent", 1.0, "Share of sampling until which the concepts act."),
                 io.Combo.Input(
                     "occurrence",
                     options=list(OCCURRENCES),
@@ -193,8 +104,8 @@ class InfusionAttentionPatch(io.ComfyNode):
                     options=[OWN_TRAJECTORY, SHARED_LATENT],
                     default=OWN_TRAJECTORY,
                     tooltip=(
-                        "own trajectory: the layout is that of the plain picture with the same seed. shared latent: the "
-                        "layout is what the plain model makes of the customised picture so far, as in training."
+                        "own trajectory: keep the layout of the plain picture with the same seed. shared latent: take "
+                        "the layout that the plain model sees in the customised picture so far, as in training."
                     ),
                 ),
                 io.Mask.Input("region", optional=True, tooltip="Where in the picture the first concept may appear."),
@@ -203,8 +114,8 @@ class InfusionAttentionPatch(io.ComfyNode):
                     "conditioning",
                     optional=True,
                     tooltip=(
-                        "The same text, encoded already, such as PromptNet Encode's with S*: the concepts are placed in it. "
-                        "Not connected: the text is encoded here."
+                        "The same text, already encoded, such as PromptNet Encode's prompt with S*: the concepts are "
+                        "placed in it. If not connected, the text is encoded here."
                     ),
                 ),
             ],
@@ -230,19 +141,13 @@ class InfusionAttentionPatch(io.ComfyNode):
         conditioning=None,
         **more,
     ) -> io.NodeOutput:
-        if clip is None:
-            raise ValueError("clip is None: the checkpoint that was loaded has no text encoder")
+        check_connected(clip=clip)
         layers = model_layers(model)
         concepts = [ConceptInput("", residual, strength, occurrence, region), *_more_concepts(more)]
         pseudo_words = 0 if conditioning is None else _pseudo_words(conditioning, text)
         placed = place_concepts(clip, text, layers, concepts, start_percent, end_percent, pseudo_words)
         conditioning = encode_prompt(clip, text, placed) if conditioning is None else carrying(conditioning, placed)
-        width = conditioning[0][0].shape[-1]
-        if width != layers[0].context_dim:
-            raise ValueError(
-                f"the text encoder makes a context of width {width} and the model takes {layers[0].context_dim}: "
-                "use the clip that belongs to the model"
-            )
+        check_context_width(conditioning[0][0].shape[-1], layers)
         return io.NodeOutput(add_streams(model, layers, stream == SHARED_LATENT), conditioning)
 
 

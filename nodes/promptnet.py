@@ -1,42 +1,21 @@
-"""ProFusion_PromptNetLoader, ProFusion_PromptNetEncode and ProFusion_ResidualFromPromptNet: one picture into a word of a prompt."""
+"""ProFusion_PromptNetLoader, ProFusion_PromptNetEncode and ProFusion_ResidualFromPromptNet: one picture into a word."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import folder_paths
 from comfy_api.latest import io
 
 from ..profusion.infusion import architecture_name
 from ..profusion.pictures import concept_pictures
-from ..profusion.promptnet.file import SUFFIX
-from ..profusion.promptnet.network import PromptNetError, check_fits
+from ..profusion.promptnet.network import check_fits
 from ..profusion.promptnet.pseudo_word import PLACEHOLDER, with_noun
 from ..profusion.promptnet.seed import PROMPTS, ResidualSeed, attention_modules
-from ..profusion.toybox.pipeline import WEIGHTS
-from .folders import PROMPTNETS, find, fingerprint, register, why_not_found
-from .host import model_layers
-from .host_promptnet import LoadedPromptNet, WordInPrompt, check_connected, encode_pictures, load, shown
-from .host_training import Progress, TrainedModel, encode_prompts, encode_references
-from .messages import show
-
-TOYBOX = "Toybox"
-_TOYBOX_FILE = WEIGHTS / "toybox_promptnet.safetensors"
-
-register(PROMPTNETS, (SUFFIX, ".bin"))  # as it is trained here, and as its authors released it
-
-
-def promptnet_names() -> list[str]:
-    """The embedded one, if it is there, and those in models/profusion_promptnets."""
-    return [*([TOYBOX] if _TOYBOX_FILE.is_file() else []), *folder_paths.get_filename_list(PROMPTNETS)]
-
-
-def find_promptnet(name: str) -> Path:
-    """The path of a listed PromptNet. Raises PromptNetError, which says where it was looked for."""
-    if name == TOYBOX and _TOYBOX_FILE.is_file():
-        return _TOYBOX_FILE
-    advice = "or train one with `python -m profusion promptnet train`"
-    return find(PROMPTNETS, name, promptnet_names(), PromptNetError, "PromptNet", advice)
+from . import inputs
+from .host.display import Progress, show
+from .host.encoding import check_connected, encode_references, model_layers, shown
+from .host.evaluation import TrainedModel
+from .host.files import find_promptnet, fingerprint, promptnet_names, why_not_found
+from .host.placing import encode_training_prompts
+from .host.words import WordInPrompt, encode_pictures, load
 
 
 class PromptNetLoader(io.ComfyNode):
@@ -47,8 +26,8 @@ class PromptNetLoader(io.ComfyNode):
             display_name="PromptNet Loader",
             category="ProFusion",
             description=(
-                "Loads a PromptNet, which turns a picture into the pseudo-word S* (ProFusion, arXiv 2305.13579): Toybox's own, "
-                "or a file in models/profusion_promptnets, in this pack's layout or in that of the authors' release."
+                "Loads a PromptNet, which turns a picture into the pseudo-word S* (ProFusion, arXiv 2305.13579): "
+                "Toybox's own, or a file in models/profusion_promptnets, in this pack's layout or in the authors'."
             ),
             inputs=[
                 io.Combo.Input(
@@ -85,35 +64,32 @@ class PromptNetEncode(io.ComfyNode):
             display_name="PromptNet Encode",
             category="ProFusion",
             description=(
-                "Writes what pictures show into a prompt, as the pseudo-word S* (ProFusion, arXiv 2305.13579). The conditioning "
-                "goes into any sampler; Fusion KSampler and Fusion Guider make its S* anew for each step."
+                "Writes what pictures show into a prompt, as the pseudo-word S* (ProFusion, arXiv 2305.13579). The "
+                "conditioning goes into any sampler; Fusion KSampler and Fusion Guider make S* anew for each step."
             ),
             inputs=[
-                io.Custom("PROMPTNET").Input("promptnet", tooltip="From PromptNet Loader."),
-                io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
-                io.ClipVision.Input("clip_vision", tooltip="The image encoder that the PromptNet was trained with."),
-                io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
+                inputs.promptnet(),
+                inputs.clip(),
+                inputs.clip_vision(),
+                inputs.vae(),
                 io.Image.Input(
                     "images",
-                    tooltip="The picture, or several of the same thing, of which the mean counts. What is transparent is grey.",
+                    tooltip="The picture, or several pictures of the same thing, whose mean counts. Transparent parts "
+                    "turn grey.",
                 ),
                 io.String.Input(
                     "text",
                     multiline=True,
                     dynamic_prompts=True,
                     default=f"a photo of {PLACEHOLDER}",
-                    tooltip=f"The prompt, with {PLACEHOLDER} once, where the thing from the picture belongs.",
+                    tooltip=f"The prompt. Write {PLACEHOLDER} once, where the thing from the picture belongs.",
                 ),
                 io.String.Input(
                     "noun",
                     default="",
-                    tooltip=f"What it is, such as cat: in the plain prompt this takes the place of {PLACEHOLDER}.",
+                    tooltip=f"What the picture shows, such as cat. It replaces {PLACEHOLDER} in the plain prompt.",
                 ),
-                io.Mask.Input(
-                    "masks",
-                    optional=True,
-                    tooltip="White where the thing is, one for each picture or one for all; the rest is grey.",
-                ),
+                inputs.masks("The rest turns grey."),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="with_word", tooltip=f"The prompt with {PLACEHOLDER}."),
@@ -124,15 +100,13 @@ class PromptNetEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, promptnet: LoadedPromptNet, clip, clip_vision, vae, images, text, noun, masks=None
-    ) -> io.NodeOutput:
+    def execute(cls, promptnet, clip, clip_vision, vae, images, text, noun, masks=None) -> io.NodeOutput:
         check_connected(clip=clip, clip_vision=clip_vision, vae=vae)
         plain = with_noun(text, noun)
         pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
         if masks is not None:
             pictures = shown(pictures, weights)
-        word = WordInPrompt(promptnet, clip, encode_pictures(promptnet, vae, clip_vision, pictures), text)
+        word = WordInPrompt(promptnet, clip, encode_pictures(promptnet.config, vae, clip_vision, pictures), text)
         return io.NodeOutput(word.conditioning(), clip.encode_from_tokens_scheduled(clip.tokenize(plain)))
 
 
@@ -144,29 +118,27 @@ class ResidualFromPromptNet(io.ComfyNode):
             display_name="Residual from PromptNet",
             category="ProFusion",
             description=(
-                "Turns what PromptNet sees in pictures into a residual at the class noun, without training, in the time of a "
-                "few steps of it. Train it further in Residual Trainer, or draw it with Infusion Attention Patch."
+                "Turns what PromptNet sees in pictures into a residual at the class noun, without training, in the "
+                "time of a few training steps. Train it further in Residual Trainer, or draw it with Infusion "
+                "Attention Patch."
             ),
             inputs=[
-                io.Custom("PROMPTNET").Input("promptnet", tooltip="From PromptNet Loader."),
-                io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
-                io.ClipVision.Input("clip_vision", tooltip="The image encoder that the PromptNet was trained with."),
-                io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
+                inputs.promptnet(),
+                inputs.clip(),
+                inputs.clip_vision(),
+                inputs.vae(),
                 io.Model.Input(
                     "model", tooltip="The model that the residual is for. LoRAs and other patches on it take part."
                 ),
                 io.Image.Input(
                     "images",
-                    tooltip="The picture, or several of the same thing, of which the mean counts: those to train on.",
+                    tooltip="The picture, or several pictures of the same thing, whose mean counts. Take those that "
+                    "you train on.",
                 ),
                 io.String.Input(
-                    "noun", default="", tooltip="The class noun, such as cat: the one that Residual Trainer is given."
+                    "noun", default="", tooltip="The class noun, such as cat. Give Residual Trainer the same one."
                 ),
-                io.Mask.Input(
-                    "masks",
-                    optional=True,
-                    tooltip="White where the thing is, one for each picture or one for all: what is around it stays.",
-                ),
+                inputs.masks("The residual leaves the rest as it is."),
             ],
             outputs=[
                 io.Custom("RESIDUAL").Output(
@@ -176,19 +148,19 @@ class ResidualFromPromptNet(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, promptnet: LoadedPromptNet, clip, clip_vision, vae, model, images, noun, masks=None
-    ) -> io.NodeOutput:
+    def execute(cls, promptnet, clip, clip_vision, vae, model, images, noun, masks=None) -> io.NodeOutput:
         check_connected(clip=clip, clip_vision=clip_vision, vae=vae)
         noun, layers = noun.strip(), model_layers(model)
         check_fits(promptnet.config, architecture=architecture_name(layers))
-        conditionings, rows = encode_prompts(clip, noun, layers)
+        conditionings, rows = encode_training_prompts(clip, noun, layers)
         pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
         references = encode_references(model, vae, pictures, weights)
-        word = WordInPrompt(promptnet, clip, encode_pictures(promptnet, vae, clip_vision, pictures), PROMPTS[0][1])
+        word = WordInPrompt(
+            promptnet, clip, encode_pictures(promptnet.config, vae, clip_vision, pictures), PROMPTS[0][1]
+        )
         spoken = [word.in_prompt(prompt) for _, prompt in PROMPTS]
         trained, modules = (
-            TrainedModel(model, conditionings),
+            TrainedModel(model, conditionings, gradients=False),
             attention_modules(model.get_model_object("diffusion_model")),
         )
         seeding = ResidualSeed(trained.predict_noise, references, rows, spoken, modules, layers, noun, trained.sigmas)

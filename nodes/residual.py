@@ -7,18 +7,8 @@ from PIL.Image import Image
 
 from ..profusion.pictures import to_image
 from ..profusion.residual import PRECISIONS, load_residual, save_residual
-from .folders import (
-    RESIDUALS,
-    find_residual,
-    fingerprint,
-    next_residual_path,
-    register,
-    residual_names,
-    why_not_found,
-)
-from .messages import show
-
-register(RESIDUALS)
+from .host.display import show
+from .host.files import find_residual, fingerprint, next_residual_path, residual_names, why_not_found
 
 
 class ResidualLoader(io.ComfyNode):

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..profusion.metrics import Pictures, concept_scores
 from ..profusion.metrics.chart import chart
-from ..profusion.metrics.encoders import ImageEncoder, PairedEncoder, ToyboxEncoder
-from ..profusion.pictures import concept_pictures, from_image
-from .host_encoders import ClipPair, VisionEncoder, watched
-from .host_training import Progress
-from .messages import show
+from ..profusion.metrics.encoders import ImageEncoder, PairedEncoder
+from ..profusion.pictures import captioned, concept_pictures, from_image
+from ..profusion.toybox.encoder import ToyboxEncoder
+from .host.backbones import ClipPair, VisionEncoder, watched
+from .host.display import Progress, show
 
 
 def _pictures(images: Tensor, masks: Tensor | None) -> Pictures:
@@ -39,9 +39,9 @@ class ConceptScores(io.ComfyNode):
             display_name="Concept Scores",
             category="ProFusion",
             description=(
-                "Measures generated pictures of a concept: how well they follow their prompt (CLIP-T), and how alike they are to "
-                "the pictures that it was learned from (CLIP-I, DINO), with 95 % intervals. Numbers of different image encoders "
-                "do not compare, so each names its own."
+                "Measures generated pictures of a concept: how well they follow their prompt (CLIP-T), and how alike "
+                "they are to the pictures that it was learned from (CLIP-I, DINO), with 95 % intervals. Scores of "
+                "different image encoders cannot be compared, so each names its own."
             ),
             inputs=[
                 io.Image.Input("images", tooltip="The generated pictures."),
@@ -51,29 +51,31 @@ class ConceptScores(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=False,
                     default="",
-                    tooltip="What the pictures should show: one prompt for all of them, or a line for each, in their order.",
+                    tooltip="What the pictures should show: one prompt for all of them, or one line for each, in "
+                    "order.",
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="The text encoder that was trained with clip_vision, for CLIP-T: for ViT-L CLIP Loader with clip_l "
-                    "(the CLIP of an SD 1.x checkpoint lacks its projection), for ViT-H the CLIP of SD 2.x, for ViT-bigG of SDXL.",
+                    tooltip="The text encoder that was trained with clip_vision, for CLIP-T. ViT-L: CLIP Loader with "
+                    "clip_l (the CLIP of an SD 1.x checkpoint lacks its projection). ViT-H: the CLIP of SD 2.x. "
+                    "ViT-bigG: the CLIP of SDXL.",
                 ),
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="Judges how alike pictures are. Without it, Toybox's own is taken, for Toybox's pictures only.",
+                    tooltip="Judges how alike pictures are. Default: Toybox's own, for Toybox's pictures only.",
                 ),
                 io.ClipVision.Input(
                     "image_encoder",
                     optional=True,
-                    tooltip="A second judge, such as DINOv2, loaded with Load CLIP Vision too.",
+                    tooltip="A second judge, such as DINOv2, also from Load CLIP Vision.",
                 ),
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="White where the object is in the generated pictures: with reference_masks, objects and backgrounds "
-                    "are compared apart.",
+                    tooltip="White where the object is in the generated pictures. Together with reference_masks it "
+                    "compares objects and backgrounds separately.",
                 ),
                 io.Mask.Input("reference_masks", optional=True, tooltip="White where the object is in the references."),
             ],
@@ -110,9 +112,12 @@ class ConceptScores(io.ComfyNode):
             [line for line in prompt.splitlines() if line.strip()],
             [watched(encoder, tell) for encoder in encoders],
         )
-        picture = from_image(chart(scores))[None]
+        picture = captioned(chart(scores), "\n".join(scores.notes))
         return io.NodeOutput(
-            scores.markdown(), picture, json.dumps(scores.as_json(), indent=2), ui=show(cls, scores.text())
+            scores.markdown(),
+            from_image(picture)[None],
+            json.dumps(scores.as_json(), indent=2),
+            ui=show(cls, scores.text(), picture),
         )
 
 

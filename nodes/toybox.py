@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import folder_paths
 from comfy_api.latest import io
 
-from ..profusion.demo import CONCEPT, PICTURES, drawn_concept
+from ..profusion.toybox.concepts import CONCEPT, PICTURES, drawn_concept
 from ..profusion.toybox.world import BACKGROUNDS, CONCEPTS
-from . import host_models
+from .host import toybox
 
 
 class ToyboxLoader(io.ComfyNode):
@@ -18,9 +17,9 @@ class ToyboxLoader(io.ComfyNode):
             display_name="Toybox Loader",
             category="ProFusion",
             description=(
-                "A tiny text-to-image model that ships with this pack: 96x96 pictures of toys, in seconds and on a CPU. "
-                "It has the shape of Stable Diffusion 1.5, so every node that works with that works with it. With it come "
-                "pictures of a toy that it has never seen, to learn from."
+                "A tiny text-to-image model that ships with this pack: 96x96 pictures of toys, in seconds and on a "
+                "CPU. It has the shape of Stable Diffusion 1.5, and every node that works with that works with it. It "
+                "brings pictures of a toy that it has never seen, to learn from."
             ),
             inputs=[
                 io.Combo.Input(
@@ -60,10 +59,10 @@ class ToyboxLoader(io.ComfyNode):
     def execute(cls, toy, count, seed) -> io.NodeOutput:
         drawn = drawn_concept(toy, count, seed)
         return io.NodeOutput(
-            host_models.load_model(),
-            host_models.load_clip(folder_paths.get_folder_paths("embeddings")),
-            host_models.load_vae(),
-            host_models.load_clip_vision(),
+            toybox.load_model(),
+            toybox.load_clip(toybox.embedding_folders()),
+            toybox.load_vae(),
+            toybox.load_clip_vision(),
             drawn.pictures,
             drawn.masks,
             drawn.noun,

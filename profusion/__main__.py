@@ -8,14 +8,15 @@ import sys
 from pathlib import Path
 
 from . import demo
-from .metrics import command as score
+from .loop import TrainingError
 from .pictures import PictureError
 from .prompt import NounError
 from .promptnet import PromptNetError
-from .promptnet import command as promptnet
 from .residual import ResidualError
-from .toybox import world
-from .training import TrainingError, TrainingOptions
+from .residual.training import TrainingOptions
+from .toybox import concepts, world
+from .toybox import score_command as score
+from .toybox import train_command as promptnet
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, help="folder for grid.png, residual.safetensors and report.json"
     )
     one.add_argument(
-        "--concept", choices=list(world.CONCEPTS), default=demo.CONCEPT, help="a concept to be drawn and learned"
+        "--concept", choices=list(world.CONCEPTS), default=concepts.CONCEPT, help="a concept to be drawn and learned"
     )
     one.add_argument(
         "--images", type=Path, help="learn from the pictures in this folder instead; alpha is the object's mask"
@@ -44,9 +45,9 @@ def parser() -> argparse.ArgumentParser:
 def _demo(options: argparse.Namespace) -> int:
     training = TrainingOptions(steps=options.steps, learning_rate=options.learning_rate, seed=options.seed)
     if options.images is None:
-        concept = demo.drawn_concept(options.concept)
+        concept = concepts.drawn_concept(options.concept)
     else:
-        concept = demo.own_concept(options.images, options.noun)
+        concept = concepts.own_concept(options.images, options.noun)
     print(json.dumps(demo.run(options.out, concept, training), indent=2))
     print(f"\nLook at {options.out / 'grid.png'}")
     return 0

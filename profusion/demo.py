@@ -1,5 +1,5 @@
-"""The main job, start to end, without a host: a concept in new places, by Infusion from a few pictures, and by ProFusion from
-one of them and no training; both are measured alike."""
+"""The main job, start to end, without a host: a concept in new places, by Infusion from a few pictures, and by
+ProFusion from one of them and no training; both are measured alike."""
 
 from __future__ import annotations
 
@@ -9,61 +9,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .pictures import grid, loss_plot, read_pictures, to_image
+from .pictures import grid, loss_plot, to_image
 from .promptnet.pseudo_word import PLACEHOLDER
 from .residual import Residual, save_residual
-from .toybox import world
-from .toybox.fused import FUSED_SHARE, GUIDED, FusedToybox, first_levels
+from .residual.training import TrainingOptions
+from .toybox.concepts import DEMO_PROMPTS, Concept
+from .toybox.fused import FRESH_NOISE, FUSED_SHARE, GUIDED, FusedToybox, first_levels
 from .toybox.judge import Judge
-from .toybox.pipeline import SIZE, Toybox, seeded
+from .toybox.pipeline import CUSTOMISED_GUIDANCE, Toybox, seeded
 from .toybox.scores import likeness_among, picture_scores
 from .toybox.similarity import concept_similarity
-from .training import TrainingOptions
-
-CONCEPT = "slate and apricot mushroom"
-GUIDANCE = 2.0  # a residual is amplified with the rest of the condition: what is right at 1 is garish at 4
-FRESH_NOISE = 10_000  # seeds the fusion stage's noise, which must not be the noise that the picture starts from
-PICTURES = 4
-PROMPTS = (
-    "a photo of a {} on grass",
-    "a photo of a {} on snow",
-    "a photo of a {} at night",
-    "a photo of a {} by a brick wall",
-    "a picture of a {} on the sea",
-    "a photo of a {} on sand",
-)
 
 Report = dict[str, object]
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Concept:
-    """What is to be learned: pictures (M, SIZE, SIZE, 3), masks (M, SIZE, SIZE), the class noun, and words for people."""
-
-    name: str
-    noun: str
-    pictures: Tensor
-    masks: Tensor
-
-
-def drawn_concept(name: str = CONCEPT, count: int = PICTURES, seed: int = 0) -> Concept:
-    """Pictures of a concept that no training picture came near."""
-    noun, _ = world.concept(name)
-    drawn = world.concept_pictures(name, count, np.random.default_rng(seed))
-    pictures = torch.stack([torch.from_numpy(item.image).float() / 255 for item in drawn])
-    masks = torch.stack([torch.from_numpy(item.masks[0]).float() / 255 for item in drawn])
-    return Concept(name, noun, pictures, masks)
-
-
-def own_concept(folder: Path, noun: str) -> Concept:
-    """The user's pictures; an alpha channel is the object's mask."""
-    pictures, masks = read_pictures(folder, SIZE)
-    return Concept(f"your {noun}", noun, pictures, masks)
 
 
 def train(toybox: Toybox, concept: Concept, options: TrainingOptions, say: Say) -> tuple[Residual, list[float], float]:
@@ -72,14 +33,14 @@ def train(toybox: Toybox, concept: Concept, options: TrainingOptions, say: Say) 
     training = toybox.training(concept.pictures, concept.masks, concept.noun, options)
     for loss in training.steps():
         if training.step % 25 == 0 or training.step == options.steps:
-            recent = training.losses[-25:]
-            say(f"train {training.step}/{options.steps}  loss {sum(recent) / len(recent):.4f}  (last {loss:.4f})")
+            say(f"train {training.step}/{options.steps}  loss {training.mean_loss(25):.4f}  (last {loss:.4f})")
     return training.residual(), training.losses, time.monotonic() - started
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One prompt's pictures, (B, SIZE, SIZE, 3) each: plain, Infusion's and ProFusion's from the same seeds, plain from others."""
+    """One prompt's pictures, (B, SIZE, SIZE, 3) each: plain, Infusion's and ProFusion's from the same seeds, plain from
+    others."""
 
     prompt: str
     plain: Tensor
@@ -91,11 +52,12 @@ class Drawing:
 def draw(
     fused: FusedToybox, residual: Residual, picture: Tensor, prompt: str, seeds: Sequence[int], steps: int
 ) -> Drawing:
-    """prompt: with {} for the noun. ProFusion has not been trained on anything: it sees one picture (1, SIZE, SIZE, 3)."""
+    """prompt: with {} for the noun. ProFusion has not been trained on anything: it sees one picture (1, SIZE, SIZE,
+    3)."""
     toybox, text = fused.toybox, prompt.format(residual.noun)
-    plain, customised = toybox.generate_customised(text, [residual], seeded(*seeds), steps, GUIDANCE)
+    plain, customised = toybox.generate_customised(text, [residual], seeded(*seeds), steps, CUSTOMISED_GUIDANCE)
     others = seeded(*(seed + 1000 for seed in seeds))
-    other = toybox.generate([text] * len(seeds), others, steps, GUIDANCE)
+    other = toybox.generate([text] * len(seeds), others, steps, CUSTOMISED_GUIDANCE)
     word = fused.generate(
         prompt.format(PLACEHOLDER),
         [residual.noun] * len(seeds),
@@ -146,7 +108,7 @@ def run(
     out: Path,
     concept: Concept,
     options: TrainingOptions,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[str] = DEMO_PROMPTS,
     seeds: Sequence[int] = (2, 1, 3, 4),
     sampling_steps: int = 25,
     say: Say = print,

@@ -1,6 +1,7 @@
 """Stable Diffusion's noise schedule, and a sampler with k-diffusion's one contract: `model(x, sigma) -> denoised`.
 
-x = x0 + sigma * eps throughout (k-diffusion's units); sigma^2 = (1 - alpha_bar) / alpha_bar.
+x = x0 + sigma * eps throughout (k-diffusion's units); sigma^2 = (1 - alpha_bar) / alpha_bar. Networks take the
+variance-preserving x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps = x / sqrt(sigma^2 + 1); only this file converts.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
+"""`model(x, sigma) -> denoised`: x (B, C, H, W), sigma (B,)."""
+PredictNoise = Callable[[Tensor, Tensor], Tensor]
+"""`predict(x_t, t) -> eps`, a network itself: x_t variance-preserving, (B, C, H, W), t (B,)."""
 
 
 @lru_cache(maxsize=1)
@@ -46,15 +50,36 @@ def sampling_sigmas(steps: int) -> Tensor:
     return torch.stack([*chosen, torch.tensor(0.0)])
 
 
-def eps_denoiser(predict_noise: Callable[[Tensor, Tensor], Tensor]) -> Denoiser:
-    """Turn eps_theta(x_t, t), which takes SD's variance-preserving x_t, into `model(x, sigma) -> denoised`."""
+def per_row(sigma: Tensor, x: Tensor) -> Tensor:
+    """Noise levels (B,) so that they broadcast over x (B, ...); one for all rows, (), stays."""
+    return sigma.view(-1, *[1] * (x.ndim - 1)) if sigma.ndim else sigma
 
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        scale = sigma.view(-1, 1, 1, 1)
-        eps = predict_noise(x / (scale**2 + 1).sqrt(), timestep_of(sigma))
-        return x - scale * eps
 
-    return denoise
+def variance_preserving(x: Tensor, sigma: Tensor) -> Tensor:
+    """x = x0 + sigma eps -> x_t = x / sqrt(sigma^2 + 1), as networks take it; x (B, ...), sigma (B,) or ()."""
+    return x / (per_row(sigma, x) ** 2 + 1).sqrt()
+
+
+def variance_exploding(x: Tensor, sigma: Tensor) -> Tensor:
+    """The inverse of `variance_preserving`: x_t -> x, and unit noise -> the start of a run at sigma."""
+    return x * (per_row(sigma, x) ** 2 + 1).sqrt()
+
+
+def noised(clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps (arXiv 2006.11239, Eq. 4), (B, C, H, W), timesteps (B,) whole."""
+    signal = per_row(alphas_cumprod().to(clean)[timesteps.long().to(clean.device)], clean)
+    return signal.sqrt() * clean + (1 - signal).sqrt() * noise
+
+
+def noise_predictor(predict: PredictNoise) -> Callable[[Tensor, Tensor], Tensor]:
+    """Turn a network's eps_theta(x_t, t) into `predict(x, sigma) -> eps` of x = x0 + sigma * eps."""
+    return lambda x, sigma: predict(variance_preserving(x, sigma), timestep_of(sigma))
+
+
+def eps_denoiser(predict: PredictNoise) -> Denoiser:
+    """Turn a network's eps_theta(x_t, t) into `model(x, sigma) -> denoised`."""
+    predict_noise = noise_predictor(predict)
+    return lambda x, sigma: x - per_row(sigma, x) * predict_noise(x, sigma)
 
 
 def sample_euler(
@@ -64,7 +89,7 @@ def sample_euler(
 
     noise (B, C, H, W), unit variance; sigmas falling to 0; `callback(step, denoised)` after every step.
     """
-    x = noise * (sigmas[0] ** 2 + 1).sqrt()
+    x = variance_exploding(noise, sigmas[0])
     for step in range(len(sigmas) - 1):
         sigma, sigma_next = sigmas[step], sigmas[step + 1]
         denoised = model(x, sigma.expand(len(x)))

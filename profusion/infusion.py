@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ _TO_VALUE = re.compile(
     r"(input|middle|output)_blocks?\.(\d+)\.(?:\d+\.)?transformer_blocks\.(\d+)\.attn2\.to_v\.weight"
 )
 _KINDS = ("input", "middle", "output")
+# By (cross-attentions, context width): names for people, which saved files have too. Toybox's is a row like the others:
+# were it filled in by Toybox's own module, what a file says would depend on what had been imported before.
 _ARCHITECTURES = {(16, 768): "SD 1.x", (16, 1024): "SD 2.x", (70, 2048): "SDXL", (10, 128): "Toybox"}
 
 ExtraOptions = Mapping[str, Any]
@@ -98,6 +100,9 @@ class Placement:
     repeats.
     sigma_start, sigma_end: the residual is added while sigma_end <= sigma <= sigma_start.
     region: (H, W) or (B, H, W) in [0, 1] and of any size, where the concept may appear; None is everywhere.
+
+    What a layer adds is made once and kept, so neither delta nor region may be written to; a delta that requires grad may,
+    since what is made of it is not kept.
     """
 
     delta: Tensor
@@ -108,6 +113,7 @@ class Placement:
     sigma_end: float = 0.0
     context_length: int | None = None
     region: Tensor | None = None
+    _kept: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.delta.ndim != 3 or len(self.delta) != len(self.layers):
@@ -132,10 +138,32 @@ class Placement:
         """V_bar's input in a layer: value (N, L, D) with the residual at the noun, in every repeat of the prompt."""
         if layer not in self.layers:
             return value
+        key = layer, value.shape[-2:], value.dtype, value.device
+        addend = self._kept.get(key)
+        if addend is None:
+            residual = self.strength * self.delta[self.layers.index(layer)]
+            addend = residual_rows(residual, self._index(value), value)
+            if not addend.requires_grad:
+                self._kept[key] = addend
+        return value + addend
+
+    def weights_of(self, rows: int, size: Sequence[int], device: torch.device) -> Tensor:
+        """`region_weights` of the region on a device, made once."""
+        key = rows, tuple(size), device
+        if key not in self._kept:
+            self._kept[key] = region_weights(self.region.to(device), rows, size)
+        return self._kept[key]
+
+    def _index(self, value: Tensor) -> Tensor:
+        """The noun's rows in every repeat of the prompt in `value`, on its device: moved there once, since that waits."""
         length = value.shape[-2]
-        starts = range(0, length, self.context_length or length)
-        rows = [start + row for start in starts for row in self.rows]
-        return add_residual(value, self.strength * self.delta[self.layers.index(layer)], rows)
+        key = length, value.device
+        if key not in self._kept:
+            starts = range(0, length, self.context_length or length)
+            rows = [start + row for start in starts for row in self.rows]
+            with torch.inference_mode(False):  # autograd keeps it, and keeps no inference tensors
+                self._kept[key] = torch.tensor(rows, device=value.device)
+        return self._kept[key]
 
 
 PlacementsFor = Callable[[ExtraOptions, int], Sequence[Placement]]
@@ -147,9 +175,16 @@ def add_residual(value: Tensor, residual: Tensor, rows: Sequence[int]) -> Tensor
 
     Differentiable in the residual; `value` is not written to.
     """
-    index = torch.tensor(rows, device=value.device)
-    residual = residual.to(value).repeat(len(rows) // len(residual), 1)
-    return value + value.new_zeros(value.shape[-2:]).index_add(0, index, residual)
+    return value + residual_rows(residual, torch.tensor(rows, device=value.device), value)
+
+
+def residual_rows(residual: Tensor, index: Tensor, value: Tensor) -> Tensor:
+    """onehot(noun) * delta (Eq. 6), the rows that are added to `value` (..., L, D): (L, D), of its dtype and device.
+
+    residual (1 or len(index), D); index: the noun's rows.
+    """
+    residual = residual.to(value).repeat(len(index) // len(residual), 1)
+    return value.new_zeros(value.shape[-2:]).index_add(0, index, residual)
 
 
 def region_weights(region: Tensor, rows: int, size: Sequence[int]) -> Tensor:
@@ -270,7 +305,7 @@ def _residual_patches(placements_for: PlacementsFor) -> Patches:
         size, folded = extra_options["activations_shape"][-2:], []
         for rows, placements in zip(out.chunk(len(regional)), regional, strict=True):
             base, *alone = rows.chunk(1 + extra)
-            weights = [region_weights(placement.region.to(out.device), len(base), size) for placement in placements]
+            weights = [placement.weights_of(len(base), size, out.device) for placement in placements]
             folded.append(fold_regions(base, alone[: len(weights)], weights))
         return torch.cat(folded)
 
@@ -280,3 +315,37 @@ def _residual_patches(placements_for: PlacementsFor) -> Patches:
 def _repeat_chunks(x: Tensor, chunks: int, times: int) -> Tensor:
     """Repeat every chunk's rows: (chunks * N, ...) -> (chunks * times * N, ...)."""
     return x if times == 1 else x.unflatten(0, (chunks, 1, -1)).expand(-1, times, *(-1,) * x.ndim).flatten(0, 2)
+
+
+CONCEPTS_KEY = "profusion_infusion"
+"""The name under which a host's conditioning carries its placed concepts."""
+
+
+@dataclass(frozen=True)
+class PlacedConcept:
+    """A placement before the model is known that samples it: the shares of sampling in which it acts become sigmas then."""
+
+    placement: Placement
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+
+
+def check_context_width(width: int, layers: Sequence[Layer]) -> None:
+    """Raise ValueError unless a text encoder's contexts, of this width, are what these layers take."""
+    if width != layers[0].context_dim:
+        raise ValueError(
+            f"the text encoder makes a context of width {width} and the model takes {layers[0].context_dim}: "
+            "use the clip that belongs to the model"
+        )
+
+
+def with_patches(model_options: Mapping[str, Any], patches: Patches) -> dict[str, Any]:
+    """A host's model options with these patches: closest to the attention, so that other packs' see nothing unusual."""
+    options = {**model_options, "transformer_options": {**model_options["transformer_options"]}}
+    theirs = options["transformer_options"].get("patches", {})
+    options["transformer_options"]["patches"] = {
+        **theirs,
+        "attn2_patch": [*theirs.get("attn2_patch", ()), *patches.get("attn2_patch", ())],
+        "attn2_output_patch": [*patches.get("attn2_output_patch", ()), *theirs.get("attn2_output_patch", ())],
+    }
+    return options

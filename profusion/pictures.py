@@ -197,6 +197,43 @@ def stacked(images: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
+def tiled(pictures: Sequence[Tensor], columns: int = 3, width: int = 512) -> Image.Image:
+    """Pictures (H, W, 3) in rows, `width` pixels wide."""
+    columns = min(columns, len(pictures))
+    rows = [torch.cat(tuple(pictures[at : at + columns]), dim=1) for at in range(0, len(pictures), columns)]
+    rows[-1] = F.pad(rows[-1], (0, 0, 0, rows[0].shape[1] - rows[-1].shape[1]), value=1.0)
+    sheet = to_image(torch.cat(rows, dim=0))
+    return sheet.resize((width, round(sheet.height * width / sheet.width)), Image.Resampling.LANCZOS)
+
+
+def caption(text: str, width: int = 640) -> Image.Image:
+    """Text as a picture, `width` pixels wide and as high as it takes: lines that are longer go on below."""
+    size, margin = width // 22, width // 32
+    face, measure = font(size), ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    lines = [part for line in text.splitlines() for part in _fitted(measure, line, width - 2 * margin, face)]
+    image = Image.new("RGB", (width, round(1.4 * size * len(lines)) + 2 * margin), PAPER)
+    for index, line in enumerate(lines):
+        ImageDraw.Draw(image).text((margin, margin + 1.4 * size * (index + 0.5)), line, INK, face, anchor="lm")
+    return image
+
+
+def captioned(image: Image.Image, text: str) -> Image.Image:
+    """A picture with text under it; without text the picture."""
+    return stacked([image, caption(text, image.width)]) if text else image
+
+
+def _fitted(draw: ImageDraw.ImageDraw, text: str, width: int, face: ImageFont.ImageFont) -> list[str]:
+    """A line of text as lines that are no wider: broken after a space or one of a path's separators, where there is one."""
+    lines = []
+    while draw.textlength(text, face) > width and len(text) > 1:
+        fits = max(count for count in range(1, len(text)) if count == 1 or draw.textlength(text[:count], face) <= width)
+        separators = [index for index in range(1, fits + 1) if text[index - 1] in " /\\_-"]
+        end = separators[-1] if separators else fits
+        lines.append(text[:end])
+        text = text[end:]
+    return [*lines, text]
+
+
 def loss_plot(
     losses: Sequence[float], steps: int | None = None, size: tuple[int, int] = (512, 288), start: int = 0
 ) -> Image.Image:

@@ -1,14 +1,12 @@
 """The structure that everything else leans on: one direction of imports, and nothing in the archive that a scan flags."""
 
 import ast
-import fnmatch
 import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-IGNORED = [line for line in (ROOT / ".comfyignore").read_text().split() if line]
 HOST = {
     "comfy",
     "comfy_api",
@@ -21,20 +19,23 @@ HOST = {
     "latent_preview",
 }
 OPTIONAL = {"open_clip", "timm"}  # of one module, which imports them once they are asked for
-SHIPPED_WITH_THE_HOST = {"torch", "torchvision", "numpy", "PIL", "safetensors", "tokenizers", "einops", "scipy"}
+SHIPPED_WITH_THE_HOST = {
+    "torch",
+    "torchvision",
+    "numpy",
+    "PIL",
+    "safetensors",
+    "tokenizers",
+    "transformers",
+    "einops",
+    "scipy",
+}
 
 
-def shipped() -> list[Path]:
-    """The Python files that the Registry would pack."""
-    files = []
-    for path in ROOT.rglob("*.py"):
-        relative = path.relative_to(ROOT).as_posix()
-        hidden = relative.startswith(".") or any(
-            relative.startswith(rule) or fnmatch.fnmatch(relative, rule) for rule in IGNORED
-        )
-        if not hidden:
-            files.append(path)
-    return files
+@pytest.fixture(scope="module")
+def shipped(packed) -> list[Path]:
+    """The Python files of the Registry's archive."""
+    return [ROOT / name for name in packed if name.endswith(".py")]
 
 
 def imports(path: Path, at_once: bool = False) -> set[tuple[int, str]]:
@@ -49,12 +50,6 @@ def imports(path: Path, at_once: bool = False) -> set[tuple[int, str]]:
     return found
 
 
-def test_the_archive_holds_the_pack_and_no_tests():
-    names = {path.relative_to(ROOT).as_posix() for path in shipped()}
-    assert {"__init__.py", "nodes/infusion.py", "profusion/infusion.py"} <= names
-    assert not any(name.startswith(("tests/", "training/", "benchmarks/")) for name in names)
-
-
 def test_the_kernel_never_imports_the_host_or_the_nodes():
     for path in (ROOT / "profusion").rglob("*.py"):
         depth = len(path.relative_to(ROOT / "profusion").parts)
@@ -65,8 +60,122 @@ def test_the_kernel_never_imports_the_host_or_the_nodes():
             assert level <= depth, f"{path} reaches out of the kernel"
 
 
-def test_nothing_is_required_that_the_host_does_not_ship():
-    for path in shipped():
+def node_imports() -> dict[str, set[str]]:
+    """The files of nodes/ that each file of it imports, packages' own files apart: they only list the others."""
+    folder, found = ROOT / "nodes", {}
+    for path in folder.rglob("*.py"):
+        if path.name == "__init__.py":
+            continue
+        parent = path.relative_to(folder).parent.parts
+        reached = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and 0 < node.level <= len(parent) + 1:
+                base = "/".join([*parent[: len(parent) + 1 - node.level], *(node.module or "").split(".")]).strip("/")
+                names = [f"{base}/{alias.name}".strip("/") for alias in node.names]
+                reached |= {name for name in (base, *names) if (folder / f"{name}.py").is_file()}
+        found[path.relative_to(folder).with_suffix("").as_posix()] = reached
+    return found
+
+
+def floors(imported: dict[str, set[str]]) -> dict[str, int]:
+    """How many files stand under each file, in a row and with it."""
+
+    def floor(name: str, above: tuple[str, ...] = ()) -> int:
+        assert name not in above, f"a circle of imports: {' -> '.join([*above, name])}"
+        return 1 + max((floor(other, (*above, name)) for other in imported[name]), default=0)
+
+    return {name: floor(name) for name in imported}
+
+
+def test_the_nodes_stand_on_the_host_ring_and_that_on_two_floors():
+    imported = node_imports()
+    for name, others in imported.items():
+        known = all(other.startswith("host/") or other == "inputs" for other in others)
+        assert known, f"nodes/{name}.py imports {sorted(others)}"
+        assert not (name.startswith("host/") and "inputs" in others), name
+    found = floors(imported)
+    assert max(found.values()) <= 3, found
+    assert max(floor for name, floor in found.items() if name.startswith("host/")) <= 2, found
+
+
+def test_schemas_know_of_the_host_only_its_public_api():
+    for path in (ROOT / "nodes").glob("*.py"):
+        for level, module in imports(path):
+            top = module.split(".")[0]
+            assert level or top == "comfy_api" or top not in HOST, f"{path} imports {module}"
+
+
+def kernel_imports(path: Path) -> set[str]:
+    """What a file of the kernel imports from the kernel, such as "toybox.pipeline" or "files"."""
+    kernel = ROOT / "profusion"
+    package = path.relative_to(kernel).parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[: len(package) + 1 - node.level], *(node.module or "").split(".")]
+            base = [part for part in base if part]
+            found |= {".".join([*base, alias.name]) for alias in node.names} if not node.module else {".".join(base)}
+    return found
+
+
+def kernel_part(path: Path) -> str:
+    """The package or the single module of the kernel to which a file belongs."""
+    return path.relative_to(ROOT / "profusion").parts[0].removesuffix(".py")
+
+
+def test_the_methods_know_no_toy_and_only_the_command_line_knows_the_demo():
+    seen = set()
+    for path in (ROOT / "profusion").rglob("*.py"):
+        part, imported = kernel_part(path), {name.split(".")[0] for name in kernel_imports(path)}
+        seen |= imported
+        assert "toybox" not in imported or part in {"toybox", "demo", "__main__"}, f"{path} imports Toybox"
+        assert "demo" not in imported or part == "__main__", f"{path} imports the demo"
+    assert {"toybox", "demo"} <= seen  # else this looked at nothing
+    for top in ("nodes", "benchmarks", "tools", "training"):
+        for path in (ROOT / top).rglob("*.py"):
+            names = {module for _, module in imports(path)}
+            assert not any(name.endswith("profusion.demo") for name in names), f"{path} imports the demo"
+
+
+def test_no_parts_of_the_kernel_import_each_other():
+    needs: dict[str, set[str]] = {}
+    for path in (ROOT / "profusion").rglob("*.py"):
+        part = kernel_part(path)
+        if part != "__init__":
+            needs.setdefault(part, set()).update({name.split(".")[0] for name in kernel_imports(path)} - {part})
+    done: list[str] = []
+    while len(done) < len(needs):
+        ready = [part for part in needs if part not in done and needs[part] <= set(done)]
+        assert ready, f"these import each other: {sorted(set(needs) - set(done))}"
+        done += ready
+    assert done.index("residual") < done.index("promptnet") < done.index("toybox")
+
+
+def scalings(path: Path) -> list[str]:
+    """Every sqrt(... ** 2 + 1) and sqrt(1 - alpha_bar) in a file's code, however it is written."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) and ast.unparse(node.right) in ("0.5", "-0.5"):
+            inner = node.left
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("sqrt", "rsqrt"):
+            inner = node.args[0] if node.args else node.func.value
+        else:
+            continue
+        text = ast.unparse(inner)
+        if re.search(r"\*\* 2 \+ 1$|^1 \+ .*\*\* 2$|^1 - \w+(\[.*\])?$", text):
+            found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {text}")
+    return found
+
+
+def test_the_scalings_of_noise_stand_in_one_file():
+    paths = [path for top in ("profusion", "nodes", "benchmarks", "training") for path in (ROOT / top).rglob("*.py")]
+    own = ROOT / "profusion" / "diffusion.py"
+    assert len(scalings(own)) == 3
+    assert not [found for path in paths if path != own for found in scalings(path)]
+
+
+def test_nothing_is_required_that_the_host_does_not_ship(shipped):
+    for path in shipped:
         optional = OPTIONAL if path.name == "libraries.py" else set()
         assert not optional & {module for _, module in imports(path, at_once=True)}
         for level, module in imports(path):
@@ -93,8 +202,9 @@ FLAGGED = (
 
 
 @pytest.mark.parametrize("pattern", FLAGGED)
-def test_nothing_that_the_registrys_scan_flags(pattern):
-    for path in shipped():
+def test_nothing_that_the_registrys_scan_flags(pattern, shipped):
+    assert shipped
+    for path in shipped:
         code = ast.unparse(_without_docstrings(ast.parse(path.read_text())))
         match = re.search(pattern, code)
         assert match is None, f"{path}: {match and match.group()}"

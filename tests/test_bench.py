@@ -12,10 +12,10 @@ import torch
 from benchmarks import charts, judging, mixtures, report, results, run
 from benchmarks.jobs import Job, Runner
 from benchmarks.peers import OURS, PEERS
-from profusion.demo import drawn_concept
 from profusion.diffusion import eps_denoiser, sample_euler, sampling_sigmas, training_sigmas
 from profusion.pictures import INK
 from profusion.toybox import world
+from profusion.toybox.concepts import drawn_concept
 from profusion.toybox.judge import Judge
 from profusion.toybox.pipeline import Toybox
 

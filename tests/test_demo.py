@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 from profusion import demo
+from profusion.residual.training import TrainingOptions
+from profusion.toybox.concepts import drawn_concept
 from profusion.toybox.fused import FusedToybox
 from profusion.toybox.judge import Judge
-from profusion.toybox.pipeline import NETWORKS, WEIGHTS, seeded
-from profusion.training import TrainingOptions
+from profusion.toybox.pipeline import CUSTOMISED_GUIDANCE, NETWORKS, WEIGHTS, seeded
 
 pytestmark = pytest.mark.skipif(
     not all((WEIGHTS / f"toybox_{name}.safetensors").is_file() for name in (*NETWORKS, "judge", "promptnet")),
@@ -27,7 +28,7 @@ def fused():
 
 @pytest.fixture(scope="module")
 def concept():
-    return demo.drawn_concept()
+    return drawn_concept()
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +49,14 @@ def test_it_writes_its_report_and_a_grid_of_both_methods(tmp_path, concept):
 
 
 def test_infusions_pictures_are_those_of_its_seeds_alone(fused, drawing):
-    plain = fused.toybox.generate(["a photo of a mushroom on snow"] * 2, seeded(*SEEDS), STEPS, demo.GUIDANCE)
+    plain = fused.toybox.generate(["a photo of a mushroom on snow"] * 2, seeded(*SEEDS), STEPS, CUSTOMISED_GUIDANCE)
     torch.testing.assert_close(drawing.plain, fused.toybox.vae.pictures(plain), rtol=0, atol=1e-4)
     assert not torch.equal(drawing.customised, drawing.plain)
 
 
 def test_profusion_draws_what_its_one_picture_shows(fused, concept, drawing):
     residual, _, _ = demo.train(fused.toybox, concept, TrainingOptions(steps=1), lambda _: None)
-    other = demo.drawn_concept("gold and navy cup").pictures[:1]
+    other = drawn_concept("gold and navy cup").pictures[:1]
     again = demo.draw(fused, residual, other, "a photo of a {} on snow", SEEDS, STEPS)
     assert torch.equal(again.customised, drawing.customised)
     assert not torch.allclose(again.profusion, drawing.profusion, atol=1e-2)

@@ -8,10 +8,14 @@ import torch
 from profusion.diffusion import (
     alphas_cumprod,
     eps_denoiser,
+    noise_predictor,
+    noised,
     sample_euler,
     sampling_sigmas,
     timestep_of,
     training_sigmas,
+    variance_exploding,
+    variance_preserving,
 )
 
 
@@ -47,6 +51,26 @@ def test_euler_lands_on_the_mean_of_a_gaussian():
     x = sample_euler(ideal, noise, sampling_sigmas(400), lambda step, denoised: seen.append(step))
     assert torch.allclose(x, mu + s * noise, atol=0.15)
     assert seen == list(range(400))
+
+
+def test_the_two_scalings_undo_each_other_for_a_level_or_one_a_row():
+    x, sigma = torch.randn(2, 4, 3, 3), torch.tensor([0.5, 9.0])
+    scaled = variance_preserving(x, sigma)
+    assert torch.equal(scaled[1], x[1] / (sigma[1] ** 2 + 1).sqrt())
+    torch.testing.assert_close(variance_exploding(scaled, sigma), x)
+    assert torch.equal(variance_preserving(x, sigma[0])[0], scaled[0])
+    assert variance_preserving(x.half(), sigma[0]).dtype == torch.float16
+    assert torch.equal(variance_preserving(x[..., 0, 0], sigma), scaled[..., 0, 0])
+
+
+def test_noised_pictures_are_those_of_the_schedule():
+    clean, noise, t = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3), torch.tensor([100, 800])
+    sigma = training_sigmas()[t]
+    expected = variance_preserving(clean + sigma.view(-1, 1, 1, 1) * noise, sigma)
+    torch.testing.assert_close(noised(clean, noise, t), expected)
+    torch.testing.assert_close(
+        noise_predictor(lambda x, t: x)(clean + sigma.view(-1, 1, 1, 1) * noise, sigma), expected
+    )
 
 
 def test_eps_denoiser_undoes_the_scaling():

@@ -1,14 +1,16 @@
 """The formulas against their definitions, and the patches in the kernel's own UNet."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from profusion import infusion
 from profusion.infusion import Placement, add_residual, customised_patches, foundation_patches, on_conditional
-from profusion.models.configs import SD15, SD21, SDXL, TOYBOX, UNetConfig
+from profusion.models.configs import SD15, SD21, SDXL, UNetConfig
 from profusion.models.unet import CrossAttention, UNet
+from profusion.toybox.configs import TOYBOX
 
 SMALL = UNetConfig(32, (1, 2), 1, (1, 1), 1, 24, num_heads=2)
 NAMES = ("input.1.0", "input.3.0", "middle.0.0", "output.0.0", "output.1.0", "output.2.0", "output.3.0")
@@ -103,6 +105,47 @@ def test_a_repeated_prompt_has_its_noun_repeated():
     moved = placement.add_to(torch.zeros(1, 12, 3), "middle.0.0")
     assert moved[0, :, 0].nonzero().flatten().tolist() == [1, 5, 9]
     assert torch.equal(placement.add_to(torch.zeros(1, 12, 3), "input.1.0"), torch.zeros(1, 12, 3))
+
+
+def test_what_a_run_adds_is_made_once(unet, generator, monkeypatch):
+    """No layer waits for the device a second time: neither for the noun's rows nor for a region's weights."""
+    made = []
+    for name in ("residual_rows", "region_weights"):
+        original = getattr(infusion, name)
+        monkeypatch.setattr(
+            infusion, name, lambda *given, name=name, original=original: made.append(name) or original(*given)
+        )
+    region = torch.zeros(5, 9)
+    region[:, 3:] = 1
+    placements = [
+        Placement(random_delta(generator), NAMES, (3,)),
+        Placement(random_delta(generator), NAMES, (5,), region=region),
+    ]
+    batches = [inputs(generator) for _ in range(3)]
+    moved = [predict(unet, batch, placements)[1] for batch in batches]
+    assert made.count("residual_rows") == 2 * len(NAMES) and 1 <= made.count("region_weights") <= len(NAMES)
+    for batch, expected in zip(batches, moved, strict=True):
+        afresh = [replace(placement) for placement in placements]
+        assert torch.equal(predict(unet, batch, afresh)[1], expected)
+
+
+def test_what_is_learning_is_never_kept(generator):
+    delta = torch.zeros(1, 1, 3, requires_grad=True)
+    placement, value = Placement(delta, ("middle.0.0",), (1,)), torch.randn(2, 4, 3, generator=generator)
+    for count in (1, 2):
+        placement.add_to(value, "middle.0.0").sum().backward()
+        assert delta.grad.tolist() == [[[2.0 * count] * 3]]
+    with torch.no_grad():
+        delta.fill_(1.0)
+    assert torch.equal(placement.add_to(value, "middle.0.0")[:, 1], value[:, 1] + 1)
+
+
+def test_the_foundations_queries_are_constants(unet, generator):
+    """Even where F is evaluated under autograd, no gradient comes back to it from C."""
+    x, t, context = inputs(generator)
+    store, x = {}, x.requires_grad_()
+    unet(x, t, context, transformer_options=options(foundation_patches(store)))
+    assert store and not any(n.requires_grad for n in store.values())
 
 
 def test_repeating_the_prompt_changes_nothing(generator):

@@ -8,9 +8,9 @@ import torch
 
 from benchmarks.peers import PEERS, Peer
 from benchmarks.peers.lora import Lora
-from profusion.demo import drawn_concept
+from profusion.residual.training import ResidualTraining, TrainingOptions
+from profusion.toybox.concepts import drawn_concept
 from profusion.toybox.pipeline import Toybox
-from profusion.training import ResidualTraining, TrainingOptions
 
 KERNEL = [peer for peer in PEERS if peer is not Lora]
 NOUN = "mushroom"
@@ -77,8 +77,8 @@ def test_a_step_of_training_moves_what_is_trained_and_nothing_else(toybox, conce
 @pytest.mark.parametrize("kind", KERNEL, ids=lambda kind: kind.name)
 def test_training_lowers_the_loss_of_the_very_batch(toybox, concept, kind, monkeypatch):
     """Every step draws the same batch: the loss after the first is lower than before it."""
-    draw = ResidualTraining._draw
+    draw = ResidualTraining.batch
     first_batch = lru_cache(lambda training: draw(training))
-    monkeypatch.setattr(ResidualTraining, "_draw", first_batch)
+    monkeypatch.setattr(ResidualTraining, "batch", first_batch)
     first, second = trained(kind(toybox, NOUN), concept, steps=2)
     assert second < first

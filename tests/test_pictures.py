@@ -1,11 +1,14 @@
 """Reading people's pictures, and drawing grids and plots."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from profusion.pictures import (
     PictureError,
+    caption,
+    captioned,
     concept_pictures,
     from_image,
     grid,
@@ -13,6 +16,7 @@ from profusion.pictures import (
     loss_plot,
     read_pictures,
     stacked,
+    tiled,
     to_image,
 )
 
@@ -150,3 +154,34 @@ def test_what_holds_nothing_to_learn_is_named():
         concept_pictures(images)
     with pytest.raises(PictureError, match="a mask has values that are not numbers"):
         concept_pictures(images[:1], torch.full((1, 64, 96), torch.nan))
+
+
+def test_a_caption_holds_all_of_a_long_path_between_its_margins():
+    path = "/home/somebody/ComfyUI/models/profusion_residuals/training/mushroom_400_steps_00001_.safetensors"
+    short, long = caption("mushroom", 640), caption(f"mushroom\n{path}\n1,496 bytes", 640)
+    assert short.width == long.width == 640 and long.height > 3 * short.height - 2 * 640 // 32
+    ink = 255 - np.asarray(long.convert("L")).astype(int)
+    columns, rows = np.nonzero((ink > 128).any(0))[0], np.nonzero((ink > 128).any(1))[0]
+    assert columns.min() > 10 and columns.max() < 630 and rows.min() > 10 and rows.max() < long.height - 10
+    assert columns.max() > 500, "lines are used to their ends"
+
+
+@pytest.mark.parametrize("text", ["", "W", "W" * 200, "one two " * 40, "a\n\nb"])
+def test_any_text_has_a_caption(text):
+    assert caption(text, 320).width == 320
+
+
+def test_pictures_are_tiled_in_their_order():
+    colours = [torch.tensor(colour).expand(10, 20, 3) for colour in ([1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0])]
+    sheet = tiled(colours, columns=2, width=80)
+    assert sheet.size == (80, 40)
+    centres = [sheet.getpixel(at) for at in ((20, 10), (60, 10), (20, 30), (60, 30))]
+    assert centres == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
+
+
+def test_a_picture_stays_as_it_is_above_its_caption():
+    plot = loss_plot([0.5, 0.4, 0.3])
+    both = captioned(plot, "3 steps")
+    assert both.width == plot.width and both.height > plot.height
+    assert both.crop((0, 0, *plot.size)).tobytes() == plot.tobytes()
+    assert captioned(plot, "") is plot

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,12 +17,13 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from profusion import demo
 from profusion.pictures import INK, PAPER, from_image, grid, to_image
 from profusion.toybox import world
-from profusion.toybox.fused import FUSED_SHARE, GUIDED, FusedToybox, first_levels
+from profusion.toybox.concepts import drawn_concept
+from profusion.toybox.fused import FRESH_NOISE, FUSED_SHARE, GUIDED, FusedToybox, first_levels
 from profusion.toybox.pipeline import STEPS, seeded
 from tests.host.live import Server, to_prompt
+from tools.hosts import needed_host
 
 ROOT = Path(__file__).parents[1]
 SIDE, GAP = 160, 8
@@ -74,7 +74,7 @@ def shown(workflow: dict) -> list[Tensor]:
     """The pictures that a workflow's Toybox Loaders give: of several toys, two each."""
     loaders = [node["widgets_values"] for node in workflow["nodes"] if node["type"] == "ProFusion_ToyboxLoader"]
     each = 4 if len(loaders) == 1 else 2
-    return [picture for toy, count, seed in loaders for picture in demo.drawn_concept(toy, count, seed).pictures[:each]]
+    return [picture for toy, count, seed in loaders for picture in drawn_concept(toy, count, seed).pictures[:each]]
 
 
 def saved(server: Server, workflow: dict) -> list[Tensor]:
@@ -87,7 +87,7 @@ def saved(server: Server, workflow: dict) -> list[Tensor]:
 
 
 def make_thumbnails(names: Sequence[str]) -> None:
-    host = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
+    host = needed_host()
     drawn: dict[str, list[Tensor]] = {}
     with tempfile.TemporaryDirectory() as base:
         server = Server(host, Path(base))
@@ -110,7 +110,7 @@ def make_thumbnails(names: Sequence[str]) -> None:
 def make_readme_picture() -> None:
     """Every toy that Toybox has never seen, from one picture each, as the demo draws it: none is picked out."""
     fused = FusedToybox.load()
-    toys = [demo.drawn_concept(name, 1) for name in world.CONCEPTS]
+    toys = [drawn_concept(name, 1) for name in world.CONCEPTS]
     rows = [("the one picture", [toy.pictures[0] for toy in toys])]
     for place in PLACES:
         latents = [
@@ -121,7 +121,7 @@ def make_readme_picture() -> None:
                 seeded(1),
                 GUIDED,
                 first_levels(FUSED_SHARE, STEPS),
-                fresh=seeded(demo.FRESH_NOISE)[0],
+                fresh=seeded(FRESH_NOISE)[0],
             )
             for toy in toys
         ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from tools import profusion_workflows as profusion
 from tools import score_workflows as scores
 from tools.graph import Graph, Node
+from tools.hosts import needed_host
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "workflows"
@@ -192,7 +192,7 @@ WORKFLOWS = {
 
 
 def main() -> None:
-    host = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
+    host = needed_host()
     known, version = definitions(host)
     OUT.mkdir(exist_ok=True)
     for name, draw in WORKFLOWS.items():

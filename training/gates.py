@@ -18,9 +18,9 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import toybox_attention, toybox_captions
-from profusion.models.configs import TOYBOX_VAE
 from profusion.models.vae import VAE
 from profusion.toybox import world
+from profusion.toybox.configs import TOYBOX_VAE
 from profusion.toybox.judge import Judge
 from profusion.toybox.pipeline import GUIDANCE, Toybox, load_network
 from profusion.toybox.similarity import background_change, concept_similarity

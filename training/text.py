@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from profusion.models.clip import TextModel
-from profusion.models.configs import TOYBOX_TEXT
 from profusion.models.tokenizer import END, tokenize
 from profusion.toybox import world
+from profusion.toybox.configs import TOYBOX_TEXT
 
 from .data import Captions, DataSet
 from .session import Session

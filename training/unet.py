@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from profusion.diffusion import alphas_cumprod
 from profusion.models.clip import TextModel
-from profusion.models.configs import TOYBOX
 from profusion.models.tokenizer import tokenize
 from profusion.models.unet import UNet
 from profusion.toybox import world
+from profusion.toybox.configs import TOYBOX
 
 from .data import Captions, DataSet, pooled
 from .norm import with_quick_norms

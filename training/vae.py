@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from profusion.models.configs import TOYBOX_VAE
 from profusion.models.vae import VAE
+from profusion.toybox.configs import TOYBOX_VAE
 from profusion.toybox.drawing import SIZE
 
 from .data import DataSet

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from profusion.models.clip import TextModel, VisionModel
-from profusion.models.configs import TOYBOX_VISION
 from profusion.models.tokenizer import tokenize
 from profusion.toybox import world
+from profusion.toybox.configs import TOYBOX_VISION
 
 from .data import DataSet
 from .session import Session

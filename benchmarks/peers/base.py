@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from profusion.demo import Concept
-from profusion.diffusion import sample_euler, sampling_sigmas, timestep_of
+from profusion.diffusion import noise_predictor, per_row, sample_euler, sampling_sigmas
 from profusion.infusion import Patches, Placement, customised_patches, on_conditional
+from profusion.residual.training import PROMPTS, TrainingOptions, masked_noise_error
+from profusion.toybox.concepts import Concept
 from profusion.toybox.pipeline import Toybox, initial_noise, seeded
-from profusion.training import PROMPTS, TrainingOptions, masked_noise_error
 
 RARE_WORD = "sks"  # a word that Toybox was never taught, as DreamBooth's is one that nobody uses
 CLASS_PICTURES = 16
@@ -65,9 +65,8 @@ class Peer:
     def predict_noise(self, x: Tensor, sigma: Tensor, prompt: str) -> Tensor:
         """eps of x = x0 + sigma * eps, (B, 4, H, W) and (B,), under a prompt."""
         options = {"patches": self.patches(prompt), "cond_or_uncond": [0]}
-        scaled = x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt()
         context = self.context(prompt).expand(len(x), -1, -1)
-        return self.unet(scaled, timestep_of(sigma), context, transformer_options=options)
+        return noise_predictor(lambda x, t: self.unet(x, t, context, transformer_options=options))(x, sigma)
 
     @torch.no_grad()
     def generate(self, prompt: str, seeds: list[int], steps: int, guidance: float) -> Tensor:
@@ -88,7 +87,7 @@ class Peer:
         optimizer = torch.optim.AdamW(self.trained().values(), lr=recipe.learning_rate, weight_decay=0.0)
         kept = self._class_pictures(recipe.seed) if self.prior else None
         while draws.step < recipe.steps:
-            batch = draws._draw()
+            batch = draws.batch()
             prompt = PROMPTS[batch.prompt]
             predicted = self.predict_noise(batch.noisy, batch.sigma, prompt.format(self.phrase))
             loss = masked_noise_error(predicted, batch.noise, batch.mask)
@@ -96,7 +95,7 @@ class Peer:
                 chosen = torch.randint(
                     len(kept), (len(batch.noise),), generator=torch.Generator().manual_seed(draws.step)
                 )
-                noisy = kept[chosen] + batch.sigma.view(-1, 1, 1, 1) * batch.noise
+                noisy = kept[chosen] + per_row(batch.sigma, batch.noise) * batch.noise
                 error = self.predict_noise(noisy, batch.sigma, prompt.format(self.noun)) - batch.noise
                 loss = loss + self.prior * error.square().mean()
             optimizer.zero_grad()

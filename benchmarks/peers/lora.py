@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -12,11 +13,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from benchmarks.host_cost import find_host, load_pack
+from benchmarks.host_cost import load_pack
 from benchmarks.peers.base import RARE_WORD, Peer
 from profusion.coroutine import Coroutine
-from profusion.demo import Concept
-from profusion.training import PROMPTS, TrainingOptions
+from profusion.residual.training import PROMPTS, TrainingOptions
+from profusion.toybox.concepts import Concept
+from tools.hosts import SOUGHT, find_host, needed_host
 
 RANK = 8
 
@@ -24,15 +26,15 @@ RANK = 8
 @lru_cache(maxsize=1)
 def host_nodes() -> SimpleNamespace:
     """The host's nodes, and Toybox in its classes: a model to train on, and one to put LoRAs on meanwhile."""
-    models = load_pack(find_host()).nodes.host_models
+    models = load_pack(needed_host()).nodes.host.toybox
     import comfy.sd
     import comfy.utils
     from comfy_extras.nodes_train import LoraModelLoader, TrainLoraNode
 
     comfy.utils.PROGRESS_BAR_ENABLED = False
     return SimpleNamespace(
-        trainer=TrainLoraNode(),
-        loader=LoraModelLoader(),
+        trainer=TrainLoraNode,
+        loader=LoraModelLoader,
         clip=models.load_clip(),
         load_model=models.load_model,
         merged_into=models.load_model(),
@@ -58,7 +60,7 @@ class Lora(Peer):
 
     @classmethod
     def why_unavailable(cls) -> str:
-        return "" if find_host() else "no ComfyUI at COMFYUI_PATH or ~/comfy/ComfyUI, and it is trained by that"
+        return "" if find_host() else f"no ComfyUI {SOUGHT}, and it is trained by that"
 
     def trained(self) -> dict[str, Tensor]:
         return self._lora
@@ -106,24 +108,49 @@ def _train(host: SimpleNamespace, latents: Tensor, positive: list, recipe: Train
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # the host draws its starting weights, its pictures and its timesteps globally
         replaced.start()
-        host.trainer.train(
-            host.load_model(),
-            {"samples": latents},
-            positive,
-            1,
-            recipe.steps,
-            recipe.batch_size,
-            recipe.learning_rate,
-            RANK,
-            "AdamW",
-            "MSE",
-            recipe.seed,
-            "fp32",
-            "fp32",
-            "LoRA",
-            False,
-            "[None]",
+        _call(
+            host.trainer,
+            model=host.load_model(),
+            latents={"samples": latents},
+            positive=positive,
+            batch_size=1,
+            grad_accumulation_steps=recipe.batch_size,
+            steps=recipe.steps,
+            learning_rate=recipe.learning_rate,
+            rank=RANK,
+            optimizer="AdamW",
+            loss_function="MSE",
+            seed=recipe.seed,
+            training_dtype="fp32",
+            lora_dtype="fp32",
+            algorithm="LoRA",
+            gradient_checkpointing=False,
+            existing_lora="[None]",
+            # what newer hosts ask beside that
+            quantized_backward=False,
+            checkpoint_depth=1,
+            offloading=False,
+            bucket_mode=False,
+            bypass_mode=False,
         )
+
+
+def _call(node: type, **inputs: object) -> tuple:
+    """A node's outputs. Hosts differ in how they write it, and in which of the inputs theirs takes."""
+    newer = hasattr(node, "define_schema")
+    function = node.execute if newer else getattr(node(), node.FUNCTION)
+    takes = inspect.signature(function).parameters
+    given = {name: value for name, value in inputs.items() if name in takes}
+    if not newer:
+        return function(**given)
+    as_lists = node.GET_SCHEMA().is_input_list
+    return function(**{name: [value] for name, value in given.items()} if as_lists else given).args
+
+
+def merged(model, lora: dict[str, Tensor]):
+    """A MODEL of the host with the LoRA on it, by its loader."""
+    (patched,) = _call(host_nodes().loader, model=model, lora=lora, strength_model=1.0)
+    return patched
 
 
 def _with_lora(unet: nn.Module, lora: dict[str, Tensor]) -> nn.Module:
@@ -131,7 +158,7 @@ def _with_lora(unet: nn.Module, lora: dict[str, Tensor]) -> nn.Module:
     changed = copy.deepcopy(unet)
     if lora:
         tensors = {name: tensor.detach().clone() for name, tensor in lora.items()}
-        (model,) = host_nodes().loader.load_lora_model(host_nodes().merged_into, tensors, 1.0)
+        model = merged(host_nodes().merged_into, tensors)
         prefix = "diffusion_model."
         for key in model.patches:
             model.patch_weight_to_device(key)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.base import Peer, moved_values
-from profusion.demo import Concept
 from profusion.infusion import (
     Patches,
     Placement,
@@ -23,8 +22,9 @@ from profusion.infusion import (
 )
 from profusion.prompt import NounError
 from profusion.residual import Residual, save_residual
+from profusion.residual.training import TrainingOptions
+from profusion.toybox.concepts import Concept
 from profusion.toybox.pipeline import noun_rows, seeded
-from profusion.training import TrainingOptions
 
 
 class WithoutLock(Peer):

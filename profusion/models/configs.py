@@ -1,4 +1,4 @@
-"""Sizes of the networks: Toybox's own, and those of the checkpoints people have."""
+"""Sizes of the networks, and those of the checkpoints people have."""
 
 from __future__ import annotations
 
@@ -82,8 +82,3 @@ class VisionConfig:
 SD15 = UNetConfig(320, (1, 2, 4, 4), 2, (1, 1, 1, 0), 1, 768, num_heads=8)
 SD21 = UNetConfig(320, (1, 2, 4, 4), 2, (1, 1, 1, 0), 1, 1024, head_channels=64, use_linear=True)
 SDXL = UNetConfig(320, (1, 2, 4), 2, (0, 2, 10), 10, 2048, head_channels=64, use_linear=True, adm_channels=2816)
-
-TOYBOX = UNetConfig(64, (1, 2, 2), 1, (1, 1, 1), 1, 128, num_heads=4)
-TOYBOX_VAE = VAEConfig(64, (1, 1, 2, 2), 1)  # 32 channels would make its 32 groups instance norms, which lose colour
-TOYBOX_TEXT = TextConfig(128, 4, 4, 512)
-TOYBOX_VISION = VisionConfig(128, 4, 4, 512, image_size=128, patch_size=16, projection=128)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..diffusion import timestep_of
-from ..training import TrainingError
+from ..loop import Group, TrainingError
 from .changes import Change
 from .network import PromptNet
-from .training import EncodeWord, PictureSet, PredictNoise, PromptNetOptions, PromptNetTraining
+from .training import WITHOUT_GRADIENT, Batch, EncodeWord, PictureSet, PredictNoise, PromptNetOptions, PromptNetTraining
 
 
 @dataclass(frozen=True)
@@ -126,42 +126,27 @@ class FinetuneTraining(PromptNetTraining):
         sigmas: Tensor | None = None,
     ):
         self.changes = dict(changes or {})
-        self._promptnet = dict(network.named_parameters())
         self._attention = {
             f"attention.{layer}.{name}": value
             for layer, change in self.changes.items()
             for name, value in change.parameters().items()
         }
-        trained = self._promptnet | self._attention
-        super().__init__(network, predict_noise, encode_word, pictures, options, timesteps, sigmas, trained)
+        groups = [Group("PromptNet", dict(network.named_parameters()), WITHOUT_GRADIENT)]
         if self._attention:
             factor = options.attention_learning_rate / options.learning_rate
-            groups = [
-                {"params": list(self._promptnet.values())},
-                {"params": list(self._attention.values()), "factor": factor},
-            ]
-            self._optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=0.0)
+            groups.append(Group("the attention layers", self._attention, WITHOUT_GRADIENT, factor))
+        super().__init__(network, predict_noise, encode_word, pictures, options, timesteps, sigmas, groups)
 
     def _targets(self, pictures: FinetunePictures) -> Tensor:
         """See PromptNetTraining."""
         return pictures.targets
 
-    def _error(self, predicted: Tensor, pictures: FinetunePictures, batch, weight: Tensor) -> Tensor:
+    def _error(self, predicted: Tensor, pictures: FinetunePictures, batch: Batch, weight: Tensor) -> Tensor:
         """Inside the masks, where there are any."""
         mask = (
             torch.ones_like(predicted[:, 0]) if pictures.masks is None else pictures.masks[batch.rows].to(self._device)
         )
         return masked_weighted_noise_error(predicted, batch.noise, weight, mask)
-
-    def _differentiate(self, batch) -> float:
-        value = super()._differentiate(batch)
-        for what, parameters in (("PromptNet", self._promptnet), ("the attention layers", self._attention)):
-            if parameters and not any(item.grad is not None and item.grad.any() for item in parameters.values()):
-                raise TrainingError(
-                    f"no gradient reaches {what}: something on the model or in the text encoder computes without one, as "
-                    "compiled models and kernels made for inference do. Use the model as it was before that"
-                )
-        return value
 
     def state(self) -> dict[str, Tensor]:
         """See PromptNetTraining; the changes are part of it."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..infusion import name_of_unet
-from ..models.configs import SD15, SD21, SDXL, TOYBOX, UNetConfig
+from ..models.configs import SD15, SD21, SDXL, UNetConfig
 from ..models.unet import UNetEncoder
 
 SECOND_LATENTS = ("none", "noisy", "reference")
@@ -93,7 +93,6 @@ class PromptNetConfig:
 SD15_PROMPTNET = PromptNetConfig(SD15, 1024, (768,))  # CLIP ViT-L's image tower
 SD21_PROMPTNET = PromptNetConfig(SD21, 1280, (1024,))  # OpenCLIP ViT-H's
 SDXL_PROMPTNET = PromptNetConfig(SDXL, 1280, (768, 1280))
-TOYBOX_PROMPTNET = PromptNetConfig(TOYBOX, 128, (128,), tokens=4, grid=3, projection=32, holds_position=True)
 
 
 class PromptNet(UNetEncoder):

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..diffusion import training_sigmas
+from ..diffusion import per_row, training_sigmas
 from ..infusion import (
     ExtraOptions,
     Layer,
@@ -27,10 +27,11 @@ from ..infusion import (
     layer_name,
     region_weights,
 )
+from ..loop import TrainingError
 from ..models.attention import attention_map, split_heads
 from ..residual import Residual
-from ..training import PROMPTS as NOUN_PROMPTS
-from ..training import PredictNoise, Reference, TrainingError
+from ..residual.training import PROMPTS as NOUN_PROMPTS
+from ..residual.training import PredictNoise, Reference
 from .training import PROMPTS as WORD_PROMPTS
 
 PROMPTS = tuple(
@@ -163,7 +164,7 @@ class ResidualSeed:
                 self._deltas[layer] = self._solve(layer, n)
             return n, context, value
 
-        noisy = self._latents[picture] + sigma.view(-1, 1, 1, 1) * noise
+        noisy = self._latents[picture] + per_row(sigma, noise) * noise
         self._predict_noise(noisy, sigma, prompt, {"attn2_patch": [observe]})
 
     def _solve(self, layer: str, n: Tensor) -> Tensor:

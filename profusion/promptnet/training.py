@@ -11,19 +11,23 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..diffusion import timestep_of, training_sigmas
-from ..training import TrainingError, differentiate
+from ..diffusion import per_row, timestep_of, training_sigmas, variance_preserving
+from ..loop import Group, LoopOptions, TrainingError, TrainingLoop, seeded
 from .file import load_training, save_promptnet
 from .network import PromptNet
 from .pseudo_word import PLACEHOLDER, split_prompt
 
+WITHOUT_GRADIENT = (
+    "something on the model or in the text encoder computes without one, as compiled models and kernels made for "
+    "inference do. Use the model as it was before that"
+)
 PROMPTS = (f"a photo of {PLACEHOLDER}", f"a picture of {PLACEHOLDER}", PLACEHOLDER)
 
 PredictNoise = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -34,10 +38,10 @@ EncodeWord = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class PromptNetOptions:
-    """How a PromptNet is trained. `steps` counts from nothing: a resumed training does what is left of them.
+class PromptNetOptions(LoopOptions):
+    """How a PromptNet is trained; see `LoopOptions`. The learning rate is the paper's by default.
 
-    learning_rate: AdamW's, the paper's by default. warmup: steps over which it rises. cosine: whether it then falls to
+    prompts: each with S* in it. warmup: steps over which it rises. cosine: whether it then falls to
     nothing at the last step. clip: largest norm of the gradient. weight_cap: rows weigh min(1 + sigma^2, this), which
     is min(1 / alpha_bar, this); 1 is the paper's loss, and more of it attends to the noise at which a word matters most.
     level_bias: noise level k of n is drawn with a probability in proportion to k^this; 0 draws all alike, as the paper does.
@@ -55,10 +59,7 @@ class PromptNetOptions:
     level_bias: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1:
-            raise ValueError(f"steps={self.steps} and batch_size={self.batch_size} must both be at least 1")
-        if not 0 < self.learning_rate <= 1:
-            raise ValueError(f"learning_rate={self.learning_rate} must lie in (0, 1]; 1e-5 to 1e-3 is usual")
+        super().__post_init__()
         if self.warmup < 0 or not self.clip > 0 or not self.weight_cap >= 1:
             raise ValueError(
                 f"warmup={self.warmup} must not be negative, clip={self.clip} must be above 0 and "
@@ -102,7 +103,7 @@ class PictureSet:
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """Row indices of the pictures (B,), noise (B, C, H, W), sigma (B,), and the prompt of all rows."""
 
     rows: Tensor
@@ -130,12 +131,12 @@ def learning_rate_at(step: int, options: PromptNetOptions) -> float:
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
 
-class PromptNetTraining:
+class PromptNetTraining(TrainingLoop):
     """One training run: `steps()` does the work on `network`, `save` and `resume` interrupt it without a trace.
 
     pictures: each is its own reference. timesteps: the model's timestep of a sigma (B,) -> (B,); sigmas: its noise
-    levels (n,), each as likely to be drawn; both default to Stable Diffusion's. trained: what learns, by name; default
-    all of the network. The network, the loss and the optimizer are float32, whatever the model computes in.
+    levels (n,), each as likely to be drawn; both default to Stable Diffusion's. groups: what learns; default all of the
+    network.
     """
 
     def __init__(
@@ -147,60 +148,42 @@ class PromptNetTraining:
         options: PromptNetOptions,
         timesteps: Callable[[Tensor], Tensor] = timestep_of,
         sigmas: Tensor | None = None,
-        trained: Mapping[str, nn.Parameter] | None = None,
+        groups: Sequence[Group] = (),
     ):
-        self.network, self.pictures, self.options = network, pictures, options
+        self.network, self.pictures = network, pictures
         self._predict_noise, self._encode_word, self._timesteps = predict_noise, encode_word, timesteps
-        self._trained = dict(network.named_parameters() if trained is None else trained)
         self._device = network.start.device
         with torch.inference_mode(False):  # a host may call in inference mode, whose tensors autograd does not take
             self._sigmas = (training_sigmas() if sigmas is None else sigmas).to("cpu", torch.float32, copy=True)
-            for parameter in self._trained.values():
-                parameter.requires_grad_(True)
-            self._optimizer = torch.optim.AdamW(self._trained.values(), lr=options.learning_rate, weight_decay=0.0)
-        # The gradient of a mean is this much smaller than of a sum, which float16 would round to nothing.
-        self._loss_scale = 2.0 ** math.floor(math.log2(options.batch_size * pictures.latents[0].numel()))
-        self.step = 0
-        self.losses: list[float] = []
+        groups = groups or [Group("PromptNet", dict(network.named_parameters()), WITHOUT_GRADIENT)]
+        super().__init__(options, groups, pictures.latents[0].numel(), options.clip)
 
-    def steps(self) -> Iterator[float]:
-        """Train to the end, yielding each step's loss; stop asking and the training stops after the last whole step.
+    def learning_rate(self) -> float:
+        """See `learning_rate_at`."""
+        return learning_rate_at(self.step, self.options)
 
-        Raises TrainingError on a loss that is not finite; what was learned before it is still in the network.
-        """
-        while self.step < self.options.steps:
-            yield self._one_step()
-
-    def _one_step(self) -> float:
-        # Autograd must be on even inside a host that runs its nodes in inference mode.
-        with torch.inference_mode(False), torch.enable_grad():
-            for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate_at(self.step, self.options) * group.get("factor", 1.0)
-            value = self._differentiate(self._draw(self.options.seed * 1_000_003 + self.step, len(self.pictures)))
-            self._optimizer.step()
-        self.step += 1
-        self.losses.append(value)
-        return value
-
-    def _draw(self, seed: int, pictures: int) -> _Batch:
-        """What a step trains on. It depends on the seed and the step only, so that a resumed training draws alike."""
-        count, generator = self.options.batch_size, torch.Generator().manual_seed(seed % 2**63)
-        rows = torch.randint(pictures, (count,), generator=generator)
+    def draw(self, generator: torch.Generator, pictures: int | None = None) -> Batch:
+        """Rows of so many pictures (default: all), noise of a level each, and one prompt for all rows."""
+        count = self.options.batch_size
+        rows = torch.randint(len(self.pictures) if pictures is None else pictures, (count,), generator=generator)
         prompt = int(torch.randint(len(self.options.prompts), (), generator=generator))
         share = torch.rand(count, generator=generator) ** (1 / (1 + self.options.level_bias))
         sigma = self._sigmas[(share * len(self._sigmas)).long().clamp_max(len(self._sigmas) - 1)]
         noise = torch.randn((count, *self.pictures.latents.shape[1:]), generator=generator)
-        return _Batch(rows, noise.to(self._device), sigma.to(self._device), prompt)
+        return Batch(rows, noise.to(self._device), sigma.to(self._device), prompt)
 
-    def _loss(self, pictures: PictureSet, batch: _Batch, word: Tensor | None = None) -> Tensor:
-        """The loss of a batch; `word` (tokens, width) takes the place of every S*."""
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss of a batch of the pictures."""
+        return self.loss_of(self.pictures, batch)
+
+    def loss_of(self, pictures: PictureSet, batch: Batch, word: Tensor | None = None) -> Tensor:
+        """The loss of a batch of any pictures; `word` (tokens, width) takes the place of every S*."""
         target = self._on_device(self._targets(pictures)[batch.rows])
-        scale = batch.sigma.view(-1, 1, 1, 1)
-        noisy = target + scale * batch.noise
+        noisy = target + per_row(batch.sigma, target) * batch.noise
         if word is None:
             shown = self._on_device(pictures.latents[batch.rows])
             image_tokens = self._on_device(pictures.image_tokens[batch.rows])
-            seen = noisy / (scale**2 + 1).sqrt() if self.network.config.with_noise else None
+            seen = variance_preserving(noisy, batch.sigma) if self.network.config.with_noise else None
             pseudo_word = self.network(shown, self._timesteps(batch.sigma), image_tokens, seen)
         else:
             pseudo_word = word.to(self._device).expand(len(noisy), -1, -1)
@@ -215,54 +198,15 @@ class PromptNetTraining:
         """Latents (N, C, H, W) of what is to be drawn: here, what PromptNet is shown."""
         return pictures.latents
 
-    def _error(self, predicted: Tensor, pictures: PictureSet, batch: _Batch, weight: Tensor) -> Tensor:
+    def _error(self, predicted: Tensor, pictures: PictureSet, batch: Batch, weight: Tensor) -> Tensor:
         """The loss of a prediction (B, C, H, W) with these weights of its rows (B,)."""
         return weighted_noise_error(predicted, batch.noise, weight)
 
     @torch.no_grad()
     def loss_on(self, pictures: PictureSet, batches: int = 4, word: Tensor | None = None) -> float:
         """The mean loss on pictures, kept from training perhaps, always at the same noise; with `word` for every S*."""
-        draws = [self._draw(-1 - index, len(pictures)) for index in range(batches)]
-        return sum(self._loss(pictures, draw, word).item() for draw in draws) / batches
-
-    def _differentiate(self, batch: _Batch) -> float:
-        """Leave the loss's gradient, clipped, in the parameters; returns the loss."""
-        value, self._loss_scale = differentiate(
-            lambda: self._loss(self.pictures, batch),
-            list(self._trained.values()),
-            self._loss_scale,
-            f"at step {self.step}",
-            self.options.learning_rate,
-            "no gradient reaches PromptNet: something on the model or in the text encoder computes without one, as kernels "
-            "made for inference do. Use the model as it was before that",
-        )
-        gradients = [item.grad for item in self._trained.values() if item.grad is not None]
-        norm = math.hypot(*(gradient.norm().item() for gradient in gradients))
-        for gradient in gradients:
-            gradient.mul_(min(1.0, self.options.clip / norm))
-        return value
-
-    def state(self) -> dict[str, Tensor]:
-        """The optimizer's tensors and the course so far: with the parameters, all that the next step depends on."""
-        kept = {"loss_scale": torch.tensor([self._loss_scale], dtype=torch.float64), "step": torch.tensor([self.step])}
-        if self.losses:
-            kept["losses"] = torch.tensor(self.losses, dtype=torch.float64)
-        for name, parameter in self._trained.items():
-            moments = self._optimizer.state.get(parameter, {})
-            kept |= {f"{kind}.{name}": moments[kind].detach().cpu() for kind in ("exp_avg", "exp_avg_sq") if moments}
-        return kept
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where `state()` was taken; the parameters must be those of that moment."""
-        self.step = int(state["step"])
-        self._loss_scale = state["loss_scale"].item()
-        self.losses = state["losses"].tolist() if "losses" in state else []
-        with torch.inference_mode(False):
-            for name, parameter in self._trained.items():
-                moments = {kind: state.get(f"{kind}.{name}") for kind in ("exp_avg", "exp_avg_sq")}
-                if moments["exp_avg"] is not None:
-                    moments = {kind: value.to(parameter, copy=True) for kind, value in moments.items()}
-                    self._optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
+        draws = [self.draw(seeded(-1 - index), len(pictures)) for index in range(batches)]
+        return sum(self.loss_of(pictures, draw, word).item() for draw in draws) / batches
 
     def save(self, path: str | Path) -> int:
         """Write a checkpoint, from which `resume` goes on bit for bit; returns its bytes. Raises PromptNetError."""

@@ -1,7 +1,8 @@
 """Which of the palette's colours an object wears, found without a network.
 
-Blur mixes colours: the edge between red and yellow is orange, and to count each pixel for its nearest colour would see an
-orange that nobody painted. So a colour and each pair of colours a, b is tried as the explanation of all pixels x: with
+Blur mixes colours: the edge between red and yellow is orange, and to count each pixel for its nearest colour would see
+an orange that nobody painted. So a colour and each pair of colours a, b is tried as the explanation of all pixels x:
+with
 
     t = clamp(<x - a, b - a> / |b - a|^2, 0, 1)                     how far x lies from a towards b
     cost = mean |x - a - t (b - a)|^2 + MIXING t (1 - t) |b - a|^2   off the line, and a mixture rather than a or b
@@ -33,8 +34,8 @@ def _shaded(colors: Tensor) -> Tensor:
 def palette_shares(pictures: Tensor, masks: Tensor) -> Tensor:
     """The share that each colour of PALETTE, one or two of them, has in the objects of pictures.
 
-    pictures (B, H, W, 3) in [0, 1], masks (B, H, W) of the objects' bodies -> (B, 8), sums 1, at most two numbers not 0.
-    All zeros where a mask is empty.
+    pictures (B, H, W, 3) in [0, 1], masks (B, H, W) of the objects' bodies -> (B, 8), sums 1, at most two numbers not
+    0. All zeros where a mask is empty.
     """
     palette = _shaded(pictures.new_tensor(list(PALETTE.values())) / 255)
     return torch.stack(
@@ -70,8 +71,8 @@ def color_names(shares: Sequence[float]) -> tuple[str, ...]:
 
 
 def wears(shares: Sequence[float], look: Appearance) -> bool:
-    """Whether an object with these palette shares has the colours of a look that `named` ones make up: a plain object mostly
-    its one colour, any other just its two, in either order."""
+    """Whether an object with these palette shares has the colours of a look that `named` ones make up: a plain object
+    mostly its one colour, any other just its two, in either order."""
     if not look.named:
         raise ValueError("a look in colours without a name cannot be judged by its colours")
     seen = color_names(shares)

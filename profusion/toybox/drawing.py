@@ -67,8 +67,8 @@ def draw_sprite(
 
 
 def through_the_lens(image: np.ndarray) -> np.ndarray:
-    """Pictures are taken through a lens that is a little soft, so that an edge between two pixels need not be exact: a blur
-    by (1, 4, 1) / 6 each way, of an image or a mask."""
+    """Pictures are taken through a lens that is a little soft, so that an edge between two pixels need not be exact: a
+    blur by (1, 4, 1) / 6 each way, of an image or a mask."""
     for axis in (0, 1):
         first, last = (np.take(image, [end], axis=axis) for end in (0, -1))
         padded = np.concatenate([first, image, last], axis=axis)
@@ -161,7 +161,8 @@ def _wave(x):
 
 
 def compose(background: np.ndarray, sprites: list[Sprite]) -> np.ndarray:
-    """Put objects on a background, each with a soft shadow on the ground, and take the picture: uint8 (SIZE, SIZE, 3)."""
+    """Put objects on a background, each with a soft shadow on the ground, and take the picture: uint8 (SIZE, SIZE,
+    3)."""
     image = background
     for sprite in sprites:
         u = (_X - sprite.center[0] - 2) / (0.54 * sprite.width)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..diffusion import eps_denoiser, sample_euler, sampling_sigmas
+from ..diffusion import eps_denoiser, sample_euler, sampling_sigmas, variance_exploding, variance_preserving
 from ..fusion import FusionOptions, Guidance, KeptDifferences, Mode, Stage, guide, mean_prediction, sample_fusion
 from ..infusion import cross_attention_layers
 from ..promptnet.file import load_promptnet
@@ -20,9 +20,11 @@ from ..residual import Residual
 from .pipeline import STEPS, Toybox, initial_noise, noun_rows, weight_file
 
 ALONE = f"a photo of {PLACEHOLDER}"
-# As Fusion KSampler comes, with the cfg that Toybox takes: S* and the plain text, a fusion stage in the first fifth of a run.
+# As Fusion KSampler comes, with the cfg that Toybox takes: S* and the plain text, a fusion stage in the first fifth of
+# a run.
 GUIDED = Guidance((1.0, 0.5), cfg=4.0, refresh=2)
 FUSED_SHARE = 0.2
+FRESH_NOISE = 10_000  # seeds the fusion stage's noise, which must not be the noise that the picture starts from
 
 PredictStage = Callable[[Tensor, Tensor, Stage], Tensor]
 """The guided noise of variance-preserving latents x (B, 4, CELLS, CELLS) at timesteps (B,), in a stage."""
@@ -36,8 +38,8 @@ def first_levels(share: float, steps: int) -> FusionOptions:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a run of B pictures is conditioned on: contexts (B, 77, width) of the prompt with S*, given the timestep (1,) and
-    gamma; of the prompt in plain words; and of the empty one."""
+    """What a run of B pictures is conditioned on: contexts (B, 77, width) of the prompt with S*, given the timestep
+    (1,) and gamma; of the prompt in plain words; and of the empty one."""
 
     word: Callable[[Tensor, float], Tensor]
     text: Tensor
@@ -46,7 +48,8 @@ class Conditions:
 
 @dataclass
 class FusedToybox:
-    """Toybox and its PromptNet (one that does not look at the noisy latent). `rows` counts UNet rows evaluated so far."""
+    """Toybox and its PromptNet (one that does not look at the noisy latent). `rows` counts UNet rows evaluated so
+    far."""
 
     toybox: Toybox
     promptnet: PromptNet
@@ -59,14 +62,16 @@ class FusedToybox:
 
     @torch.no_grad()
     def words(self, pictures: Tensor, timesteps: Tensor) -> Tensor:
-        """S* of pictures (P, SIZE, SIZE, 3) of one thing, at timesteps (T,): (T, tokens, width), the mean over pictures."""
+        """S* of pictures (P, SIZE, SIZE, 3) of one thing, at timesteps (T,): (T, tokens, width), the mean over
+        pictures."""
         latents = self.toybox.vae.latents(pictures)
         tokens = self.toybox.vision(self.toybox.vision.preprocess(pictures))
         pairs = zip(latents.split(1), tokens.split(1), strict=True)
         return merged([self.promptnet.embed_all(latent, token, timesteps) for latent, token in pairs])
 
     def seed(self, pictures: Tensor, masks: Tensor, noun: str) -> Residual:
-        """A residual from which a training on these pictures (P, SIZE, SIZE, 3) of one thing, masks (P, SIZE, SIZE), may start."""
+        """A residual from which a training on these pictures (P, SIZE, SIZE, 3) of one thing, masks (P, SIZE, SIZE),
+        may start."""
         word = self.words(pictures, torch.tensor(KNOTS)).mean(dim=0, keepdim=True)  # (1, tokens, width)
         plain = [prompt.format(noun) for prompt, _ in PROMPTS]
         with torch.no_grad():
@@ -122,16 +127,17 @@ class FusedToybox:
         steps: int = STEPS,
         fresh: torch.Generator | None = None,
     ) -> Tensor:
-        """One latent for each generator, (B, 4, CELLS, CELLS). fresh: of the fusion stage's noise; needed where that has steps."""
+        """One latent for each generator, (B, 4, CELLS, CELLS). fresh: of the fusion stage's noise; needed where that
+        has steps."""
         sigmas = sampling_sigmas(steps)
 
         def denoise(x: Tensor, sigma: Tensor, stage: Stage) -> Tensor:
             return eps_denoiser(lambda x, t: predict(x, t, stage))(x, sigma)
 
         def refine(model, x: Tensor, part: Tensor) -> Tensor:
-            return sample_euler(model, x / (part[0] ** 2 + 1).sqrt(), part)
+            return sample_euler(model, variance_preserving(x, part[0]), part)
 
-        start = initial_noise(generators) * (sigmas[0] ** 2 + 1).sqrt()
+        start = variance_exploding(initial_noise(generators), sigmas[0])
         return sample_fusion(denoise, refine, start, sigmas, options, fresh or torch.Generator())
 
     def generate(
@@ -145,10 +151,11 @@ class FusedToybox:
         steps: int = STEPS,
         fresh: torch.Generator | None = None,
     ) -> Tensor:
-        """One latent for each of `pictures` (each (P, SIZE, SIZE, 3), of one thing), its noun and its generator: (B, 4, CELLS, CELLS).
+        """One latent for each of `pictures` (each (P, SIZE, SIZE, 3), of one thing), its noun and its generator: (B, 4,
+        CELLS, CELLS).
 
-        prompt: with S* once. A noun stands for S* in the plain text, which is the second of guidance.weights if there are
-        two. fresh: see `sample`.
+        prompt: with S* once. A noun stands for S* in the plain text, which is the second of guidance.weights if there
+        are two. fresh: see `sample`.
         """
         given = self.conditions(prompt, nouns, pictures, guidance.mode)
         weights = [weight for weight in guidance.weights if weight]

@@ -11,38 +11,43 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..diffusion import eps_denoiser, sample_euler, sampling_sigmas, timestep_of
+from ..diffusion import eps_denoiser, noise_predictor, sample_euler, sampling_sigmas
 from ..infusion import Patches, Placement, cross_attention_layers, on_conditional
 from ..models.clip import TextModel, VisionModel
-from ..models.configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE, TOYBOX_VISION
 from ..models.tokenizer import START, id_to_text, tokenize, words_to_ids
 from ..models.unet import UNet
 from ..models.vae import VAE
 from ..pictures import latent_masks
 from ..prompt import NounError, find_noun
 from ..residual import Residual
+from ..residual.training import PROMPTS, PredictNoise, Reference, ResidualTraining, TrainingOptions
 from ..streams import Evaluate, two_stream_denoiser
-from ..training import PROMPTS, PredictNoise, Reference, ResidualTraining, TrainingOptions
+from .configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE, TOYBOX_VISION
 from .drawing import SIZE
 
 WEIGHTS = Path(__file__).with_name("weights")
 NETWORKS = ("unet", "vae", "text", "vision")
 CELLS = SIZE // 8  # latent cells a side
 GUIDANCE = 4.0
+CUSTOMISED_GUIDANCE = 2.0  # a residual is amplified with the rest of the condition: what is right at 1 is garish at 4
 STEPS = 30
 Callback = Callable[[int, Tensor], None]
 _TABLE = "text_model.embeddings.token_embedding.weight"
 _TOKENS = "token_ids"
 
 
+_REINSTALL = "They ship with the pack: reinstall it, or train them with `python -m training.toybox` from a checkout."
+_ADVICE = {
+    "judge": "Only the demo and the benchmarks need the judge, so it is no part of an installed pack: `git clone` the "
+    "repository and run them there."
+}
+
+
 def weight_file(network: str, folder: Path | None = None) -> Path:
     """Where a network's weights are; FileNotFoundError says what is missing and how to get it."""
     path = (folder or WEIGHTS) / f"toybox_{network}.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"Toybox weights not found: {path}. They ship with the pack: reinstall it, or train them with "
-            "`python -m training.toybox` from a checkout."
-        )
+        raise FileNotFoundError(f"Toybox weights not found: {path}. {_ADVICE.get(network, _REINSTALL)}")
     return path
 
 
@@ -171,10 +176,10 @@ class Toybox:
         contexts = self.context(prompts)
 
         def predict(x: Tensor, sigma: Tensor, prompt: int, patches: Patches) -> Tensor:
-            scaled = x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt()
             context = contexts[prompt].expand(len(x), -1, -1)
             options = {"patches": patches, "cond_or_uncond": [0]}
-            return self.unet(scaled, timestep_of(sigma), context, transformer_options=options)
+            network = noise_predictor(lambda x, t: self.unet(x, t, context, transformer_options=options))
+            return network(x, sigma)
 
         return predict
 

@@ -1,23 +1,18 @@
-"""Tests against a real ComfyUI: at $COMFYUI_PATH, around the pack if it is installed in one, or at ~/comfy/ComfyUI.
+"""Tests against a real ComfyUI: the first at $COMFYUI_PATH, or around the pack, or at ~/comfy*/ComfyUI.
 
 Every test module here starts with `pytest.importorskip("comfy.samplers", reason=...)`, so that without a host
 each is skipped by name.
 """
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
 import pytest
 
+from tools.hosts import find_host
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def find_host() -> Path | None:
-    named = os.environ.get("COMFYUI_PATH")
-    candidates = [Path(named)] if named else [*REPOSITORY.parents, Path.home() / "comfy" / "ComfyUI"]
-    return next((path for path in candidates if (path / "comfy" / "samplers.py").is_file()), None)
 
 
 HOST = find_host()
@@ -37,6 +32,25 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(
             "The tests in tests/host were SKIPPED. Set COMFYUI_PATH to a ComfyUI checkout to run them."
         )
+
+
+@pytest.fixture(autouse=True)
+def nobody_listens_or_cancels():
+    """Whatever a test hung on the progress bar is gone after it, and so is a Cancel that it pressed."""
+    yield
+    if HOST is not None:
+        from reports import stop_listening
+
+        stop_listening()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_folder(tmp_path_factory):
+    """Where nodes put the pictures that they show: not into the host's own folder."""
+    if HOST is not None:
+        import folder_paths
+
+        folder_paths.set_temp_directory(str(tmp_path_factory.mktemp("temp")))
 
 
 @pytest.fixture(scope="session")
@@ -65,5 +79,5 @@ def infused_toybox(pack):
     """The node on Toybox, as the pack loads it."""
     from infused import Infused
 
-    models = sys.modules[f"{pack.__name__}.nodes.host_models"]
+    models = sys.modules[f"{pack.__name__}.nodes.host.toybox"]
     return Infused(pack, models.load_model(), models.load_clip())

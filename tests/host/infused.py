@@ -15,7 +15,7 @@ class Infused:
         self.model = tiny.model() if model is None else model
         self.clip = tiny.clip() if clip is None else clip
         self.positive, self.negative = self.encode(PROMPT), self.encode(NEGATIVE)
-        self.layers = pack.nodes.host.model_layers(self.model)
+        self.layers = pack.nodes.host.encoding.model_layers(self.model)
         self.node = pack.nodes.infusion.InfusionAttentionPatch
 
     def encode(self, text):
@@ -39,7 +39,7 @@ class Infused:
 
     def run_both(self, model, positive, **options):
         foundations = []
-        watched = self.pack.nodes.host.add_streams(model, self.layers, False, foundations.append)
+        watched = self.pack.nodes.host.streams.add_streams(model, self.layers, False, foundations.append)
         customised = self.run(watched, positive, **options)
         (foundation,) = foundations
         return customised, model.model.process_latent_out(foundation.float())

@@ -10,9 +10,9 @@ import torch
 pytest.importorskip("comfy.samplers", reason="no ComfyUI: set COMFYUI_PATH to a checkout")
 
 import comfy.model_management  # noqa: E402
-import comfy.utils  # noqa: E402
 import tiny  # noqa: E402
 from pooled import PooledVae, pictures  # noqa: E402
+from reports import on_report  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +55,7 @@ def augment(host):
             model = tiny.model() if model is None else model
             return host.augment.ConceptAugment.execute(model, **{**defaults, **inputs}).args
 
-    yield run
-    comfy.utils.set_progress_bar_global_hook(None)
-    comfy.model_management.interrupt_current_processing(False)
+    return run
 
 
 def test_the_schema_is_frozen_and_explained(host):
@@ -90,7 +88,7 @@ def test_the_schema_is_frozen_and_explained(host):
 
 def test_the_object_stays_to_the_bit_and_the_rest_is_drawn(augment):
     seen = []
-    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, node_id=None: seen.append((value, total)))
+    on_report(lambda done, total, _: seen.append((done, total)))
     images, masks = augment(count=3, include_picture=True)
     assert images.shape == (4, 64, 64, 3) and masks.shape == (4, 64, 64) and images.isfinite().all()
     assert images.min() >= 0 and images.max() <= 1
@@ -148,12 +146,12 @@ def test_an_inpainting_model_is_shown_what_to_keep(augment):
 
 
 def test_cancel_stops_within_a_step(augment):
-    def hook(value, total, preview, node_id=None):
-        steps.append(value)
-        comfy.model_management.interrupt_current_processing(value == 3)
+    def cancel(done, *_):
+        steps.append(done)
+        comfy.model_management.interrupt_current_processing(done == 3)
 
     steps = []
-    comfy.utils.set_progress_bar_global_hook(hook)
+    on_report(cancel)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         augment()
     assert steps == [1, 2, 3]

@@ -15,6 +15,7 @@ import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
 import tiny  # noqa: E402
 from pooled import PooledVae, pictures  # noqa: E402
+from reports import cancel_at, on_report, stop_listening  # noqa: E402
 
 VALUES = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_v.weight"
 RATES = {"learning_rate": 1e-3, "attention_learning_rate": 5e-3}
@@ -32,8 +33,8 @@ class PooledVision:
 def host(pack):
     """The pack's modules that are tested here."""
     nodes = {
-        name: importlib.import_module(f"{pack.__name__}.nodes.{name}")
-        for name in ("finetune", "host_finetune", "host_promptnet", "host_training")
+        name.rpartition(".")[2]: importlib.import_module(f"{pack.__name__}.nodes.{name}")
+        for name in ("finetune", "host.finetuning", "host.words")
     }
     names = (
         "promptnet.network",
@@ -43,7 +44,7 @@ def host(pack):
         "promptnet.pseudo_word",
         "models.configs",
         "models.clip",
-        "training",
+        "loop",
     )
     kernel = {
         name.split(".")[-1] + "_kernel": importlib.import_module(f"{pack.__name__}.profusion.{name}") for name in names
@@ -75,7 +76,7 @@ def promptnet(host, seed=4, **changes):
     with torch.inference_mode():
         network = host.network_kernel.PromptNet(host.network_kernel.PromptNetConfig(unet, **sizes))
         network = tiny.randomise(network, seed).eval().requires_grad_(False)
-        return host.host_promptnet.handed_to_the_host(network, "random")
+        return host.words.handed_to_the_host(network, "random")
 
 
 def defaults(**inputs):
@@ -104,9 +105,7 @@ def finetune(host, clip, folders):
             given |= {"clip": clip, "clip_vision": PooledVision(), "vae": PooledVae()}
             return host.finetune.PromptNetFinetune.execute(**{**given, **defaults(), **inputs}).args
 
-    yield run
-    comfy.utils.set_progress_bar_global_hook(None)
-    comfy.model_management.interrupt_current_processing(False)
+    return run
 
 
 def make_finetuning(host, clip, model, masks=None, options=None, **kwargs):
@@ -115,7 +114,7 @@ def make_finetuning(host, clip, model, masks=None, options=None, **kwargs):
     )
     given = pictures(1) if masks is None else pictures(len(masks))
     with torch.inference_mode():
-        return host.host_finetune.Finetuning(
+        return host.finetuning.Finetuning(
             promptnet(host),
             model,
             clip,
@@ -150,13 +149,6 @@ def fingerprint(model, clip):
             [(len(part._forward_hooks), len(part._forward_pre_hooks)) for part in network.modules()],
         ]
     return found
-
-
-def cancel_at(step):
-    def hook(value, total, preview, node_id=None):
-        comfy.model_management.interrupt_current_processing(value == step)
-
-    comfy.utils.set_progress_bar_global_hook(hook)
 
 
 # The schema, frozen: only append
@@ -196,7 +188,7 @@ def test_the_schema_is_frozen_and_explained(host):
 def test_it_gives_a_promptnet_a_model_a_file_and_a_plot(host, finetune, folders, clip):
     source, model, seen = promptnet(host), tiny.model(), []
     before, untouched = values(source.network), fingerprint(model, clip)
-    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, node_id=None: seen.append((value, total)))
+    on_report(lambda done, total, _: seen.append((done, total)))
     tuned, patched, name, plot = finetune(promptnet=source, model=model, save_promptnet=True)
     assert same(values(source.network), before) and fingerprint(model, clip) == untouched
     assert tuned.network is not source.network and not same(values(tuned.network), before)
@@ -282,7 +274,7 @@ def test_the_gradient_through_the_hosts_clip_is_the_kernels(host, clip):
         torch.randn(2, 77, tiny.CONTEXT, generator=torch.Generator().manual_seed(3)),
         "a photo of S* on snow",
     )
-    encoder = host.host_finetune.WordEncoder(clip, promptnet(host).config, [prompt])
+    encoder = host.finetuning.WordEncoder(clip, promptnet(host).config, [prompt])
     found = []
     for encode in (
         lambda word: encoder.encode(0, word),
@@ -361,7 +353,7 @@ def test_cancel_stops_within_a_step_keeps_what_was_learned_and_leaves_nothing_be
     cancel_at(1)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         finetune(promptnet=source, model=model, steps=4, save_promptnet=True)
-    comfy.utils.set_progress_bar_global_hook(None)
+    stop_listening()
     assert fingerprint(model, clip) == untouched and same(values(source.network), before)
     name = "cat_partial_1_steps_00001_.safetensors"
     partial = host.file_kernel.load_promptnet(folders / "profusion_promptnets" / "me" / name, torch.float16)
@@ -382,7 +374,7 @@ def test_an_error_keeps_what_was_learned_says_where_and_leaves_nothing_behind(ho
 
     model.set_model_unet_function_wrapper(wrapper)
     untouched = fingerprint(model, clip)
-    with pytest.raises(host.training_kernel.TrainingError, match="a kernel failed\nWhat the 1 steps") as caught:
+    with pytest.raises(host.loop_kernel.TrainingError, match="a kernel failed\nWhat the 1 steps") as caught:
         finetune(model=model)
     assert fingerprint(model, clip) == untouched
     (path,) = (folders / "loras").rglob("*.safetensors")
@@ -393,8 +385,8 @@ def test_what_is_saved_before_another_file_fails_is_saved_once_and_named(host, f
     def full_disk(*_):
         raise host.network_kernel.PromptNetError("the disk is full")
 
-    monkeypatch.setattr(host.finetune, "save_promptnet", full_disk)
-    with pytest.raises(host.training_kernel.TrainingError, match="the disk is full") as caught:
+    monkeypatch.setattr(host.finetuning, "save_promptnet", full_disk)
+    with pytest.raises(host.loop_kernel.TrainingError, match="the disk is full") as caught:
         finetune(steps=1, save_promptnet=True)
     (path,) = (folders / "loras").rglob("*.safetensors")
     assert f"Saved before: {path}" in str(caught.value)
@@ -403,9 +395,7 @@ def test_what_is_saved_before_another_file_fails_is_saved_once_and_named(host, f
 def test_an_overflow_names_the_way_out_and_writes_nothing(host, finetune, folders):
     model = tiny.model()
     model.set_model_unet_function_wrapper(lambda apply, arguments: arguments["input"] * float("nan"))
-    with pytest.raises(
-        host.training_kernel.TrainingError, match="the loss is nan at step 0.*\nNothing had been learned"
-    ):
+    with pytest.raises(host.loop_kernel.TrainingError, match="the loss is nan at step 0.*\nNothing had been learned"):
         finetune(model=model)
     assert not list(folders.rglob("*.safetensors"))
 
@@ -413,7 +403,7 @@ def test_an_overflow_names_the_way_out_and_writes_nothing(host, finetune, folder
 def test_a_folder_that_cannot_be_used_stops_it_before_the_training(finetune, folders):
     (folders / "loras").touch()
     seen = []
-    comfy.utils.set_progress_bar_global_hook(lambda *arguments, **_: seen.append(arguments))
+    on_report(lambda *report: seen.append(report))
     with pytest.raises(ValueError, match="cannot be used"):
         finetune()
     assert not seen

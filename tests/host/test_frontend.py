@@ -19,6 +19,8 @@ from live import REPOSITORY, Server, to_prompt
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
 
+pytestmark = pytest.mark.xdist_group("frontend")  # one server and one browser for all
+
 WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
 LOAD = """
 const done = arguments[arguments.length - 1];

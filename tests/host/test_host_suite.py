@@ -23,6 +23,7 @@ SUITE = HOST / "tests" / "execution"
 MINUTES = 60
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not SUITE.is_dir(), reason=f"{HOST} has no tests/execution: its own tests are not run"),
     pytest.mark.skipif(os.name == "nt", reason="a shell script stands for the python that ComfyUI's own tests start"),
 ]

@@ -16,14 +16,15 @@ def with_values(conditioning, values):
 @pytest.fixture
 def additions(infused, monkeypatch):
     """Every value that a residual was added to, and at which rows."""
-    calls, module = [], infused.pack.profusion.infusion
-    add_residual = module.add_residual
+    calls, placement = [], infused.pack.profusion.infusion.Placement
+    add_to = placement.add_to
 
-    def note(value, residual, rows):
-        calls.append((value, rows))
-        return add_residual(value, residual, rows)
+    def note(self, value, layer):
+        moved = add_to(self, value, layer)
+        calls.append((value, (moved != value).any(dim=(0, 2)).nonzero().flatten().tolist()))
+        return moved
 
-    monkeypatch.setattr(module, "add_residual", note)
+    monkeypatch.setattr(placement, "add_to", note)
     return calls
 
 

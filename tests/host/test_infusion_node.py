@@ -1,5 +1,6 @@
 """ProFusion_InfusionAttentionPatch: its inputs, what it finds in prompts and models, and what it refuses."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,7 @@ def test_a_residual_of_another_architecture_is_refused(infused, pack):
 
 def test_a_text_encoder_of_another_width_is_refused(infused, pack):
     model = tiny.model(context_dim=32)
-    layers = pack.nodes.host.model_layers(model)
+    layers = pack.nodes.host.encoding.model_layers(model)
     delta, names = torch.zeros(len(layers), 1, 32), tuple(layer.name for layer in layers)
     residual = pack.profusion.residual.Residual(delta, "ball", names, "other")
     with pytest.raises(ValueError, match="width 64 and the model takes 32"):
@@ -200,7 +201,7 @@ def test_real_models_have_their_layers(pack, config, host_class, count, width):
         state = UNet(getattr(configs, config)).state_dict()
     detected = comfy.model_detection.model_config_from_unet(state, "")
     assert type(detected).__name__ == host_class
-    layers = pack.nodes.host.model_layers(patcher(detected))
+    layers = pack.nodes.host.encoding.model_layers(patcher(detected))
     assert len(layers) == count and {layer.context_dim for layer in layers} == {width}
 
 
@@ -219,6 +220,13 @@ def test_models_of_other_dtypes_are_exact(pack, dtype, compute):
     from infused import Infused
 
     Infused(pack, tiny.model(dtype, compute)).assert_node_exact(steps=2)
+
+
+@pytest.mark.parametrize("noun", ["", " "])
+def test_a_noun_without_a_word_is_refused_by_name(infused, pack, noun):
+    prompt = sys.modules[f"{pack.__name__}.profusion.prompt"]
+    with pytest.raises(prompt.NounError, match="noun"):
+        pack.nodes.host.placing.noun_spans(infused.clip, "a photo of a cat", noun)
 
 
 def test_the_schema_is_frozen(infused):

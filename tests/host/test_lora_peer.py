@@ -7,11 +7,11 @@ pytest.importorskip("comfy.samplers", reason="needs ComfyUI")
 import torch
 
 from benchmarks.peers import Peer
-from benchmarks.peers.lora import Lora, host_nodes
-from profusion.demo import drawn_concept
+from benchmarks.peers.lora import Lora, host_nodes, merged
 from profusion.diffusion import timestep_of
+from profusion.residual.training import TrainingOptions
+from profusion.toybox.concepts import drawn_concept
 from profusion.toybox.pipeline import Toybox
-from profusion.training import TrainingOptions
 
 PROMPT = "a photo of a sks mushroom"
 
@@ -30,7 +30,7 @@ def test_what_the_host_trains_and_merges_is_what_the_kernel_evaluates(pack, gene
     assert torch.optim.AdamW is optimizer
 
     lora = {name: value.detach().clone() for name, value in peer.trained().items()}
-    (model,) = host_nodes().loader.load_lora_model(host_nodes().load_model(), lora, 1.0)
+    model = merged(host_nodes().load_model(), lora)
     model.patch_model()
     context = peer.context(PROMPT).expand(2, -1, -1)
     denoised = model.model.apply_model(x, sigma, c_crossattn=context)

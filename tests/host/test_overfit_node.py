@@ -12,9 +12,9 @@ import torch
 pytest.importorskip("comfy.samplers", reason="no ComfyUI: set COMFYUI_PATH to a checkout")
 
 import comfy.model_management
-import comfy.utils
 import tiny
 from pooled import PooledVae
+from reports import on_report
 
 FISHER, WASSERSTEIN, ROWS = "latent Fisher divergence", "2-Wasserstein", "UNet rows a picture"
 BASE, OTHER = "base model (ball)", "other seeds (ball)"
@@ -27,7 +27,7 @@ def host(pack, infused):
         pack=pack,
         node=module.OverfitReport,
         infused=infused,
-        overfit=sys.modules[f"{pack.__name__}.nodes.host_overfit"],
+        evaluation=sys.modules[f"{pack.__name__}.nodes.host.evaluation"],
     )
 
 
@@ -67,9 +67,7 @@ def report(host):
         found = json.loads(text)
         return table, chart, {(row["metric"], row["subject"]): row for row in found["scores"]}, found["notes"]
 
-    yield run
-    comfy.utils.set_progress_bar_global_hook(None)
-    comfy.model_management.interrupt_current_processing(False)
+    return run
 
 
 def test_the_schema_is_frozen_and_explained(host):
@@ -145,7 +143,7 @@ def test_predictions_are_the_models_own(host):
     noisy = fisher.noisy_latents(latents, 5, generator, model.get_model_object("model_sampling").sigmas)
     told = []
     with torch.inference_mode():
-        found = host.overfit.noise_predictions(model, contexts, noisy, told.append)
+        found = host.evaluation.noise_predictions(model, contexts, noisy, told.append)
         for row, prompt in enumerate(noisy.prompts):
             sigma = noisy.sigma[row : row + 1]
             x = noisy.x[row : row + 1].to(device)
@@ -193,11 +191,11 @@ def test_with_a_vae_the_pictures_are_shown(host, report):
 def test_progress_ends_at_its_total_and_cancel_stops_it(host, report):
     seen = []
 
-    def hook(value, total, preview, node_id=None):
-        seen.append((value, total))
+    def report_it(done, total, _):
+        seen.append((done, total))
         comfy.model_management.interrupt_current_processing(stop is not None and len(seen) == stop)
 
-    comfy.utils.set_progress_bar_global_hook(hook)
+    on_report(report_it)
     stop = None
     report(residual=host.infused.residual(), customised=lora(host.infused.model))
     values = [value for value, _ in seen]

@@ -11,6 +11,7 @@ comfy_samplers = pytest.importorskip("comfy.samplers", reason="ComfyUI was not f
 import comfy.model_patcher  # noqa: E402
 import tiny  # noqa: E402
 from live import REPOSITORY  # noqa: E402
+from reports import on_report  # noqa: E402
 
 TEXT = "a photo of S* on snow"
 
@@ -19,14 +20,16 @@ def modules(pack):
     return {
         name: importlib.import_module(f"{pack.__name__}.{name}")
         for name in (
-            "nodes.host_models",
-            "nodes.host_promptnet",
+            "nodes.host.toybox",
+            "nodes.host.words",
+            "nodes.host.files",
             "nodes.promptnet",
-            "nodes.host_fusion",
+            "nodes.host.fusion",
             "nodes.fusion",
             "profusion.diffusion",
             "profusion.promptnet.network",
             "profusion.promptnet.pseudo_word",
+            "profusion.toybox.configs",
             "profusion.toybox.pipeline",
             "profusion.toybox.fused",
             "nodes.trainer",
@@ -42,17 +45,17 @@ class Studio:
         from dataclasses import replace
 
         self.pack, self.modules = pack, modules(pack)
-        models, network = self.modules["nodes.host_models"], self.modules["profusion.promptnet.network"]
+        models, configs = self.modules["nodes.host.toybox"], self.modules["profusion.toybox.configs"]
         self.model, self.clip = models.load_model(), models.load_clip()
         self.vae, self.clip_vision = models.load_vae(), models.load_clip_vision()
-        config = replace(network.TOYBOX_PROMPTNET, second_latent=second_latent)
+        config = replace(configs.TOYBOX_PROMPTNET, second_latent=second_latent)
         self.promptnet = self.random_promptnet(config)
 
     def random_promptnet(self, config):
         network = self.modules["profusion.promptnet.network"]
         built = tiny.randomise(network.PromptNet(config), seed=4).eval().requires_grad_(False)
         patcher = comfy.model_patcher.ModelPatcher(built, torch.device("cpu"), torch.device("cpu"))
-        return self.modules["nodes.host_promptnet"].LoadedPromptNet(built, patcher, "random")
+        return self.modules["nodes.host.words"].LoadedPromptNet(built, patcher, "random")
 
     def encode(self, text=TEXT, noun="cat", pictures=None, **inputs):
         pictures = self.pictures() if pictures is None else pictures
@@ -99,7 +102,7 @@ class Studio:
 
     def watched(self, seen):
         """The model, noting each evaluation's (sigma, stage, contexts by cond_or_uncond)."""
-        model, stage = self.model.clone(), self.modules["nodes.host_fusion"].STAGE
+        model, stage = self.model.clone(), self.modules["nodes.host.fusion"].STAGE
 
         def wrapper(apply_model, arguments):
             options, which = arguments["c"]["transformer_options"], arguments["cond_or_uncond"]
@@ -141,7 +144,7 @@ def test_s_is_made_anew_for_each_level_and_scaled_in_the_fusion_stage(studio):
     positive, plain = studio.encode()
     seen = []
     studio.draw(positive, studio.watched(seen), text=plain, gamma=0.5)
-    word = positive[0][1][studio.modules["nodes.host_fusion"].WORD]
+    word = positive[0][1][studio.modules["nodes.host.words"].WORD]
     at = word.contexts(studio.model.get_model_object("model_sampling"), False)
     rows = list(word.rows)
     assert [stage for _, stage, _ in seen] == ["fusion", None] * 3 + [None]
@@ -156,7 +159,7 @@ def test_s_is_made_anew_for_each_level_and_scaled_in_the_fusion_stage(studio):
 def test_s_at_every_level_is_the_kernels_and_made_before_the_run(studio):
     """Between the knots too; the run itself asks neither PromptNet nor the text encoder."""
     positive, _ = studio.encode()
-    word = positive[0][1][studio.modules["nodes.host_fusion"].WORD]
+    word = positive[0][1][studio.modules["nodes.host.words"].WORD]
     kernel = importlib.import_module(f"{studio.pack.__name__}.profusion.toybox.fused")
     fused = kernel.FusedToybox(studio.modules["profusion.toybox.pipeline"].Toybox.load(), studio.promptnet.network)
     expected, seen = fused.contexts(TEXT, [studio.pictures()]), []
@@ -179,7 +182,7 @@ def test_independent_mode_evaluates_s_in_a_prompt_of_its_own(studio):
     positive, plain = studio.encode()
     studio.draw(positive, studio.watched(seen), text=plain, mode="independent", fusion_steps=0)
     alone, _ = studio.encode("a photo of S*")
-    word = alone[0][1][studio.modules["nodes.host_fusion"].WORD]
+    word = alone[0][1][studio.modules["nodes.host.words"].WORD]
     at = word.contexts(studio.model.get_model_object("model_sampling"), False)
     for sigma, _, contexts in seen:
         torch.testing.assert_close(contexts[0], at(None, sigma), rtol=0, atol=1e-5)
@@ -198,10 +201,10 @@ def test_a_promptnet_that_looks_at_the_noisy_latent_is_asked_at_every_call(pack)
 
 def test_several_pictures_of_one_thing_give_the_mean_word(studio):
     both = torch.cat([studio.pictures(seed=1), studio.pictures(seed=2)])
-    glue = studio.modules["nodes.host_promptnet"]
+    glue = studio.modules["nodes.host.words"]
     words = []
     for pictures in (both[:1], both[1:], both):
-        reference = glue.encode_pictures(studio.promptnet, studio.vae, studio.clip_vision, pictures)
+        reference = glue.encode_pictures(studio.promptnet.config, studio.vae, studio.clip_vision, pictures)
         word = glue.WordInPrompt(studio.promptnet, studio.clip, reference, TEXT)
         words.append(word._words)
     torch.testing.assert_close(words[2], (words[0] + words[1]) / 2, rtol=0, atol=1e-4)
@@ -248,7 +251,7 @@ def test_residuals_and_s_meet_in_one_graph(studio, infused_toybox, refresh):
     expected = studio.draw(positive, text=plain, refresh=refresh)
     patched, placed = infused_toybox.patch(residual, model=studio.model, text="a photo of cat on snow")
     foundations = []
-    watched = studio.pack.nodes.host.add_streams(patched, infused_toybox.layers, False, foundations.append)
+    watched = studio.pack.nodes.host.streams.add_streams(patched, infused_toybox.layers, False, foundations.append)
     customised = studio.draw(positive, watched, text=placed, refresh=refresh)
     assert torch.equal(studio.model.model.process_latent_out(foundations[0].float()), expected)
     assert customised.isfinite().all() and not torch.equal(customised, expected)
@@ -277,22 +280,17 @@ def test_a_residual_from_a_promptnet_is_the_kernel_s(studio, masked):
 
 def test_cancel_stops_a_residual_from_a_promptnet(studio):
     import comfy.model_management as management
-    import comfy.utils
 
-    done = []
+    reported = []
 
-    def hook(value, total, preview, node_id=None):
-        done.append(value)
-        management.interrupt_current_processing(value == 2)
+    def cancel(done, *_):
+        reported.append(done)
+        management.interrupt_current_processing(done == 2)
 
-    comfy.utils.set_progress_bar_global_hook(hook)
-    try:
-        with pytest.raises(management.InterruptProcessingException):
-            studio.seed()
-    finally:
-        comfy.utils.set_progress_bar_global_hook(None)
-        management.interrupt_current_processing(False)
-    assert done == [1, 2]
+    on_report(cancel)
+    with pytest.raises(management.InterruptProcessingException):
+        studio.seed()
+    assert reported == [1, 2]
 
 
 def test_a_residual_from_a_promptnet_is_drawn_and_saved(studio, infused_toybox, tmp_path):
@@ -356,9 +354,9 @@ def test_a_residual_is_placed_in_the_prompt_that_has_s(studio, infused_toybox):
     positive, plain = studio.encode(text=text)
     expected = studio.draw(positive, text=plain)
     patched, placed = infused_toybox.patch(residual, model=studio.model, text=text, conditioning=positive)
-    (context, extras), host = placed[0], studio.pack.nodes.host
+    (context, extras), host = placed[0], studio.pack.nodes.host.streams
     assert torch.equal(context, positive[0][0]) and host.KEY not in positive[0][1]
-    assert extras[studio.modules["nodes.host_fusion"].WORD] is positive[0][1][studio.modules["nodes.host_fusion"].WORD]
+    assert extras[studio.modules["nodes.host.words"].WORD] is positive[0][1][studio.modules["nodes.host.words"].WORD]
     (concept,) = extras[host.KEY]
     assert concept.placement.rows == (9,)  # <start> a photo of S* (four pseudo-words) on snow
     foundations = []
@@ -375,7 +373,7 @@ def test_residuals_are_placed_one_after_another_in_one_conditioning(studio, infu
     _, placed = infused_toybox.patch(one, model=studio.model, text=text, conditioning=encoded)
     _, placed = infused_toybox.patch(another, model=studio.model, text=text, conditioning=placed)
     _, both = infused_toybox.patch(one, model=studio.model, text=text, residual_2=another)
-    key = studio.pack.nodes.host.KEY
+    key = studio.pack.nodes.host.streams.KEY
     assert [concept.placement.rows for concept in placed[0][1][key]] == [c.placement.rows for c in both[0][1][key]]
     assert torch.equal(placed[0][0], both[0][0])
 
@@ -408,7 +406,7 @@ def test_bad_inputs_are_explained(studio, inputs, message):
 def test_a_promptnet_of_another_width_is_refused_by_both_widths(studio):
     from dataclasses import replace
 
-    config = studio.modules["profusion.promptnet.network"].TOYBOX_PROMPTNET
+    config = studio.modules["profusion.toybox.configs"].TOYBOX_PROMPTNET
     with pytest.raises(ValueError, match=r"width 96 .*width 128"):
         studio.encode(promptnet=studio.random_promptnet(replace(config, text_widths=(96,))))
     with pytest.raises(ValueError, match=r"width 64.*width 128"):
@@ -425,8 +423,8 @@ def test_the_loader_loads_a_file_of_the_folder(studio, tmp_path, monkeypatch):
     import folder_paths
 
     save = sys.modules[f"{studio.pack.__name__}.profusion.promptnet.file"].save_promptnet
-    nodes = studio.modules["nodes.promptnet"]
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, nodes.PROMPTNETS, ([str(tmp_path)], {".safetensors"}))
+    nodes, folders = studio.modules["nodes.promptnet"], studio.modules["nodes.host.files"]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, folders.PROMPTNETS, ([str(tmp_path)], {".safetensors"}))
     save(studio.promptnet.network, tmp_path / "mine.safetensors", "float32")
     assert nodes.PromptNetLoader.validate_inputs("mine.safetensors") is True
     loaded = nodes.PromptNetLoader.execute("mine.safetensors").args[0]
@@ -444,18 +442,20 @@ def test_the_authors_release_is_read_as_it_is(studio, tmp_path, monkeypatch):
     import folder_paths
 
     file = sys.modules[f"{studio.pack.__name__}.profusion.promptnet.file"]
-    nodes, network = studio.modules["nodes.promptnet"], studio.modules["profusion.promptnet.network"]
-    config = replace(network.TOYBOX_PROMPTNET, second_latent="noisy", normalise=False, holds_position=True, tokens=1)
+    nodes, folders = studio.modules["nodes.promptnet"], studio.modules["nodes.host.files"]
+    network = studio.modules["profusion.promptnet.network"]
+    configs = studio.modules["profusion.toybox.configs"]
+    config = replace(configs.TOYBOX_PROMPTNET, second_latent="noisy", normalise=False, holds_position=True, tokens=1)
     written = tiny.randomise(network.PromptNet(config), seed=5).state_dict()
     named = {
         file.diffusers_name(name, config.unet): value
         for name, value in written.items()
         if name not in ("start", "spread")
     }
-    suffixes = folder_paths.folder_names_and_paths[nodes.PROMPTNETS][1]
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, nodes.PROMPTNETS, ([str(tmp_path)], suffixes))
+    suffixes = folder_paths.folder_names_and_paths[folders.PROMPTNETS][1]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, folders.PROMPTNETS, ([str(tmp_path)], suffixes))
     torch.save(named, tmp_path / "released.bin")
-    assert "released.bin" in folder_paths.get_filename_list(nodes.PROMPTNETS)
+    assert "released.bin" in folder_paths.get_filename_list(folders.PROMPTNETS)
     loaded = nodes.PromptNetLoader.execute("released.bin").args[0].network
     assert loaded.config.with_noise and loaded.config.holds_position and not loaded.config.normalise
     for name, value in written.items():

@@ -21,7 +21,8 @@ def host(pack):
     """The pack's modules that are tested here, and the host's that they deal with."""
     import folder_paths
 
-    modules = {name: sys.modules[f"{pack.__name__}.nodes.{name}"] for name in ("folders", "residual")}
+    modules = {name: sys.modules[f"{pack.__name__}.nodes.{name}"] for name in ("host.files", "residual")}
+    modules = {name.rpartition(".")[2]: module for name, module in modules.items()}
     kernel = sys.modules[f"{pack.__name__}.profusion.residual"]
     return types.SimpleNamespace(folder_paths=folder_paths, kernel=kernel, **modules)
 
@@ -102,8 +103,29 @@ def test_the_folder_is_in_models_lists_safetensors_and_keeps_added_paths(host, m
     assert table["profusion_residuals"][0][0] == own
     monkeypatch.setitem(table, "profusion_residuals", ([str(tmp_path)], set()))  # as extra_model_paths.yaml leaves it
     for _ in range(2):
-        host.folders.register(host.folders.RESIDUALS)
+        host.files.register(host.files.RESIDUALS)
         assert table["profusion_residuals"] == ([own, str(tmp_path)], {".safetensors"})
+
+
+def test_a_default_base_folder_comes_before_models(host, monkeypatch, tmp_path):
+    """As `is_default: true` in extra_model_paths.yaml leaves the host's own lists."""
+    paths, table = host.folder_paths, host.folder_paths.folder_names_and_paths
+    big, other = tmp_path / "big", tmp_path / "other"
+    for kind in ("loras", "profusion_residuals"):
+        before, suffixes = table.get(kind, ([], set()))
+        monkeypatch.setitem(table, kind, (list(before), suffixes))
+    table["profusion_residuals"] = ([], set())
+    for base, is_default in ((other, False), (big, True)):
+        for kind in ("loras", "profusion_residuals"):
+            paths.add_model_folder_path(kind, str(base / kind), is_default)
+    assert table["loras"][0][0] == str(big / "loras")
+    host.files.register(host.files.RESIDUALS)
+    own = str(Path(paths.models_dir) / "profusion_residuals")
+    assert table["profusion_residuals"][0] == [
+        str(big / "profusion_residuals"),
+        own,
+        str(other / "profusion_residuals"),
+    ]
 
 
 def test_the_loader_lists_residuals_of_subfolders_and_nothing_else(host, folder, residual):
@@ -190,7 +212,7 @@ def test_a_noun_that_is_no_file_name_is_made_one(host, folder, residual):
     import dataclasses
 
     odd = dataclasses.replace(residual, noun="a/../b: c?")
-    path = host.folders.next_residual_path("%noun%", odd.noun)
+    path = host.files.next_residual_path("%noun%", odd.noun)
     assert path == folder / "a_b_c__00001_.safetensors"
 
 

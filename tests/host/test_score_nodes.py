@@ -11,15 +11,15 @@ import torch
 pytest.importorskip("comfy.samplers", reason="no ComfyUI: set COMFYUI_PATH to a checkout")
 
 import comfy.model_management
-import comfy.utils
 import tiny
+from reports import on_report
 
 
 @pytest.fixture(scope="module")
 def host(pack):
     """The node, Toybox as the host has it, and pictures of two of its concepts."""
-    models = importlib.import_module(f"{pack.__name__}.nodes.host_models")
-    drawn = importlib.import_module(f"{pack.__name__}.profusion.demo").drawn_concept
+    models = importlib.import_module(f"{pack.__name__}.nodes.host.toybox")
+    drawn = importlib.import_module(f"{pack.__name__}.profusion.toybox.concepts").drawn_concept
     return types.SimpleNamespace(
         pack=pack,
         node=importlib.import_module(f"{pack.__name__}.nodes.scores").ConceptScores,
@@ -48,9 +48,7 @@ def scores(host):
         found = json.loads(text)
         return table, chart, {(row["metric"], row["subject"]): row for row in found["scores"]}, found["notes"]
 
-    yield run
-    comfy.utils.set_progress_bar_global_hook(None)
-    comfy.model_management.interrupt_current_processing(False)
+    return run
 
 
 def test_the_schema_is_frozen_and_explained(host):
@@ -144,15 +142,15 @@ def test_encoders_without_a_name_here_and_of_sequences(host, scores):
 def test_progress_is_told_and_cancel_stops_it(host, scores):
     seen = []
 
-    def hook(value, total, preview, node_id=None):
-        seen.append((value, total))
+    def cancel(done, total, _):
+        seen.append((done, total))
         comfy.model_management.interrupt_current_processing(len(seen) == 3)
 
-    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, node_id=None: seen.append((value, total)))
+    on_report(lambda done, total, _: seen.append((done, total)))
     scores()
     assert seen == [(done, 6) for done in range(1, 7)]
     seen.clear()
-    comfy.utils.set_progress_bar_global_hook(hook)
+    on_report(cancel)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         scores()
     assert len(seen) == 3

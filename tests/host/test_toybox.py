@@ -1,15 +1,17 @@
 """Toybox in the host's own classes: the same files, loaded strictly, give the kernel's numbers to 1e-4."""
 
+import inspect
+
 import pytest
 import torch
 
 pytest.importorskip("comfy.samplers", reason="no ComfyUI found: Toybox in the host is not tested")
 
 from profusion.models.clip import TextModel, VisionModel
-from profusion.models.configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE, TOYBOX_VISION
 from profusion.models.tokenizer import tokenize
 from profusion.models.unet import UNet
 from profusion.models.vae import VAE
+from profusion.toybox.configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE, TOYBOX_VISION
 from profusion.toybox.pipeline import WEIGHTS, Toybox, save_weights
 
 PROMPT = "a photo of a red and white striped ball by a brick wall"
@@ -40,9 +42,9 @@ def kernel(folder):
 
 @pytest.fixture(scope="module")
 def models(pack):
-    from profusion_pack.nodes import host_models
+    from profusion_pack.nodes.host import toybox
 
-    return host_models
+    return toybox
 
 
 def close(ours, theirs):
@@ -101,6 +103,18 @@ def test_a_whole_picture(models, kernel, folder):
     )
     ours = kernel.generate([PROMPT], seeded(5), steps=6, guidance=4.0) / TOYBOX_VAE.scale_factor
     assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max()
+
+
+def test_the_host_can_load_the_model_anew(models, folder):
+    """As newer hosts do to train on it, and for each further GPU."""
+    model = models.load_model(folder)
+    load, arguments = model.cached_patcher_init
+    anew = load(*arguments, disable_dynamic=True)
+    assert anew.model is not model.model
+    ours, theirs = model.model.state_dict(), anew.model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    if "force_deepcopy" in inspect.signature(model.clone).parameters:  # what core's Train LoRA calls
+        assert model.clone(force_deepcopy=True).model is not model.model
 
 
 def test_the_loader_node_gives_all_four(pack):

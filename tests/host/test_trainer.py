@@ -14,9 +14,9 @@ import torch
 pytest.importorskip("comfy.samplers", reason="no ComfyUI: set COMFYUI_PATH to a checkout")
 
 import comfy.model_management  # noqa: E402
-import comfy.utils  # noqa: E402
 import tiny  # noqa: E402
 from pooled import PooledVae, pictures  # noqa: E402
+from reports import cancel_at, on_report, stop_listening  # noqa: E402
 
 VALUES = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_v.weight"
 
@@ -24,8 +24,12 @@ VALUES = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_v.weigh
 @pytest.fixture(scope="module")
 def host(pack):
     """The pack's modules that are tested here."""
-    nodes = {name: importlib.import_module(f"{pack.__name__}.nodes.{name}") for name in ("trainer", "host_training")}
-    kernel = {name: sys.modules[f"{pack.__name__}.profusion.{name}"] for name in ("training", "residual", "pictures")}
+    nodes = {
+        name.rpartition(".")[2]: importlib.import_module(f"{pack.__name__}.nodes.{name}")
+        for name in ("trainer", "host.evaluation", "host.residual_training")
+    }
+    names = ("residual.training", "residual", "pictures", "loop")
+    kernel = {name.split(".")[-1]: sys.modules[f"{pack.__name__}.profusion.{name}"] for name in names}
     return types.SimpleNamespace(pack=pack, **nodes, **kernel)
 
 
@@ -55,9 +59,7 @@ def train(host, clip, folder):
             return host.trainer.ResidualTrainer.execute(**arguments).args
 
     yield run
-    host.trainer._unsaved.clear()
-    comfy.utils.set_progress_bar_global_hook(None)
-    comfy.model_management.interrupt_current_processing(False)
+    host.residual_training._unsaved.clear()
 
 
 def defaults():
@@ -72,19 +74,6 @@ def defaults():
     }
     samples = {"sample_every": 0, "sample_prompt": "a photo of a %noun% on grass", "sample_steps": 1, "sample_cfg": 2.0}
     return {"images": pictures(), **options, **samples}
-
-
-def on_progress(function):
-    """`function(steps done, preview)` at every update of the progress bar, as the host's own hook is called."""
-
-    def hook(value, total, preview, node_id=None):
-        function(value, preview)
-
-    comfy.utils.set_progress_bar_global_hook(hook)
-
-
-def cancel_at(step):
-    on_progress(lambda done, _: comfy.model_management.interrupt_current_processing(done == step))
 
 
 def same(one, other):
@@ -148,7 +137,7 @@ def test_the_seed_stays_as_it_is_when_queued_again(host):
 
 def test_it_gives_a_residual_a_plot_samples_and_a_file(train, host, folder):
     seen = []
-    on_progress(lambda done, preview: seen.append((done, preview)))
+    on_report(lambda done, _, preview: seen.append((done, preview)))
     residual, plot, samples = train(steps=4, sample_every=2)
     assert (residual.noun, residual.steps, residual.seed) == ("ball", 4, 0) and residual.delta.any()
     assert plot.shape == (1, 288, 512, 3) and samples.shape == (3, 64, 64, 3)
@@ -195,7 +184,7 @@ def test_an_aliased_weight_is_the_same_memory_and_is_not_taken_back_from_the_hos
     with torch.inference_mode():
         linear, other = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
     own = linear.weight
-    with host.host_training.differentiable(linear):
+    with host.evaluation.differentiable(linear):
         assert not linear.weight.is_inference() and linear.weight.data_ptr() == own.data_ptr()
         linear(torch.ones(1, 3, requires_grad=True)).sum().backward()
         linear.bias = other.bias
@@ -207,10 +196,11 @@ def test_an_aliased_weight_is_the_same_memory_and_is_not_taken_back_from_the_hos
 
 def toybox_folder(host, folder):
     """Toybox's files with random weights."""
-    names = ("clip", "configs", "unet", "vae", "tokenizer")
+    names = ("clip", "unet", "vae", "tokenizer")
     models = {name: importlib.import_module(f"{host.pack.__name__}.profusion.models.{name}") for name in names}
     pipeline = importlib.import_module(f"{host.pack.__name__}.profusion.toybox.pipeline")
-    configs, clip = models["configs"], models["clip"]
+    configs = importlib.import_module(f"{host.pack.__name__}.profusion.toybox.configs")
+    clip = models["clip"]
     networks = {
         "unet": models["unet"].UNet(configs.TOYBOX),
         "vae": models["vae"].VAE(configs.TOYBOX_VAE),
@@ -227,7 +217,7 @@ def toybox_folder(host, folder):
 @pytest.mark.parametrize("weights", ["random", "shipped"])
 def test_the_kernel_and_the_node_train_the_same_residual(train, host, tmp_path, weights):
     pipeline = importlib.import_module(f"{host.pack.__name__}.profusion.toybox.pipeline")
-    models = importlib.import_module(f"{host.pack.__name__}.nodes.host_models")
+    models = importlib.import_module(f"{host.pack.__name__}.nodes.host.toybox")
     if weights == "shipped" and not all(
         (pipeline.WEIGHTS / f"toybox_{n}.safetensors").is_file() for n in pipeline.NETWORKS
     ):
@@ -292,10 +282,10 @@ def test_patches_take_part_and_guidance_does_not(train):
 
 
 def test_a_model_that_has_infusion_on_it_trains_as_without(train, host):
-    infusion = host.pack.nodes.host
+    streams, encoding = host.pack.nodes.host.streams, host.pack.nodes.host.encoding
     model = tiny.model()
-    streams = infusion.add_streams(model, infusion.model_layers(model), False)
-    same(train(streams)[0], train(model)[0])
+    patched = streams.add_streams(model, encoding.model_layers(model), False)
+    same(train(patched)[0], train(model)[0])
 
 
 def test_a_velocity_model_is_trained_on_the_noise_it_implies(host, clip):
@@ -304,7 +294,7 @@ def test_a_velocity_model_is_trained_on_the_noise_it_implies(host, clip):
     model.add_object_patch("model_sampling", comfy.model_base.model_sampling(model.model.model_config, velocity))
     x, sigma = torch.randn(2, 4, 8, 8), torch.tensor([0.7, 5.0])
     context = tiny.encode(clip, "a ball")
-    trained, seen = host.host_training.TrainedModel(model, [context]), []
+    trained, seen = host.evaluation.TrainedModel(model, [context]), []
 
     def note(apply_model, arguments):
         out = apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
@@ -387,7 +377,7 @@ def test_cancel_stops_within_a_step_keeps_what_was_learned_and_leaves_nothing_be
         cancel_at(step)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             train(model, steps=4)
-        comfy.utils.set_progress_bar_global_hook(None)
+        stop_listening()
         assert fingerprint(model) == before
         (path,) = folder.rglob(f"ball_partial_{step}_steps_*.safetensors")
         partial = host.residual.load_residual(path)
@@ -439,7 +429,7 @@ def test_any_error_keeps_what_was_learned_and_says_where(train, host, folder, pr
     model = failing_after(2, problem)
     before = fingerprint(model)
     cause = "out of memory while training on 2 pictures" if "GPU" in str(problem) else "a kernel failed"
-    with pytest.raises(host.training.TrainingError, match=cause) as caught:
+    with pytest.raises(host.loop.TrainingError, match=cause) as caught:
         train(model, steps=4)
     assert fingerprint(model) == before
     (path,) = folder.rglob("ball_partial_2_steps_*.safetensors")
@@ -448,7 +438,7 @@ def test_any_error_keeps_what_was_learned_and_says_where(train, host, folder, pr
 
 
 def test_an_error_in_the_first_step_writes_nothing(train, host, folder):
-    with pytest.raises(host.training.TrainingError, match="a kernel failed\nNothing had been learned yet"):
+    with pytest.raises(host.loop.TrainingError, match="a kernel failed\nNothing had been learned yet"):
         train(failing_after(0, RuntimeError("a kernel failed")))
     assert not list(folder.rglob("*.safetensors"))
 
@@ -460,7 +450,7 @@ def full_disk(*_, **__):
 def test_a_disk_that_is_full_stops_it_before_the_training(train, host, folder, monkeypatch):
     monkeypatch.setattr(Path, "replace", full_disk)
     seen = []
-    on_progress(lambda done, _: seen.append(done))
+    on_report(lambda done, *_: seen.append(done))
     with pytest.raises(host.residual.ResidualError, match="the disk is full"):
         train()
     assert not seen and not list(folder.rglob("*"))[1:]
@@ -477,20 +467,20 @@ def test_a_disk_that_fills_up_meanwhile_loses_nothing(train, host, folder, monke
     """The training is not reported as finished without a file, and queued again it is not repeated."""
     whole, model = train(steps=4)[0], tiny.model()
 
-    def fill(done, _):
+    def fill(done, *_):
         if done == 3:
             monkeypatch.setattr(host.residual.file.files, "write_atomically", full_disk)
 
-    on_progress(fill)
-    with pytest.raises(host.training.TrainingError, match="the disk is full.*\n.*4 steps so far could not be saved"):
+    on_report(fill)
+    with pytest.raises(host.loop.TrainingError, match="the disk is full.*\n.*4 steps so far could not be saved"):
         train(model, steps=4)
     monkeypatch.undo()
     folder_paths = sys.modules["folder_paths"]
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "profusion_residuals", ([str(folder)], {".safetensors"}))
     trained = []
-    on_progress(lambda done, _: trained.append(done))
+    on_report(lambda done, *_: trained.append(done))
     same(train(model, steps=4)[0], whole)
-    assert set(trained) == {4} and not host.trainer._unsaved
+    assert set(trained) == {4} and not host.residual_training._unsaved
     assert len(list(folder.rglob("ball_4_steps_*.safetensors"))) == 2
 
 
@@ -592,5 +582,5 @@ def test_a_graph_trains_saves_and_shows(host, clip, folder, monkeypatch):
     graph["2"]["inputs"]["steps"] = 3
     cancel_at(2)
     assert "execution_interrupted" in run()
-    comfy.utils.set_progress_bar_global_hook(None)
+    stop_listening()
     assert list(folder.rglob("ball_partial_2_steps_*.safetensors"))

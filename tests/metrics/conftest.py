@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from profusion.metrics.encoders import ToyboxEncoder
+from profusion.toybox.encoder import ToyboxEncoder
 
 
 class Mismatched:

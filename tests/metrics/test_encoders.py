@@ -10,7 +10,7 @@ import torch
 
 from profusion.metrics import MetricError
 from profusion.metrics.concept import LEAST_COLORS
-from profusion.metrics.encoders import color_check
+from profusion.metrics.encoders import DISCS, color_check
 from profusion.metrics.libraries import CLIP_MODELS, OpenClip, Timm
 from profusion.metrics.similarity import cosine
 from profusion.toybox import world
@@ -24,6 +24,10 @@ def test_a_picture_is_closest_to_its_own_caption(toybox):
     right = cosines.argmax(dim=1) == torch.arange(16)
     others = (cosines.sum() - cosines.trace()) / (16 * 15)
     assert right.sum() >= 13 and cosines.diagonal().mean() > others + 0.5
+
+
+def test_the_discs_have_the_colours_that_toybox_was_taught():
+    assert DISCS == world.PALETTE
 
 
 def test_a_pair_that_was_not_trained_together_is_found_out(toybox, mismatched):

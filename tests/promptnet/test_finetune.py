@@ -9,6 +9,7 @@ import torch
 
 from profusion.diffusion import timestep_of
 from profusion.infusion import UnsupportedModelError
+from profusion.loop import TrainingError
 from profusion.promptnet import PromptNetError
 from profusion.promptnet.changes import (
     FullChange,
@@ -29,7 +30,6 @@ from profusion.promptnet.finetune import (
 )
 from profusion.promptnet.pseudo_word import encode_tokens, prompt_tokens
 from profusion.promptnet.training import weighted_noise_error
-from profusion.training import TrainingError
 
 LAYER = "middle_block.1.transformer_blocks.0.attn2.to_k"
 
@@ -55,18 +55,21 @@ def pictures(count=2, masks=None):
     )
 
 
-def training(small, network=None, given=None, changes=None, **options):
+def training(small, network=None, given=None, changes=None, predict=None, encode=None, sigmas=None, **options):
     options = FinetuneOptions(**{"steps": 3, "batch_size": 2, "learning_rate": 1e-3, "prompts": ("S*",), **options})
     place = prompt_tokens("S*")
+
+    def evaluate(x, sigma, context):
+        return small.unet(x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt(), timestep_of(sigma), context)
+
     return FinetuneTraining(
         network or trainable_copy(small.stirred()),
-        lambda x, sigma, context: small.unet(
-            x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt(), timestep_of(sigma), context
-        ),
-        lambda prompt, word: encode_tokens(small.text, *place, word),
+        predict or evaluate,
+        encode or (lambda prompt, word: encode_tokens(small.text, *place, word)),
         given or pictures(),
         options,
         changes,
+        sigmas=sigmas,
     )
 
 
@@ -207,7 +210,7 @@ def test_what_is_shown_and_what_is_drawn_may_differ(small):
     mask[:, 2:5, 1:7] = 1
     given = pictures(masks=mask)
     run = training(small, given=given)
-    batch = run._draw(0, 2)
+    batch = run.batch()
     sigma = batch.sigma.view(-1, 1, 1, 1)
     noisy = given.targets[batch.rows] + sigma * batch.noise
     with torch.no_grad():
@@ -215,15 +218,18 @@ def test_what_is_shown_and_what_is_drawn_may_differ(small):
         context = encode_tokens(small.text, *prompt_tokens("S*"), word)
         predicted = small.unet(noisy / (1 + sigma**2).sqrt(), timestep_of(batch.sigma), context)
         expected = ((predicted - batch.noise) ** 2)[:, :, 2:5, 1:7].mean()
-        torch.testing.assert_close(run._loss(given, batch), expected)
+        torch.testing.assert_close(run.loss(batch), expected)
 
 
 def test_one_picture_is_learned(small):
     """A model that can only guess the picture's level from the row of S*."""
     flat = torch.full((1, 4, 8, 8), 2.0)
-    run = training(small, given=FinetunePictures(flat, random(1, 5, 20)), steps=100, learning_rate=1e-2)
-    run._sigmas = torch.linspace(1, 5, 20)
-    run._predict_noise = lambda x, sigma, context: (x - context[:, 1, :1, None, None]) / sigma.view(-1, 1, 1, 1)
+
+    def guess(x, sigma, context):
+        return (x - context[:, 1, :1, None, None]) / sigma.view(-1, 1, 1, 1)
+
+    model = {"predict": guess, "sigmas": torch.linspace(1, 5, 20)}
+    run = training(small, given=FinetunePictures(flat, random(1, 5, 20)), steps=100, learning_rate=1e-2, **model)
     before = run.loss_on(run.pictures, 4)
     list(run.steps())
     assert run.loss_on(run.pictures, 4) < 0.3 * before
@@ -249,15 +255,15 @@ def test_a_resumed_training_is_the_same_bit_for_bit(small, tmp_path):
 
 
 def test_a_part_that_no_gradient_reaches_is_named(small):
-    detached = training(small, changes=new_changes(small))
-    encode = detached._encode_word
-    detached._encode_word = lambda prompt, word: encode(prompt, word).detach()
+    place = prompt_tokens("S*")
+    detached = training(
+        small, changes=new_changes(small), encode=lambda _, word: encode_tokens(small.text, *place, word).detach()
+    )
     with pytest.raises(TrainingError, match="no gradient reaches PromptNet"):
         finish(small, detached)
     with pytest.raises(TrainingError, match="no gradient reaches the attention layers"):
         list(training(small, changes=new_changes(small)).steps())  # outside `changed`
-    failing = training(small)
-    failing._predict_noise = lambda x, sigma, context: x * float("nan")
+    failing = training(small, predict=lambda x, sigma, context: x * float("nan"))
     with pytest.raises(TrainingError, match="the loss is nan at step 0"):
         list(failing.steps())
 

@@ -17,6 +17,7 @@ from profusion.promptnet.network import (
     parts,
     typical_embedding,
 )
+from profusion.toybox.configs import TOYBOX_PROMPTNET
 from profusion.toybox.pipeline import WEIGHTS
 
 
@@ -200,7 +201,7 @@ def test_words_never_taught_do_not_count_as_typical():
         (networks.SD15_PROMPTNET, "SD 1.x", (0, 3, 6, 9, 11), (8, 4, 2, 1, 1, 1), 391_346_432, 348_712_960),
         (networks.SD21_PROMPTNET, "SD 2.x", (0, 3, 6, 9, 11), (8, 4, 2, 1, 1, 1), 407_403_264, 351_662_080),
         (networks.SDXL_PROMPTNET, "SDXL", (0, 3, 6, 8), (4, 2, 1, 1, 1), 1_325_862_656, 1_238_121_600),
-        (networks.TOYBOX_PROMPTNET, "Toybox", (0, 2, 4, 5), (4, 2, 1, 1, 1), 3_605_408, 2_797_696),
+        (TOYBOX_PROMPTNET, "Toybox", (0, 2, 4, 5), (4, 2, 1, 1, 1), 3_605_408, 2_797_696),
     ],
 )
 def test_the_models_people_have(config, name, blocks, strides, parameters, encoder):
@@ -224,7 +225,7 @@ def test_the_models_people_have(config, name, blocks, strides, parameters, encod
 
 def test_toyboxs_fits_its_budget():
     with torch.device("meta"):
-        network = PromptNet(networks.TOYBOX_PROMPTNET)
+        network = PromptNet(TOYBOX_PROMPTNET)
     promptnet = 2 * sum(value.numel() for value in network.state_dict().values())
     others = sum(path.stat().st_size for path in WEIGHTS.glob("*.safetensors") if "promptnet" not in path.name)
     assert promptnet + others <= 32_000_000

@@ -5,11 +5,12 @@ import torch
 from torch.nn import functional as F
 
 from profusion.infusion import Placement, cross_attention_layers, customised_patches, foundation_patches
+from profusion.loop import TrainingError
 from profusion.models.unet import CrossAttention
 from profusion.promptnet import seed
 from profusion.promptnet.seed import PROMPTS, ResidualSeed, attention_modules, demand, least_squares
+from profusion.residual.training import Reference, masked_noise_error
 from profusion.toybox.pipeline import NETWORKS, WEIGHTS, Toybox, noun_rows
-from profusion.training import Reference, TrainingError, masked_noise_error
 
 ROWS = (2, 3)
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from profusion.diffusion import timestep_of, training_sigmas
+from profusion.diffusion import noise_predictor, timestep_of, training_sigmas
+from profusion.loop import Group, TrainingError, seeded
 from profusion.promptnet import PromptNetError
 from profusion.promptnet.pseudo_word import PlaceholderError, encode_tokens, prompt_tokens
 from profusion.promptnet.training import (
@@ -16,7 +17,6 @@ from profusion.promptnet.training import (
     noise_weight,
     weighted_noise_error,
 )
-from profusion.training import TrainingError
 
 
 def pictures(count=4, seed=5):
@@ -24,18 +24,23 @@ def pictures(count=4, seed=5):
     return PictureSet(torch.randn(count, 4, 8, 8, generator=generator), torch.randn(count, 5, 20, generator=generator))
 
 
-def training(small, network=None, given=None, **options):
+def training(small, network=None, given=None, predict=None, sigmas=None, **options):
     options = PromptNetOptions(**{"steps": 3, "batch_size": 2, "learning_rate": 1e-3, **options})
     prompts = [prompt_tokens(prompt) for prompt in options.prompts]
 
-    def predict(x, sigma, context):
-        scaled = x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt()
-        return small.unet(scaled, timestep_of(sigma), context)
+    def evaluate(x, sigma, context):
+        return noise_predictor(lambda x, t: small.unet(x, t, context))(x, sigma)
 
     def encode(prompt, word):
         return encode_tokens(small.text, *prompts[prompt], word)
 
-    return PromptNetTraining(network or small.promptnet(), predict, encode, given or pictures(), options)
+    network, predict = network or small.promptnet(), predict or evaluate
+    return PromptNetTraining(network, predict, encode, given or pictures(), options, sigmas=sigmas)
+
+
+def guess(x, sigma, context):
+    """A model that can only guess the picture's level from the row of S*."""
+    return (x - context[:, 1, :1, None, None]) / sigma.view(-1, 1, 1, 1)
 
 
 def parameters(run):
@@ -61,7 +66,7 @@ def test_the_learning_rate_rises_and_falls():
 
 @pytest.mark.parametrize(("bias", "lower_half"), [(0.0, 0.5), (1.0, 0.25), (2.0, 0.125)])
 def test_noisier_levels_are_drawn_more_often(small, bias, lower_half):
-    sigma = training(small, batch_size=20_000, level_bias=bias)._draw(1, 4).sigma
+    sigma = training(small, batch_size=20_000, level_bias=bias).draw(seeded(1)).sigma
     assert (sigma < training_sigmas()[500]).float().mean().item() == pytest.approx(lower_half, abs=0.02)
     assert sigma.min() >= training_sigmas()[0] and sigma.max() > training_sigmas()[990]
 
@@ -71,9 +76,8 @@ def test_training_learns_to_tell_pictures_apart_and_moves_nothing_else(small):
     frozen = {name: value.clone() for name, value in small.text.state_dict().items()}
     flat = torch.ones(2, 4, 8, 8) * torch.tensor([2.0, -2.0]).view(2, 1, 1, 1)
     given = PictureSet(flat, torch.randn(2, 5, 20, generator=torch.Generator().manual_seed(0)))
-    run = training(small, given=given, steps=40, batch_size=4, learning_rate=1e-2, prompts=("S*",))
-    run._sigmas = torch.linspace(1, 5, 20)
-    run._predict_noise = lambda x, sigma, context: (x - context[:, 1, :1, None, None]) / sigma.view(-1, 1, 1, 1)
+    model = {"predict": guess, "sigmas": torch.linspace(1, 5, 20)}
+    run = training(small, given=given, steps=40, batch_size=4, learning_rate=1e-2, prompts=("S*",), **model)
     before = run.loss_on(given, 8)
     one_word = run.loss_on(given, 8, word=run.network.start)
     assert before == pytest.approx(one_word, rel=1e-5)  # S* starts as that word
@@ -95,7 +99,7 @@ def test_the_models_stay_as_they_are(small):
 def test_a_step_is_adamw_on_the_papers_loss(small):
     """The naive way: every tensor by hand, plain backward, the optimizer's formula."""
     run = training(small, network=small.stirred(second_latent="noisy"), clip=1e9)
-    batch, naive, given = run._draw(0, 4), small.stirred(second_latent="noisy").requires_grad_(True), pictures()
+    batch, naive, given = run.batch(), small.stirred(second_latent="noisy").requires_grad_(True), pictures()
     clean, image_tokens = given.latents[batch.rows], given.image_tokens[batch.rows]
     alpha_bar = (1 / (1 + batch.sigma**2)).view(-1, 1, 1, 1)
     x_t = alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * batch.noise
@@ -147,7 +151,7 @@ def test_only_what_is_named_learns(small):
         lambda prompt, word: encode_tokens(small.text, *prompt_tokens("S*"), word),
         pictures(),
         PromptNetOptions(steps=1, batch_size=2, prompts=("S*",)),
-        trained={"output.bias": network.output.bias},
+        groups=[Group("the bias", {"output.bias": network.output.bias}, "")],
     )
     before = parameters(run)
     list(run.steps())
@@ -156,7 +160,7 @@ def test_only_what_is_named_learns(small):
 
 def test_large_gradients_are_clipped(small):
     run = training(small, clip=1e-6)
-    run._differentiate(run._draw(0, 4))
+    next(run.steps())
     total = math.hypot(*(p.grad.norm().item() for p in run.network.parameters() if p.grad is not None))
     assert total == pytest.approx(1e-6, rel=1e-3)
 
@@ -185,17 +189,14 @@ def test_another_trainings_checkpoint_is_refused(small, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_it(small):
-    run = training(small)
-    run._predict_noise = lambda x, sigma, context: x * float("nan")
+    run = training(small, predict=lambda x, sigma, context: x * float("nan"))
     with pytest.raises(TrainingError, match="the loss is nan at step 0"):
         next(run.steps())
     assert run.step == 0 and run.losses == []
 
 
 def test_a_model_without_gradients_is_named(small):
-    run = training(small)
-    predict = run._predict_noise
-    run._predict_noise = lambda x, sigma, context: predict(x, sigma, context.detach())
+    run = training(small, predict=lambda x, sigma, context: guess(x, sigma, context.detach()))
     with pytest.raises(TrainingError, match="no gradient reaches PromptNet"):
         next(run.steps())
 

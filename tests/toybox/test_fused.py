@@ -5,11 +5,11 @@ import torch
 
 from profusion.diffusion import alphas_cumprod, sampling_sigmas, timestep_of
 from profusion.fusion import FusionOptions, Guidance
-from profusion.promptnet.data import drawn_pictures
 from profusion.promptnet.file import load_promptnet
 from profusion.promptnet.network import KNOTS
 from profusion.promptnet.pseudo_word import encode
 from profusion.toybox.fused import FusedToybox
+from profusion.toybox.picture_sets import drawn_pictures
 from profusion.toybox.pipeline import NETWORKS, WEIGHTS, Toybox, initial_noise, seeded
 
 pytestmark = pytest.mark.skipif(

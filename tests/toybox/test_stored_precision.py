@@ -3,17 +3,20 @@
 import pytest
 import torch
 
-from profusion.demo import drawn_concept, train
 from profusion.residual import load_residual, save_residual
+from profusion.residual.training import TrainingOptions
+from profusion.toybox.concepts import drawn_concept, train
 from profusion.toybox.judge import Judge
 from profusion.toybox.pipeline import NETWORKS, WEIGHTS, Toybox, seeded
 from profusion.toybox.similarity import concept_similarity
-from profusion.training import TrainingOptions
 
-pytestmark = pytest.mark.skipif(
-    not all((WEIGHTS / f"toybox_{name}.safetensors").is_file() for name in (*NETWORKS, "judge")),
-    reason="Toybox's weights are not there: train them with `python -m training.toybox`",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not all((WEIGHTS / f"toybox_{name}.safetensors").is_file() for name in (*NETWORKS, "judge")),
+        reason="Toybox's weights are not there: train them with `python -m training.toybox`",
+    ),
+]
 
 
 def test_six_bits_cost_no_likeness(tmp_path):

@@ -9,9 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from profusion.models.configs import TOYBOX_VAE
 from profusion.models.tokenizer import tokenize
 from profusion.toybox import world
+from profusion.toybox.configs import TOYBOX_VAE
 from profusion.toybox.drawing import SIZE
 from profusion.toybox.judge import Judge
 from profusion.toybox.pipeline import CELLS, NETWORKS, Toybox, seeded

@@ -1,28 +1,35 @@
 """Fusion Sampling in the host: a guider that weighs several conditionings, and a sampler with a fusion stage.
 
-Each is useful alone. The guider with any sampler of the host is plain guidance over several conditionings; the sampler with
-any guider has the fusion stage under that guider's own guidance. Together they are the paper's method (arXiv 2305.13579).
+Each is useful alone. The guider with any sampler of the host is plain guidance over several conditionings; the sampler
+with any guider has the fusion stage under that guider's own guidance. Together they are the paper's method (arXiv
+2305.13579).
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import comfy.conds
 import comfy.model_management
 import comfy.model_sampling
+import comfy.sample
 import comfy.samplers
+import comfy.utils
+import latent_preview
 import torch
 from torch import Tensor
 
-from ..profusion.fusion import FusionOptions, Guidance, KeptDifferences, fusion_stage, mean_prediction, segments
-from .host import KEY as STREAM
+from ...profusion.fusion import FusionOptions, Guidance, KeptDifferences, fusion_stage, mean_prediction, segments
+from .drawing import Sampling, drawn_latent, empty_latents
+from .streams import KEY as STREAM
+from .words import WORD
 
-WORD = "profusion_word"
 STAGE = "profusion_stage"
+FIRST_NOISE = "profusion_first_noise"  # among a sampler's arguments, until its function takes it out
 
 _SEED_STRIDE = 1_000_003
 _SEEDS = 2**63
@@ -133,7 +140,7 @@ class FusionGuider(comfy.samplers.CFGGuider):
         )
 
     def _without_negative(self, cfg: float, kept: KeptDifferences, model_options: dict) -> bool:
-        """Whether guidance needs no negative: not by this scale, nor by the other stage's where differences are kept for it."""
+        """Whether neither this stage nor, where it takes kept differences, the other one needs the negative."""
         scales = (cfg,) if kept.always else (self.cfg, self.guidance.fusion_cfg)
         return all(math.isclose(scale, 1.0) for scale in scales) and not model_options.get(
             "disable_cfg1_optimization", False
@@ -180,6 +187,20 @@ def _calc_conds(model: Any, conds: list, x: Tensor, timestep: Tensor, model_opti
     return comfy.samplers.calc_cond_batch(model, conds, x, timestep, model_options)
 
 
+def row_generators(seed: int, noise: Tensor) -> list[torch.Generator]:
+    """A generator for each picture's fresh noise, from the seed and the noise (B, ...) that the pictures begin with.
+
+    The first noise is what a picture's place in its batch comes down to, so that a picture drawn alone, as *Latent From
+    Batch* takes it out, has the fresh noise that it had among others.
+    """
+    generators = []
+    for index, row in enumerate(noise.detach().to("cpu", torch.float32)):
+        start = row.contiguous().numpy().tobytes() if row.any() else bytes([index % 256])
+        own = int.from_bytes(hashlib.sha256(start).digest()[:8], "little")
+        generators.append(torch.Generator().manual_seed((seed + own) % _SEEDS))
+    return generators
+
+
 class FusionSampling(comfy.samplers.KSAMPLER):
     """A fusion stage at every noise level of a window, and another sampler of the host as the refinement stage.
 
@@ -189,8 +210,8 @@ class FusionSampling(comfy.samplers.KSAMPLER):
     def __init__(self, inner: Any, options: FusionOptions, start_percent: float = 0.0, end_percent: float = 1.0):
         if not hasattr(inner, "sampler_function"):
             raise ValueError(
-                f"{type(inner).__name__} is no sampler of the kind that ComfyUI's KSamplerSelect gives: it has no function "
-                "that a fusion stage could be put before"
+                f"{type(inner).__name__} is no sampler of the kind that ComfyUI's KSamplerSelect gives: it has no "
+                "function that a fusion stage could be put before"
             )
         if start_percent > end_percent:
             raise ValueError(
@@ -199,6 +220,10 @@ class FusionSampling(comfy.samplers.KSAMPLER):
         super().__init__(self._sample, {}, inner.inpaint_options)
         self._inner, self._options, self._window = inner, options, (start_percent, end_percent)
 
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs):
+        """See KSAMPLER. The fresh noise is each picture's own, as its first noise is."""
+        return super().sample(model_wrap, sigmas, {**extra_args, FIRST_NOISE: noise}, callback, noise, *args, **kwargs)
+
     def _sample(self, model, x, sigmas, extra_args=None, callback=None, disable=None):
         sampling = model.inner_model.inner_model.model_sampling
         options = self._options
@@ -206,8 +231,9 @@ class FusionSampling(comfy.samplers.KSAMPLER):
             start, end = (float(sampling.percent_to_sigma(percent)) for percent in self._window)
             options = replace(options, sigma_start=start, sigma_end=end)
         flow = isinstance(sampling, comfy.model_sampling.CONST)
-        seed = extra_args.get("seed") or 0
-        generator = torch.Generator().manual_seed((seed + 271_828_182_845) % _SEEDS)  # not the first noise over again
+        extra_args = {**extra_args}
+        first_noise = extra_args.pop(FIRST_NOISE, None)  # not there where a sampler of others calls this function
+        generators = row_generators(extra_args.get("seed") or 0, x if first_noise is None else first_noise)
         for first, last, fused in segments(sigmas.tolist(), options):
             if fused:
                 x = fusion_stage(
@@ -216,7 +242,7 @@ class FusionSampling(comfy.samplers.KSAMPLER):
                     sigmas[first],
                     sigmas[first + 1],
                     options,
-                    lambda x=x: torch.randn(x.shape, generator=generator).to(x),
+                    lambda x=x: torch.stack([torch.randn(x.shape[1:], generator=row) for row in generators]).to(x),
                     flow,
                 )
             x = self._refine(model, x, sigmas, first, last, extra_args, callback, disable)
@@ -246,3 +272,46 @@ def _under_stage(model: Callable, extra_args: dict) -> Callable[[Tensor, Tensor]
         return model(x, sigma, **arguments)
 
     return evaluate
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A drawn LATENT, and how many UNet rows each of its pictures took a step."""
+
+    latent: dict
+    rows_per_step: float
+
+
+def sample_latent(
+    guider: FusionGuider,
+    latent: dict,
+    seed: int,
+    sampling: Sampling,
+    denoise: float,
+    options: FusionOptions,
+    window: tuple[float, float],
+) -> Drawn:
+    """What KSampler does with a LATENT, by Fusion Sampling. window: shares of sampling that have the fusion stage."""
+    model = guider.model_patcher
+    plan = comfy.samplers.KSampler(
+        model,
+        steps=sampling.steps,
+        device=model.load_device,
+        sampler=sampling.sampler,
+        scheduler=sampling.scheduler,
+        denoise=denoise,
+        model_options=model.model_options,
+    )
+    samples = empty_latents(model, latent)
+    steps = len(plan.sigmas) - 1
+    drawn = guider.sample(
+        comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")),
+        samples,
+        FusionSampling(comfy.samplers.sampler_object(sampling.sampler), options, *window),
+        plan.sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, steps),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    return Drawn(drawn_latent(latent, drawn.to(samples.device)), guider.rows / len(samples) / max(1, steps))

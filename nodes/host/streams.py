@@ -1,4 +1,4 @@
-"""Infusion in the host: where a noun is in its prompts, which layers its model has, and both streams in its sampling run.
+"""Infusion's two streams in the host's sampling run.
 
 Infusion is two wrappers on the MODEL, both under one key, and nothing else. SAMPLER_SAMPLE runs the sampler for F and
 for C in step; CALC_COND_BATCH evaluates each stream with its patches. What a concept does, and where, travels in the
@@ -10,91 +10,37 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_patcher
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..profusion.coroutine import Coroutine
-from ..profusion.infusion import (
+from ...profusion.coroutine import Coroutine
+from ...profusion.infusion import (
+    CONCEPTS_KEY,
     Layer,
     Patches,
+    PlacedConcept,
     Placement,
-    UnsupportedModelError,
     crop_region,
-    cross_attention_layers,
     customised_patches,
     foundation_patches,
+    with_patches,
 )
-from ..profusion.prompt import Span, find_noun
-from ..profusion.promptnet.pseudo_word import with_stand_in
 
-KEY = "profusion_infusion"
-
-
-@dataclass(frozen=True)
-class PlacedConcept:
-    """What a CONDITIONING carries under KEY for each concept. Percents become sigmas once it is sampled with a model."""
-
-    placement: Placement
-    start_percent: float = 0.0
-    end_percent: float = 1.0
-
-
-def model_layers(model: Any) -> list[Layer]:
-    """The cross-attention layers of a MODEL. A model that has none is refused by name."""
-    network = model.get_model_object("diffusion_model")
-    try:
-        return cross_attention_layers(dict(network.named_parameters()))
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(
-            f"{type(model.model).__name__} ({type(network).__name__}) is not supported: {error}"
-        ) from None
-
-
-def noun_spans(clip: Any, text: str, noun: str, pseudo_words: int = 0) -> list[Span]:
-    """The context rows of each occurrence of a noun in a prompt, as this CLIP tokenises both.
-
-    pseudo_words: tokens of the S* that the prompt has, if it has one.
-    """
-    if pseudo_words:
-        text, _ = with_stand_in(text, pseudo_words)
-
-    def ends_word(token: int) -> bool:
-        return clip.tokenizer.untokenize([(token, 1.0)])[0][1].endswith("</w>")
-
-    prompt = clip.tokenize(text, return_word_ids=True)
-    nouns = clip.tokenize(noun, return_word_ids=True, disable_weights=True)
-    found = []
-    for encoder, chunks in prompt.items():
-        words = [[(token, word) for token, _, word in chunk] for chunk in chunks]
-        noun_tokens = [token for chunk in nouns[encoder] for token, _, word in chunk if word != 0]
-        if not ends_word(noun_tokens[-1]):
-            raise UnsupportedModelError(
-                f"Infusion finds nouns in CLIP's tokens, and text encoder {encoder!r} is not CLIP"
-            )
-        found.append(find_noun(words, noun_tokens, ends_word))
-    if any(spans != found[0] for spans in found):
-        raise ValueError(f"the text encoders {', '.join(prompt)} disagree on where {noun!r} is in the prompt {text!r}")
-    return found[0]
-
-
-def encode_prompt(clip: Any, text: str, concepts: Sequence[PlacedConcept]) -> list:
-    """A CONDITIONING of the prompt that carries these concepts."""
-    return carrying(clip.encode_from_tokens_scheduled(clip.tokenize(text)), concepts)
-
-
-def carrying(conditioning: list, concepts: Sequence[PlacedConcept]) -> list:
-    """The CONDITIONING with these concepts beside those that it carries already."""
-    return [[context, {**extras, KEY: (*extras.get(KEY, ()), *concepts)}] for context, extras in conditioning]
+KEY = CONCEPTS_KEY  # of the wrappers, and of the stream that is being evaluated in transformer_options
 
 
 def add_streams(
-    model: Any, layers: Sequence[Layer], shared_latent: bool, on_foundation: Callable[[Tensor], None] | None = None
-) -> Any:
+    model: ModelPatcher,
+    layers: Sequence[Layer],
+    shared_latent: bool,
+    on_foundation: Callable[[Tensor], None] | None = None,
+) -> ModelPatcher:
     """A clone of MODEL that draws the concepts that conditionings carry; a run without any is the plain run.
 
     shared_latent: F looks at C's latent instead of following its own trajectory. A model that has the streams already
@@ -341,15 +287,3 @@ def _separate_state(extra_args: dict) -> dict:
         if hasattr(value, "__dict__") and not callable(value):
             shared[name] = copy.copy(value)
     return {**extra_args, "model_options": options}
-
-
-def with_patches(model_options: dict, patches: Patches) -> dict:
-    """Model options with these patches: closest to the attention, so that other packs' see nothing unusual."""
-    options = {**model_options, "transformer_options": {**model_options["transformer_options"]}}
-    theirs = options["transformer_options"].get("patches", {})
-    options["transformer_options"]["patches"] = {
-        **theirs,
-        "attn2_patch": [*theirs.get("attn2_patch", ()), *patches.get("attn2_patch", ())],
-        "attn2_output_patch": [*patches.get("attn2_output_patch", ()), *theirs.get("attn2_output_patch", ())],
-    }
-    return options

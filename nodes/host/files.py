@@ -1,4 +1,4 @@
-"""Where residuals, PromptNets and patch files are on disk: in folders of models/, and those that extra_model_paths.yaml adds."""
+"""Where residuals, PromptNets and patch files are on disk: in models/, and in what extra_model_paths.yaml adds."""
 
 from __future__ import annotations
 
@@ -8,22 +8,43 @@ from pathlib import Path, PurePath
 
 import folder_paths
 
-from ..profusion.promptnet.network import PromptNetError
-from ..profusion.residual import PREVIEW_SUFFIX, SUFFIX, ResidualError
+from ...profusion.promptnet.network import PromptNetError
+from ...profusion.residual import PREVIEW_SUFFIX, SUFFIX, ResidualError
+from ...profusion.toybox.pipeline import WEIGHTS
 
 RESIDUALS = "profusion_residuals"
 PROMPTNETS = "profusion_promptnets"
 PATCHES = "loras"  # the host's own
+TOYBOX = "Toybox"  # as the loader lists the embedded PromptNet
+_TOYBOX_FILE = WEIGHTS / "toybox_promptnet.safetensors"
 
 
 def register(folder: str, suffixes: Sequence[str] = (SUFFIX,)) -> None:
-    """Tell the host of a folder, and of the files to list in it. Paths that extra_model_paths.yaml added before stay, after the host's own as usual.
+    """Tell the host of a folder, and of the files to list in it.
 
-    The host's `add_model_folder_path` would list files of every kind in it.
+    Paths that extra_model_paths.yaml added before stay: after models/ as usual, or before it where the yaml says
+    `is_default`. The host's `add_model_folder_path` would list files of every kind in it.
     """
     own = str(Path(folder_paths.models_dir) / folder)
     known, _ = folder_paths.folder_names_and_paths.get(folder, ([], set()))
-    folder_paths.folder_names_and_paths[folder] = ([own, *[path for path in known if path != own]], set(suffixes))
+    added, defaults = [path for path in known if path != own], _default_bases()
+    first = [path for path in added if Path(path).parent in defaults]
+    rest = [path for path in added if path not in first]
+    folder_paths.folder_names_and_paths[folder] = ([*first, own, *rest], set(suffixes))
+
+
+def _default_bases() -> set[Path]:
+    """The base folders that extra_model_paths.yaml calls `is_default`.
+
+    The host keeps no note of it but puts their paths before models/ in its own lists, and that is where it shows.
+    """
+    models = Path(folder_paths.models_dir)
+    bases = set()
+    for kind, (paths, _) in folder_paths.folder_names_and_paths.items():
+        places = [Path(path) for path in paths]
+        if models / kind in places:
+            bases |= {path.parent for path in places[: places.index(models / kind)]}
+    return bases
 
 
 def residual_names() -> list[str]:
@@ -37,9 +58,22 @@ def find_residual(name: str) -> Path:
     return find(RESIDUALS, name, residual_names(), ResidualError, "residual", advice)
 
 
+def promptnet_names() -> list[str]:
+    """The embedded one, if it is there, and those in models/profusion_promptnets."""
+    return [*([TOYBOX] if _TOYBOX_FILE.is_file() else []), *folder_paths.get_filename_list(PROMPTNETS)]
+
+
+def find_promptnet(name: str) -> Path:
+    """The path of a listed PromptNet. Raises PromptNetError, which says where it was looked for."""
+    if name == TOYBOX and _TOYBOX_FILE.is_file():
+        return _TOYBOX_FILE
+    advice = "or train one with `python -m profusion promptnet train`"
+    return find(PROMPTNETS, name, promptnet_names(), PromptNetError, "PromptNet", advice)
+
+
 def find(kind: str, name: str, names: Sequence[str], error: type[ValueError], what: str, advice: str) -> Path:
-    """The path of a file in one of our folders. names: those that a loader lists, for the error, which also says where it
-    was looked for."""
+    """The path of a file in one of our folders. names: those that a loader lists, for the error, which also says where
+    it was looked for."""
     path = folder_paths.get_full_path(kind, name)
     if path is not None:
         return Path(path)
@@ -52,8 +86,8 @@ def find(kind: str, name: str, names: Sequence[str], error: type[ValueError], wh
 
 
 def why_not_found(find: Callable[[str], Path], name: str | None) -> bool | str:
-    """What a loader's `validate_inputs` returns in place of the host's check of the list, whose message does not say where
-    the list comes from. name is None where it comes from another node."""
+    """What a loader's `validate_inputs` returns in place of the host's check of the list, whose message does not say
+    where the list comes from. name is None where it comes from another node."""
     try:
         if name is not None:
             find(name)
@@ -106,3 +140,7 @@ def _next_path(kind: str, prefix: str, error: type[ValueError], companion: str =
         if not path.exists() and not path.with_suffix(companion).exists():
             return path
         number += 1
+
+
+register(RESIDUALS)
+register(PROMPTNETS, (SUFFIX, ".bin"))  # as it is trained here, and as its authors released it

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from profusion.diffusion import timestep_of, training_sigmas
+from profusion.diffusion import noise_predictor, training_sigmas
 from profusion.infusion import (
     Placement,
     cross_attention_layers,
@@ -14,13 +14,13 @@ from profusion.infusion import (
     foundation_patches,
     on_conditional,
 )
+from profusion.loop import TrainingError
 from profusion.models.configs import UNetConfig
 from profusion.models.unet import UNet
 from profusion.residual import Residual, ResidualError, load_residual, save_residual
-from profusion.training import (
+from profusion.residual.training import (
     Reference,
     ResidualTraining,
-    TrainingError,
     TrainingOptions,
     masked_noise_error,
     residual_loss,
@@ -42,9 +42,9 @@ def predictor(unet, note=lambda *_: None):
 
     def predict(x, sigma, prompt, patches):
         note(x, sigma, prompt, patches)
-        scaled = x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt()
         options = {"patches": patches, "cond_or_uncond": [0]}
-        return unet(scaled, timestep_of(sigma), contexts[prompt].expand(len(x), -1, -1), transformer_options=options)
+        context = contexts[prompt].expand(len(x), -1, -1)
+        return noise_predictor(lambda x, t: unet(x, t, context, transformer_options=options))(x, sigma)
 
     return predict
 
@@ -112,7 +112,7 @@ def test_preserving_keeps_the_prediction_outside_the_mask_nearer_to_the_plain_on
         options = TrainingOptions(steps=30, batch_size=2, learning_rate=0.03, preserve=preserve)
         run = training(unet, options, references=half, flipped=())
         list(run.steps())
-        plain, batch = predictor(unet), run._draw()
+        plain, batch = predictor(unet), run.batch()
         queries = {}
         foundation = plain(batch.noisy, batch.sigma, batch.prompt, foundation_patches(queries))
         placement = Placement(run.delta.detach(), run._names, ROWS[batch.prompt])
@@ -127,11 +127,11 @@ def test_preserving_keeps_the_prediction_outside_the_mask_nearer_to_the_plain_on
 def test_only_the_residual_learns_and_the_loss_falls(unet):
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     run = training(unet, TrainingOptions(steps=30, batch_size=2, learning_rate=0.03), flipped=())
-    fixed = run._draw()
-    first = run._loss(fixed).item()
+    fixed = run.batch()
+    first = run.loss(fixed).item()
     losses = list(run.steps())
     assert len(losses) == 30 and all(math.isfinite(loss) for loss in losses)
-    assert run._loss(fixed).item() < first
+    assert run.loss(fixed).item() < first
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
     assert all(parameter.grad is None for parameter in unet.parameters())
     residual = run.residual()
@@ -143,7 +143,7 @@ def test_only_the_residual_learns_and_the_loss_falls(unet):
 def test_a_step_is_adamw_on_the_gradient_of_the_infused_prediction(unet):
     """The naive way: both streams by hand, plain backward, the optimizer's formula."""
     run = training(unet)
-    batch = run._draw()
+    batch = run.batch()
     delta = torch.zeros_like(run.delta, requires_grad=True)
     store, predict = {}, predictor(unet)
     names = tuple(layer.name for layer in cross_attention_layers(dict(unet.named_parameters())))
@@ -294,13 +294,13 @@ def test_a_gradient_that_overflows_is_tried_smaller_and_the_scale_is_kept(unet):
         return lambda *inputs: Steep.apply(predictor(unet)(*inputs))
 
     run = training(unet, predict=steep(1e-3))
-    start = run._loss_scale
+    start = run.loss_scale
     list(run.steps())
-    assert run._loss_scale < start
+    assert run.loss_scale < start
     torch.testing.assert_close(run.residual().delta, trained(unet, 4)[0].residual().delta, rtol=1e-5, atol=1e-7)
-    assert run.residual().training_state["loss_scale"].item() == run._loss_scale
+    assert run.residual().training_state["loss_scale"].item() == run.loss_scale
     resumed = training(unet, TrainingOptions(steps=5, batch_size=2), resume=run.residual())
-    assert resumed._loss_scale == run._loss_scale
+    assert resumed.loss_scale == run.loss_scale
     hopeless = training(unet, predict=steep(-1.0))
     with pytest.raises(TrainingError, match="the gradient overflowed at step 0: use a model in float32 or bfloat16"):
         next(hopeless.steps())
@@ -348,11 +348,11 @@ def test_f_runs_without_autograd_and_the_residual_alone_is_extra_memory(unet):
     """What is saved for the backward pass, beside a backward pass of the plain model from the same context."""
     grad = []
     run = training(unet, predict=predictor(unet, lambda *_: grad.append(torch.is_grad_enabled())))
-    ours = saved_bytes(lambda: run._loss(run._draw()))
+    ours = saved_bytes(lambda: run.loss(run.batch()))
     assert grad == [False, True]
 
     def plain():
-        batch = run._draw()
+        batch = run.batch()
         delta = torch.zeros_like(run.delta, requires_grad=True)
         names = tuple(layer.name for layer in cross_attention_layers(dict(unet.named_parameters())))
         placement = Placement(delta, names, ROWS[batch.prompt])

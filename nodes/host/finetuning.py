@@ -4,37 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from pathlib import Path
 
 import comfy.sd
 import torch
+from comfy.clip_vision import ClipVisionModel
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
 from torch import Tensor, nn
 
-from ..profusion.infusion import architecture_name
-from ..profusion.promptnet.changes import attention_layers, changed, patch_tensors, start_changes
-from ..profusion.promptnet.finetune import FinetuneOptions, FinetunePictures, FinetuneTraining, trainable_copy
-from ..profusion.promptnet.network import PromptNetConfig, PromptNetError, check_fits
-from .host import model_layers
-from .host_promptnet import (
-    LoadedPromptNet,
-    encode_pictures,
-    handed_to_the_host,
-    shown,
-    text_widths,
-    tokens_with_words,
-)
-from .host_training import TrainedModel, differentiable, encode_references
+from ...profusion import files
+from ...profusion.infusion import architecture_name, check_context_width
+from ...profusion.pictures import loss_plot
+from ...profusion.promptnet.changes import attention_layers, changed, patch_tensors, save_patch, start_changes
+from ...profusion.promptnet.file import save_promptnet
+from ...profusion.promptnet.finetune import FinetuneOptions, FinetunePictures, FinetuneTraining, trainable_copy
+from ...profusion.promptnet.network import PromptNetConfig, PromptNetError, check_fits
+from .display import Progress
+from .encoding import encode_references, model_layers, shown
+from .evaluation import TrainedModel, differentiable, resident_clip
+from .files import PATCHES, PROMPTNETS, next_path
+from .words import LoadedPromptNet, encode_pictures, handed_to_the_host, text_widths, tokens_with_words
 
+PREVIEW_EVERY = 10
 ADAMW_BYTES = 16  # a trained float32 number, its gradient and the optimizer's two moments
 
 
 class WordEncoder:
     """Prompts with S*, as this CLIP encodes them, in a way that autograd goes through; only while `running`."""
 
-    def __init__(self, clip: Any, config: PromptNetConfig, prompts: Sequence[str]):
+    def __init__(self, clip: CLIP, config: PromptNetConfig, prompts: Sequence[str]):
         check_fits(config, text_widths=text_widths(clip, prompts[0]))
-        self._clip, self._config, self._prompts = clip, config, prompts
+        self._clip, self._config, self._prompts = resident_clip(clip), config, prompts
         self.prompt = 0  # the one that was encoded last
+
+    @property
+    def patcher(self) -> ModelPatcher:
+        """The host's handle of the text encoder."""
+        return self._clip.patcher
 
     def conditionings(self, word: Tensor) -> list[list]:
         """A CONDITIONING of each prompt with this S* (tokens, width)."""
@@ -99,10 +106,10 @@ class Finetuning:
     def __init__(
         self,
         promptnet: LoadedPromptNet,
-        model: Any,
-        clip: Any,
-        clip_vision: Any,
-        vae: Any,
+        model: ModelPatcher,
+        clip: CLIP,
+        clip_vision: ClipVisionModel,
+        vae: VAE,
         pictures: Tensor,
         masks: Tensor | None,
         train_attention: bool,
@@ -119,12 +126,7 @@ class Finetuning:
         word = _first_word(network, given)
         self._words.check(word)
         conditionings = self._words.conditionings(word)
-        width = conditionings[0][0][0].shape[-1]
-        if width != layers[0].context_dim:
-            raise ValueError(
-                f"the text encoder makes a context of width {width} and the model takes {layers[0].context_dim}: use the "
-                "clip that belongs to the model"
-            )
+        check_context_width(conditionings[0][0][0].shape[-1], layers)
         changes = {}
         if train_attention:
             names = dict(model.get_model_object("diffusion_model").named_parameters())
@@ -136,7 +138,7 @@ class Finetuning:
             *(item for change in changes.values() for item in change.parameters().values()),
         ]
         memory = ADAMW_BYTES * sum(item.numel() for item in learning)
-        self._trained = TrainedModel(model, conditionings, [clip.patcher], memory)
+        self._trained = TrainedModel(model, conditionings, [self._words.patcher], memory)
         self.training = FinetuneTraining(
             network,
             self._predict_noise,
@@ -164,7 +166,8 @@ class Finetuning:
         """Do `work()` while the model is loaded and computes with the changes, for latents (B, C, H, W) of this shape."""
 
         def changed_work() -> None:
-            with changed(self._model.get_model_object("diffusion_model"), self.training.changes), self._words.running():
+            network = self._trained.model.get_model_object("diffusion_model")
+            with changed(network, self.training.changes), self._words.running():
                 work()
 
         self._trained.run(changed_work, shape)
@@ -179,7 +182,7 @@ class Finetuning:
         """The contents of the patch file; empty where the attention layers were not trained."""
         return patch_tensors(self.training.changes)
 
-    def patched_model(self) -> Any:
+    def patched_model(self) -> ModelPatcher:
         """A clone of the model with that file's contents on it, by the host's own reader."""
         tensors = self.patch()
         return (
@@ -188,10 +191,15 @@ class Finetuning:
 
 
 def _pictures(
-    promptnet: LoadedPromptNet, model: Any, clip_vision: Any, vae: Any, pictures: Tensor, masks: Tensor | None
+    promptnet: LoadedPromptNet,
+    model: ModelPatcher,
+    clip_vision: ClipVisionModel,
+    vae: VAE,
+    pictures: Tensor,
+    masks: Tensor | None,
 ) -> FinetunePictures:
     """The pictures as PromptNet sees them (grey outside the masks) and as they are to be drawn."""
-    seen = encode_pictures(promptnet, vae, clip_vision, pictures if masks is None else shown(pictures, masks))
+    seen = encode_pictures(promptnet.config, vae, clip_vision, pictures if masks is None else shown(pictures, masks))
     everywhere = torch.ones_like(pictures[..., 0]) if masks is None else masks
     references = encode_references(model, vae, pictures, everywhere)
     with torch.inference_mode(False):
@@ -211,3 +219,72 @@ def _first_word(network: nn.Module, given: FinetunePictures) -> Tensor:
         .float()
         .cpu()
     )
+
+
+class FinetuningRun:
+    """One fine-tuning: the training, what is shown of it, and its files."""
+
+    def __init__(self, finetuning: Finetuning, prefix: str, keep_promptnet: bool):
+        self.finetuning, self._prefix, self._keep_promptnet = finetuning, prefix, keep_promptnet
+        self._progress = Progress(finetuning.training.options.steps)
+        self.patch_path: Path | None = None
+        self._saved: dict[str, str] = {}  # by folder, what to say of it
+        for folder in self._folders():
+            _check_writable(next_path(folder, prefix))
+
+    def _folders(self) -> list[str]:
+        wanted = ((PATCHES, self.finetuning.training.changes), (PROMPTNETS, self._keep_promptnet))
+        return [folder for folder, is_wanted in wanted if is_wanted]
+
+    def train(self) -> str:
+        """Train, save, and say what was saved."""
+        self.finetuning.run(self._after_step)
+        return self._save(self._prefix)
+
+    def _after_step(self) -> None:
+        training = self.finetuning.training
+        worth_showing = training.step % PREVIEW_EVERY == 0 or training.step in (1, training.options.steps)
+        self._progress.report(training.step, self.plot() if worth_showing else None)
+
+    def plot(self):
+        return loss_plot(self.finetuning.training.losses, self.finetuning.training.options.steps)
+
+    def _save(self, prefix: str) -> str:
+        """Write what is not written yet, and say what there is."""
+        finetuning, options = self.finetuning, self.finetuning.training.options
+        notes = {"steps": str(finetuning.training.step), "seed": str(options.seed), "rank": str(options.rank)}
+        for folder in self._folders():
+            if folder in self._saved:
+                continue
+            path = next_path(folder, prefix)
+            if folder == PATCHES:
+                size = save_patch(finetuning.patch(), path, notes)
+                self.patch_path = path
+            else:
+                size = save_promptnet(finetuning.training.network, path, "float16", notes)
+            self._saved[folder] = f"{path}\n{size:,} bytes"
+        return "\n".join(self._saved.values()) or "Nothing is saved."
+
+    def keep(self) -> str:
+        """After a failure: keep what has been learned, and say where."""
+        done = self.finetuning.training.step
+        if not done:
+            return "Nothing had been learned yet."
+        if done == self.finetuning.training.options.steps:
+            prefix = self._prefix
+        else:
+            prefix = f"{self._prefix}_partial_{done}_steps"
+        try:
+            return f"What the {done} steps so far have learned:\n{self._save(prefix)}"
+        except (PromptNetError, OSError) as error:
+            kept = "".join(f"\nSaved before: {text}" for text in self._saved.values())
+            return f"The {done} steps so far could not all be saved: {error}{kept}"
+
+
+def _check_writable(path: Path) -> None:
+    """Find out before the training, not after it. Raises PromptNetError."""
+    try:
+        files.write_atomically(path, b"")
+        path.unlink()
+    except OSError as problem:
+        raise PromptNetError(f"'{path}' could not be saved: {files.why_not_written(problem)}") from problem

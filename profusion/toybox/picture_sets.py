@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .. import files
 from ..pictures import read_pictures
-from ..toybox import world
-from ..toybox.pipeline import SIZE, Toybox, weight_file
-from .training import PictureSet
+from ..promptnet.training import PictureSet
+from . import world
+from .pipeline import SIZE, Toybox, weight_file
 
 _FORMAT = "profusion.pictures"
 _BATCH = 32

@@ -8,17 +8,23 @@ to the same residual.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .diffusion import training_sigmas
-from .infusion import Layer, Patches, Placement, architecture_name, customised_patches, foundation_patches
-from .residual import Residual, ResidualError, check_architecture
+from ..diffusion import per_row, training_sigmas
+from ..infusion import Layer, Patches, Placement, architecture_name, customised_patches, foundation_patches
+from ..loop import Group, LoopOptions, TrainingError, TrainingLoop
+from .concept import Residual, ResidualError, check_architecture
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # names of the optimizer's tensors in a residual's file
+_WITHOUT_GRADIENT = (
+    "something on the model computes its attention without one, as SageAttention and other kernels made for inference "
+    "do. Connect the model as it was before that"
+)
 PROMPTS = ("a photo of a {}", "a picture of a {}", "a {}")
 
 PredictNoise = Callable[[Tensor, Tensor, int, Patches], Tensor]
@@ -26,15 +32,12 @@ PredictNoise = Callable[[Tensor, Tensor, int, Patches], Tensor]
 prompt whose context all B rows take, and the attention patches to evaluate with."""
 
 
-class TrainingError(RuntimeError):
-    """Training cannot start or go on. The message says why and what to do."""
-
-
 @dataclass(frozen=True)
-class TrainingOptions:
-    """How a residual is trained. `steps` counts from nothing: a resumed training does what is left of them.
+class TrainingOptions(LoopOptions):
+    """How a residual is trained; see `LoopOptions`.
 
-    preserve: how much C is held to F's own prediction outside the concept's mask; 0 is the paper's loss.
+    flip: whether the mirrored pictures are used too. preserve: how much C is held to F's own prediction outside the
+    concept's mask; 0 is the paper's loss.
     """
 
     steps: int = 300
@@ -44,13 +47,11 @@ class TrainingOptions:
     flip: bool = True
     preserve: float = 1.0
 
+    largest_rate: ClassVar[float] = 10.0
+    usual_rates: ClassVar[str] = "0.01 to 0.03"
+
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps}: train at least one")
-        if not 0 < self.learning_rate <= 10:
-            raise ValueError(f"learning_rate={self.learning_rate} must lie in (0, 10]; 0.01 to 0.03 is usual")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+        super().__post_init__()
         if not 0 <= self.preserve <= 100:
             raise ValueError(
                 f"preserve={self.preserve} must lie in [0, 100]: 1 is usual, 0 leaves what is around the concept free"
@@ -100,7 +101,7 @@ def masked_noise_error(predicted: Tensor, noise: Tensor, mask: Tensor) -> Tensor
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """noisy = clean + sigma * noise and noise (B, C, H, W), sigma (B,), mask (B, H, W), and the prompt of all rows."""
 
     noisy: Tensor
@@ -117,52 +118,13 @@ class _TakenOnce(dict):
         return self.pop(key, default)
 
 
-def differentiate(
-    loss_of: Callable[[], Tensor],
-    parameters: Sequence[Tensor],
-    scale: float,
-    when: str,
-    learning_rate: float,
-    without_gradient: str,
-) -> tuple[float, float]:
-    """Leave a loss's gradient in the parameters' `grad`; returns the loss, and the scale that it could be multiplied by.
-
-    A float16 model would round the gradient of a mean over many cells to zero, so the loss is multiplied by `scale`, a power
-    of two, on the way back, which in float32 changes no bit. Where that overflows, a smaller one is taken and `loss_of`
-    evaluated again. Raises TrainingError: `without_gradient` is what to say where none arrives.
-    """
-    while True:
-        loss = loss_of()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss is {value} {when}. Lower the learning rate ({learning_rate}), or use a model in float32 or bfloat16"
-            )
-        for parameter in parameters:
-            parameter.grad = None
-        if loss.requires_grad:
-            (loss * scale).backward()
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if not any(gradient.any() for gradient in gradients):
-            raise TrainingError(without_gradient)
-        if all(torch.isfinite(gradient).all() for gradient in gradients):
-            for gradient in gradients:
-                gradient /= scale
-            return value, scale
-        if scale <= 2**-16:
-            raise TrainingError(f"the gradient overflowed {when}: use a model in float32 or bfloat16")
-        scale /= 16
-
-
-class ResidualTraining:
+class ResidualTraining(TrainingLoop):
     """One training run: `steps()` does the work, `residual()` is what has been learned so far.
 
     references: of one size. flipped: the same pictures mirrored *before* encoding, or empty. prompt_rows: for each
     prompt that `predict_noise` knows, the noun's rows in its context. resume: a residual of the same model whose
     `training_state` is kept, to go on from bit for bit, or one of no steps, to start from. sigmas: the noise levels of
     the model's timesteps (n,), each as likely to be drawn; default Stable Diffusion's.
-
-    The residual, the loss and the optimizer are float32, whatever `predict_noise` computes in.
     """
 
     def __init__(
@@ -177,28 +139,20 @@ class ResidualTraining:
         resume: Residual | None = None,
         sigmas: Tensor | None = None,
     ):
-        if not references:
-            raise TrainingError("no pictures: connect one to five pictures of the concept")
-        sizes = {tuple(reference.latent.shape) for reference in (*references, *flipped)}
-        if len(sizes) > 1:
-            raise TrainingError(f"latents of different sizes, {sorted(sizes)}: resize the pictures to one size first")
-        if flipped and len(flipped) != len(references):
-            raise TrainingError(f"{len(flipped)} mirrored pictures for {len(references)} pictures; give one for each")
+        _check_references(references, flipped)
         self._predict_noise, self._layers, self._noun = predict_noise, tuple(layers), noun
         self._names = tuple(layer.name for layer in layers)
-        self._prompt_rows, self.options = list(prompt_rows), options
         both = [references, flipped] if options.flip and flipped else [references]
         device = references[0].latent.device
         with torch.inference_mode(False):  # a host may call in inference mode, whose tensors autograd does not take
+            # latents (1|2, M, C, H, W), masks (1|2, M, H, W): the pictures, and mirrored
             self._latents = torch.stack([torch.stack([item.latent for item in side]) for side in both]).float()
             self._masks = torch.stack([torch.stack([item.mask for item in side]) for side in both]).float().to(device)
             self._sigmas = (training_sigmas() if sigmas is None else sigmas).to("cpu", torch.float32, copy=True)
-            self.delta = torch.zeros(len(layers), 1, layers[0].context_dim, device=device, requires_grad=True)
-            self._optimizer = torch.optim.AdamW([self.delta], lr=options.learning_rate, weight_decay=0.0)
-        # latents (1|2, M, C, H, W), masks (1|2, M, H, W); the gradient of a mean is this much smaller than of a sum
-        self._loss_scale = 2.0 ** math.floor(math.log2(options.batch_size * self._latents[0, 0].numel()))
-        self.step = 0
-        self.losses: list[float] = []
+            self.delta = torch.zeros(len(layers), 1, layers[0].context_dim, device=device)
+        self._placements = [Placement(self.delta, self._names, rows) for rows in prompt_rows]
+        learned = Group("the residual", {"delta": self.delta}, _WITHOUT_GRADIENT)
+        super().__init__(options, [learned], self._latents[0, 0].numel())
         if resume is not None:
             self._resume(resume)
 
@@ -218,82 +172,47 @@ class ResidualTraining:
                 f"the residual to resume has {residual.steps} steps already, and steps={self.options.steps} counts from "
                 "the first: raise steps to train it further"
             )
-        state = residual.training_state or {}
-        if residual.steps and {"exp_avg", "exp_avg_sq"} - set(state):
+        state = dict(residual.training_state or {})
+        if residual.steps and set(_MOMENTS) - set(state):
             raise ResidualError(
                 "the residual to resume was saved without its training state; save it in float32 with the training "
                 "state to go on later"
             )
-        self.step = residual.steps
+        moments = {f"{kind}.delta": state.pop(kind, None) for kind in _MOMENTS} if residual.steps else {}
         with torch.inference_mode(False), torch.no_grad():
             self.delta.copy_(residual.delta)
-            if self.step:
-                moments = {name: state[name].to(self.delta, copy=True) for name in ("exp_avg", "exp_avg_sq")}
-                self._optimizer.state[self.delta] = {"step": torch.tensor(float(self.step)), **moments}
-            if "loss_scale" in state:
-                self._loss_scale = state["loss_scale"].item()
+        self.restore({**state, **moments, "step": torch.tensor(residual.steps)})
 
     @property
     def latent_size(self) -> tuple[int, int, int]:
         """(C, H, W) of the references."""
         return tuple(self._latents.shape[2:])
 
-    def steps(self) -> Iterator[float]:
-        """Train to the end, yielding each step's loss; stop asking and the training stops after the last whole step.
-
-        Raises TrainingError on a loss that is not finite; what was learned before it is still in `residual()`.
-        """
-        while self.step < self.options.steps:
-            yield self._one_step()
-
-    def _one_step(self) -> float:
-        # Autograd must be on even inside a host that runs its nodes in inference mode.
-        with torch.inference_mode(False), torch.enable_grad():
-            value = self._differentiate(self._draw())
-            self._optimizer.step()
-        self.step += 1
-        self.losses.append(value)
-        return value
-
-    def _draw(self) -> _Batch:
-        """What this step trains on. It depends on the seed and the step only, so that a resumed training draws alike."""
+    def draw(self, generator: torch.Generator) -> Batch:
+        """Pictures, mirrored or not, noise of levels that are all as likely, and one prompt for all rows."""
         count, device = self.options.batch_size, self._latents.device
-        generator = torch.Generator().manual_seed((self.options.seed * 1_000_003 + self.step) % 2**63)
         picture = torch.randint(self._latents.shape[1], (count,), generator=generator)
         side = torch.randint(self._latents.shape[0], (count,), generator=generator)
-        prompt = int(torch.randint(len(self._prompt_rows), (), generator=generator))
+        prompt = int(torch.randint(len(self._placements), (), generator=generator))
         sigma = self._sigmas[torch.randint(len(self._sigmas), (count,), generator=generator)].to(device)
         clean = self._latents[side, picture]
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        return _Batch(clean + sigma.view(-1, 1, 1, 1) * noise, noise, sigma, self._masks[side, picture], prompt)
+        return Batch(clean + per_row(sigma, clean) * noise, noise, sigma, self._masks[side, picture], prompt)
 
-    def _differentiate(self, batch: _Batch) -> float:
-        """Leave the loss's gradient in `delta.grad`; returns the loss."""
-        value, self._loss_scale = differentiate(
-            lambda: self._loss(batch),
-            [self.delta],
-            self._loss_scale,
-            f"at step {self.step}",
-            self.options.learning_rate,
-            "no gradient reaches the residual: something on the model computes its attention without one, as "
-            "SageAttention and other kernels made for inference do. Connect the model as it was before that",
-        )
-        return value
-
-    def _loss(self, batch: _Batch) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
+        """See `residual_loss`; F is evaluated first, and leaves its queries."""
         queries = _TakenOnce()
         with torch.no_grad():  # F needs no gradient: its queries are constants of the loss
             plain = self._predict_noise(batch.noisy, batch.sigma, batch.prompt, foundation_patches(queries))
-        placement = Placement(self.delta, self._names, self._prompt_rows[batch.prompt])
-        patches = customised_patches(queries, lambda options, chunk: (placement,))
+        placements = (self._placements[batch.prompt],)
+        patches = customised_patches(queries, lambda options, chunk: placements)
         predicted = self._predict_noise(batch.noisy, batch.sigma, batch.prompt, patches)
         return residual_loss(predicted, batch.noise, plain, batch.mask, self.options.preserve)
 
     def residual(self) -> Residual:
         """What has been learned so far, with the optimizer's state, so that it can be resumed."""
-        state = self._optimizer.state.get(self.delta)
-        scale = torch.tensor([self._loss_scale])
-        kept = {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"], "loss_scale": scale} if state else None
+        state = self.state()
+        moments = {kind: state[f"{kind}.delta"] for kind in _MOMENTS if f"{kind}.delta" in state}
         return Residual(
             delta=self.delta.detach().clone(),
             noun=self._noun,
@@ -301,5 +220,15 @@ class ResidualTraining:
             architecture=architecture_name(self._layers),
             steps=self.step,
             seed=self.options.seed,
-            training_state=kept,
+            training_state={**moments, "loss_scale": state["loss_scale"].float()} if moments else None,
         )
+
+
+def _check_references(references: Sequence[Reference], flipped: Sequence[Reference]) -> None:
+    if not references:
+        raise TrainingError("no pictures: connect one to five pictures of the concept")
+    sizes = {tuple(reference.latent.shape) for reference in (*references, *flipped)}
+    if len(sizes) > 1:
+        raise TrainingError(f"latents of different sizes, {sorted(sizes)}: resize the pictures to one size first")
+    if flipped and len(flipped) != len(references):
+        raise TrainingError(f"{len(flipped)} mirrored pictures for {len(references)} pictures; give one for each")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..diffusion import timestep_of
+from ..diffusion import noise_predictor
 from ..models.tokenizer import words_to_ids
-from ..toybox.pipeline import Toybox
-from .changes import attention_layers, start_changes
-from .finetune import FinetuneOptions, FinetunePictures, FinetuneTraining
-from .network import TOYBOX_PROMPTNET, PromptNet, PromptNetConfig, PromptNetError, typical_embedding
-from .pseudo_word import encode_tokens, prompt_tokens
-from .training import PROMPTS, EncodeWord, PictureSet, PredictNoise, PromptNetOptions, PromptNetTraining
+from ..promptnet.changes import attention_layers, start_changes
+from ..promptnet.finetune import FinetuneOptions, FinetunePictures, FinetuneTraining
+from ..promptnet.network import PromptNet, PromptNetConfig, PromptNetError, typical_embedding
+from ..promptnet.pseudo_word import encode_tokens, prompt_tokens
+from ..promptnet.training import PROMPTS, EncodeWord, PictureSet, PredictNoise, PromptNetOptions, PromptNetTraining
+from .configs import TOYBOX_PROMPTNET
+from .pipeline import Toybox
 
 
 def new_promptnet(
@@ -49,8 +50,8 @@ def toybox_training(
 def toybox_finetuning(
     toybox: Toybox, network: PromptNet, pictures: FinetunePictures, options: FinetuneOptions, attention: bool = True
 ) -> FinetuneTraining:
-    """A PromptNet's fine-tuning and, if asked for, that of Toybox's attention layers, whose `changes` are to be put on it by
-    `changes.changed` while it trains and while it draws. network: a `trainable_copy`."""
+    """A PromptNet's fine-tuning and, if asked for, that of Toybox's attention layers, whose `changes` are to be put on
+    it by `changes.changed` while it trains and while it draws. network: a `trainable_copy`."""
     layers = attention_layers(dict(toybox.unet.named_parameters())) if attention else {}
     changes = start_changes(layers, options.rank, torch.Generator().manual_seed(options.seed))
     return FinetuneTraining(network, *_evaluation(toybox, network, options), pictures, options, changes)
@@ -61,8 +62,7 @@ def _evaluation(toybox: Toybox, network: PromptNet, options: PromptNetOptions) -
     prompts = [prompt_tokens(prompt, network.config.tokens) for prompt in options.prompts]
 
     def predict_noise(x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
-        scaled = x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt()
-        return toybox.unet(scaled, timestep_of(sigma), context)
+        return noise_predictor(lambda x, t: toybox.unet(x, t, context))(x, sigma)
 
     def encode_word(prompt: int, pseudo_word: Tensor) -> Tensor:
         return encode_tokens(toybox.text, *prompts[prompt], pseudo_word, holds_position=network.config.holds_position)

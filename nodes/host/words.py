@@ -9,14 +9,16 @@ from typing import Any
 
 import comfy.latent_formats
 import comfy.model_management
-import comfy.model_patcher
 import comfy.utils
 import torch
+from comfy.clip_vision import ClipVisionModel
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
 from torch import Tensor
 
-from ..profusion.diffusion import alphas_cumprod
-from ..profusion.promptnet.file import SUFFIX, load_promptnet, official_promptnet
-from ..profusion.promptnet.network import (
+from ...profusion.diffusion import noised
+from ...profusion.promptnet.file import SUFFIX, load_promptnet, official_promptnet
+from ...profusion.promptnet.network import (
     KNOTS,
     PromptNet,
     PromptNetConfig,
@@ -26,9 +28,9 @@ from ..profusion.promptnet.network import (
     merged,
     parts,
 )
-from ..profusion.promptnet.pseudo_word import PLACEHOLDER, placed, with_stand_in, without_position
-from .host_fusion import WORD
+from ...profusion.promptnet.pseudo_word import PLACEHOLDER, placed, with_stand_in, without_position
 
+WORD = "profusion_word"  # under which a CONDITIONING carries the S* it was made with
 ALONE = f"a photo of {PLACEHOLDER}"
 
 
@@ -37,7 +39,7 @@ class LoadedPromptNet:
     """A PROMPTNET: the network, and the host's handle by which it comes to the device and leaves it."""
 
     network: PromptNet
-    patcher: Any
+    patcher: ModelPatcher
     name: str
 
     @property
@@ -68,11 +70,11 @@ def _released(path: Path, dtype: torch.dtype) -> PromptNet:
 def handed_to_the_host(network: PromptNet, name: str) -> LoadedPromptNet:
     """A PROMPTNET of a network that is where the host keeps what it does not use."""
     device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-    return LoadedPromptNet(network, comfy.model_patcher.ModelPatcher(network, device, offload), name)
+    return LoadedPromptNet(network, ModelPatcher(network, device, offload), name)
 
 
 @dataclass(frozen=True)
-class Reference:
+class EncodedPictures:
     """Pictures of one thing as a PromptNet takes them: latents (P, C, h, w), image tokens (P, L, width) and, where some
     pictures count more, weights."""
 
@@ -81,30 +83,20 @@ class Reference:
     weights: tuple[float, ...] | None = None
 
 
-def shown(pictures: Tensor, weights: Tensor) -> Tensor:
-    """Pictures (P, H, W, 3) as a PromptNet sees them: grey where their mask (P, H, W) is black."""
-    return torch.lerp(torch.full_like(pictures, 0.5), pictures, weights[..., None])
-
-
-def check_connected(**parts: Any) -> None:
-    """Raise ValueError, which names it, where a part of a checkpoint is not there."""
-    for name, part in parts.items():
-        if part is None:
-            raise ValueError(f"{name} is None: the checkpoint that was loaded has none")
-
-
-def encode_pictures(promptnet: LoadedPromptNet, vae: Any, clip_vision: Any, pictures: Tensor) -> Reference:
+def encode_pictures(
+    config: PromptNetConfig, vae: VAE, clip_vision: ClipVisionModel, pictures: Tensor
+) -> EncodedPictures:
     """Pictures (P, H, W, 3) in [0, 1]; H and W multiples of the VAE's. Raises PromptNetError where something does not fit."""
     tokens = clip_vision.encode_image(pictures)["last_hidden_state"]
-    check_fits(promptnet.config, image_width=tokens.shape[-1])
-    scale = comfy.latent_formats.SDXL if promptnet.config.architecture == "SDXL" else comfy.latent_formats.SD15
+    check_fits(config, image_width=tokens.shape[-1])
+    scale = comfy.latent_formats.SDXL if config.architecture == "SDXL" else comfy.latent_formats.SD15
     latents = scale().process_in(vae.encode(pictures).float())
-    if latents.ndim != 4 or latents.shape[1] != promptnet.config.unet.in_channels:
+    if latents.ndim != 4 or latents.shape[1] != config.unet.in_channels:
         raise PromptNetError(
-            f"the VAE makes latents of shape {tuple(latents.shape[1:])} and the PromptNet, of {promptnet.config.architecture}, "
-            f"takes {promptnet.config.unet.in_channels} channels: load the VAE of the model that it was trained for"
+            f"the VAE makes latents of shape {tuple(latents.shape[1:])} and the PromptNet, of {config.architecture}, "
+            f"takes {config.unet.in_channels} channels: load the VAE of the model that it was trained for"
         )
-    return Reference(latents, tokens)
+    return EncodedPictures(latents, tokens)
 
 
 class WordInPrompt:
@@ -114,7 +106,7 @@ class WordInPrompt:
     PromptNet that looks at the noisy latent is asked at every call instead.
     """
 
-    def __init__(self, promptnet: LoadedPromptNet, clip: Any, reference: Reference, prompt: str):
+    def __init__(self, promptnet: LoadedPromptNet, clip: CLIP, reference: EncodedPictures, prompt: str):
         self._promptnet, self._clip, self._reference, self._prompt = promptnet, clip, reference, prompt
         check_fits(promptnet.config, text_widths=text_widths(clip, prompt))
         self._knots = torch.tensor(KNOTS)
@@ -127,7 +119,7 @@ class WordInPrompt:
 
     @property
     def prompt(self) -> str:
-        """See `host_fusion.Word`."""
+        """See `fusion.Word`."""
         return self._prompt
 
     def conditioning(self) -> list:
@@ -139,7 +131,7 @@ class WordInPrompt:
         return self._encode(prompt, self._words.mean(dim=0, keepdim=True))[0]
 
     def contexts(self, model_sampling: Any, alone: bool) -> Callable[[Tensor, float], Tensor]:
-        """See `host_fusion.Word`."""
+        """See `fusion.Word`."""
         prompt = ALONE if alone else self._prompt
         if self._promptnet.config.with_noise:
             return lambda x, sigma: self._encode(prompt, self._live_words(model_sampling, x, sigma))[0]
@@ -172,7 +164,7 @@ class WordInPrompt:
         return context.unflatten(1, (len(words), -1))[0], pooled, rows
 
 
-def tokens_with_words(clip: Any, config: PromptNetConfig, prompt: str, words: Tensor) -> tuple[dict, tuple[int, ...]]:
+def tokens_with_words(clip: CLIP, config: PromptNetConfig, prompt: str, words: Tensor) -> tuple[dict, tuple[int, ...]]:
     """The prompt's tokens once for each S* of words (T, tokens, width), as this CLIP encodes them, and S*'s rows.
 
     The CLIP makes one context (1, T * L, D) of them.
@@ -194,9 +186,8 @@ def tokens_with_words(clip: Any, config: PromptNetConfig, prompt: str, words: Te
 
 def _noised(latent: Tensor, timesteps: Tensor) -> Tensor:
     """The reference at each level, with one and the same noise: (1, C, H, W), (T,) -> (T, C, H, W)."""
-    signal = alphas_cumprod().to(latent)[timesteps.long()].view(-1, 1, 1, 1)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0)).to(latent)
-    return signal.sqrt() * latent + (1 - signal).sqrt() * noise
+    return noised(latent, noise, timesteps)
 
 
 def _encoders(tokenized: Any) -> list[str]:
@@ -204,11 +195,11 @@ def _encoders(tokenized: Any) -> list[str]:
     return sorted(tokenized, key=lambda name: (name != "l", name))
 
 
-def _tower(clip: Any, encoder: str) -> Any:
+def _tower(clip: CLIP, encoder: str) -> Any:
     return getattr(clip.cond_stage_model, f"clip_{encoder}").transformer
 
 
-def text_widths(clip: Any, prompt: str) -> Sequence[int]:
+def text_widths(clip: CLIP, prompt: str) -> Sequence[int]:
     """Widths of the word embeddings of each text encoder."""
     widths = []
     for encoder in _encoders(clip.tokenize(prompt)):

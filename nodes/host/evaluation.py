@@ -1,42 +1,36 @@
-"""The host's model in a training: evaluated as it samples, patches and all, and made fit for autograd."""
+"""The host's model outside its samplers: evaluated as it samples, patches and all, and made fit for autograd."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
 
 import comfy.conds
 import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_sampling
-import comfy.sample
 import comfy.samplers
-import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from torch import Tensor, nn
 
-from ..profusion.infusion import Layer, Patches, UnsupportedModelError
-from ..profusion.pictures import latent_masks
-from ..profusion.prompt import NounError, Span
-from ..profusion.residual import Residual
-from ..profusion.training import PROMPTS, Reference, TrainingError
-from .host import KEY, add_streams, encode_prompt, model_layers, noun_spans, with_patches
-from .infusion import ConceptInput, place_concepts
-from .messages import show
+from ...profusion.infusion import Patches, UnsupportedModelError, with_patches
+from ...profusion.loop import TrainingError
+from ...profusion.metrics import predictions
+from ...profusion.metrics.fisher import NoisyLatents
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-Interrupted = comfy.model_management.InterruptProcessingException
+BATCH = 4  # noisy latents at a time where predictions are compared
 
 # What a step needs, in multiples of what the host reckons for inference: 10,500 numbers a latent cell on SD 1.5, where
 # the backward pass keeps 90,000 (benchmarks/training_memory.py) and needs some more while it runs.
 BACKWARD_MEMORY = 12
 
 
-def noise_levels(model: Any) -> Tensor:
+def noise_levels(model: ModelPatcher) -> Tensor:
     """sigma at a model's timesteps, rising. A model that predicts no noise is refused by name."""
     sampling = model.get_model_object("model_sampling")
     if isinstance(sampling, comfy.model_sampling.CONST) or not hasattr(sampling, "sigmas"):
@@ -47,15 +41,87 @@ def noise_levels(model: Any) -> Tensor:
     return sampling.sigmas
 
 
+def resident(model: ModelPatcher) -> ModelPatcher:
+    """MODEL with weights that stay in their memory while it is loaded, which is what autograd takes them for.
+
+    Under dynamic VRAM they do not: layers compute with views of memory that the next layers use again. There, this is the
+    model loaded anew, with every patch and wrapper on it, for as long as it is held. Raises TrainingError.
+    """
+    if not is_dynamic(model):
+        return model
+    try:
+        found = model.clone(disable_dynamic=True)
+    except Exception as error:  # the loader's: whatever reading the file again makes of it
+        raise TrainingError(_dynamic(f"it cannot be loaded anew: {error}")) from error
+    found.parent = None  # else the host takes the memory of the one for the other's, once this is gone
+    _cast_as_computed(found.model)
+    return found
+
+
+def resident_clip(clip: CLIP) -> CLIP:
+    """The same for a text encoder."""
+    patcher = resident(clip.patcher)
+    if patcher is clip.patcher:
+        return clip
+    found = clip.clone()
+    found.patcher, found.cond_stage_model = patcher, patcher.model
+    return found
+
+
+def is_dynamic(model: ModelPatcher) -> bool:
+    """Whether the host moves this model's weights by dynamic VRAM; older hosts have none."""
+    return hasattr(model, "is_dynamic") and model.is_dynamic()
+
+
+def _cast_as_computed(network: nn.Module) -> None:
+    """Cast weights that the host has left as they are in their file to the type that it computes with them in.
+
+    It does so where it reckons with dynamic VRAM, which casts them for each layer; without it, nobody would.
+    """
+    for part in network.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            dtype = getattr(part, f"{name}_comfy_model_dtype", None)
+            if dtype not in (None, weight.dtype) and type(weight) is nn.Parameter:
+                setattr(part, name, nn.Parameter(weight.to(dtype), requires_grad=False))
+
+
+def _check_resident(model: ModelPatcher) -> None:
+    """Raise TrainingError where a loaded model, or one that takes part, computes with weights that do not stay."""
+    beside = [*model.get_nested_additional_models(), *model.model_patches_models()]
+    if any(hasattr(part, "_v") for part in model.model.modules()) or any(map(is_dynamic, beside)):
+        raise TrainingError(_dynamic("a patch on it computes with weights that come and go"))
+    if getattr(model.model, "model_lowvram", False) and hasattr(comfy.model_management, "get_cast_buffer"):
+        raise TrainingError(
+            f"{type(model.model).__name__} cannot be trained on while parts of it are in main memory. Start ComfyUI without "
+            "--novram"
+        )
+
+
+def _dynamic(problem: str) -> str:
+    return (
+        f"the model cannot be trained on under dynamic VRAM, where weights come and go: {problem}. Load it with one of "
+        "ComfyUI's own loaders, or start ComfyUI with --disable-dynamic-vram"
+    )
+
+
 class TrainedModel:
     """A MODEL that a training evaluates: with every patch and wrapper on it, but without guidance.
 
     conditionings: one for each prompt, in the order of their indices. beside: the host's handles of other models that the
-    training needs on their devices. memory: bytes that it needs itself.
+    training needs on their devices. memory: bytes that it needs itself. gradients: whether autograd goes through it.
+    `model` is the MODEL that is evaluated, `resident` where it is not so itself.
     """
 
-    def __init__(self, model: Any, conditionings: Sequence[list], beside: Sequence[Any] = (), memory: float = 0):
-        self._model, self._beside, self._memory = model, list(beside), memory
+    def __init__(
+        self,
+        model: ModelPatcher,
+        conditionings: Sequence[list],
+        beside: Sequence[ModelPatcher] = (),
+        memory: float = 0,
+        gradients: bool = True,
+    ):
+        self.model = resident(model) if gradients else model
+        self._beside, self._memory, self._gradients = list(beside), memory, gradients
         self.sigmas = noise_levels(model)
         self._conditionings = [
             [[context, {**extras, "additional_models": self._beside}] for context, extras in entries]
@@ -86,18 +152,33 @@ class TrainedModel:
         """Do `work()` with the model loaded, for latents (B, C, H, W) of this shape."""
         load = comfy.model_management.load_models_gpu
         try:
-            needed = BACKWARD_MEMORY * self._model.memory_required(list(shape)) + self._memory
+            needed = (
+                self.model.memory_required(list(shape)) * (BACKWARD_MEMORY if self._gradients else 1) + self._memory
+            )
             # All of it: autograd would keep what is cast for each layer, and offloaded weights come to the same.
-            load([self._model, *self._beside], memory_required=needed, force_full_load=True)
-            guider = comfy.samplers.CFGGuider(self._model)
+            load([self.model, *self._beside], memory_required=needed, force_full_load=self._gradients)
+            guider = comfy.samplers.CFGGuider(self.model)
             guider.inner_set_conds({"positive": [entry for prompt in self._conditionings for entry in prompt]})
             zeros, sigmas = torch.zeros(tuple(shape)), self.sigmas[[-1, 0]].cpu()
-            guider.sample(zeros, zeros, _Work(self, work), sigmas, disable_pbar=True, seed=0)
+            guider.sample(
+                zeros,
+                zeros,
+                _Work(lambda guider, options: self._work_in(guider, options, work)),
+                sigmas,
+                disable_pbar=True,
+                seed=0,
+            )
         except comfy.model_management.OOM_EXCEPTION as error:
             raise TrainingError(
                 f"out of memory while training on {shape[0]} pictures of {shape[-1]}x{shape[-2]} latent cells at a time. "
                 "Lower batch_size, or give smaller pictures"
             ) from error
+
+    def _work_in(self, guider: Any, model_options: dict, work: Callable[[], None]) -> None:
+        if self._gradients:
+            _check_resident(self.model)
+        with self._running(guider, model_options):
+            work()
 
     @contextmanager
     def _running(self, guider: Any, model_options: dict) -> Iterator[None]:
@@ -115,7 +196,7 @@ class TrainedModel:
 
         self._prompts, self._evaluate = prompts, evaluate
         try:
-            with differentiable(network):
+            with differentiable(network) if self._gradients else nullcontext():
                 yield
         finally:
             self._prompts, self._evaluate = [], None
@@ -124,12 +205,12 @@ class TrainedModel:
 class _Work(comfy.samplers.Sampler):
     """Takes the place of a sampler in a guider, which has loaded and patched the model for it."""
 
-    def __init__(self, trained: TrainedModel, work: Callable[[], None]):
-        self._trained, self._work = trained, work
+    def __init__(self, work: Callable[[Any, dict], None]):
+        """work: given the guider and its model options."""
+        self._work = work
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs):
-        with self._trained._running(model_wrap, extra_args["model_options"]):
-            self._work()
+    def sample(self, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
+        self._work(guider, extra_args["model_options"])
         return torch.zeros_like(noise)
 
 
@@ -212,126 +293,36 @@ def _alias(tensor: Tensor) -> Tensor:
         return nn.Parameter(alias, requires_grad=False) if isinstance(tensor, nn.Parameter) else alias
 
 
-def encode_prompts(clip: Any, noun: str, layers: Sequence[Layer]) -> tuple[list[list], list[Span]]:
-    """The training prompts of a noun: their CONDITIONINGs, and the noun's rows in each."""
-    if clip is None:
-        raise ValueError("clip is None: the checkpoint that was loaded has no text encoder")
-    if not any(character.isalnum() for character in noun):
-        raise NounError(f"noun={noun!r}: give the class of what the pictures show, such as cat")
-    prompts = [prompt.format(noun) for prompt in PROMPTS]
-    spans = [noun_spans(clip, prompt, noun) for prompt in prompts]
-    if not all(spans):
-        raise NounError(f"noun={noun!r} is not found in the prompt {prompts[0]!r}: give a plain word, without brackets")
-    conditionings = [encode_prompt(clip, prompt, ()) for prompt in prompts]
-    width = conditionings[0][0][0].shape[-1]
-    if width != layers[0].context_dim:
-        raise ValueError(
-            f"the text encoder makes a context of width {width} and the model takes {layers[0].context_dim}: use the clip "
-            "that belongs to the model"
-        )
-    return conditionings, [places[-1] for places in spans]  # the last: the noun may be "photo"
+def noise_predictions(
+    model: ModelPatcher, conditionings: Sequence[list], noisy: NoisyLatents, tell: Callable[[int], None]
+) -> Tensor:
+    """The model's eps at noisy latents, one conditioning a prompt, with every patch and wrapper but no guidance.
 
-
-def encode_references(model: Any, vae: Any, pictures: Tensor, masks: Tensor) -> list[Reference]:
-    """Pictures (M, H, W, 3) and masks (M, H, W) as latents on the model's device, scaled as it takes them."""
-    latents = vae.encode(pictures)
-    latent_format = model.get_model_object("latent_format")
-    if latents.ndim != 4 or latents.shape[1] != latent_format.latent_channels:
-        raise ValueError(
-            f"the VAE makes latents of shape {tuple(latents.shape[1:])} and the model takes {latent_format.latent_channels} "
-            "channels: use the vae that belongs to the model"
-        )
-    latents = latent_format.process_in(latents.float()).to(model.load_device)
-    weights = latent_masks(masks, latents.shape[-2:]).to(model.load_device)
-    return [Reference(latent, weight) for latent, weight in zip(latents, weights, strict=True)]
-
-
-class SamplePictures:
-    """Draws a prompt with what has been learned so far, always from the same noise.
-
-    size: (C, H, W) of the latents. `plain` is the picture without the concept, once one has been drawn.
+    (n, C, H, W), float32 on the CPU, whatever the model itself predicts. tell: told how many latents more have
+    been evaluated.
     """
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": [entry for entries in conditionings for entry in entries]})
+    found: list[Tensor] = []
 
-    def __init__(
-        self,
-        model: Any,
-        clip: Any,
-        vae: Any,
-        text: str,
-        size: Sequence[int],
-        seed: int,
-        steps: int,
-        guidance: float,
-    ):
-        self._clip, self._vae, self._text = clip, vae, text
-        self._model, self._layers = model, model_layers(model)
-        self._positive, self._negative = encode_prompt(clip, text, ()), encode_prompt(clip, "", ())
-        self._size, self._seed, self._steps, self._guidance = tuple(size), seed, steps, guidance
-        self.plain: Tensor | None = None
+    def work(running: Any, options: dict) -> None:
+        conds = iter(running.conds["positive"])
+        prompts = [[next(conds) for _ in entries] for entries in conditionings]
+        done = 0
 
-    def place(self, residual: Residual) -> list:
-        """The prompt's CONDITIONING with the concept. Raises NounError where the prompt lacks its noun."""
-        placed = place_concepts(
-            self._clip, self._text, self._layers, [ConceptInput("", residual, 1.0, "auto")], 0.0, 1.0
-        )
-        return [[context, {**extras, KEY: tuple(placed)}] for context, extras in self._positive]
+        def predict(x: Tensor, sigma: Tensor, prompt: int) -> Tensor:
+            denoised = comfy.samplers.calc_cond_batch(running.inner_model, [prompts[prompt]], x, sigma, options)[0]
+            return ((x - denoised) / sigma.view(-1, 1, 1, 1)).cpu()
 
-    def draw(self, residual: Residual) -> Tensor:
-        """One picture (1, H, W, 3)."""
-        latent, foundations = torch.zeros(1, *self._size), []
-        samples = comfy.sample.sample(
-            add_streams(self._model, self._layers, shared_latent=False, on_foundation=foundations.append),
-            comfy.sample.prepare_noise(latent, self._seed),
-            self._steps,
-            self._guidance,
-            "euler",
-            "simple",
-            self.place(residual),
-            self._negative,
-            latent,
-            callback=_stop_if_cancelled,
-            disable_pbar=True,
-            seed=self._seed,
-        )
-        if self.plain is None:
-            self.plain = self._decode(self._model.model.process_latent_out(foundations[0].float()))
-        return self._decode(samples)
+        def report(rows: int) -> None:
+            nonlocal done
+            tell(rows - done)
+            done = rows
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        return self._vae.decode(latents).float().cpu()
+        device = model.load_device
+        there = replace(noisy, x=noisy.x.to(device), sigma=noisy.sigma.to(device))
+        found.append(predictions(predict, there, BATCH, report))
 
-
-def _stop_if_cancelled(*_: Any) -> None:
-    comfy.model_management.throw_exception_if_processing_interrupted()
-
-
-@contextmanager
-def keeping(node: Any, keep: Callable[[], str]) -> Iterator[None]:
-    """Whatever stops a training, cancel included: `keep` saves what has been learned and says where, and the node shows it.
-
-    Errors come out as TrainingError, with that text.
-    """
-    try:
-        yield
-    except BaseException as problem:
-        where = keep()
-        show(node, where)
-        if isinstance(problem, Interrupted) or not isinstance(problem, Exception):
-            raise
-        raise TrainingError(f"{problem}\n{where}") from problem
-
-
-class Progress:
-    """The host's progress bar, with a preview. Whoever reports to it is stopped here by Cancel."""
-
-    def __init__(self, total: int):
-        self._bar, self._done = comfy.utils.ProgressBar(total), 0
-
-    def advance(self, by: int = 1) -> None:
-        """So much more has been done."""
-        self.report(self._done + by)
-
-    def report(self, done: int, preview: Image.Image | None = None) -> None:
-        self._done = done
-        self._bar.update_absolute(done, preview=preview and ("JPEG", preview, None))
-        _stop_if_cancelled()
+    zeros = torch.zeros(BATCH, *noisy.x.shape[1:])
+    guider.sample(zeros, zeros, _Work(work), noise_levels(model)[[-1, 0]].cpu(), disable_pbar=True, seed=0)
+    return found[0]

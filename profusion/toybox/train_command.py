@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 
-from ..toybox import world
-from ..toybox.pipeline import Toybox
-from .data import Say, toybox_pictures
-from .file import SUFFIX, load_promptnet, save_promptnet
-from .network import TOYBOX_PROMPTNET, PromptNet, PromptNetConfig, PromptNetError
-from .toybox import new_promptnet, toybox_training
-from .training import PictureSet, PromptNetOptions, PromptNetTraining
+from ..promptnet.file import SUFFIX, load_promptnet, save_promptnet
+from ..promptnet.network import PromptNet, PromptNetConfig, PromptNetError
+from ..promptnet.training import PictureSet, PromptNetOptions, PromptNetTraining
+from . import world
+from .configs import TOYBOX_PROMPTNET
+from .picture_sets import Say, toybox_pictures
+from .pipeline import Toybox
+from .promptnet import new_promptnet, toybox_training
 
 KEPT = 64  # most pictures that are kept from training, to see whether it helps with new ones
 REPORT_EVERY = 50
@@ -143,7 +144,6 @@ def run(command: Command, toybox: Toybox | None = None, say: Say = print) -> dic
     seconds = _train(command, training, kept, say)
     notes = {"data": command.data, "pictures": pictures.fingerprint(), "steps": str(training.step), "seed": str(seed)}
     size = save_promptnet(network.cpu(), command.out, notes=notes)
-    training_loss = training.losses[-REPORT_EVERY:]
     return {
         "promptnet": str(command.out),
         "bytes": size,
@@ -151,7 +151,7 @@ def run(command: Command, toybox: Toybox | None = None, say: Say = print) -> dic
         "pictures": len(pictures),
         "steps": training.step,
         "seconds": round(seconds, 1),
-        "loss": round(sum(training_loss) / max(1, len(training_loss)), 5),
+        "loss": round(training.mean_loss(REPORT_EVERY), 5),
     }
 
 
@@ -173,7 +173,8 @@ def _split(pictures: PictureSet) -> tuple[PictureSet, PictureSet | None]:
 
 
 def _train(command: Command, training: PromptNetTraining, kept: PictureSet | None, say: Say) -> float:
-    """The seconds that the rest of a training took. Raises KeyboardInterrupt after an interrupted step, when it is saved."""
+    """The seconds that the rest of a training took. Raises KeyboardInterrupt after an interrupted step, when it is
+    saved."""
     started, first = time.monotonic(), training.step
     with _interrupts() as interrupts:
         for _ in training.steps():
@@ -205,10 +206,9 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 def _progress(training: PromptNetTraining, pace: float) -> str:
-    recent = training.losses[-REPORT_EVERY:]
     left = (training.options.steps - training.step) * pace / 60
     return (
-        f"step {training.step}/{training.options.steps}  loss {sum(recent) / len(recent):.4f}  "
+        f"step {training.step}/{training.options.steps}  loss {training.mean_loss(REPORT_EVERY):.4f}  "
         f"{pace:.2f} s a step, {math.ceil(left)} min left"
     )
 

@@ -11,12 +11,12 @@ from profusion import __main__ as program
 from profusion.models.tokenizer import words_to_ids
 from profusion.pictures import to_image
 from profusion.promptnet import PromptNetError, load_promptnet
-from profusion.promptnet import command as commands
-from profusion.promptnet.data import drawn_pictures, encoded_pictures, read_cache, toybox_pictures
 from profusion.promptnet.file import load_training
-from profusion.promptnet.network import TOYBOX_PROMPTNET
-from profusion.promptnet.toybox import new_promptnet
+from profusion.toybox import train_command as commands
+from profusion.toybox.configs import TOYBOX_PROMPTNET
+from profusion.toybox.picture_sets import drawn_pictures, encoded_pictures, read_cache, toybox_pictures
 from profusion.toybox.pipeline import Toybox
+from profusion.toybox.promptnet import new_promptnet
 
 
 @pytest.fixture(scope="module")

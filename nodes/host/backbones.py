@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import comfy.image_encoders.dino2
 import torch
+from comfy.clip_vision import ClipVisionModel
+from comfy.sd import CLIP
 from torch import Tensor
 
-from ..profusion.metrics import MetricError
-from ..profusion.metrics.encoders import ImageEncoder, PairedEncoder
+from ...profusion.metrics import MetricError
+from ...profusion.metrics.encoders import ImageEncoder, PairedEncoder
 
 _NAMES = {
     ("CLIPVisionModelProjection", 24, 224): "CLIP ViT-L/14",
@@ -29,7 +30,7 @@ _NAMES = {
 class VisionEncoder:
     """A CLIP_VISION: CLIP, SigLIP or DINOv2, as Load CLIP Vision gives it."""
 
-    def __init__(self, vision: Any):
+    def __init__(self, vision: ClipVisionModel):
         self._vision = vision
         network = vision.model
         dino = isinstance(network, comfy.image_encoders.dino2.Dinov2Model)
@@ -48,7 +49,7 @@ class VisionEncoder:
 class ClipPair(VisionEncoder):
     """A CLIP_VISION with the text encoder of a CLIP that was trained with it, projections included."""
 
-    def __init__(self, clip: Any, vision: Any):
+    def __init__(self, clip: CLIP, vision: ClipVisionModel):
         super().__init__(vision)
         projection = getattr(vision.model, "visual_projection", None)
         width = projection.weight.shape[0] if isinstance(projection, torch.nn.Module) else None
@@ -61,9 +62,10 @@ class ClipPair(VisionEncoder):
         fitting = [name for name, found in widths.items() if found == width]
         if not fitting:
             raise MetricError(
-                f"clip and clip_vision were not trained together: the text encoders make features of {list(widths.values())} "
-                f"numbers and {self.name} of {width}. Connect the CLIP that goes with it (ViT-L: CLIP Loader with clip_l; ViT-H: "
-                "that of an SD 2.x checkpoint; ViT-bigG: that of SDXL), or leave clip out"
+                "clip and clip_vision were not trained together: the text encoders make features of "
+                f"{list(widths.values())} numbers and {self.name} of {width}. Connect the CLIP that goes with it "
+                "(ViT-L: CLIP Loader with clip_l; ViT-H: that of an SD 2.x checkpoint; ViT-bigG: that of SDXL), or "
+                "leave clip out"
             )
         self._clip, self._tower, self._encoder = clip, towers[fitting[0]], fitting[0]
 

@@ -12,10 +12,12 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models
 import comfy.supported_models_base
+import folder_paths
 import torch
 
-from ..profusion.models.configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE
-from ..profusion.toybox.pipeline import WEIGHTS, load_network
+from ...profusion.toybox.configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE
+from ...profusion.toybox.drawing import SIZE
+from ...profusion.toybox.pipeline import WEIGHTS, load_network
 
 VISION_CONFIG = WEIGHTS / "clip_vision_config.json"  # the host reads the tower's sizes from such a file
 
@@ -49,16 +51,17 @@ def _unet_config() -> dict[str, Any]:
     }
 
 
-def load_model(folder: Path | None = None) -> comfy.model_patcher.ModelPatcher:
-    """The UNet as a MODEL."""
+def load_model(folder: Path | None = None, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """The UNet as a MODEL. Its weights never come and go, so disable_dynamic, which newer hosts pass, changes nothing."""
     device = comfy.model_management.get_torch_device()
     config = Toybox(_unet_config())
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, device=comfy.model_management.unet_offload_device())
     model.diffusion_model.load_state_dict(load_network("unet", folder), strict=True)
-    return comfy.model_patcher.ModelPatcher(
-        model, load_device=device, offload_device=comfy.model_management.unet_offload_device()
-    )
+    offload_device = comfy.model_management.unet_offload_device()
+    patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload_device)
+    patcher.cached_patcher_init = (load_model, (folder,))  # how newer hosts load it once more, to train on or for a GPU
+    return patcher
 
 
 def load_clip(embedding_directory: list[str] | None = None, folder: Path | None = None) -> comfy.sd.CLIP:
@@ -81,12 +84,17 @@ def _tokenizer(embedding_directory=None, tokenizer_data=None) -> comfy.sd1_clip.
     return tokenizer
 
 
+def embedding_folders() -> list[str]:
+    """Where the host looks for textual inversions."""
+    return folder_paths.get_folder_paths("embeddings")
+
+
 def load_vae(folder: Path | None = None) -> comfy.sd.VAE:
     """The autoencoder as a VAE."""
     sizes = {
         "double_z": True,
         "z_channels": TOYBOX_VAE.latent_channels,
-        "resolution": 96,
+        "resolution": SIZE,
         "in_channels": 3,
         "out_ch": 3,
         "ch": TOYBOX_VAE.channels,

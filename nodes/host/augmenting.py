@@ -1,0 +1,81 @@
+"""Variants of one picture: what is around its object drawn anew by the host's sampler under a denoise mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
+from torch import Tensor
+
+from ...profusion.augment import composite, redrawn_cells, soft_edge
+from ...profusion.pictures import to_image
+from .display import Progress
+from .drawing import SEEDS, Sampling, draw
+from .encoding import encode_references, shown
+
+
+class _Inpainting:
+    """Draws what is around one object anew, with the host's own sampler under a denoise mask."""
+
+    def __init__(self, model: ModelPatcher, clip: CLIP, vae: VAE, picture: Tensor, mask: Tensor):
+        """picture (H, W, 3), mask (H, W)."""
+        self._model, self._clip, self._vae = model, clip, vae
+        (reference,) = encode_references(model, vae, picture[None], mask[None])
+        latent = reference.latent[None].cpu()
+        self._redrawn = redrawn_cells(mask, tuple(latent.shape[-2:])).to(latent)[None, None]
+        # Zero where it is drawn anew: the highest noise level still holds some of the latent under it.
+        self._latent = model.model.process_latent_out(latent * (1 - self._redrawn))
+        self._extras = {}
+        if getattr(model.model, "concat_keys", ()):  # an inpainting model, which is shown what to keep
+            masked = vae.encode(shown(picture[None], mask[None]))
+            self._extras = {"concat_latent_image": masked, "concat_mask": self._redrawn}
+        self._negative = self._encode("")
+
+    def _encode(self, text: str) -> list:
+        encoded = self._clip.encode_from_tokens_scheduled(self._clip.tokenize(text))
+        return [[context, {**extras, **self._extras}] for context, extras in encoded]
+
+    def draw(self, prompt: str, seed: int, sampling: Sampling, callback: Callable) -> Tensor:
+        """One picture (H, W, 3), the object's place included."""
+        drawn = draw(
+            self._model,
+            self._encode(prompt),
+            self._negative,
+            self._latent,
+            seed,
+            sampling,
+            callback,
+            noise_mask=self._redrawn,
+        )
+        return self._vae.decode(drawn).float().cpu()[0, ..., :3]
+
+
+def variants(
+    model: ModelPatcher,
+    clip: CLIP,
+    vae: VAE,
+    picture: Tensor,
+    mask: Tensor,
+    prompts: Sequence[str],
+    count: int,
+    seed: int,
+    sampling: Sampling,
+    feather: int,
+) -> list[Tensor]:
+    """`count` pictures (H, W, 3) with the object of `picture` (H, W, 3) inside `mask` (H, W), prompts used in turn.
+
+    feather: pixels outside the mask over which the picture fades into the new background.
+    """
+    inpainting, edge = _Inpainting(model, clip, vae, picture, mask), soft_edge(mask, feather)
+    progress, made = Progress(count * sampling.steps), []
+    for index in range(count):
+
+        def report(step: int, *_: Any, index: int = index) -> None:
+            newest = to_image(made[-1]) if step == 0 and made else None
+            progress.report(index * sampling.steps + step + 1, newest)
+
+        drawn = inpainting.draw(prompts[index % len(prompts)], (seed + index) % SEEDS, sampling, report)
+        made.append(composite(drawn, picture, edge))
+    return made

@@ -1,0 +1,144 @@
+"""Where a noun is in the host's prompts, and the concepts that a CONDITIONING carries there into sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ...profusion.infusion import (
+    CONCEPTS_KEY,
+    Layer,
+    PlacedConcept,
+    Placement,
+    UnsupportedModelError,
+    check_context_width,
+)
+from ...profusion.prompt import NounError, Span, choose_spans, find_noun
+from ...profusion.promptnet.pseudo_word import with_stand_in
+from ...profusion.residual import Residual, check_architecture
+from ...profusion.residual.training import PROMPTS
+
+if TYPE_CHECKING:
+    from comfy.sd import CLIP
+
+MORE_CONCEPTS = ("_2", "_3", "_4")
+
+
+def noun_spans(clip: CLIP, text: str, noun: str, pseudo_words: int = 0) -> list[Span]:
+    """The context rows of each occurrence of a noun in a prompt, as this CLIP tokenises both.
+
+    pseudo_words: tokens of the S* that the prompt has, if it has one.
+    """
+    if pseudo_words:
+        text, _ = with_stand_in(text, pseudo_words)
+
+    def ends_word(token: int) -> bool:
+        return clip.tokenizer.untokenize([(token, 1.0)])[0][1].endswith("</w>")
+
+    prompt = clip.tokenize(text, return_word_ids=True)
+    nouns = clip.tokenize(noun, return_word_ids=True, disable_weights=True)
+    found = []
+    for encoder, chunks in prompt.items():
+        words = [[(token, word) for token, _, word in chunk] for chunk in chunks]
+        noun_tokens = [token for chunk in nouns[encoder] for token, _, word in chunk if word != 0]
+        if not noun_tokens:
+            raise NounError(
+                f"noun={noun!r} has no word in it that the text encoder {encoder!r} reads: give one such as cat"
+            )
+        if not ends_word(noun_tokens[-1]):
+            raise UnsupportedModelError(
+                f"Infusion finds nouns in CLIP's tokens, and text encoder {encoder!r} is not CLIP"
+            )
+        found.append(find_noun(words, noun_tokens, ends_word))
+    if any(spans != found[0] for spans in found):
+        raise ValueError(f"the text encoders {', '.join(prompt)} disagree on where {noun!r} is in the prompt {text!r}")
+    return found[0]
+
+
+def encode_prompt(clip: CLIP, text: str, concepts: Sequence[PlacedConcept]) -> list:
+    """A CONDITIONING of the prompt that carries these concepts."""
+    return carrying(clip.encode_from_tokens_scheduled(clip.tokenize(text)), concepts)
+
+
+def carrying(conditioning: list, concepts: Sequence[PlacedConcept]) -> list:
+    """The CONDITIONING with these concepts beside those that it carries already."""
+    return [
+        [context, {**extras, CONCEPTS_KEY: (*extras.get(CONCEPTS_KEY, ()), *concepts)}]
+        for context, extras in conditioning
+    ]
+
+
+def encode_training_prompts(clip: CLIP, noun: str, layers: Sequence[Layer]) -> tuple[list[list], list[Span]]:
+    """The training prompts of a noun: their CONDITIONINGs, and the noun's rows in each."""
+    if not any(character.isalnum() for character in noun):
+        raise NounError(f"noun={noun!r}: give the class of what the pictures show, such as cat")
+    prompts = [prompt.format(noun) for prompt in PROMPTS]
+    spans = [noun_spans(clip, prompt, noun) for prompt in prompts]
+    if not all(spans):
+        raise NounError(f"noun={noun!r} is not found in the prompt {prompts[0]!r}: give a plain word, without brackets")
+    conditionings = [encode_prompt(clip, prompt, ()) for prompt in prompts]
+    check_context_width(conditionings[0][0][0].shape[-1], layers)
+    return conditionings, [places[-1] for places in spans]  # the last: the noun may be "photo"
+
+
+@dataclass(frozen=True)
+class ConceptInput:
+    """One residual as it comes in, and where its place in the node is (for error messages)."""
+
+    slot: str
+    residual: Residual
+    strength: float
+    occurrence: str
+    region: Tensor | None = None
+
+
+def place_concepts(
+    clip: CLIP,
+    text: str,
+    layers: Sequence[Layer],
+    concepts: Sequence[ConceptInput],
+    start_percent: float,
+    end_percent: float,
+    pseudo_words: int = 0,
+) -> list[PlacedConcept]:
+    """Find each concept's noun in the prompt. Errors say what is wrong with which input and quote the prompt.
+
+    pseudo_words: tokens of the S* that the prompt has, if it has one.
+    """
+    if not text.strip():
+        raise NounError("the prompt is empty: write one that has the noun of each residual")
+    if start_percent > end_percent:
+        raise ValueError(
+            f"start_percent={start_percent} is after end_percent={end_percent}: the concepts would never be active"
+        )
+    placed = []
+    for concept in concepts:
+        check_architecture(concept.residual, layers)
+        sharing = [c for c in concepts if c.occurrence == "auto" and _same_noun(c, concept)]
+        turn = next((index for index, other in enumerate(sharing) if other is concept), 0)
+        rows = _rows(clip, text, pseudo_words, concept, turn, len(sharing))
+        residual, region = concept.residual, concept.region
+        if region is not None and not region.any():
+            raise ValueError(f"region{concept.slot} is all black: {residual.noun!r} could appear nowhere")
+        placement = Placement(residual.delta, residual.layers, rows, concept.strength, region=region)
+        placed.append(PlacedConcept(placement, start_percent, end_percent))
+    return placed
+
+
+def _same_noun(one: ConceptInput, other: ConceptInput) -> bool:
+    return one.residual.noun.lower().split() == other.residual.noun.lower().split()
+
+
+def _rows(clip: CLIP, text: str, pseudo_words: int, concept: ConceptInput, turn: int, sharing: int) -> tuple[int, ...]:
+    noun = concept.residual.noun
+    spans = noun_spans(clip, text, noun, pseudo_words)
+    if not spans:
+        raise NounError(f"residual{concept.slot} is of the noun {noun!r}, which is not a word of the prompt {text!r}")
+    try:
+        chosen = choose_spans(spans, concept.occurrence, turn, sharing)
+    except NounError as error:
+        raise NounError(f"residual{concept.slot}: {error} of the noun {noun!r} in the prompt {text!r}") from None
+    return tuple(row for span in chosen for row in span)

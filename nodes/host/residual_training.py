@@ -1,0 +1,227 @@
+"""One training of a residual in the host: what is trained, what is shown of it, and its file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
+from torch import Tensor
+
+from ...profusion.infusion import CONCEPTS_KEY
+from ...profusion.pictures import concept_pictures, loss_plot, stacked, to_image
+from ...profusion.prompt import NounError
+from ...profusion.residual import Residual, ResidualError, SavedResidual, save_residual
+from ...profusion.residual.training import ResidualTraining, TrainingOptions
+from .display import Progress
+from .drawing import Sampling, draw
+from .encoding import check_connected, encode_references, model_layers
+from .evaluation import TrainedModel
+from .files import next_residual_path
+from .placing import ConceptInput, encode_prompt, encode_training_prompts, place_concepts
+from .streams import add_streams
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FOLDER = "training"
+
+PREVIEW_EVERY = 10
+
+_unsaved: dict[str, Residual] = {}
+"""The last training that no file could be written of, by `_identity`: queued again, it goes on from there."""
+
+
+class SamplePictures:
+    """Draws a prompt with what has been learned so far, always from the same noise.
+
+    size: (C, H, W) of the latents. `plain` is the picture without the concept, once one has been drawn.
+    """
+
+    def __init__(
+        self,
+        model: ModelPatcher,
+        clip: CLIP,
+        vae: VAE,
+        text: str,
+        size: Sequence[int],
+        seed: int,
+        sampling: Sampling,
+    ):
+        self._clip, self._vae, self._text = clip, vae, text
+        self._model, self._layers = model, model_layers(model)
+        self._positive, self._negative = encode_prompt(clip, text, ()), encode_prompt(clip, "", ())
+        self._size, self._seed, self._sampling = tuple(size), seed, sampling
+        self.plain: Tensor | None = None
+
+    def place(self, residual: Residual) -> list:
+        """The prompt's CONDITIONING with the concept. Raises NounError where the prompt lacks its noun."""
+        placed = place_concepts(
+            self._clip, self._text, self._layers, [ConceptInput("", residual, 1.0, "auto")], 0.0, 1.0
+        )
+        return [[context, {**extras, CONCEPTS_KEY: tuple(placed)}] for context, extras in self._positive]
+
+    def draw(self, residual: Residual) -> Tensor:
+        """One picture (1, H, W, 3)."""
+        latent, foundations = torch.zeros(1, *self._size), []
+        model = add_streams(self._model, self._layers, shared_latent=False, on_foundation=foundations.append)
+        samples = draw(model, self.place(residual), self._negative, latent, self._seed, self._sampling)
+        if self.plain is None:
+            self.plain = self._decode(self._model.model.process_latent_out(foundations[0].float()))
+        return self._decode(samples)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self._vae.decode(latents).float().cpu()
+
+
+class TrainingRun:
+    """One training: the training, what is shown of it, and its file."""
+
+    def __init__(
+        self,
+        training: ResidualTraining,
+        model: TrainedModel,
+        samples: SamplePictures,
+        sample_every: int,
+        identity: str,
+    ):
+        self.training, self._model, self._samples, self._identity = training, model, samples, identity
+        self._sample_every, self.first_step = sample_every, training.step
+        self.pictures: list[Tensor] = []  # the newest first
+        self.saved: SavedResidual | None = None
+        self._progress = Progress(training.options.steps)
+
+    def check(self) -> None:
+        """Find out before the training, not after it, what would make it worthless."""
+        residual = self.training.residual()
+        try:
+            self._samples.place(residual)
+        except NounError as error:
+            raise NounError(f"sample_prompt: {error}") from None
+        trial = Residual(
+            torch.zeros_like(residual.delta),
+            residual.noun,
+            residual.layers,
+            residual.architecture,
+            training_state={name: torch.zeros_like(residual.delta) for name in ("exp_avg", "exp_avg_sq")},
+        )
+        _save(trial, "trial").path.unlink()
+
+    def train(self) -> None:
+        """Train to the end, drawing a sample at every `sample_every`th step (0: none) and the last."""
+        options = self.training.options
+        shape = options.batch_size, *self.training.latent_size
+        for stop in _stops(self.training.step, options.steps, self._sample_every):
+            self._model.run(lambda stop=stop: self._train_until(stop), shape)
+            if stop == options.steps:
+                self.saved = _save(self.training.residual(), f"{stop}_steps")
+            self.pictures.insert(0, self._samples.draw(self.training.residual()))
+            self._progress.report(stop, self._preview())
+        _unsaved.clear()
+
+    def _train_until(self, stop: int) -> None:
+        for _ in self.training.steps():
+            done = self.training.step
+            worth_showing = done % PREVIEW_EVERY == 0 or done in (self.first_step + 1, stop)
+            self._progress.report(done, self._preview() if worth_showing else None)
+            if done == stop:
+                return
+
+    def _preview(self) -> Image.Image:
+        """The newest sample above the plot so far."""
+        sample = [to_image(picture[0]) for picture in self.pictures[:1]]
+        return stacked([*sample, self.plot()])
+
+    def plot(self) -> Image.Image:
+        return loss_plot(self.training.losses, self.training.options.steps, start=self.first_step)
+
+    def samples(self) -> Tensor:
+        """Every sample, (B, H, W, 3), the newest first, and the plain picture."""
+        return torch.cat([*self.pictures, self._samples.plain])
+
+    def keep(self) -> str:
+        """After a failure: keep what has been learned, and say where."""
+        training, done = self.training, self.training.step
+        if self.saved is not None:
+            return f"The training is finished, and saved as {self.saved.path}"
+        if done == self.first_step and self._identity not in _unsaved:
+            return "Nothing had been learned yet."
+        try:
+            path = _save(training.residual(), f"partial_{done}_steps").path
+        except (ResidualError, OSError) as error:
+            _unsaved.clear()
+            _unsaved[self._identity] = training.residual()
+            return (
+                f"The {done} steps so far could not be saved: {error} Until ComfyUI is closed they are in memory: "
+                "queue the same inputs again to go on from there."
+            )
+        return f"The {done} steps so far are saved as {path}; load it into resume to go on from there."
+
+
+def _stops(first: int, last: int, every: int) -> Iterator[int]:
+    """The steps at which the training pauses for a sample: multiples of `every`, and the last."""
+    if every:
+        yield from range(first - first % every + every, last, every)
+    yield last
+
+
+def _save(residual: Residual, name: str) -> SavedResidual:
+    """Write a residual that can be resumed, as models/profusion_residuals/training/<noun>_<name>_<number>_."""
+    return save_residual(residual, next_residual_path(f"{FOLDER}/%noun%_{name}", residual.noun), "float32")
+
+
+def _identity(model: ModelPatcher, pictures: Tensor, masks: Tensor, noun: str, options: TrainingOptions) -> str:
+    """What must be the same for one training to go on as another."""
+    digest = hashlib.sha256(repr((id(model.model), str(model.patches_uuid), noun, options)).encode())
+    for tensor in (pictures, masks):
+        digest.update(tensor.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The sample pictures that a training draws: their prompt, with %noun% for the noun, every so many steps."""
+
+    prompt: str
+    every: int
+    sampling: Sampling
+
+
+def prepare_training(
+    model: ModelPatcher,
+    clip: CLIP,
+    vae: VAE,
+    images: Tensor,
+    masks: Tensor | None,
+    noun: str,
+    options: TrainingOptions,
+    resume: Residual | None,
+    samples: Samples,
+) -> TrainingRun:
+    """Check the inputs and encode them, once. Errors name the input."""
+    layers = model_layers(model)
+    check_connected(clip=clip, vae=vae)
+    pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
+    identity = _identity(model, pictures, weights, noun, options)
+    conditionings, rows = encode_training_prompts(clip, noun, layers)
+    trained = TrainedModel(model, conditionings)
+    references = encode_references(model, vae, pictures, weights)
+    flipped = encode_references(model, vae, pictures.flip(2), weights.flip(2)) if options.flip else ()
+    if resume is not None and resume.steps >= options.steps:
+        raise ResidualError(
+            f"the residual to resume has {resume.steps} steps already, and steps={options.steps} counts from the "
+            "first: raise steps to train it further"
+        )
+    resume = _unsaved.get(identity, resume)
+    training = ResidualTraining(
+        trained.predict_noise, references, rows, layers, noun, options, flipped, resume, trained.sigmas
+    )
+    text = samples.prompt.replace("%noun%", noun)
+    drawn = SamplePictures(model, clip, vae, text, training.latent_size, options.seed, samples.sampling)
+    run = TrainingRun(training, trained, drawn, samples.every, identity)
+    run.check()
+    return run
