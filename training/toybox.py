@@ -27,7 +27,7 @@ from .sheets import generated, write_sheet
 from .text import check_vocabulary, train_text, vocabulary, whole
 from .unet import train_unet
 from .vae import encode_all, train_decoder, train_vae
-from .vision import train_vision
+from .vision import train_vision, write_host_config
 
 
 def train(session: Session, out: Path) -> None:
@@ -57,6 +57,7 @@ def train(session: Session, out: Path) -> None:
     save_network("unet", unet, out)
     vision = train_vision(session, data, text)
     save_network("vision", vision, out)
+    write_host_config(out)
     save_network("text", whole(text), out, vocabulary())
     session.say(
         "export", 1, None, f"  {sum(path.stat().st_size for path in out.glob('*.safetensors')):,} bytes in {out}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import nn
@@ -49,3 +52,21 @@ def train_vision(session: Session, data: DataSet, text: TextModel) -> VisionMode
 
     stage.run(loss_of)
     return vision.eval()
+
+
+def write_host_config(folder: Path) -> None:
+    """The tower's sizes in the file from which the host reads them, beside the weights."""
+    config = TOYBOX_VISION
+    sizes = {
+        "model_type": "clip_vision_model",
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.intermediate,
+        "hidden_act": "quick_gelu",
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": 3,
+        "projection_dim": config.projection,
+    }
+    (folder / "clip_vision_config.json").write_text(json.dumps(sizes, indent=2) + "\n")

@@ -55,7 +55,7 @@ def color_check(pair: PairedEncoder) -> int:
     colors = torch.tensor(list(DISCS.values()), dtype=torch.float32) / 255
     grid = torch.linspace(-1, 1, _SIDE)
     inside = (grid[:, None] ** 2 + grid**2 < 0.45)[..., None]
-    discs = torch.where(inside, colors[:, None, None], 0.5)  # (8, SIZE, SIZE, 3)
+    discs = torch.where(inside, colors[:, None, None], 0.5)  # (8, 96, 96, 3)
     try:
         cosines = cosine(pair.images(discs), pair.texts([f"a {color} ball" for color in DISCS]))
     except MetricError:

@@ -50,8 +50,8 @@ def toybox_training(
 def toybox_finetuning(
     toybox: Toybox, network: PromptNet, pictures: FinetunePictures, options: FinetuneOptions, attention: bool = True
 ) -> FinetuneTraining:
-    """A PromptNet's fine-tuning and, if asked for, that of Toybox's attention layers, whose `changes` are to be put on
-    it by `changes.changed` while it trains and while it draws. network: a `trainable_copy`."""
+    """A PromptNet's fine-tuning and, if asked for, that of Toybox's attention layers, whose `changes` are to be put on it by
+    `changes.changed` while it trains and while it draws. network: a `trainable_copy`."""
     layers = attention_layers(dict(toybox.unet.named_parameters())) if attention else {}
     changes = start_changes(layers, options.rank, torch.Generator().manual_seed(options.seed))
     return FinetuneTraining(network, *_evaluation(toybox, network, options), pictures, options, changes)

@@ -173,8 +173,7 @@ def _split(pictures: PictureSet) -> tuple[PictureSet, PictureSet | None]:
 
 
 def _train(command: Command, training: PromptNetTraining, kept: PictureSet | None, say: Say) -> float:
-    """The seconds that the rest of a training took. Raises KeyboardInterrupt after an interrupted step, when it is
-    saved."""
+    """The seconds that the rest of a training took. Raises KeyboardInterrupt after an interrupted step, when it is saved."""
     started, first = time.monotonic(), training.step
     with _interrupts() as interrupts:
         for _ in training.steps():

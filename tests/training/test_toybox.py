@@ -1,6 +1,7 @@
-"""The training tool as a whole, on a recipe of a few steps: from drawing to weights that load, in one go or in slices."""
+"""The training tool as a whole, on a recipe of a few steps: from drawing to weights, in one go or in slices."""
 
 import contextlib
+import json
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from profusion.toybox import world
 from profusion.toybox.configs import TOYBOX_VAE
 from profusion.toybox.drawing import SIZE
 from profusion.toybox.judge import Judge
-from profusion.toybox.pipeline import CELLS, NETWORKS, Toybox, seeded
+from profusion.toybox.pipeline import CELLS, NETWORKS, WEIGHTS, Toybox, seeded
 from training import toybox as tool
 from training.data import Captions, DataSet
 from training.recipe import STAGES, Recipe
@@ -70,9 +71,18 @@ def test_the_tool_trains_weights_that_load_and_draw(trained):
     assert pictures.shape == (1, SIZE, SIZE, 3) and judge.look(pictures).nouns[0] in world.NOUNS
     known = toybox.text.text_model.embeddings.token_embedding.weight.any(dim=1)
     assert known.nonzero().flatten().tolist() == vocabulary().tolist()
-    assert sorted(path.name for path in (trained / "weights").iterdir()) == sorted(
-        f"toybox_{network}.safetensors" for network in (*NETWORKS, "judge")
+    networks = [f"toybox_{network}.safetensors" for network in (*NETWORKS, "judge")]
+    assert sorted(path.name for path in (trained / "weights").iterdir()) == [
+        "clip_vision_config.json",
+        *sorted(networks),
+    ]
+    shipped, written = (
+        json.loads((folder / "clip_vision_config.json").read_text()) for folder in (WEIGHTS, trained / "weights")
     )
+    assert written["image_size"] == SIZE and written | {"image_size": 0, "patch_size": 0} == shipped | {
+        "image_size": 0,
+        "patch_size": 0,
+    }
 
 
 @pytest.mark.slow
@@ -93,7 +103,7 @@ def test_the_tool_in_slices_makes_the_same_weights_bit_for_bit(trained, tmp_path
             tool.train(session(tmp_path, Sliced), tmp_path / "weights")
             finished = True
     assert finished and sittings > 3
-    for path in (trained / "weights").iterdir():
+    for path in (trained / "weights").glob("*.safetensors"):
         once, sliced = load_file(path), load_file(tmp_path / "weights" / path.name)
         assert once.keys() == sliced.keys()
         assert all(torch.equal(value, sliced[name]) for name, value in once.items()), path.name
