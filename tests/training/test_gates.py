@@ -53,7 +53,7 @@ def test_blur_costs_decibels_and_likeness_and_spilling_moves_the_background():
     assert 10 < gates._psnr(blurred, 3, 0) < 25
     assert gates._psnr(Cells(blur=0.5), 3, 0) == pytest.approx(gates._psnr(Cells(blur=1.0), 3, 0) + 6.02, abs=0.1)
     assert gates._likeness(blurred, name, 2, 0) < 0.97
-    assert gates._exchange(blurred, 3, 0) < 1e-6  # of each cell by itself
+    assert gates._exchange(blurred, 3, 0) < 1e-4  # only in the cells that the outline crosses
     assert 0.003 < gates._exchange(Cells(spill=0.5), 6, 0) < 0.1
 
 
