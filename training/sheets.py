@@ -47,16 +47,18 @@ def generated(unet: nn.Module, vae: VAE, text: nn.Module, scenes: tuple[world.Sc
 
 
 def write_sheet(session: Session, name: str, vae: VAE | None = None, draw=None) -> None:
-    """Write DIR/sheets/NAME.png; `draw(scenes)` makes the generated row, if there is one yet."""
+    """Write DIR/sheets/NAME.png if it is not there; `draw(scenes)` makes the generated row, if there is one yet."""
+    path = session.work / "sheets" / f"{name}.png"
+    if path.exists():
+        return
     scenes = shown_scenes(session.sheet_scenes)
     rows = [drawn_pictures(scenes)]
     if vae is not None:
         rows.append(through(vae, rows[0]))
     if draw is not None:
         rows.append(draw(scenes))
-    folder = session.work / "sheets"
-    folder.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     bands = [row[first : first + COLUMNS] for first in range(0, len(scenes), COLUMNS) for row in rows]
     pixels = torch.cat([torch.cat(list(band), dim=1) for band in bands])
-    Image.fromarray((255 * pixels).round().byte().numpy()).save(folder / f"{name}.png")
-    print(f"{time.strftime('%H:%M:%S')} sheet: {folder / name}.png", flush=True)
+    Image.fromarray((255 * pixels).round().byte().numpy()).save(path)
+    print(f"{time.strftime('%H:%M:%S')} sheet: {path}", flush=True)

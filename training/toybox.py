@@ -31,8 +31,8 @@ from .vision import train_vision, write_host_config
 
 
 def train(session: Session, out: Path) -> None:
-    """All stages, each from where it stopped; every network goes to `out` once it is finished. Raises Stopped when the
-    session is over."""
+    """All stages, each from where it stopped. Every network goes to `out` once it is finished, the UNet and its text tower
+    to `out`/unfinished whenever they are looked at. Raises Stopped when the session is over."""
     session.recipe.keep(session.work)
     check_vocabulary()
     data = DataSet.draw(session)
@@ -51,6 +51,8 @@ def train(session: Session, out: Path) -> None:
 
     def watch(step: int, unet: UNet) -> None:
         write_sheet(session, f"4-unet-{step:05}", vae, draw_with(unet))
+        save_network("unet", unet, out / "unfinished")
+        save_network("text", whole(text), out / "unfinished", vocabulary())
 
     unet = train_unet(session, data, latents, text, watch)
     write_sheet(session, "5-unet", vae, draw_with(unet))
