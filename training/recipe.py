@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-STAGES = ("draw", "vae", "decoder", "judge", "text", "unet", "vision", "export")
+STAGES = ("draw", "vae", "judge", "decoder", "text", "unet", "vision", "export")
 
 
 class RecipeError(ValueError):

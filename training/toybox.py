@@ -1,7 +1,7 @@
 """Train Toybox: `python -m training.toybox --work DIR`. Stop it at any moment and start it again; same seed, same
 weights.
 
-Stages: draw the world; the autoencoder, then its decoder alone; the judge; the text tower alone; the UNet with the text
+Stages: draw the world; the autoencoder; the judge; the decoder alone; the text tower alone; the UNet with the text
 tower; the image tower; export. After each, and while the UNet learns, DIR/sheets has pictures to look at.
 """
 
@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 
 from profusion.models.unet import UNet
-from profusion.toybox.pipeline import save_network
+from profusion.models.vae import VAE
+from profusion.toybox.judge import Judge
+from profusion.toybox.pipeline import load_network, save_network
 
 from .data import DataSet
 from .judge import train_judge
@@ -26,23 +28,37 @@ from .session import Session, Stopped
 from .sheets import generated, write_sheet
 from .text import check_vocabulary, train_text, vocabulary, whole
 from .unet import train_unet
-from .vae import encode_all, train_decoder, train_vae
+from .vae import encode_all, new_vae, train_decoder, train_vae
 from .vision import train_vision, write_host_config
 
 
-def train(session: Session, out: Path) -> None:
-    """All stages, each from where it stopped. Every network goes to `out` once it is finished, the UNet and its text tower
-    to `out`/unfinished whenever they are looked at. Raises Stopped when the session is over."""
+def autoencoder(session: Session, data: DataSet, out: Path, given: Path | None) -> VAE:
+    """The autoencoder and the judge, trained or taken from the folder `given`, and written to `out`."""
+    if given:
+        vae = new_vae(session).eval()
+        vae.load_state_dict(load_network("vae", given))
+        save_network("judge", Judge.load(given).network, out)
+    else:
+        vae = train_vae(session, data)
+        write_sheet(session, "2-vae", vae)
+        save_network("judge", train_judge(session), out)
+        vae = train_decoder(session, data, vae)
+    write_sheet(session, "3-decoder", vae)
+    save_network("vae", vae, out)
+    return vae
+
+
+def train(session: Session, out: Path, given: Path | None = None) -> None:
+    """All stages, each from where it stopped. Every network goes to `out` once it is finished, the UNet and its text
+    tower to `out`/unfinished whenever they are looked at. Raises Stopped when the session is over.
+
+    given: a folder with a finished autoencoder and its judge, which are then not trained.
+    """
     session.recipe.keep(session.work)
     check_vocabulary()
     data = DataSet.draw(session)
     write_sheet(session, "1-drawn")
-    vae = train_vae(session, data)
-    write_sheet(session, "2-vae", vae)
-    vae = train_decoder(session, data, vae)
-    write_sheet(session, "3-decoder", vae)
-    save_network("vae", vae, out)
-    save_network("judge", train_judge(session), out)
+    vae = autoencoder(session, data, out, given)
     text = train_text(session, data)
     latents = encode_all(session, vae, data)
 
@@ -72,6 +88,7 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=None, help="folder for the finished weights (default: WORK/weights)"
     )
+    parser.add_argument("--vae", type=Path, default=None, help="folder with a finished autoencoder and judge to take")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, mps, ...")
     parser.add_argument("--minutes", type=float, default=None, help="stop after so many; start again to go on")
     parser.add_argument("--threads", type=int, default=None, help="of the CPU (default: torch's choice)")
@@ -103,7 +120,7 @@ def main(given: list[str] | None = None) -> None:
     try:
         session = Session(arguments.work, recipe_of(arguments), arguments.device, arguments.minutes)
         with session.signals():
-            train(session, arguments.out or session.work / "weights")
+            train(session, arguments.out or session.work / "weights", arguments.vae)
     except RecipeError as error:
         sys.exit(str(error))
     except Stopped as stopped:

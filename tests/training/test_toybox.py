@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -39,15 +40,16 @@ TINY = Recipe(
 SHEETS = ["1-drawn", "2-vae", "3-decoder", "4-unet-00002", "5-unet"]
 
 
+@dataclass
 class Sliced(Session):
     """A session that is over after a few looks at the clock."""
 
-    looks = 3
+    looks_left: int = 3
 
     @property
     def over(self):
-        self.looks -= 1
-        return self.looks < 0
+        self.looks_left -= 1
+        return self.looks_left < 0
 
 
 def session(folder, kind=Session, **options):
@@ -79,6 +81,16 @@ def test_the_tool_trains_weights_that_load_and_draw(trained):
             load_network(network, folder) for folder in (trained / "weights/unfinished", trained / "weights")
         )
         assert early.keys() == late.keys() and not all(torch.equal(early[name], late[name]) for name in early)
+
+
+@pytest.mark.slow
+def test_a_finished_autoencoder_is_taken_as_it_is(trained, tmp_path):
+    with pytest.raises(Stopped):
+        tool.train(session(tmp_path, Sliced, looks_left=0), tmp_path / "weights", trained / "weights")
+    assert not list(tmp_path.glob("vae.*")) and not list(tmp_path.glob("judge.*"))
+    for network in ("vae", "judge"):
+        given, taken = (load_network(network, folder / "weights") for folder in (trained, tmp_path))
+        assert all(torch.equal(value, taken[name]) for name, value in given.items())
 
 
 @pytest.mark.slow
