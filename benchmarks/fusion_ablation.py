@@ -1,7 +1,7 @@
 """Does Fusion Sampling help? `python -m benchmarks.fusion_ablation`: ProFusion's ablation (arXiv 2305.13579) on Toybox.
 
-The variants differ in sampling alone, and are judged as `benchmarks.fusion_judging` says. `--figures words` tells instead what
-S* alone carries: "a photo of S*" against plain text and a mean embedding.
+The variants differ in sampling alone, and are judged as `benchmarks.fusion_judging` says. `--figures words` tells
+instead what S* alone carries: "a photo of S*" against plain text and a mean embedding.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def variants(cfg: float, text_weight: float, options: FusionOptions) -> list[Var
 
 
 def reasons(cfg: float, options: FusionOptions) -> list[Variant]:
-    """What the fusion stage does by itself: both stages without the plain text, and that without less of S* in the first."""
+    """What the fusion stage does by itself: both stages without the plain text, and that
+    without less of S* in the first."""
     alone = Guidance((1.0,), cfg)
     return [
         Variant("both stages, no plain text", alone, options),

@@ -1,10 +1,10 @@
 """What fine-tuning to one picture adds: `python -m benchmarks.fusion_finetune --json FILE`, on Toybox.
 
-Each unseen picture has a PromptNet of its own, of 50 steps (ProFusion, arXiv 2305.13579, section 3.1), together with the UNet's
-attention layers. Its drawings are judged as `benchmarks.fusion_judging` says, in the ablation's variants: after fine-tuning on
-the picture alone; on the picture and three variants of it, its object on other backgrounds, drawn by inpainting as Concept Augment
-does; and, of PromptNet alone on the first `--regularised` pictures, with a penalty of so much strength on how far S* leaves the
-noun's own word, which the paper does without.
+Each unseen picture has a PromptNet of its own, of 50 steps (ProFusion, arXiv 2305.13579, section 3.1), together with
+the UNet's attention layers. Its drawings are judged as `benchmarks.fusion_judging` says, in the ablation's variants:
+after fine-tuning on the picture alone; on the picture and three variants of it, its object on other backgrounds, drawn
+by inpainting as Concept Augment does; and, of PromptNet alone on the first `--regularised` pictures, with a penalty of
+so much strength on how far S* leaves the noun's own word, which the paper does without.
 
 Every picture's figures are kept beside --json, and a run that was stopped goes on after the last.
 """
@@ -47,7 +47,8 @@ EDGE = 4  # pixels over which a variant's object fades into its background, as C
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to fine-tune. augmented: on variants too. attention: whether the UNet's layers learn. penalty: see `penalise`."""
+    """One way to fine-tune. augmented: on variants too. attention: whether the UNet's layers
+    learn. penalty: see `penalise`."""
 
     name: str
     augmented: bool = False
@@ -85,7 +86,8 @@ class Recipe:
 
 @torch.no_grad()
 def augmented(toybox: Toybox, picture: Tensor, mask: Tensor, noun: str, seed: int, steps: int, cfg: float) -> Tensor:
-    """The picture (96, 96, 3) and, for each of PLACES, one in which what is around its object is drawn anew: (4, 96, 96, 3)."""
+    """The picture (96, 96, 3) and, for each of PLACES, one in which what is around its object is
+    drawn anew: (4, 96, 96, 3)."""
     texts = variant_prompts("\n".join(f"a photo of a %noun% {BACKGROUND_PHRASES[place]}" for place in PLACES), noun)
     latent = toybox.vae.latents(picture[None])
     redrawn = redrawn_cells(mask, tuple(latent.shape[-2:]))

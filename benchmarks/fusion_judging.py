@@ -1,8 +1,9 @@
-"""How Fusion Sampling's benchmarks judge a way to sample: unseen pictures times prompts, from the same seeds for every way.
+"""How Fusion Sampling's benchmarks judge a way to sample: unseen pictures times prompts, from
+the same seeds for every way.
 
 The references are drawn combinations of colours, pattern and noun that training held out. The prompts put S* on another
-background or beside a second object. Judged: whether the object looks like the reference (`concept`, 0..1), is the right
-noun, and whether the rest of the prompt is there (`text`: the background, or the second object and its colour).
+background or beside a second object. Judged: whether the object looks like the reference (`concept`, 0..1), is the
+right noun, and whether the rest of the prompt is there (`text`: the background, or the second object and its colour).
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def references(count: int, seed: int) -> References:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of each picture in turn: likeness to its reference, whether its noun is right, whether the rest of the prompt is there."""
+    """Of each picture in turn: likeness to its reference, whether its noun is right, whether the
+    rest of the prompt is there."""
 
     concept: list[float]
     noun: list[bool]
@@ -77,7 +79,8 @@ class Scores:
         }
 
     def minus(self, other: Scores) -> dict[str, list[float]]:
-        """Means and half 95 % intervals of what each picture scores more than the other's of the same seed and prompt."""
+        """Means and half 95 % intervals of what each picture scores more than the other's of
+        the same seed and prompt."""
         return {
             name: rounded([a - b for a, b in zip(getattr(self, name), getattr(other, name), strict=True)])
             for name in ("concept", "noun", "text")

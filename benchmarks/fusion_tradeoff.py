@@ -1,7 +1,8 @@
 """What each cheaper Fusion Sampling costs and keeps: `python -m benchmarks.fusion_tradeoff`, on Toybox.
 
-Cost: UNet rows a step, counted, and time over that of plain guidance by text with as many steps, S* included: in one process,
-in turns. Scores: `benchmarks.fusion_judging`, and how much lower they are than the full scheme's on the same pictures and seeds.
+Cost: UNet rows a step, counted, and time over that of plain guidance by text with as many steps, S* included: in
+one process, in turns. Scores: `benchmarks.fusion_judging`, and how much lower they are than the full scheme's on
+the same pictures and seeds.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from profusion.toybox.pipeline import Toybox, seeded
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to sample. end: the share of the run that has a fusion stage. refresh: `Guidance.refresh`. text: whether the
-    plain text is one of the terms."""
+    """A way to sample. end: the share of the run that has a fusion stage. refresh: `Guidance.refresh`. text: whether
+    the plain text is one of the terms."""
 
     name: str
     end: float = 0.0

@@ -1,7 +1,8 @@
 """What the nodes cost inside ComfyUI: `COMFYUI_PATH=... python -m benchmarks.host_cost`, against its plain KSampler.
 
-Everything runs on Toybox in the host's own classes, in one process, interleaved; medians and their ratios. S* is made once
-for a picture and a prompt, whatever is then drawn with it: its ratio is its share of one plain run of so many steps.
+Everything runs on Toybox in the host's own classes, in one process, interleaved; medians and their
+ratios. S* is made once for a picture and a prompt, whatever is then drawn with it: its ratio is its share
+of one plain run of so many steps.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """What ProFusion is to be compared with: pictures as prompts, after IP-Adapter (arXiv 2308.06721), trained on Toybox.
 
-`python -m benchmarks.image_prompt --json FILE`. Every cross-attention layer gets keys and values of its own for four tokens that
-are projected from the picture's CLIP embedding, and adds what they say to what the text says:
+`python -m benchmarks.image_prompt --json FILE`. Every cross-attention layer gets keys and values of its own for four
+tokens that are projected from the picture's CLIP embedding, and adds what they say to what the text says:
 
     out = W_O (softmax(Q K^T / sqrt(d)) V + scale * softmax(Q K'^T / sqrt(d)) V')
 
-The base model stays as it is. Trained on pictures that Toybox's world draws, for minutes, not for as long as the PromptNet that
-ships: that is part of the result. Judged as Fusion Sampling is, against the plain model that reads only the text.
+The base model stays as it is. Trained on pictures that Toybox's world draws, for minutes, not for as long
+as the PromptNet that ships: that is part of the result. Judged as Fusion Sampling is, against the plain
+model that reads only the text.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class ImagePrompt(nn.Module):
         self.values = nn.ModuleDict({names[name]: _copied(one.to_v) for name, one in self._attentions.items()})
 
     def patches(self, embeddings: Tensor, scale: float = 1.0) -> Patches:
-        """For evaluations of as many conditional rows as embeddings (B, 128); unconditional ones see an empty picture."""
+        """For evaluations of as many conditional rows as embeddings (B, 128); unconditional
+        ones see an empty picture."""
         inputs: dict[str, Tensor] = {}
         tokens = {0: self._tokens(embeddings), 1: self._tokens(torch.zeros_like(embeddings))}
 

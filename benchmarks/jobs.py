@@ -1,4 +1,5 @@
-"""Work that is done in pieces, each of which leaves its result in a file: a run that was stopped goes on where it was."""
+"""Work that is done in pieces, each of which leaves its result in a file: a run that was
+stopped goes on where it was."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from profusion.toybox.similarity import background_change, concept_similarity
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text with {} for the concept; the place that it names, and the second object, right of the concept, if it does."""
+    """A text with {} for the concept; the place that it names, and the second object, right
+    of the concept, if it does."""
 
     text: str
     place: str
@@ -48,8 +49,8 @@ LOWER = ("moved",)  # is better
 
 
 class JudgeTrunk:
-    """The judge's features before its heads, as an image encoder. It has never seen a text, and was taught to tell patterns
-    as well as nouns: what DINO, which is too large to be embedded here, stands for in the papers' tables."""
+    """The judge's features before its heads, as an image encoder. It has never seen a text, and was taught to tell
+    patterns as well as nouns: what DINO, which is too large to be embedded here, stands for in the papers' tables."""
 
     name, measure = "the judge's trunk", "DINO-style"
 
@@ -58,7 +59,8 @@ class JudgeTrunk:
 
     @torch.no_grad()
     def images(self, pictures: Tensor) -> Tensor:
-        """(B, 96, 96, 3) in [0, 1] -> (B, 384): means and maxima of the two deepest levels, each level centred and scaled."""
+        """(B, 96, 96, 3) in [0, 1] -> (B, 384): means and maxima of the two deepest levels, each
+        level centred and scaled."""
         kept = []
         hooks = [
             level.register_forward_hook(lambda _, __, out: kept.append(out))
@@ -85,11 +87,11 @@ class Yardstick:
     def figures(self, concept: Concept, prompt: Prompt, pictures: Tensor, plain: Tensor) -> list[dict[str, float]]:
         """Pictures (B, 96, 96, 3) of one prompt, and what the plain model draws from the same seeds.
 
-        likeness: of the appearance inside the object to the references, 0..1. place: whether the background is that of the
-        prompt, and the second object, if it has one, too. score: the likeness of a picture whose noun and place are both
-        right, 0 of others: what learning rates are chosen by. CLIP-T is of the prompt in plain words. moved: mean absolute
-        difference to the plain picture (0..1) wherever neither has the concept; `other_seeds` is the same between plain pictures
-        of different seeds.
+        likeness: of the appearance inside the object to the references, 0..1. place: whether the background is that of
+        the prompt, and the second object, if it has one, too. score: the likeness of a picture whose noun and place are
+        both right, 0 of others: what learning rates are chosen by. CLIP-T is of the prompt in plain words. moved: mean
+        absolute difference to the plain picture (0..1) wherever neither has the concept; `other_seeds` is the same
+        between plain pictures of different seeds.
         """
         features = self.pair.images(pictures)
         clip_t = prompt_similarity(features, self.pair.texts([prompt.text.format(concept.noun)]))

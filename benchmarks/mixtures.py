@@ -1,13 +1,14 @@
-"""Both kinds of overfitting in the plane, after Figures 4 and 5 of Infusion (arXiv 2404.14007): `python -m benchmarks.mixtures`.
+"""Both kinds of overfitting in the plane, after Figures 4 and 5 of Infusion (arXiv 2404.14007):
+`python -m benchmarks.mixtures`.
 
 A small diffusion model draws points. What a word means is an embedding, and where points lie is a mixture of Gaussians:
 
 - four words of one peak each. One of them is taught a new peak: do the other three stay (concept-agnostic overfitting)?
-- words of 25 peaks each, the same grid moved by an offset that is the word's own. One more offset is to be learned from 5 of
-  its 25 peaks: are the other 20 still drawn, at the new offset (concept-specific overfitting)?
+- words of 25 peaks each, the same grid moved by an offset that is the word's own. One more offset is to be learned from
+  5 of its 25 peaks: are the other 20 still drawn, at the new offset (concept-specific overfitting)?
 
-Each is taught twice: by tuning every weight, as DreamBooth does, and by tuning the word's own vector alone, as Infusion does.
-The paper gives no recipe, so this is written from what its figures show.
+Each is taught twice: by tuning every weight, as DreamBooth does, and by tuning the word's own vector alone, as Infusion
+does. The paper gives no recipe, so this is written from what its figures show.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def mixture(peaks: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def exact_noise(x: Tensor, sigma: Tensor, peaks: Tensor) -> Tensor:
-    """E[eps | x] of a mixture's points x = x_0 + sigma eps: (B, 2), (B,), (k, 2) -> (B, 2). What a perfect model predicts."""
+    """E[eps | x] of a mixture's points x = x_0 + sigma eps: (B, 2), (B,), (k, 2) -> (B, 2). What
+    a perfect model predicts."""
     variance = (SPREAD**2 + sigma**2)[:, None]
     offsets = x[:, None] - peaks  # (B, k, 2)
     weights = (-offsets.square().sum(dim=2) / (2 * variance)).softmax(dim=1)
@@ -122,8 +124,8 @@ def train(model: PointModel, parameters, draw: Draw, steps: int, rate: float, se
 
 @dataclass(frozen=True)
 class Figure:
-    """words: the peaks of every word that the base model knows, (k, 2) each. concept: the peaks that word 0 is taught, of which
-    customisation sees those at `seen`."""
+    """words: the peaks of every word that the base model knows, (k, 2) each. concept: the peaks that word 0 is taught,
+    of which customisation sees those at `seen`."""
 
     title: str
     words: tuple[Tensor, ...]
@@ -187,8 +189,8 @@ def customised(base: PointModel, figure: Figure, steps: int, every_weight: bool)
 
 
 def measure(figure: Figure, base: PointModel, model: PointModel, points: int) -> dict[str, float]:
-    """fisher: on the other words, 0 if they stayed. concept_error: the same of the concept, against the exact noise of all its
-    peaks. peaks: how many of the concept's are drawn; of the other words', the fewest of one word."""
+    """fisher: on the other words, 0 if they stayed. concept_error: the same of the concept, against the exact noise of
+    all its peaks. peaks: how many of the concept's are drawn; of the other words', the fewest of one word."""
     others, generator = range(1, len(figure.words)), torch.Generator().manual_seed(3)
     clean = [mixture(peaks, 256, generator)[..., None, None] for peaks in (figure.concept, *figure.words[1:])]
     concept, apart = noisy_latents(clean[:1], 512, generator), noisy_latents(clean[1:], 128, generator)

@@ -1,4 +1,5 @@
-"""How far a peer moved what it should have left alone, and how much of the class's variety it lost (arXiv 2404.14007, 3)."""
+"""How far a peer moved what it should have left alone, and how much of the class's variety it
+lost (arXiv 2404.14007, 3)."""
 
 from __future__ import annotations
 
@@ -11,10 +12,11 @@ from profusion.toybox.world import BACKGROUND_PHRASES, NOUNS
 
 
 class Overfitting:
-    """Fisher divergence on prompts without the concept, Wasserstein distance of the class; the base model's part is made once.
+    """Fisher divergence on prompts without the concept, Wasserstein distance of the class; the
+    base model's part is made once.
 
-    noun: the concept's class. draws: noisy latents for each prompt. pictures: of the class, from the same seeds for every
-    peer, by the guidance and steps that its pictures are drawn with.
+    noun: the concept's class. draws: noisy latents for each prompt. pictures: of the class, from the same seeds for
+    every peer, by the guidance and steps that its pictures are drawn with.
     """
 
     def __init__(self, toybox: Toybox, noun: str, draws: int, pictures: int, steps: int, guidance: float):
@@ -39,7 +41,8 @@ class Overfitting:
         return torch.cat([peer.generate(prompt, seeds, self._steps, self._guidance) for seeds in parts])
 
     def measure(self, peer: Peer) -> dict[str, float]:
-        """fisher: a number per element of a latent (0: nothing moved). wasserstein: the distance W of the class's latents."""
+        """fisher: a number per element of a latent (0: nothing moved). wasserstein: the distance
+        W of the class's latents."""
         fisher = fisher_divergence(self._predictions, self._predict(peer))
         distance = wasserstein_distance(self._class, self._latents(peer)).distance
         return {"fisher": fisher.per_element, "wasserstein": distance}

@@ -1,8 +1,9 @@
-"""What each peer costs: seconds a sampling step and a training step, UNet rows of both, and the most memory that it takes.
+"""What each peer costs: seconds a sampling step and a training step, UNet rows of both, and
+the most memory that it takes.
 
-`python -m benchmarks.peer_cost`. All is timed in one process, interleaved, one thread; medians, and the medians of the ratios to
-the plain sampler of the same round. Where a ComfyUI is found, its KSampler and its LoRA trainer take part. Memory is the peak
-resident size of a process that loads Toybox, trains two steps and draws one picture.
+`python -m benchmarks.peer_cost`. All is timed in one process, interleaved, one thread; medians, and the medians of the
+ratios to the plain sampler of the same round. Where a ComfyUI is found, its KSampler and its LoRA trainer take part.
+Memory is the peak resident size of a process that loads Toybox, trains two steps and draws one picture.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Measured:
         self.peer.generate(TEXT.format(self.peer.phrase), [1], self.steps, 2.0)
 
     def rows(self) -> dict[str, float | None]:
-        """UNet rows of a sampling step and of a training step, those of class pictures included; None of the host's own."""
+        """UNet rows of a sampling step and of a training step, those of class pictures
+        included; None of the host's own."""
         with measured(self.peer.unet) as drawn:
             self.draw()
         found = {"rows_a_sampling_step": drawn.rows / self.steps, "rows_a_training_step": None}

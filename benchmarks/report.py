@@ -63,8 +63,9 @@ def write_curves(curves: Sequence[dict], absent: dict[str, str], setting: dict, 
     """curves.json, curves.md, fisher.png and wasserstein.png; setting: `benchmarks.run.CurveSetting`'s fields."""
     found = overfitting_curves(curves)
     said = (
-        f"Concepts: {len({one['concept'] for one in curves})}. Each peer is trained on at the rate, and draws with the guidance, that were "
-        f"best for it above. {setting['class_pictures']} pictures of the class, and as many of the concept.\n\n{_curves(found)}\n\n{_missing(absent)}"
+        f"Concepts: {len({one['concept'] for one in curves})}. Each peer is trained on at the rate, and draws with "
+        f"the guidance, that were best for it above. {setting['class_pictures']} pictures of the class, and as many "
+        f"of the concept.\n\n{_curves(found)}\n\n{_missing(absent)}"
     )
     write(out / "curves.json", {**setting, **_machine()}, {"absent": absent, "curves": found}, said)
     for measure, title in (("fisher", FISHER), ("wasserstein", WASSERSTEIN)):
@@ -87,7 +88,8 @@ def _by_peer(finals: Sequence[dict]) -> dict[str, list[dict]]:
 
 
 def concept_means(results: Iterable[dict], metric: str) -> torch.Tensor:
-    """The mean over the pictures of each concept, (concepts,): pictures of one concept are not independent, concepts are.
+    """The mean over the pictures of each concept, (concepts,): pictures of one concept are
+    not independent, concepts are.
 
     How far pictures moved is taken as a share of how far plain ones of other seeds are apart.
     """
@@ -116,7 +118,8 @@ def table(finals: Sequence[dict]) -> Scores:
 
 
 def difference(finals: Sequence[dict], base: type[Peer] = OURS) -> Scores:
-    """How much each peer differs from one of them on the same concepts, with 95 % intervals: what an ordering rests on."""
+    """How much each peer differs from one of them on the same concepts, with 95 % intervals:
+    what an ordering rests on."""
     peers = _by_peer(finals)
     found = []
     for metric in COMPARED:
@@ -172,9 +175,10 @@ def _counts(finals: Sequence[dict], setting: Mapping) -> str:
     count = sum(len(one["pictures"]) for one in finals) // max(1, len(_by_peer(finals)))
     return (
         f"{concepts} concepts x {setting['prompts']} prompts x {setting['seeds']} seeds = {count} pictures for each; "
-        f"{setting['training_steps']} training steps of batch 4 on 4 pictures, {setting['sampling_steps']} sampling steps. "
-        "Intervals are 95 %, over concepts (Student's). The rest of the picture, without the concept, is compared with the plain "
-        "model's of the same seed: 0 is equal, 1 as far from it as plain pictures of other seeds are."
+        f"{setting['training_steps']} training steps of batch 4 on 4 pictures, {setting['sampling_steps']} sampling "
+        "steps. Intervals are 95 %, over concepts (Student's). The rest of the picture, without the concept, is "
+        "compared with the plain model's of the same seed: 0 is equal, 1 as far from it as plain pictures of other "
+        "seeds are."
     )
 
 

@@ -1,4 +1,5 @@
-"""How large a residual's file is, by base model: `python -m benchmarks.residual_bytes`. Of random values, as they are stored."""
+"""How large a residual's file is, by base model: `python -m benchmarks.residual_bytes`. Of random
+values, as they are stored."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""How many training steps does a start from S* save? `python -m benchmarks.residual_seed [--promptnet FILE]`, on Toybox.
+"""How many training steps does a start from S* save? `python -m benchmarks.residual_seed
+[--promptnet FILE]`, on Toybox.
 
-For concepts that neither Toybox nor its PromptNet ever saw, a residual is trained from zero and from what PromptNet makes of
-the same pictures, with the same options, noise and pictures in every step. At some steps both are judged: how alike the drawn
-things are to the concept (`similarity`, 0..1, as the demo measures it), and the training's own loss on noise that is always
-the same. Without training, the seed is also judged at other strengths.
+For concepts that neither Toybox nor its PromptNet ever saw, a residual is trained from zero and from what PromptNet
+makes of the same pictures, with the same options, noise and pictures in every step. At some steps both are judged: how
+alike the drawn things are to the concept (`similarity`, 0..1, as the demo measures it), and the training's own loss on
+noise that is always the same. Without training, the seed is also judged at other strengths.
 """
 
 from __future__ import annotations
@@ -151,7 +152,8 @@ def measure(fused: FusedToybox, judge: Judge, concept: Concept, given: argparse.
             found[name][step] = point
             seconds = time.monotonic() - began
             print(
-                f"{concept.name}, from {name}, step {step}: similarity {point[0]:.3f}, loss {point[1]:.4f}  ({seconds:.0f} s)",
+                f"{concept.name}, from {name}, step {step}: similarity {point[0]:.3f}, loss {point[1]:.4f}  "
+                f"({seconds:.0f} s)",
                 flush=True,
             )
     return Measured(concept.name, found["zero"], found["seed"], {s: judged(scaled(seed, s)) for s in STRENGTHS})

@@ -1,7 +1,7 @@
 """Where a benchmark's results go: figures as JSON, a Markdown table, a picture; and from there into the documents.
 
-In README.md and docs/evidence.md a line `<!-- bench: NAME -->` begins what NAME.md of the results says, and `<!-- /bench -->` ends
-it. `python -m benchmarks.results` puts it there anew; a test says where a document differs.
+In README.md and docs/evidence.md a line `<!-- bench: NAME -->` begins what NAME.md of the results says, and `<!--
+/bench -->` ends it. `python -m benchmarks.results` puts it there anew; a test says where a document differs.
 """
 
 from __future__ import annotations

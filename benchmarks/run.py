@@ -1,9 +1,11 @@
-"""Everything that README and docs claim, measured again: `make bench`, or `python -m benchmarks.run [--setting quick|full]`.
+"""Everything that README and docs claim, measured again: `make bench`, or `python -m
+benchmarks.run [--setting quick|full]`.
 
-Each result is a file in the work folder, so that a run that was stopped goes on where it was. In order: every peer's learning
-rate and guidance are searched on two concepts; it is trained on the others, and judged; it is trained on, and how far it overfits is
-measured on the way; then the parts that are not about peers run in processes of their own. Jobs use one thread each, and there is one for each processor: nothing depends on how many
-there are but the seconds. At the end README.md and docs/evidence.md have the new tables.
+Each result is a file in the work folder, so that a run that was stopped goes on where it was. In order: every peer's
+learning rate and guidance are searched on two concepts; it is trained on the others, and judged; it is trained on, and
+how far it overfits is measured on the way; then the parts that are not about peers run in processes of their own. Jobs
+use one thread each, and there is one for each processor: nothing depends on how many there are but the seconds. At the
+end README.md and docs/evidence.md have the new tables.
 """
 
 from __future__ import annotations
@@ -247,10 +249,11 @@ class Bench:
 
 @dataclass(frozen=True)
 class Part:
-    """A benchmark with a command of its own, which writes the JSON that --json names, and a table and pictures beside it.
+    """A benchmark with a command of its own, which writes the JSON that --json names, and a
+    table and pictures beside it.
 
-    quick: further arguments in the quick setting; None: it is left to the full one. alone: it takes times, or has processes of
-    its own; the others run side by side, with one thread each. host: whether it needs a ComfyUI.
+    quick: further arguments in the quick setting; None: it is left to the full one. alone: it takes times, or has
+    processes of its own; the others run side by side, with one thread each. host: whether it needs a ComfyUI.
     """
 
     name: str
@@ -266,7 +269,8 @@ class Part:
         return ""
 
     def run(self, setting: str, work: Path, out: Path, say: Callable[[str], None]) -> None:
-        """Run it unless its result is in the work folder, and copy what it wrote: its JSON and what has the same stem."""
+        """Run it unless its result is in the work folder, and copy what it wrote: its JSON
+        and what has the same stem."""
         target = work.resolve() / f"{self.name}.json"
         if why := self.why_not():
             say(f"SKIPPED {self.name}: {why}")

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 
 def interleaved(tasks: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each task in each round. All tasks take turns, so that a machine that slows down slows all of them; a first
-    round is not counted."""
+    """Seconds of each task in each round. All tasks take turns, so that a machine that slows down slows all of them; a
+    first round is not counted."""
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for counted in [False] + [True] * rounds:
         for name, task in tasks.items():

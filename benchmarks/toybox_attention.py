@@ -1,14 +1,14 @@
 """Can Infusion work on this Toybox? `python -m benchmarks.toybox_attention`: the gate before the method is judged.
 
-Infusion (arXiv 2404.14007) moves the value of the noun's row in every cross-attention. It can change what an object looks
-like only as far as the object's cells attend to that row, so two things are measured:
+Infusion (arXiv 2404.14007) moves the value of the noun's row in every cross-attention. It can change what an object
+looks like only as far as the object's cells attend to that row, so two things are measured:
 
-- the attention's shares, on noised latents of drawn pictures: of the noun's row inside and outside the object, and of the
-  end and padding rows, layer by layer;
+- the attention's shares, on noised latents of drawn pictures: of the noun's row inside and outside the object, and of
+  the end and padding rows, layer by layer;
 - a swap: a prompt is drawn with its noun's value, and nothing else, taken from another prompt ("a red striped ball on
-  grass" with the ball of "a blue dotted ball on grass"). The other's colours should follow and the background stay. Asked
-  with all attributes, whose own rows still say "red", and with the bare noun, which is Infusion's case; with the stream's own
-  queries, and with the plain run's, as in the paper.
+  grass" with the ball of "a blue dotted ball on grass"). The other's colours should follow and the background stay.
+  Asked with all attributes, whose own rows still say "red", and with the bare noun, which is Infusion's case; with the
+  stream's own queries, and with the plain run's, as in the paper.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ LEAST_SHARE, LEAST_FOLLOWED, MOST_BACKGROUND = 0.3, 0.6, 1 / 3
 
 @dataclass(frozen=True)
 class Shares:
-    """Mean attention in one layer: the noun's row in cells of the object and outside it, and the end and padding rows'."""
+    """Mean attention in one layer: the noun's row in cells of the object and outside it, and
+    the end and padding rows'."""
 
     noun_inside: float
     noun_outside: float
@@ -116,7 +117,8 @@ def sample_pairs(count: int, seed: int) -> list[Pair]:
 
 @dataclass(frozen=True)
 class Swap:
-    """Pictures (B, 96, 96, 3) of one prompt and the same seeds: as it is, with the donor's noun value, and from others."""
+    """Pictures (B, 96, 96, 3) of one prompt and the same seeds: as it is, with the donor's
+    noun value, and from others."""
 
     plain: Tensor
     swapped: Tensor
@@ -157,9 +159,10 @@ def draw_swaps(
 
 @dataclass(frozen=True)
 class Swapped:
-    """What became of one picture: the donor's colours' share of the object before and after; whether it now has more of them
-    than of the prompt's; whether it passes for the donor's caption; whether its noun is kept; the overlap of the objects
-    before and after; and how much the background changed (mean absolute difference), and does from another seed."""
+    """What became of one picture: the donor's colours' share of the object before and after; whether it now
+    has more of them than of the prompt's; whether it passes for the donor's caption; whether its noun is kept;
+    the overlap of the objects before and after; and how much the background changed (mean absolute
+    difference), and does from another seed."""
 
     share_before: float
     share_after: float
@@ -172,7 +175,8 @@ class Swapped:
 
 
 def measure(judge: Judge, pair: Pair, swap: Swap, bare: bool) -> list[Swapped]:
-    """Judge each picture of a swap. Of a bare prompt, whose own colours are open, more than half must be the donor's."""
+    """Judge each picture of a swap. Of a bare prompt, whose own colours are open, more than
+    half must be the donor's."""
     looks = {name: judge.look(getattr(swap, name)) for name in ("plain", "swapped", "other_seeds")}
     before, after = (palette_shares(getattr(swap, name), looks[name].body_mask) for name in ("plain", "swapped"))
     mine, others = (_indices(look) for look in pair.looks)
@@ -260,7 +264,8 @@ def shares_table(shares: dict[str, Shares]) -> str:
     return "\n".join(
         [head]
         + [
-            f"  {layer:14} {row['noun_inside']:15.2f} {row['noun_outside']:8.2f} {row['padding_inside']:26.2f} {row['padding_outside']:8.2f}"
+            f"  {layer:14} {row['noun_inside']:15.2f} {row['noun_outside']:8.2f} {row['padding_inside']:26.2f} "
+            f"{row['padding_outside']:8.2f}"
             for layer, row in [*rows, ("mean", mean)]
         ]
     )
@@ -303,10 +308,10 @@ def gate(shares: dict[str, dict[str, Shares]], verdicts: dict[tuple[str, str], V
     full, bare, swap = noun_share(shares["full"]), noun_share(shares["bare"]), verdicts["full", "own queries"]
     passed = min(full, bare) >= LEAST_SHARE and swap.passes
     return passed, (
-        f"GATE {'PASSED' if passed else 'NOT PASSED'}: noun's share inside the object {full:.2f} in full, {bare:.2f} bare "
-        f"(at least {LEAST_SHARE}); full prompt, own queries: colours follow in {100 * swap.followed.share:.0f} % (at least "
-        f"{100 * LEAST_FOLLOWED:.0f}), background change {swap.background_share:.2f} of another seed's (at most "
-        f"{MOST_BACKGROUND:.2f})"
+        f"GATE {'PASSED' if passed else 'NOT PASSED'}: noun's share inside the object {full:.2f} in full, {bare:.2f} "
+        f"bare (at least {LEAST_SHARE}); full prompt, own queries: colours follow in {100 * swap.followed.share:.0f} "
+        f"% (at least {100 * LEAST_FOLLOWED:.0f}), background change {swap.background_share:.2f} of another seed's "
+        f"(at most {MOST_BACKGROUND:.2f})"
     )
 
 

@@ -1,9 +1,9 @@
 """Does Toybox follow captions? `python -m benchmarks.toybox_captions`: unseen ones, scored by the judge.
 
-Three sets: `unseen`, the held-out combinations of colours, pattern, noun and background, in full; `own appearance`, the nouns
-that have one (a lemon); `pairs`, two objects side by side. What the autoencoder alone costs is told by `through the VAE`: the
-`unseen` scenes as drawn, encoded and decoded. The judge has learnt from drawn pictures only. A picture has the right colours
-if the object that it finds wears the one colour of a plain look, or the two of any other.
+Three sets: `unseen`, the held-out combinations of colours, pattern, noun and background, in full; `own appearance`, the
+nouns that have one (a lemon); `pairs`, two objects side by side. What the autoencoder alone costs is told by `through
+the VAE`: the `unseen` scenes as drawn, encoded and decoded. The judge has learnt from drawn pictures only. A picture
+has the right colours if the object that it finds wears the one colour of a plain look, or the two of any other.
 """
 
 from __future__ import annotations
@@ -204,8 +204,8 @@ def main() -> None:
     recipe = {"count": options.count, "steps": options.steps, "guidance": options.guidance, "seed": options.seed}
     shares = {part: f"{rate['share']:.1%}" for part, rate in figures["unseen"].items()}
     short = (
-        f"On {options.count} captions that it has never seen it draws the right noun in {shares['noun']}, the right place in "
-        f"{shares['background']} and the right colours in {shares['color']} of its pictures."
+        f"On {options.count} captions that it has never seen it draws the right noun in {shares['noun']}, the right "
+        f"place in {shares['background']} and the right colours in {shares['color']} of its pictures."
     )
     write(options.json, recipe, figures, table(("captions", "part", "pictures", "right"), rows), short=short)
     if options.sheet:

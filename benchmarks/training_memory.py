@@ -1,80 +1,218 @@
-"""What a training step keeps for its backward pass, beside a plain backward pass of the same model.
+"""What a training step takes on a device, from the shapes alone, on tensors that have no memory.
 
-    python -m benchmarks.training_memory [--model sd15|toybox] [--cells 8 16]
+    python -m benchmarks.training_memory [--method residual|finetune] [--model sd15 sd2 sdxl] [--pixels 512 1024]
+        [--batch 1 4]
 
-The weights are random: memory does not depend on them.
+Every tensor that a step makes is counted while it lives, forward and back, as a device would hold it: attention as
+fused kernels do it, which keep no map, and F's queries as `WaitingQueries` lets them wait. Not counted: what the
+allocator and the libraries take for themselves, and in fine-tuning the text encoder. There, what learns is float32,
+and counts with its gradient and its optimizer.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import itertools
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from profusion.diffusion import noise_predictor
-from profusion.infusion import Patches, Placement, cross_attention_layers, customised_patches
-from profusion.models.configs import SD15
-from profusion.models.unet import UNet
-from profusion.residual.training import Reference, ResidualTraining, TrainingOptions, masked_noise_error
-from profusion.toybox.configs import TOYBOX
+from profusion import queries
+from profusion.checkpointing import checkpointed
+from profusion.infusion import Placement, cross_attention_layers, customised_patches, foundation_patches
+from profusion.models.configs import SD15, SD21, SDXL
+from profusion.models.unet import BasicTransformerBlock, ResBlock, UNet
+from profusion.promptnet.changes import attention_layers, changed, start_changes
+from profusion.promptnet.network import SD15_PROMPTNET, SD21_PROMPTNET, SDXL_PROMPTNET, PromptNet
+from profusion.queries import TakenOnce, WaitingQueries
+from profusion.residual.training import masked_noise_error
+from profusion.toybox.configs import TOYBOX, TOYBOX_PROMPTNET
 
-MODELS = {"sd15": SD15, "toybox": TOYBOX}
-ROWS = (5,)
-
-
-def saved_numbers(work: Callable[[], Tensor], apart_from: nn.Module) -> int:
-    """How many numbers autograd keeps for the backward pass of `work()`, each memory counted once, weights not at all."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in apart_from.parameters()}
-    kept: dict[int, tuple[int, Tensor]] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in weights:
-            kept[place] = tensor.untyped_storage().nbytes() // 4, tensor  # held, so that no place is used twice
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        work()
-    return sum(size for size, _ in kept.values())
+MODELS = {"sd15": SD15, "sd2": SD21, "sdxl": SDXL, "toybox": TOYBOX}
+PROMPTNETS = {"sd15": SD15_PROMPTNET, "sd2": SD21_PROMPTNET, "sdxl": SDXL_PROMPTNET, "toybox": TOYBOX_PROMPTNET}
+PARTS = (ResBlock, BasicTransformerBlock)  # what gradient checkpointing computes twice
+TOKENS, IMAGE_TOKENS, ROWS, PIXELS_A_CELL, RANK = 77, 257, (5,), 8, 8
+OPTIMIZER_BYTES = 16  # a trained float32 number, its gradient and AdamW's two moments
+CUDA_CONTEXT = 0.5e9  # bytes that a process takes on a card before its first tensor; a common size, not measured here
 
 
-def measure(unet: UNet, cells: int) -> tuple[int, int]:
-    """Numbers that a step at batch 1 keeps, and those that the plain model's would, on a latent of cells x cells."""
-    layers = cross_attention_layers(dict(unet.named_parameters()))
-    context = torch.randn(1, 77, unet.config.context_dim)
+class Living(TorchDispatchMode):
+    """Bytes of the tensors that were made under it and still live; `peak`: the most so far."""
 
-    def predict(x: Tensor, sigma: Tensor, prompt: int, patches: Patches) -> Tensor:
-        options = {"patches": patches, "cond_or_uncond": [0]}
-        return noise_predictor(lambda x, t: unet(x, t, context, transformer_options=options))(x, sigma)
+    def __init__(self, apart_from: Iterable[Tensor]):
+        """apart_from: tensors that were there before, which views are made of."""
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in apart_from)
 
-    references = [Reference(torch.randn(4, cells, cells), torch.ones(cells, cells))]
-    training = ResidualTraining(predict, references, [ROWS], layers, "cat", TrainingOptions(batch_size=1))
-    batch = training.batch()
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self._seen:
+                self._add(tensor.untyped_storage())
+        return made
 
-    def plain() -> Tensor:
-        placement = Placement(training.delta, tuple(layer.name for layer in layers), ROWS)
-        patches = customised_patches({}, lambda options, chunk: (placement,))
-        own_queries = {**patches, "attn2_patch": patches["attn2_patch"][1:]}
-        return masked_noise_error(predict(batch.noisy, batch.sigma, 0, own_queries), batch.noise, batch.mask)
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+        self._seen.add(storage)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, size)
 
-    return saved_numbers(lambda: training.loss(batch), unet), saved_numbers(plain, unet)
+    def _remove(self, size: int) -> None:
+        self.now -= size
+
+
+class _Fused(torch.autograd.Function):
+    """The shapes of a fused attention kernel: it keeps its inputs, its output and one number a query."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out, sums = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: None = None) -> Tensor:
+    return _Fused.apply(query, key, value)
+
+
+class _Elsewhere:
+    """Rows that wait in main memory, which is not counted."""
+
+    def __init__(self, rows: Tensor):
+        self.shape, self._dtype, self.device = rows.shape, rows.dtype, torch.device("cpu")
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def to(self, like: Tensor, non_blocking: bool) -> Tensor:
+        return torch.empty(self.shape, dtype=self._dtype, device="meta")
+
+
+@contextmanager
+def _like_a_card() -> Iterator[None]:
+    """Let tensors without memory be those of a device with its own, with fused attention."""
+    with (
+        torch.device("meta"),
+        mock.patch("torch.nn.functional.scaled_dot_product_attention", _fused),
+        mock.patch.object(queries, "APART", ("meta",)),
+        mock.patch.object(queries, "in_main_memory", _Elsewhere),
+    ):
+        yield
+
+
+@dataclass(frozen=True)
+class Step:
+    """Bytes: the model's weights; what learns, with its gradient and optimizer; what waits for the way back; and the
+    most that a step takes beside the first two."""
+
+    weights: int
+    learned: int
+    kept: int
+    peak: int
+
+
+def measure(model: str, batch: int, cells: tuple[int, int], checkpointing: bool, finetuning: bool = False) -> Step:
+    """One step of a float16 model on latents of cells (height, width)."""
+    config = MODELS[model]
+    with _like_a_card():
+        unet = UNet(config).half().requires_grad_(False)
+        x, context = torch.zeros(batch, 4, *cells), torch.zeros(batch, TOKENS, config.context_dim, dtype=torch.float16)
+        method = _Finetuning(unet, model) if finetuning else _Residual(unet, checkpointing)
+        for value in method.learning:
+            value.grad = torch.zeros_like(value)
+        parts = [part for whole in method.networks for part in whole.modules() if isinstance(part, PARTS)]
+        before = [*unet.parameters(), *method.learning, *(value.grad for value in method.learning), x, context]
+        with Living(before) as living, checkpointed(parts if checkpointing else ()):
+            loss = method.loss(x, context)
+            kept = living.now
+            loss.backward()
+    learned = OPTIMIZER_BYTES * sum(value.numel() for value in method.learning)
+    return Step(sum(value.nbytes for value in unet.parameters()), learned, kept, living.peak)
+
+
+class _Residual:
+    """As `ResidualTraining.loss`: F without autograd, then C with it."""
+
+    def __init__(self, unet: UNet, checkpointing: bool):
+        layers = cross_attention_layers(dict(unet.named_parameters()))
+        delta = torch.zeros(len(layers), 1, unet.config.context_dim, requires_grad=True)
+        self._placement = Placement(delta, tuple(layer.name for layer in layers), ROWS)
+        self._unet, self._store = unet, WaitingQueries if checkpointing else TakenOnce
+        self.learning, self.networks = [delta], [unet]
+
+    def loss(self, x: Tensor, context: Tensor) -> Tensor:
+        store = self._store()
+        with torch.no_grad():
+            plain = _predicted(self._unet, x, context, foundation_patches(store))
+        patches = customised_patches(store, lambda options, chunk: (self._placement,))
+        predicted = _predicted(self._unet, x, context, patches)
+        return masked_noise_error(predicted, x, x[:, 0]) + masked_noise_error(predicted, plain, x[:, 0])
+
+
+class _Finetuning:
+    """As `FinetuneTraining.loss`, with the text encoder left out: here S* moves every number of the context."""
+
+    def __init__(self, unet: UNet, model: str):
+        with torch.device("cpu"):
+            layers = attention_layers(dict(unet.named_parameters()))
+            self._changes = start_changes(layers, RANK, torch.Generator(), "meta")
+        self._promptnet = PromptNet(replace(PROMPTNETS[model], second_latent="noisy"))
+        low_rank = [value for change in self._changes.values() for value in change.parameters().values()]
+        self.learning = [*self._promptnet.parameters(), *low_rank]
+        self._unet, self.networks = unet, [unet, self._promptnet]
+
+    def loss(self, x: Tensor, context: Tensor) -> Tensor:
+        tokens = torch.zeros(len(x), IMAGE_TOKENS, self._promptnet.config.image_width)
+        word = self._promptnet(x, torch.zeros(len(x)), tokens, x)
+        with changed(self._unet, self._changes):
+            predicted = _predicted(self._unet, x, context + word.mean(dim=-1, keepdim=True).to(context), {})
+        return masked_noise_error(predicted, x, x[:, 0])
+
+
+def _predicted(unet: UNet, x: Tensor, context: Tensor, patches: dict) -> Tensor:
+    added = torch.zeros(len(x), unet.config.adm_channels, dtype=context.dtype) if unet.config.adm_channels else None
+    options = {"patches": patches, "cond_or_uncond": [0]}
+    return unet(x.to(context), torch.zeros(len(x)), context, added, options).float()
+
+
+def numbers_a_cell(model: str, checkpointing: bool, finetuning: bool = False, cells: int = 64) -> float:
+    """The most that a step takes beside the weights, in numbers of the model's type for each cell of the latents."""
+    return measure(model, 1, (cells, cells), checkpointing, finetuning).peak / 2 / cells**2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="toybox")
-    parser.add_argument("--cells", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--method", choices=("residual", "finetune"), default="residual")
+    parser.add_argument("--model", choices=MODELS, nargs="+", default=["sd15", "sd2", "sdxl"])
+    parser.add_argument("--pixels", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     arguments = parser.parse_args()
-    unet = UNet(MODELS[arguments.model]).requires_grad_(False)
-    for cells in arguments.cells:
-        step, plain = measure(unet, cells)
-        print(
-            f"{arguments.model}, latent {cells}x{cells}: a step keeps {step:,} numbers, {step / cells**2:,.0f} a cell; "
-            f"the plain model {plain:,} ({(step - plain) / plain:+.2%})"
-        )
+    print("float16, GB (1e9 bytes). learned: with its gradient and optimizer. kept: for the way back. numbers: of the")
+    print("peak, for each latent cell. total: weights, learned, peak and a CUDA context\n")
+    print("| model | pixels | batch | checkpointing | weights | learned | kept | peak | numbers | total |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    cases = itertools.product(arguments.model, arguments.pixels, arguments.batch, (False, True))
+    for model, pixels, batch, checkpointing in cases:
+        cells = pixels // PIXELS_A_CELL
+        step = measure(model, batch, (cells, cells), checkpointing, arguments.method == "finetune")
+        total = step.weights + step.learned + step.peak + CUDA_CONTEXT
+        sizes = " | ".join(f"{size / 1e9:.2f}" for size in (step.weights, step.learned, step.kept, step.peak))
+        numbers = step.peak / 2 / cells**2 / batch
+        words = "yes" if checkpointing else "no"
+        print(f"| {model} | {pixels} | {batch} | {words} | {sizes} | {numbers:,.0f} | {total / 1e9:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

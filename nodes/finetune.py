@@ -83,6 +83,7 @@ class PromptNetFinetune(io.ComfyNode):
                     "takes 0.7 GB for SD 1.5.",
                 ),
                 inputs.masks("Only this area is learned."),
+                inputs.gradient_checkpointing(),
             ],
             outputs=[
                 io.Custom("PROMPTNET").Output(tooltip="The fine-tuned PromptNet, for PromptNet Encode."),
@@ -116,6 +117,7 @@ class PromptNetFinetune(io.ComfyNode):
         filename_prefix,
         save_promptnet,
         masks=None,
+        gradient_checkpointing="auto",
     ) -> io.NodeOutput:
         check_connected(clip=clip, clip_vision=clip_vision, vae=vae)
         options = FinetuneOptions(
@@ -128,7 +130,18 @@ class PromptNetFinetune(io.ComfyNode):
         )
         pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
         weights = weights if torch.any(weights < 1) else None
-        finetuning = Finetuning(promptnet, model, clip, clip_vision, vae, pictures, weights, train_attention, options)
+        finetuning = Finetuning(
+            promptnet,
+            model,
+            clip,
+            clip_vision,
+            vae,
+            pictures,
+            weights,
+            train_attention,
+            options,
+            gradient_checkpointing,
+        )
         run = FinetuningRun(finetuning, filename_prefix, save_promptnet)
         with keeping(cls, run.keep):
             saved = run.train()

@@ -10,12 +10,17 @@ from comfy_api.latest import io
 from ..profusion.infusion import check_context_width
 from ..profusion.prompt import OCCURRENCES
 from . import inputs
+from .host.display import warn_under
 from .host.encoding import check_connected, model_layers
-from .host.placing import MORE_CONCEPTS, ConceptInput, carrying, encode_prompt, place_concepts
+from .host.placing import MORE_CONCEPTS, ConceptInput, encode_prompt, place_concepts, placed_in
 from .host.streams import add_streams
 from .host.words import WORD
 
 OWN_TRAJECTORY, SHARED_LATENT = "own trajectory", "shared latent"
+NO_CONCEPT = (
+    "This model was sampled without a concept, so the picture is the plain one. Connect this node's CONDITIONING output, "
+    "unchanged, to the sampler's positive."
+)
 
 
 def _pseudo_words(conditioning: list, text: str) -> int:
@@ -123,6 +128,7 @@ class InfusionAttentionPatch(io.ComfyNode):
                 io.Model.Output(tooltip="The model, ready to draw the concepts of the conditioning."),
                 io.Conditioning.Output(tooltip="The encoded prompt with its concepts: the sampler's positive."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -146,9 +152,13 @@ class InfusionAttentionPatch(io.ComfyNode):
         concepts = [ConceptInput("", residual, strength, occurrence, region), *_more_concepts(more)]
         pseudo_words = 0 if conditioning is None else _pseudo_words(conditioning, text)
         placed = place_concepts(clip, text, layers, concepts, start_percent, end_percent, pseudo_words)
-        conditioning = encode_prompt(clip, text, placed) if conditioning is None else carrying(conditioning, placed)
+        conditioning = (
+            encode_prompt(clip, text, placed) if conditioning is None else placed_in(clip, text, conditioning, placed)
+        )
         check_context_width(conditioning[0][0].shape[-1], layers)
-        return io.NodeOutput(add_streams(model, layers, stream == SHARED_LATENT), conditioning)
+        warn = warn_under(cls)
+        patched = add_streams(model, layers, stream == SHARED_LATENT, on_plain=lambda: warn(NO_CONCEPT))
+        return io.NodeOutput(patched, conditioning)
 
 
 NODES = [InfusionAttentionPatch]

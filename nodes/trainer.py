@@ -95,6 +95,7 @@ class ResidualTrainer(io.ComfyNode):
                     "in float32. With the same inputs the result is that of one uninterrupted training. Or a starting "
                     "point from Residual from PromptNet.",
                 ),
+                inputs.gradient_checkpointing(),
             ],
             outputs=[
                 io.Custom("RESIDUAL").Output(tooltip="The concept, for Infusion Attention Patch and Residual Saver."),
@@ -128,13 +129,15 @@ class ResidualTrainer(io.ComfyNode):
         sample_cfg,
         masks=None,
         resume=None,
+        gradient_checkpointing="auto",
     ) -> io.NodeOutput:
         options = TrainingOptions(steps, learning_rate, batch_size, seed, flip, preserve)
         samples = Samples(sample_prompt, sample_every, Sampling(sample_steps, sample_cfg))
-        run = prepare_training(model, clip, vae, images, masks, noun.strip(), options, resume, samples)
+        noun = noun.strip()
+        run = prepare_training(model, clip, vae, images, masks, noun, options, resume, samples, gradient_checkpointing)
         with keeping(cls, run.keep):
             run.train()
-        text = f"{noun.strip()}: {steps} steps\n{run.saved.path}\n{run.saved.size:,} bytes"
+        text = f"{noun}: {steps} steps\n{run.saved.path}\n{run.saved.size:,} bytes"
         plot = run.plot()
         shown = show(cls, text, captioned(plot, text), previewed=True)
         return io.NodeOutput(run.training.residual(), from_image(plot)[None], run.samples(), ui=shown)

@@ -116,7 +116,7 @@ def run(
     """Train, draw, measure; write grid.png, residual.safetensors, loss.png and report.json into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    fused, judge = FusedToybox.load(), Judge.load()
+    judge, fused = Judge.load(), FusedToybox.load()  # the judge first: an installed pack has none
     toybox = fused.toybox
     say(f"learning {concept.name!r} (noun {concept.noun!r}) from {len(concept.pictures)} pictures")
     residual, losses, seconds = train(toybox, concept, options, say)

@@ -42,7 +42,7 @@ _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 class FileFormatError(ValueError):
-    """The bytes are not a tensor file, or a damaged one. The message says which, of "it"."""
+    """Not a safetensors file, or a damaged one. The message completes the sentence "it is ..."."""
 
 
 def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:

@@ -31,8 +31,12 @@ from .diffusion import Denoiser
 
 Stage = Literal["fusion", "refinement"]
 Mode = Literal["dependent", "independent"]
-GuidedDenoiser = Callable[[Tensor, Tensor, Stage], Tensor]
-"""`model(x, sigma, stage) -> denoised`: each stage has a guidance and a scale of S* of its own."""
+Refine = Callable[[Tensor, int, int], Tensor]
+"""`refine(x, first, last) -> x`: any sampler, under the refinement stage's guidance, from level `first` to level `last`."""
+FreshNoise = Callable[[Tensor], Tensor]
+"""`fresh(x) -> z`: unit noise of x's shape, type and device, another at each call."""
+Combine = Callable[[Tensor, Tensor, float], Tensor]
+"""`combine(nothing, mean, scale) -> guided`, as `guide` is."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,14 @@ class FusionOptions:
     sigma_end: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.repeats < 0:
+        if not 0 <= self.repeats < math.inf:
             raise ValueError(f"repeats={self.repeats}: give 0 (no fusion stage) or more")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta} must lie in [0, 1]: the share of the noise that may be swapped")
         if not self.sigma_end <= self.sigma_start:
             raise ValueError(
-                f"the fusion stage would start at sigma {self.sigma_start} and end before, at {self.sigma_end}"
+                f"sigma_start={self.sigma_start} must not lie below sigma_end={self.sigma_end}: noise falls in a run, so the "
+                "fusion stage would end before it starts"
             )
 
     def repeats_at(self, sigma: float, sigma_next: float) -> int:
@@ -94,16 +99,24 @@ class Guidance:
         for name in ("cfg", "fusion_cfg", "gamma"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)} is not a finite number")
-        if self.refresh < 1:
+        if not 1 <= self.refresh < math.inf:
             raise ValueError(f"refresh={self.refresh}: give 1 (all conditions at every evaluation) or more")
+
+    def scale(self, stage: Stage) -> float:
+        """The guidance scale of a stage."""
+        return self.fusion_cfg if stage == "fusion" else self.cfg
+
+    def word_scale(self, stage: Stage) -> float:
+        """The factor of S*'s rows in the context in a stage."""
+        return self.gamma if stage == "fusion" else 1.0
 
 
 class KeptDifferences:
-    """What the other predictions of a run differ from the first by, evaluated at one call of `refresh` and kept between.
+    """Caches how the other predictions differ from the first; refreshed every `refresh` calls.
 
-    The guided prediction is e_1 + d_0 + s (sum_i w_i d_i / sum w - d_0) with d_i = e_i - e_1 and d_0 = e_0 - e_1. From one
-    noise level to the next the differences change less than the predictions do, so that a call between can do with e_1 alone:
-    one row where (S*, C), C and nothing are three.
+    The guided prediction is e_1 + d_0 + s (sum_i w_i d_i / sum w - d_0) with d_i = e_i - e_1 and d_0 = e_0 - e_1. From
+    one noise level to the next the differences change less than the predictions do, so a call in between needs e_1
+    alone: one row where (S*, C), C and nothing are three.
     """
 
     def __init__(self, refresh: int):
@@ -163,7 +176,7 @@ def mean_prediction(predictions: Sequence[Tensor], weights: Sequence[float]) -> 
     if len(predictions) != len(weights):
         raise ValueError(f"{len(predictions)} predictions and {len(weights)} weights: give each a weight")
     shares = [weight / total for weight in weights]
-    mean = predictions[0] if shares[0] == 1 else shares[0] * predictions[0]
+    mean = shares[0] * predictions[0]
     for prediction, share in zip(predictions[1:], shares[1:], strict=True):
         mean = mean + share * prediction
     return mean
@@ -186,19 +199,70 @@ def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
     return unconditional + (conditional - unconditional) * scale
 
 
+class RunGuidance:
+    """`Guidance` in one run of one latent: what an evaluation has to ask for, and the guided prediction from the answers.
+
+    Predictions are in the order (first condition, nothing, further conditions), of the conditions in `used` alone.
+    """
+
+    def __init__(self, guidance: Guidance):
+        self.guidance = guidance
+        self.used = tuple(index for index, weight in enumerate(guidance.weights) if weight)
+        self._weights = [guidance.weights[index] for index in self.used]
+        # One condition alone is plain guidance, to the bit.
+        self._kept = KeptDifferences(guidance.refresh if len(self.used) > 1 else 1)
+
+    def needs_nothing(self, stage: Stage) -> bool:
+        """Whether the prediction under no condition matters: by this stage's scale, or by any where differences are kept."""
+        scales = [self.guidance.scale(stage)] if self._kept.always else [self.guidance.cfg, self.guidance.fusion_cfg]
+        return not all(math.isclose(scale, 1.0) for scale in scales)
+
+    def step(
+        self,
+        stage: Stage,
+        evaluate: Callable[[bool], Sequence[Tensor]],
+        unit: float = 1.0,
+        between: Callable[[list[Tensor]], list[Tensor]] = list,
+        combine: Combine = guide,
+    ) -> Tensor:
+        """One evaluation's guided prediction.
+
+        evaluate: `evaluate(everything) -> predictions`, all of them, or the first alone where not everything is needed.
+        unit: see `KeptDifferences.complete`. between: what a host's hooks make of the predictions before guidance.
+        combine: what takes the place of `guide`.
+        """
+        predictions = between(self._kept.complete(evaluate(self._kept.due), unit))
+        mean = mean_prediction([predictions[0], *predictions[2:]], self._weights)
+        return combine(predictions[1], mean, self.guidance.scale(stage))
+
+
+def fresh_noise(generators: Sequence[torch.Generator]) -> FreshNoise:
+    """Unit noise from generators on the CPU: one for each row, so that a row is the same in any batch, or one for all."""
+
+    def fresh(x: Tensor) -> Tensor:
+        if len(generators) == 1:
+            return torch.randn(x.shape, generator=generators[0]).to(x)
+        rows = [torch.randn(x.shape[1:], generator=generator) for generator in generators]
+        if len(rows) != len(x):
+            raise ValueError(f"{len(rows)} generators for {len(x)} rows: give each row one, or one for all")
+        return torch.stack(rows).to(x)
+
+    return fresh
+
+
 def fusion_stage(
-    model: Callable[[Tensor, Tensor], Tensor],
+    model: Denoiser,
     x: Tensor,
     sigma: Tensor,
     sigma_next: Tensor,
     options: FusionOptions,
-    fresh_noise: Callable[[], Tensor],
+    fresh: FreshNoise,
     flow: bool = False,
 ) -> Tensor:
     """The fusion stage of one noise level: x (B, C, H, W) -> x of the same level.
 
-    model: `model(x, sigma (B,)) -> denoised` under the stage's guidance. sigma, sigma_next: scalars, this level and the next.
-    fresh_noise: unit noise of x's shape, new at each call. flow: x = (1 - sigma) x0 + sigma eps instead of x0 + sigma eps.
+    model: `model(x, sigma (B,)) -> denoised` under the stage's guidance. sigma, sigma_next: scalars, this level and the
+    next. flow: x = (1 - sigma) x0 + sigma eps instead of x0 + sigma eps.
     """
     repeats = options.repeats_at(float(sigma), float(sigma_next))
     if not repeats:
@@ -209,7 +273,7 @@ def fusion_stage(
     for _ in range(repeats):
         denoised = model(x, sigma.expand(len(x)))
         eps = (x - alpha * denoised) / sigma
-        x = swap_noise(x, eps, fresh_noise(), sigma, share)
+        x = swap_noise(x, eps, fresh(x), sigma, share)
     return x
 
 
@@ -230,39 +294,22 @@ def segments(sigmas: Sequence[float], options: FusionOptions) -> list[tuple[int,
 
 
 def sample_fusion(
-    model: GuidedDenoiser,
-    refine: Callable[[Denoiser, Tensor, Tensor], Tensor],
+    model: Denoiser,
+    refine: Refine,
     x: Tensor,
     sigmas: Tensor,
     options: FusionOptions,
-    generator: torch.Generator,
+    fresh: FreshNoise,
     flow: bool = False,
 ) -> Tensor:
     """Fusion Sampling with any sampler as the refinement (arXiv 2305.13579, Algorithm 1).
 
-    x (B, C, H, W): the noisy start, at sigmas[0]. refine: `refine(denoise, x, sigmas) -> x`, a sampler over a part of the
-    levels. The fresh noise is drawn from `generator`, on its device. Without fusion steps this is `refine` alone, to the bit.
+    x (B, C, H, W): the noisy start, at sigmas[0]. model: `model(x, sigma (B,)) -> denoised` under the fusion stage's
+    guidance. refine: called for each stretch of levels, see `segments`. fresh, flow: see `fusion_stage`. Without fusion
+    steps this is one call of `refine`, to the bit.
     """
-
-    def fresh_noise() -> Tensor:
-        return torch.randn(x.shape, generator=generator, device=generator.device).to(x)
-
     for first, last, fused in segments(sigmas.tolist(), options):
         if fused:
-            x = fusion_stage(
-                lambda x, sigma: model(x, sigma, "fusion"),
-                x,
-                sigmas[first],
-                sigmas[first + 1],
-                options,
-                fresh_noise,
-                flow,
-            )
-        x = refine(lambda x, sigma: model(x, sigma, "refinement"), x, sigmas[first : last + 1])
+            x = fusion_stage(model, x, sigmas[first], sigmas[first + 1], options, fresh, flow)
+        x = refine(x, first, last)
     return x
-
-
-def expected_calls(sigmas: Sequence[float], options: FusionOptions) -> tuple[int, int]:
-    """Evaluations that a run needs with a sampler of one evaluation a step: (in the fusion stage, in the refinement)."""
-    steps = list(zip(sigmas, sigmas[1:], strict=False))
-    return sum(options.repeats_at(float(sigma), float(after)) for sigma, after in steps), len(steps)

@@ -28,8 +28,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
-from torch.nn import functional as F
+
+from .devices import area_means, smoothly_resized
 
 _TO_VALUE = re.compile(
     r"(input|middle|output)_blocks?\.(\d+)\.(?:\d+\.)?transformer_blocks\.(\d+)\.attn2\.to_v\.weight"
@@ -190,7 +192,7 @@ def residual_rows(residual: Tensor, index: Tensor, value: Tensor) -> Tensor:
 def region_weights(region: Tensor, rows: int, size: Sequence[int]) -> Tensor:
     """A region as weights of a layer's cells: (H, W) or (B, H, W) -> (rows, h * w, 1); row i takes mask i modulo B."""
     masks = region.reshape(-1, 1, *region.shape[-2:]).float()
-    masks = F.interpolate(masks, size=tuple(size), mode="area").flatten(2).transpose(1, 2)  # (B, h * w, 1)
+    masks = rearrange(area_means(masks, size), "b 1 h w -> b (h w) 1")
     return masks[torch.arange(rows, device=masks.device) % len(masks)]
 
 
@@ -200,7 +202,7 @@ def crop_region(region: Tensor, size: Sequence[int], area: Sequence[int]) -> Ten
     size: (height, width) of the whole latent. area: (height, width, top, left) in latent cells, cut off at its edges.
     """
     masks = region.reshape(-1, 1, *region.shape[-2:]).float()
-    masks = F.interpolate(masks, size=tuple(size), mode="bilinear", antialias=True)[:, 0]
+    masks = smoothly_resized(masks, size)[:, 0]
     height, width, top, left = area
     return masks[:, top : top + height, left : left + width]
 
@@ -256,7 +258,7 @@ def customised_patches(store: QueryStore, placements_for: PlacementsFor, key_for
             raise RuntimeError(
                 f"the foundation stream left no queries for layer {layer}: was it evaluated before this one?"
             )
-        locked = torch.cat(recorded).to(n)
+        locked = _joined(recorded, n)
         if locked.shape != n.shape:
             raise RuntimeError(
                 f"layer {layer} has shape {tuple(n.shape)} in this stream and {tuple(locked.shape)} in the foundation "
@@ -266,6 +268,16 @@ def customised_patches(store: QueryStore, placements_for: PlacementsFor, key_for
 
     residuals = _residual_patches(placements_for)
     return {**residuals, "attn2_patch": [replay, *residuals["attn2_patch"]]}
+
+
+def _joined(chunks: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Chunks (N, T, D), which may wait in main memory, as one batch on the device and in the type of another."""
+    if len(chunks) == 1:
+        return chunks[0].to(like, non_blocking=chunks[0].device.type == "cpu")
+    joined = like.new_empty(sum(map(len, chunks)), *chunks[0].shape[1:])
+    for place, chunk in zip(joined.split([len(chunk) for chunk in chunks]), chunks, strict=True):
+        place.copy_(chunk, non_blocking=chunk.device.type == "cpu")
+    return joined
 
 
 def _chunks(extra_options: ExtraOptions) -> int:
@@ -314,7 +326,7 @@ def _residual_patches(placements_for: PlacementsFor) -> Patches:
 
 def _repeat_chunks(x: Tensor, chunks: int, times: int) -> Tensor:
     """Repeat every chunk's rows: (chunks * N, ...) -> (chunks * times * N, ...)."""
-    return x if times == 1 else x.unflatten(0, (chunks, 1, -1)).expand(-1, times, *(-1,) * x.ndim).flatten(0, 2)
+    return repeat(x, "(chunks n) ... -> (chunks times n) ...", chunks=chunks, times=times) if times > 1 else x
 
 
 CONCEPTS_KEY = "profusion_infusion"

@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
+from .devices import area_means, smoothly_resized
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 INK, PAPER, ACCENT, FAINT = (40, 40, 48), (250, 249, 246), (214, 86, 48), (214, 212, 206)
 
@@ -21,7 +23,7 @@ class PictureError(ValueError):
 
 def latent_masks(masks: Tensor, cells: Sequence[int]) -> Tensor:
     """Object masks (B, H, W) as weights of latent cells (B, h, w): the covered share of each cell."""
-    return F.interpolate(masks[:, None].float(), size=tuple(cells), mode="area")[:, 0]
+    return area_means(masks[:, None].float(), cells)[:, 0]
 
 
 def read_pictures(folder: Path, size: int) -> tuple[Tensor, Tensor]:
@@ -118,8 +120,8 @@ def _fitting_masks(masks: Tensor, shape: Sequence[int], multiple: int) -> Tensor
     black = [index for index, mask in enumerate(masks, start=1) if not mask.any()]
     if black:
         raise PictureError(
-            f"mask {black[0]} is all black, so nothing of its picture would be learned. Paint the object white in it, or "
-            "connect no mask"
+            f"mask {black[0]} is all black, so nothing of its picture would be learned. Paint the object white in it, "
+            "or connect no mask"
         )
     masks = masks.expand(count, -1, -1)
     high, wide = masks.shape[1:]
@@ -130,7 +132,7 @@ def _fitting_masks(masks: Tensor, shape: Sequence[int], multiple: int) -> Tensor
         raise PictureError(
             f"a mask of {wide}x{high} pixels does not fit pictures of {width}x{height}: give one of their size"
         )
-    return F.interpolate(masks[:, None], size=(height, width), mode="bilinear", antialias=True)[:, 0]
+    return smoothly_resized(masks[:, None], (height, width))[:, 0]
 
 
 def _cropped(pictures: Tensor, multiple: int) -> Tensor:
@@ -223,7 +225,8 @@ def captioned(image: Image.Image, text: str) -> Image.Image:
 
 
 def _fitted(draw: ImageDraw.ImageDraw, text: str, width: int, face: ImageFont.ImageFont) -> list[str]:
-    """A line of text as lines that are no wider: broken after a space or one of a path's separators, where there is one."""
+    """A line of text as lines that are no wider: broken after a space or one of a path's
+    separators, where there is one."""
     lines = []
     while draw.textlength(text, face) > width and len(text) > 1:
         fits = max(count for count in range(1, len(text)) if count == 1 or draw.textlength(text[:count], face) <= width)

@@ -22,9 +22,8 @@ class NounError(ValueError):
 def find_noun(chunks: Sequence[Chunk], noun: Sequence[int], ends_word: Callable[[int], bool]) -> list[Span]:
     """All places at which a prompt has a noun as whole words.
 
-    chunks: the prompt as (token, word id) pairs, chunk by chunk as the text encoder takes them. A word id of 0 marks
-    start,
-        end and padding, whatever else. A token may be an embedding instead of an id.
+    chunks: the prompt as (token, word id) pairs, chunk by chunk as the text encoder takes them. Word id 0 marks the
+    start token, the end token and padding. A token may be an embedding instead of an id.
     noun: the noun's token ids. `ends_word(token)`: whether a token's text ends a word. Returns the context rows of
     each occurrence, in order; a word may be split between chunks. Occurrences do not overlap.
     """

@@ -6,12 +6,37 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import pretend
+
 ROOT = Path(__file__).parents[1]
+SLOW = 20  # seconds, from which on a test is to be marked
+
+
+def devices() -> list[str]:
+    """The CPU, and the accelerators here; where there are none, a pretended one, which shows what is left on the CPU."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    accelerators = [name for name, is_there in there.items() if is_there]
+    return ["cpu", *(accelerators or ([pretend.NAME] if pretend.is_possible() else []))]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, on a GPU too
+
+
+@pytest.fixture(scope="session", params=devices())
+def device(request):
+    """Every device on which the kernel can be run here."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def precise_device(device):
+    """The same, but for those without float64."""
+    if device.type == "mps":
+        pytest.skip("MPS has no float64")
+    return device
 
 
 @pytest.fixture
@@ -41,3 +66,38 @@ def packed():
     except (FileNotFoundError, subprocess.CalledProcessError) as problem:
         pytest.skip(f"only git knows what would be packed, and this is no checkout of it: {problem}")
     return sorted(name for name in names if (ROOT / name).is_file())
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out on the pretended device what it cannot do."""
+
+    def is_impossible(item):
+        too_much = item.get_closest_marker("real_device") or "precise_device" in item.fixturenames
+        return is_pretended(item) and too_much
+
+    deselected = [item for item in items if is_impossible(item)]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if not is_impossible(item)]
+
+
+def pytest_collection_finish(session):
+    # Before the first test: autograd counts the devices when it is first used.
+    if any(map(is_pretended, session.items)):
+        pretend.install()
+
+
+def is_pretended(item) -> bool:
+    return hasattr(item, "callspec") and item.callspec.params.get("device") == pretend.NAME
+
+
+def pytest_terminal_summary(terminalreporter):
+    slow = {
+        report.nodeid: report.duration
+        for report in terminalreporter.getreports("passed")
+        if report.duration > SLOW and "slow" not in report.keywords
+    }
+    if slow:
+        terminalreporter.section(f"more than {SLOW} seconds, and not marked slow")
+        for name, seconds in sorted(slow.items()):
+            terminalreporter.write_line(f"{seconds:.0f} s {name}")

@@ -1,10 +1,15 @@
-"""The structure that everything else leans on: one direction of imports, and nothing in the archive that a scan flags."""
+"""The structure that everything else leans on: one direction of imports, and nothing in the
+archive that a scan flags."""
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from tools.map import included
 
 ROOT = Path(__file__).parents[1]
 HOST = {
@@ -19,6 +24,7 @@ HOST = {
     "latent_preview",
 }
 OPTIONAL = {"open_clip", "timm"}  # of one module, which imports them once they are asked for
+DISTRIBUTIONS = {"PIL": "Pillow", "open_clip": "open_clip_torch"}  # named otherwise than what is imported
 SHIPPED_WITH_THE_HOST = {
     "torch",
     "torchvision",
@@ -180,13 +186,28 @@ def test_nothing_is_required_that_the_host_does_not_ship(shipped):
         assert not optional & {module for _, module in imports(path, at_once=True)}
         for level, module in imports(path):
             top = module.split(".")[0]
-            known = (
-                top in optional
-                or level
-                or top in SHIPPED_WITH_THE_HOST | HOST
-                or top in __import__("sys").stdlib_module_names
-            )
+            known = top in optional or level or top in SHIPPED_WITH_THE_HOST | HOST or top in sys.stdlib_module_names
             assert known, f"{path} imports {module}"
+
+
+def test_importing_the_pack_does_not_wait_for_transformers():
+    """It takes a second or more, and only texts and towers need it."""
+    kernel = ROOT / "profusion"
+    parts = (path.relative_to(ROOT).with_suffix("").parts for path in kernel.rglob("*.py"))
+    modules = {".".join(part) for part in parts if part[-1] != "__init__"} - {"profusion.models.clip"}
+    code = f"import sys, {', '.join(sorted(modules))}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert "torch" in loaded.split() and not {"transformers", "open_clip", "timm"} & set(loaded.split())
+
+
+def test_pyproject_names_what_is_imported(shipped):
+    tomllib = pytest.importorskip("tomllib", reason="tomllib comes with Python 3.11: pyproject.toml is not read")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    tops = {module.split(".")[0] for path in shipped for level, module in imports(path) if not level}
+    needed = {DISTRIBUTIONS.get(top, top) for top in tops - HOST - set(sys.stdlib_module_names)}
+    optional = set(project["optional-dependencies"]["metrics"])
+    assert needed - optional <= set(project["dependencies"])
+    assert optional == {DISTRIBUTIONS.get(top, top) for top in OPTIONAL}
 
 
 FLAGGED = (
@@ -227,3 +248,23 @@ def test_the_version_has_one_value():
     project = (ROOT / "pyproject.toml").read_text()
     kernel = (ROOT / "profusion" / "__init__.py").read_text()
     assert re.search(r'^version = "(.+)"', project, re.M)[1] == re.search(r'__version__ = "(.+)"', kernel)[1]
+
+
+def test_the_page_of_the_architecture_lists_every_file():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert included(page) == page, "run `python -m tools.map`"
+    folders = {path.parent for ring in ("nodes", "profusion") for path in (ROOT / ring).rglob("*.py")}
+    for folder in folders:
+        assert f"<!-- map: {folder.relative_to(ROOT).as_posix()} -->" in page
+
+
+def test_what_the_page_of_the_architecture_names_is_there():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+\.py):([\w.]+)`", page))
+    assert len(named) > 40
+    for file, name in named:
+        scope = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+        for part in name.split("."):
+            found = [node for node in scope if getattr(node, "name", None) == part]
+            assert found, f"docs/architecture.md names {name}, which is not in {file}"
+            scope = found[0].body

@@ -1,4 +1,5 @@
-"""The archive that the Registry would hand out: packed by git's own reading of .comfyignore, unpacked, and looked into."""
+"""The archive that the Registry would hand out: packed by git's own reading of .comfyignore,
+unpacked, and looked into."""
 
 import re
 import shutil
@@ -52,6 +53,7 @@ def test_its_pages_link_to_what_it_holds(unpacked):
                 assert (page.parent / target).is_file(), f"{page.relative_to(unpacked)} links to {target}"
 
 
+@pytest.mark.slow
 def test_its_demo_says_what_it_lacks(unpacked):
     command = [sys.executable, "-m", "profusion", "demo", "--out", "out"]
     ended = subprocess.run(command, cwd=unpacked, capture_output=True, text=True, timeout=120)

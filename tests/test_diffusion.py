@@ -26,8 +26,8 @@ def test_schedule_is_sds():
     assert math.isclose(training_sigmas()[-1].item(), 14.6146, rel_tol=1e-4)
 
 
-def test_every_timestep_is_found_again():
-    assert torch.equal(timestep_of(training_sigmas()), torch.arange(1000))
+def test_every_timestep_is_found_again(device):
+    assert torch.equal(timestep_of(training_sigmas().to(device)), torch.arange(1000, device=device))
 
 
 def test_sampling_starts_at_the_highest_noise_and_ends_at_none():
@@ -38,7 +38,7 @@ def test_sampling_starts_at_the_highest_noise_and_ends_at_none():
         sampling_sigmas(0)
 
 
-def test_euler_lands_on_the_mean_of_a_gaussian():
+def test_euler_lands_on_the_mean_of_a_gaussian(device):
     """For data N(mu, s^2) the ideal denoiser is linear; the probability flow maps noise z to mu + s * z."""
     mu, s = 3.0, 0.5
 
@@ -46,15 +46,15 @@ def test_euler_lands_on_the_mean_of_a_gaussian():
         sigma = sigma.view(-1, 1, 1, 1)
         return mu + (x - mu) * s**2 / (s**2 + sigma**2)
 
-    noise = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0)).to(device)
     seen = []
-    x = sample_euler(ideal, noise, sampling_sigmas(400), lambda step, denoised: seen.append(step))
+    x = sample_euler(ideal, noise, sampling_sigmas(400).to(device), lambda step, denoised: seen.append(step))
     assert torch.allclose(x, mu + s * noise, atol=0.15)
     assert seen == list(range(400))
 
 
-def test_the_two_scalings_undo_each_other_for_a_level_or_one_a_row():
-    x, sigma = torch.randn(2, 4, 3, 3), torch.tensor([0.5, 9.0])
+def test_the_two_scalings_undo_each_other_for_a_level_or_one_a_row(device):
+    x, sigma = torch.randn(2, 4, 3, 3).to(device), torch.tensor([0.5, 9.0], device=device)
     scaled = variance_preserving(x, sigma)
     assert torch.equal(scaled[1], x[1] / (sigma[1] ** 2 + 1).sqrt())
     torch.testing.assert_close(variance_exploding(scaled, sigma), x)
@@ -63,9 +63,9 @@ def test_the_two_scalings_undo_each_other_for_a_level_or_one_a_row():
     assert torch.equal(variance_preserving(x[..., 0, 0], sigma), scaled[..., 0, 0])
 
 
-def test_noised_pictures_are_those_of_the_schedule():
-    clean, noise, t = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3), torch.tensor([100, 800])
-    sigma = training_sigmas()[t]
+def test_noised_pictures_are_those_of_the_schedule(device):
+    (clean, noise), t = torch.randn(2, 2, 4, 3, 3).to(device), torch.tensor([100, 800])
+    sigma = training_sigmas()[t].to(device)
     expected = variance_preserving(clean + sigma.view(-1, 1, 1, 1) * noise, sigma)
     torch.testing.assert_close(noised(clean, noise, t), expected)
     torch.testing.assert_close(
@@ -73,11 +73,11 @@ def test_noised_pictures_are_those_of_the_schedule():
     )
 
 
-def test_eps_denoiser_undoes_the_scaling():
-    clean, noise = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
-    sigma = training_sigmas()[torch.tensor([100, 800])]
+def test_eps_denoiser_undoes_the_scaling(device):
+    clean, noise = torch.randn(2, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0)).to(device)
+    sigma = training_sigmas()[torch.tensor([100, 800])].to(device)
     x = clean + sigma.view(-1, 1, 1, 1) * noise
-    alpha_bar = alphas_cumprod()[torch.tensor([100, 800])].view(-1, 1, 1, 1)
+    alpha_bar = alphas_cumprod()[torch.tensor([100, 800])].to(device).view(-1, 1, 1, 1)
 
     def predict_noise(scaled, t):
         assert t.tolist() == [100, 800]

@@ -5,11 +5,19 @@ import math
 import pytest
 import torch
 
-from profusion.diffusion import _alphas_cumprod, sample_euler, sampling_sigmas
+from profusion.diffusion import (
+    _alphas_cumprod,
+    sample_euler,
+    sampling_sigmas,
+    variance_exploding,
+    variance_preserving,
+)
 from profusion.fusion import (
     FusionOptions,
+    Guidance,
     KeptDifferences,
-    expected_calls,
+    RunGuidance,
+    fresh_noise,
     fusion_stage,
     guide,
     mean_prediction,
@@ -20,6 +28,10 @@ from profusion.fusion import (
 )
 
 ALPHA_BAR = _alphas_cumprod()
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 class ToyModel:
@@ -68,13 +80,14 @@ def test_the_fusion_stage_is_the_papers_at_every_timestep(generator):
             )
             return guide(nothing, mean_prediction([both, text], weights), 5 * scale)
 
-        options = FusionOptions(repeats=m, eta=eta)
-        actual = fusion_stage(denoise, x * to_signal, sigma, sigma_next, options, iter(noises).__next__)
+        options, rest = FusionOptions(repeats=m, eta=eta), iter(noises)
+        actual = fusion_stage(denoise, x * to_signal, sigma, sigma_next, options, lambda x, rest=rest: next(rest))
         torch.testing.assert_close(actual / to_signal, expected, rtol=0, atol=1e-12)
 
 
 def test_at_the_last_timestep_the_papers_limit_holds():
-    """t = 0: a_p = 1, where the paper's fraction is 0 / 0; s^2 / (1 - a_p) goes to eta^2, so all noise may be swapped."""
+    """t = 0: a_p = 1, where the paper's fraction is 0 / 0; s^2 / (1 - a_p) goes to eta^2, so
+    all noise may be swapped."""
     assert swap_share(0.0, 0.7) == pytest.approx(0.49)
     x, eps, fresh = torch.tensor([2.0]), torch.tensor([1.5]), torch.tensor([3.0])
     torch.testing.assert_close(swap_noise(x, eps, fresh, 0.5, swap_share(0.0, 1.0)), x - 0.5 * eps + 0.5 * fresh)
@@ -82,16 +95,22 @@ def test_at_the_last_timestep_the_papers_limit_holds():
 
 
 @pytest.mark.parametrize("flow", [False, True])
-def test_a_right_prediction_swaps_noise_at_the_same_level(flow, generator):
-    """x = alpha x0 + sigma eps becomes alpha x0 + sigma eps' with eps' = (1 - r) eps + sqrt(r (2 - r)) z of unit variance."""
-    clean, eps, fresh = torch.randn(3, 1, 4, 5, 5, generator=generator, dtype=torch.float64)
-    sigma, sigma_next = torch.tensor([0.8, 0.7], dtype=torch.float64)
+def test_a_right_prediction_swaps_noise_at_the_same_level(flow, generator, precise_device):
+    """The noise becomes eps' = (1 - r) eps + sqrt(r (2 - r)) z, of unit variance, under the same alpha x0."""
+    clean, eps, fresh = torch.randn(3, 1, 4, 5, 5, generator=generator, dtype=torch.float64).to(precise_device)
+    sigma, sigma_next = torch.tensor([0.8, 0.7], dtype=torch.float64, device=precise_device)
     alpha = 1 - sigma if flow else torch.ones_like(sigma)
     ratio = (sigma_next / (1 - sigma_next)) / (sigma / (1 - sigma)) if flow else sigma_next / sigma
     share = swap_share(ratio, 0.9)
     assert 0 < share < 1
     result = fusion_stage(
-        lambda x, at: clean, alpha * clean + sigma * eps, sigma, sigma_next, FusionOptions(eta=0.9), lambda: fresh, flow
+        lambda x, at: clean,
+        alpha * clean + sigma * eps,
+        sigma,
+        sigma_next,
+        FusionOptions(eta=0.9),
+        lambda x: fresh,
+        flow,
     )
     mixed = (1 - share) * eps + (share * (2 - share)).sqrt() * fresh
     torch.testing.assert_close(result, alpha * clean + sigma * mixed)
@@ -99,7 +118,8 @@ def test_a_right_prediction_swaps_noise_at_the_same_level(flow, generator):
 
 
 def test_a_flow_model_may_start_from_pure_noise(generator):
-    """sigma = 1: no signal, a noise-to-signal ratio without end; the stage stays finite and swaps eta^2 of the noise."""
+    """sigma = 1: no signal, a noise-to-signal ratio without end; the stage stays finite and
+    swaps eta^2 of the noise."""
     x, fresh = torch.randn(2, 1, 4, 2, 2, generator=generator)
     result = fusion_stage(
         lambda x, at: torch.zeros_like(x),
@@ -107,7 +127,7 @@ def test_a_flow_model_may_start_from_pure_noise(generator):
         torch.tensor(1.0),
         torch.tensor(0.9),
         FusionOptions(eta=0.5),
-        lambda: fresh,
+        lambda x: fresh,
         True,
     )
     torch.testing.assert_close(result, swap_noise(x, x, fresh, 1.0, 0.25))
@@ -115,29 +135,32 @@ def test_a_flow_model_may_start_from_pure_noise(generator):
 
 def euler(denoise, x, sigmas):
     """`sample_euler` from a noisy start."""
-    return sample_euler(denoise, x / (sigmas[0] ** 2 + 1).sqrt(), sigmas)
+    return sample_euler(denoise, variance_preserving(x, sigmas[0]), sigmas)
 
 
 def test_without_fusion_steps_the_sampler_runs_alone_and_whole(generator):
     sigmas, x = sampling_sigmas(6), torch.randn(2, 4, 3, 3, generator=generator)
     calls = []
 
-    def refine(denoise, x, part):
-        calls.append(len(part))
-        return euler(denoise, x, part)
-
-    def model(x, sigma, stage):
-        assert stage == "refinement"
+    def denoise(x, sigma):
         return x / (1 + sigma.view(-1, 1, 1, 1))
 
+    def refine(x, first, last):
+        calls.append((first, last))
+        return euler(denoise, x, sigmas[first : last + 1])
+
     for options in (FusionOptions(repeats=0), FusionOptions(eta=0.0), FusionOptions(sigma_start=1e-6)):
-        result = sample_fusion(model, refine, x, sigmas, options, torch.Generator().manual_seed(1))
-        assert torch.equal(result, euler(lambda x, sigma: model(x, sigma, "refinement"), x, sigmas))
-    assert calls == [7, 7, 7]
+        assert torch.equal(sample_fusion(never, refine, x, sigmas, options, never), euler(denoise, x, sigmas))
+    assert calls == [(0, 6)] * 3
+
+
+def never(*_):
+    raise AssertionError("there is no fusion stage")
 
 
 def test_the_run_is_the_papers_algorithm(generator):
-    """Both stages at every level, against a straight loop in alpha-bar form, float64: DDIM (eta 0) as the refinement."""
+    """Both stages at every level, against a straight loop in alpha-bar form, float64: DDIM
+    (eta 0) as the refinement."""
     model, steps, m, eta, gamma = ToyModel(generator), 8, 2, 0.8, 0.6
     levels = list(range(999, 0, -999 // steps))[:steps] + [None]
     alpha_bar = [ALPHA_BAR[t] if t is not None else torch.tensor(1.0, dtype=torch.float64) for t in levels]
@@ -155,19 +178,18 @@ def test_the_run_is_the_papers_algorithm(generator):
         eps = guided(model, x, t, 1.0, 6.0)
         x = a_p.sqrt() * (x - (1 - a_t).sqrt() * eps) / a_t.sqrt() + (1 - a_p).sqrt() * eps
 
-    def denoiser(x, sigma, stage):
-        t = levels[int((sigmas - sigma[0]).abs().argmin())]
-        eps = guided(model, x / (sigma[0] ** 2 + 1).sqrt(), t, *((gamma, 3.0) if stage == "fusion" else (1.0, 6.0)))
-        return x - sigma[0] * eps
+    def denoiser(gamma, scale):
+        def denoise(x, sigma):
+            t = levels[int((sigmas - sigma[0]).abs().argmin())]
+            return x - sigma[0] * guided(model, variance_preserving(x, sigma[0]), t, gamma, scale)
 
-    result = sample_fusion(
-        denoiser,
-        euler,
-        start * (sigmas[0] ** 2 + 1).sqrt(),
-        sigmas,
-        FusionOptions(m, eta),
-        torch.Generator().manual_seed(5),
-    )
+        return denoise
+
+    def refine(x, first, last):
+        return euler(denoiser(1.0, 6.0), x, sigmas[first : last + 1])
+
+    begun = variance_exploding(start, sigmas[0])
+    result = sample_fusion(denoiser(gamma, 3.0), refine, begun, sigmas, FusionOptions(m, eta), fresh_noise(seeded(5)))
     torch.testing.assert_close(result, x, rtol=0, atol=1e-10)
 
 
@@ -179,18 +201,79 @@ def guided(model, x, t, gamma, scale):
 def test_the_fresh_noise_comes_from_the_generator(generator):
     sigmas, x = sampling_sigmas(3), torch.randn(1, 4, 3, 3, generator=generator)
 
+    def halve(x, sigma):
+        return 0.5 * x
+
     def run(seed):
-        noises = torch.Generator().manual_seed(seed)
-        return sample_fusion(lambda x, sigma, stage: 0.5 * x, euler, x, sigmas, FusionOptions(), noises)
+        return sample_fusion(halve, refine, x, sigmas, FusionOptions(), fresh_noise(seeded(seed)))
+
+    def refine(x, first, last):
+        return euler(halve, x, sigmas[first : last + 1])
 
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
+
+
+def test_a_run_is_the_same_on_every_device(device, generator):
+    """Sigmas may lie anywhere; fresh noise is drawn on the CPU, so that a seed means the same everywhere."""
+    sigmas, x = sampling_sigmas(5), torch.randn(2, 4, 3, 3, generator=generator)
+    word, text = torch.randn(2, 1, 4, 1, 1, generator=generator)
+    guidance = Guidance((1.0, 0.5), refresh=2)
+
+    def run(where, sigmas, flow):
+        run_guidance, stages = RunGuidance(guidance), iter(["fusion", "refinement"] * 9)
+
+        def denoise(x, sigma):
+            def evaluate(everything):
+                shifts = (word + text, torch.zeros_like(word), text) if everything else (word + text,)
+                return [torch.tanh(x + shift.to(x)) for shift in shifts]
+
+            return run_guidance.step(next(stages), evaluate, unit=float(sigma[0]))
+
+        def refine(x, first, last):
+            return denoise(x, sigmas[first].expand(len(x)).to(x.device)) * 0.9
+
+        fresh = fresh_noise(seeded(1, 2))
+        return sample_fusion(denoise, refine, x.to(where), sigmas, FusionOptions(2, eta=0.7), fresh, flow)
+
+    for flow, levels in ((False, sigmas), (True, torch.tensor([1.0, 0.6, 0.3, 0.0]))):
+        expected, there = run("cpu", levels, flow), run(device, levels, flow)
+        assert there.device.type == device.type and expected.isfinite().all()
+        torch.testing.assert_close(there.cpu(), expected)
+        torch.testing.assert_close(run(device, levels.to(device), flow).cpu(), expected)
+
+
+def test_each_row_of_fresh_noise_comes_from_its_own_generator():
+    x = torch.zeros(3, 4, 8, 8)
+    batch, second = fresh_noise(seeded(7, 8, 9)), fresh_noise(seeded(8))
+    for _ in range(3):
+        whole = batch(x)
+        assert torch.equal(whole[1:2], second(x[:1])) and not torch.equal(whole[0], whole[1])
+    assert abs(whole.std().item() - 1) < 0.1
+    assert batch(x.half()).dtype == torch.float16
+    with pytest.raises(ValueError, match="3 generators for 2 rows"):
+        batch(x[:2])
+
+
+def test_a_fused_picture_is_the_same_in_any_batch(generator):
+    sigmas, x = sampling_sigmas(5), torch.randn(3, 4, 3, 3, generator=generator)
+
+    def run(rows):
+        def refine(x, first, last):
+            return euler(lambda x, sigma: 0.5 * x, x, sigmas[first : last + 1])
+
+        fresh = fresh_noise(seeded(*rows))
+        return sample_fusion(lambda x, sigma: 0.3 * x, refine, x[rows], sigmas, FusionOptions(2), fresh)
+
+    whole = run([0, 1, 2])
+    for row in range(3):
+        assert torch.equal(run([row]), whole[row : row + 1])
+    assert torch.equal(run([2, 0]), whole[[2, 0]])
 
 
 def test_a_stretch_begins_at_every_level_with_a_fusion_stage():
     sigmas = [10.0, 8.0, 6.0, 4.0, 2.0, 1.0, 0.0]
     options = FusionOptions(repeats=2, sigma_start=8.0, sigma_end=4.0)
     assert segments(sigmas, options) == [(0, 1, False), (1, 2, True), (2, 3, True), (3, 6, True)]
-    assert expected_calls(sigmas, options) == (6, 6)
     assert segments(sigmas, FusionOptions(repeats=0)) == [(0, 6, False)]
     assert segments([4.0, 4.0, 2.0], FusionOptions()) == [
         (0, 1, False),
@@ -214,12 +297,33 @@ def test_a_single_term_comes_back_to_the_bit(generator):
         ({"eta": 1.2}, "eta=1.2"),
         ({"eta": -0.1}, "eta=-0.1"),
         ({"eta": math.nan}, "eta=nan"),
-        ({"sigma_start": 1.0, "sigma_end": 2.0}, "start at sigma 1.0"),
+        ({"sigma_start": 1.0, "sigma_end": 2.0}, "sigma_start=1.0 must not lie below sigma_end=2.0"),
+        ({"sigma_start": math.nan}, "sigma_start=nan"),
+        ({"sigma_end": math.nan}, "sigma_end=nan"),
+        ({"repeats": math.nan}, "repeats=nan"),
+        ({"repeats": math.inf}, "repeats=inf"),
     ],
 )
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         FusionOptions(**options)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("field", ["cfg", "fusion_cfg", "gamma", "refresh", "weights"])
+def test_numbers_of_the_guidance_must_be_finite(field, value):
+    given = {"weights": (1.0, 0.5), field: (1.0, value) if field == "weights" else value}
+    with pytest.raises(ValueError, match=field):
+        Guidance(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"weights": ()}, "no conditioning"), ({"mode": "both"}, "mode='both'"), ({"refresh": 0}, "refresh=0")],
+)
+def test_the_guidance_is_checked(given, message):
+    with pytest.raises(ValueError, match=message):
+        Guidance(**{"weights": (1.0,), **given})
 
 
 @pytest.mark.parametrize(
@@ -253,3 +357,85 @@ def test_a_refresh_of_one_keeps_nothing(generator):
         assert kept.due
         batch = list(torch.randn(2, 1, 4, 6, 6, generator=generator))
         assert all(map(torch.equal, kept.complete(batch, 0.0), batch))
+
+
+# Guidance over a run
+
+
+def asked(predictions, calls):
+    """An evaluation that gives all predictions, or the first alone, and notes which."""
+
+    def evaluate(everything):
+        calls.append(everything)
+        return list(predictions if everything else predictions[:1])
+
+    return evaluate
+
+
+def test_a_step_is_the_papers_sum_over_conditions(generator):
+    """e0 + s sum_i w_i (e_i - e0) / sum_i w_i, with the scale of its stage."""
+    first, nothing, second = predictions = torch.randn(3, 2, 4, 3, 3, generator=generator)
+    guidance = Guidance((1.0, 0.5), cfg=6.0, fusion_cfg=3.0, gamma=0.8)
+    for stage, scale, gamma in (("fusion", 3.0, 0.8), ("refinement", 6.0, 1.0)):
+        assert (guidance.scale(stage), guidance.word_scale(stage)) == (scale, gamma)
+        result = RunGuidance(guidance).step(stage, asked(predictions, []))
+        expected = nothing + scale * (1.0 * (first - nothing) + 0.5 * (second - nothing)) / 1.5
+        torch.testing.assert_close(result, expected)
+
+
+def test_one_condition_is_plain_guidance_to_the_bit_and_asks_for_all_every_time(generator):
+    predictions, calls = torch.randn(2, 2, 4, 3, 3, generator=generator), []
+    run = RunGuidance(Guidance((0.3, 0.0), refresh=4))
+    assert run.used == (0,)
+    for _ in range(3):
+        result = run.step("refinement", asked(predictions, calls))
+        assert torch.equal(result, guide(predictions[1], predictions[0], 6.0))
+    assert calls == [True] * 3
+
+
+def test_conditions_without_weight_are_not_asked(generator):
+    predictions = torch.randn(3, 2, 4, 3, 3, generator=generator)
+    run = RunGuidance(Guidance((0.0, 1.0, 3.0)))
+    assert run.used == (1, 2)
+    mean = 0.25 * predictions[0] + 0.75 * predictions[2]
+    torch.testing.assert_close(run.step("fusion", asked(predictions, [])), guide(predictions[1], mean, 3.0))
+
+
+def test_between_refreshes_the_first_prediction_is_enough(generator):
+    """Where all predictions differ by the same noise at every level, what is kept is exact, in whatever unit."""
+    noise, offsets, calls = torch.randn(2, 4, 3, 3, generator=generator), torch.randn(3, 1, 4, 1, 1), []
+    run, every = (RunGuidance(Guidance((1.0, 0.5), refresh=refresh)) for refresh in (3, 1))
+    for sigma in (8.0, 4.0, 2.0, 1.0):
+        predictions = [noise + sigma * offset for offset in offsets]
+        result = run.step("refinement", asked(predictions, calls), sigma)
+        torch.testing.assert_close(result, every.step("refinement", asked(predictions, []), sigma))
+    assert calls == [True, False, False, True]
+
+
+def test_hooks_stand_between_the_predictions_and_the_guidance(generator):
+    """And see all predictions even where one alone was evaluated."""
+    predictions, seen = torch.randn(3, 2, 4, 3, 3, generator=generator), []
+    run = RunGuidance(Guidance((1.0, 1.0), cfg=2.0, refresh=2))
+
+    def hook(predictions):
+        seen.append(len(predictions))
+        return [2 * prediction for prediction in predictions]
+
+    def combine(nothing, mean, scale):
+        return nothing + 100 * mean + scale
+
+    for _ in range(2):
+        result = run.step("refinement", asked(predictions, []), between=hook, combine=combine)
+        torch.testing.assert_close(result, 2 * predictions[1] + 100 * (predictions[0] + predictions[2]) + 2.0)
+    assert seen == [3, 3]
+
+
+def test_nothing_is_needed_by_this_stages_scale_or_by_any_for_which_it_is_kept():
+    def needs(refresh, **scales):
+        run = RunGuidance(Guidance((1.0, 1.0), refresh=refresh, **scales))
+        return [run.needs_nothing(stage) for stage in ("fusion", "refinement")]
+
+    assert needs(1, cfg=1.0, fusion_cfg=3.0) == [True, False]
+    assert needs(1, cfg=6.0, fusion_cfg=1.0) == [False, True]
+    assert needs(2, cfg=1.0, fusion_cfg=3.0) == [True, True]
+    assert needs(2, cfg=1.0, fusion_cfg=1.0) == [False, False]

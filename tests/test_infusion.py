@@ -17,18 +17,24 @@ NAMES = ("input.1.0", "input.3.0", "middle.0.0", "output.0.0", "output.1.0", "ou
 
 
 @pytest.fixture(scope="module")
-def unet():
+def unet(device):
     torch.manual_seed(3)
-    return UNet(SMALL).eval()
+    return UNet(SMALL).eval().to(device)
 
 
-def inputs(generator, rows=2, length=11):
-    x = torch.randn(rows, 4, 6, 8, generator=generator)
-    return x, torch.full((rows,), 400), torch.randn(rows, length, SMALL.context_dim, generator=generator)
+@pytest.fixture
+def randn(device, generator):
+    """Normal numbers on the device, the same on all of them."""
+    return lambda *size: torch.randn(*size, generator=generator).to(device)
 
 
-def random_delta(generator, size=1.0):
-    return size * torch.randn(len(NAMES), 1, SMALL.context_dim, generator=generator)
+def inputs(randn, rows=2, length=11):
+    x = randn(rows, 4, 6, 8)
+    return x, torch.full((rows,), 400, device=x.device), randn(rows, length, SMALL.context_dim)
+
+
+def random_delta(randn, size=1.0):
+    return size * randn(len(NAMES), 1, SMALL.context_dim)
 
 
 def options(patches, chunks=(0,)):
@@ -55,7 +61,7 @@ def test_layers_are_found_by_parameter_names(config, count, width, name):
     assert infusion.architecture_name(layers) == name
 
 
-def test_layers_are_in_forward_order_and_named_as_they_run(unet):
+def test_layers_are_in_forward_order_and_named_as_they_run(unet, randn):
     found = [layer.name for layer in infusion.cross_attention_layers(unet.state_dict())]
     ran = []
 
@@ -63,7 +69,7 @@ def test_layers_are_in_forward_order_and_named_as_they_run(unet):
         ran.append(infusion.layer_name(extra_options))
         return n, context, value
 
-    unet(*inputs(torch.Generator()), transformer_options=options({"attn2_patch": [note]}))
+    unet(*inputs(randn), transformer_options=options({"attn2_patch": [note]}))
     assert found == ran == list(NAMES)
 
 
@@ -81,16 +87,16 @@ def test_other_architectures_have_a_description():
     assert infusion.architecture_name([infusion.Layer("middle.0.0", 7)]) == "UNet with 1 cross-attentions of 7"
 
 
-def test_residuals_are_added_at_the_noun(generator):
-    value, residual = torch.randn(2, 5, 3, generator=generator), torch.randn(1, 3, generator=generator)
+def test_residuals_are_added_at_the_noun(randn):
+    value, residual = randn(2, 5, 3), randn(1, 3)
     moved = add_residual(value, residual, [1, 4])
     assert torch.equal(moved[:, [1, 4]], value[:, [1, 4]] + residual)
     assert torch.equal(moved[:, [0, 2, 3]], value[:, [0, 2, 3]])
 
 
-def test_a_residual_of_several_tokens_goes_token_by_token(generator):
-    residual = torch.randn(2, 3, generator=generator)
-    moved = add_residual(torch.zeros(1, 6, 3), residual, [1, 2, 4, 5])
+def test_a_residual_of_several_tokens_goes_token_by_token(randn):
+    residual = randn(2, 3)
+    moved = add_residual(residual.new_zeros(1, 6, 3), residual, [1, 2, 4, 5])
     assert torch.equal(moved[0, [1, 2, 4, 5]], torch.cat([residual, residual]))
 
 
@@ -107,7 +113,7 @@ def test_a_repeated_prompt_has_its_noun_repeated():
     assert torch.equal(placement.add_to(torch.zeros(1, 12, 3), "input.1.0"), torch.zeros(1, 12, 3))
 
 
-def test_what_a_run_adds_is_made_once(unet, generator, monkeypatch):
+def test_what_a_run_adds_is_made_once(unet, randn, monkeypatch):
     """No layer waits for the device a second time: neither for the noun's rows nor for a region's weights."""
     made = []
     for name in ("residual_rows", "region_weights"):
@@ -118,10 +124,10 @@ def test_what_a_run_adds_is_made_once(unet, generator, monkeypatch):
     region = torch.zeros(5, 9)
     region[:, 3:] = 1
     placements = [
-        Placement(random_delta(generator), NAMES, (3,)),
-        Placement(random_delta(generator), NAMES, (5,), region=region),
+        Placement(random_delta(randn), NAMES, (3,)),
+        Placement(random_delta(randn), NAMES, (5,), region=region),
     ]
-    batches = [inputs(generator) for _ in range(3)]
+    batches = [inputs(randn) for _ in range(3)]
     moved = [predict(unet, batch, placements)[1] for batch in batches]
     assert made.count("residual_rows") == 2 * len(NAMES) and 1 <= made.count("region_weights") <= len(NAMES)
     for batch, expected in zip(batches, moved, strict=True):
@@ -129,9 +135,9 @@ def test_what_a_run_adds_is_made_once(unet, generator, monkeypatch):
         assert torch.equal(predict(unet, batch, afresh)[1], expected)
 
 
-def test_what_is_learning_is_never_kept(generator):
+def test_what_is_learning_is_never_kept(randn):
     delta = torch.zeros(1, 1, 3, requires_grad=True)
-    placement, value = Placement(delta, ("middle.0.0",), (1,)), torch.randn(2, 4, 3, generator=generator)
+    placement, value = Placement(delta, ("middle.0.0",), (1,)), randn(2, 4, 3)
     for count in (1, 2):
         placement.add_to(value, "middle.0.0").sum().backward()
         assert delta.grad.tolist() == [[[2.0 * count] * 3]]
@@ -140,28 +146,28 @@ def test_what_is_learning_is_never_kept(generator):
     assert torch.equal(placement.add_to(value, "middle.0.0")[:, 1], value[:, 1] + 1)
 
 
-def test_the_foundations_queries_are_constants(unet, generator):
+def test_the_foundations_queries_are_constants(unet, randn):
     """Even where F is evaluated under autograd, no gradient comes back to it from C."""
-    x, t, context = inputs(generator)
+    x, t, context = inputs(randn)
     store, x = {}, x.requires_grad_()
     unet(x, t, context, transformer_options=options(foundation_patches(store)))
     assert store and not any(n.requires_grad for n in store.values())
 
 
-def test_repeating_the_prompt_changes_nothing(generator):
-    attention = CrossAttention(32, 24, heads=2)
-    n, context = torch.randn(1, 48, 32, generator=generator), torch.randn(1, 5, 24, generator=generator)
-    placement = Placement(torch.randn(1, 1, 24, generator=generator), ("middle.0.0",), (3,), context_length=5)
+def test_repeating_the_prompt_changes_nothing(device, randn):
+    attention = CrossAttention(32, 24, heads=2).to(device)
+    n, context = randn(1, 48, 32), randn(1, 5, 24)
+    placement = Placement(randn(1, 1, 24), ("middle.0.0",), (3,), context_length=5)
     once = attention(n, context, placement.add_to(context, "middle.0.0"))
     twice = context.repeat(1, 2, 1)
     torch.testing.assert_close(attention(n, twice, placement.add_to(twice, "middle.0.0")), once)
 
 
-def test_the_cross_attention_is_the_papers(generator):
+def test_the_cross_attention_is_the_papers(device, randn):
     """Eq. 5-6 written out with the map held, against the patches around the fused layer."""
-    attention = CrossAttention(32, SMALL.context_dim, heads=2)
-    n_f, n_c = torch.randn(2, 2, 48, 32, generator=generator)
-    context, delta = torch.randn(2, 11, 24, generator=generator), torch.randn(1, 1, 24, generator=generator)
+    attention = CrossAttention(32, SMALL.context_dim, heads=2).to(device)
+    n_f, n_c = randn(2, 2, 48, 32)
+    context, delta = randn(2, 11, 24), randn(1, 1, 24)
     extra = {"block": ("middle", 0), "block_index": 0, "cond_or_uncond": [0]}
     store = {}
     placement = Placement(delta, ("middle.0.0",), rows=(3,), strength=0.5)
@@ -174,30 +180,30 @@ def test_the_cross_attention_is_the_papers(generator):
         return x.unflatten(-1, (2, 16)).transpose(1, 2)
 
     q, k = heads(attention.to_q(n_f)), heads(attention.to_k(context))
-    onehot = torch.zeros(11, 1).index_fill(0, torch.tensor([3]), 1.0)
+    onehot = torch.zeros(11, 1).index_fill(0, torch.tensor([3]), 1.0).to(device)
     v_bar = heads(attention.to_v(context + onehot * 0.5 * delta[0]))
     out = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(16), -1) @ v_bar
     torch.testing.assert_close(attention(*patched), attention.to_out(out.transpose(1, 2).flatten(2)))
 
 
-def test_with_nothing_to_add_both_streams_are_the_plain_run(unet, generator):
-    batch = inputs(generator)
+def test_with_nothing_to_add_both_streams_are_the_plain_run(unet, randn):
+    batch = inputs(randn)
     plain = unet(*batch)
     zero = Placement(torch.zeros(len(NAMES), 1, 24), NAMES, rows=(3,))
-    for placements in ([], [zero], [Placement(random_delta(generator), NAMES, rows=(3,), strength=0.0)]):
+    for placements in ([], [zero], [Placement(random_delta(randn), NAMES, rows=(3,), strength=0.0)]):
         foundation, customised = predict(unet, batch, placements)
         assert torch.equal(foundation, plain) and torch.equal(customised, plain)
 
 
-def test_only_the_customised_stream_changes(unet, generator):
-    batch = inputs(generator)
-    foundation, customised = predict(unet, batch, [Placement(random_delta(generator), NAMES, rows=(3,))])
+def test_only_the_customised_stream_changes(unet, randn):
+    batch = inputs(randn)
+    foundation, customised = predict(unet, batch, [Placement(random_delta(randn), NAMES, rows=(3,))])
     assert torch.equal(foundation, unet(*batch))
     assert not torch.allclose(customised, foundation, atol=1e-3)
 
 
-def test_queries_are_the_foundations_whatever_the_latent(unet, generator):
-    batch, other = inputs(generator), inputs(generator)
+def test_queries_are_the_foundations_whatever_the_latent(unet, randn):
+    batch, other = inputs(randn), inputs(randn)
     seen = []
 
     def watch(n, context, value, extra_options):
@@ -212,16 +218,16 @@ def test_queries_are_the_foundations_whatever_the_latent(unet, generator):
     assert all(torch.equal(n, store[name, 0]) for n, name in zip(seen, NAMES, strict=True))
 
 
-def test_concepts_at_two_nouns_are_one_concept_with_two_rows(unet, generator):
+def test_concepts_at_two_nouns_are_one_concept_with_two_rows(unet, randn):
     """Eq. 9: several concepts are added each at its own token."""
-    batch = inputs(generator)
-    one, two = random_delta(generator), random_delta(generator)
+    batch = inputs(randn)
+    one, two = random_delta(randn), random_delta(randn)
     _, together = predict(unet, batch, [Placement(one, NAMES, (3,)), Placement(two, NAMES, (5,))])
     _, joined = predict(unet, batch, [Placement(torch.cat([one, two], dim=1), NAMES, (3, 5))])
     torch.testing.assert_close(together, joined)
 
 
-def test_the_cost_does_not_grow_with_the_concepts(unet, generator):
+def test_the_cost_does_not_grow_with_the_concepts(unet, randn):
     rows = []
 
     def watch(n, context, value, extra_options):
@@ -229,23 +235,23 @@ def test_the_cost_does_not_grow_with_the_concepts(unet, generator):
         return n, context, value
 
     for count in (1, 4):
-        store, batch = {}, inputs(generator)
+        store, batch = {}, inputs(randn)
         unet(*batch, transformer_options=options(foundation_patches(store)))
-        placements = [Placement(random_delta(generator), NAMES, (row,)) for row in range(count)]
+        placements = [Placement(random_delta(randn), NAMES, (row,)) for row in range(count)]
         patches = customised_patches(store, on_conditional(placements))
         unet(*batch, transformer_options=options({**patches, "attn2_patch": [*patches["attn2_patch"], watch]}))
     assert set(rows) == {2}
 
 
-def test_chunks_without_placements_stay_plain(unet, generator):
-    batch = inputs(generator, rows=4)
-    foundation, customised = predict(unet, batch, [Placement(random_delta(generator), NAMES, (3,))], chunks=(1, 0))
+def test_chunks_without_placements_stay_plain(unet, randn):
+    batch = inputs(randn, rows=4)
+    foundation, customised = predict(unet, batch, [Placement(random_delta(randn), NAMES, (3,))], chunks=(1, 0))
     torch.testing.assert_close(customised[:2], foundation[:2])
     assert not torch.allclose(customised[2:], foundation[2:], atol=1e-3)
 
 
-def test_a_region_of_everything_is_no_region(unet, generator):
-    batch, delta = inputs(generator, rows=4), random_delta(generator)
+def test_a_region_of_everything_is_no_region(unet, randn):
+    batch, delta = inputs(randn, rows=4), random_delta(randn)
     _, anywhere = predict(unet, batch, [Placement(delta, NAMES, (3,))], chunks=(1, 0))
     _, whole = predict(unet, batch, [Placement(delta, NAMES, (3,), region=torch.ones(5, 9))], chunks=(1, 0))
     torch.testing.assert_close(whole, anywhere, rtol=1e-4, atol=1e-4)
@@ -253,14 +259,14 @@ def test_a_region_of_everything_is_no_region(unet, generator):
     torch.testing.assert_close(nowhere, unet(*batch), rtol=1e-4, atol=1e-4)
 
 
-def test_regions_confine_what_their_concept_changes(generator):
+def test_regions_confine_what_their_concept_changes(device, randn):
     """In one layer the output moves inside the region by exactly what it moves without one, and not outside."""
-    attention = CrossAttention(32, SMALL.context_dim, heads=2)
-    n, context = torch.randn(2, 48, 32, generator=generator), torch.randn(2, 11, 24, generator=generator)
+    attention = CrossAttention(32, SMALL.context_dim, heads=2).to(device)
+    n, context = randn(2, 48, 32), randn(2, 11, 24)
     extra = {"block": ("middle", 0), "block_index": 0, "cond_or_uncond": [1, 0], "activations_shape": [2, 32, 6, 8]}
     left = torch.zeros(6, 8)
     left[:, :4] = 1
-    one, two = torch.randn(2, 1, 1, 24, generator=generator)
+    one, two = randn(2, 1, 1, 24)
 
     def out(*placements):
         store = {}
@@ -282,7 +288,7 @@ def test_regions_confine_what_their_concept_changes(generator):
     torch.testing.assert_close(both[1, :, 4:], only_two[1, :, 4:])
 
 
-def test_regions_of_several_pictures(generator):
+def test_regions_of_several_pictures(randn):
     masks = torch.stack([torch.zeros(4, 4), torch.ones(4, 4)])
     weights = infusion.region_weights(masks, 3, (2, 2))
     assert weights.shape == (3, 4, 1) and weights[:, 0, 0].tolist() == [0, 1, 0]
@@ -296,9 +302,9 @@ def test_a_region_is_cropped_to_an_area():
     assert infusion.crop_region(region, (8, 8), (4, 8, 6, 6)).shape == (1, 2, 2)
 
 
-def test_the_gradient_reaches_the_residual_only(unet, generator):
-    batch = inputs(generator)
-    delta = torch.zeros(len(NAMES), 1, SMALL.context_dim, requires_grad=True)
+def test_the_gradient_reaches_the_residual_only(unet, randn):
+    batch = inputs(randn)
+    delta = torch.zeros(len(NAMES), 1, SMALL.context_dim, device=batch[0].device, requires_grad=True)
     _, customised = predict(unet, batch, [Placement(delta, NAMES, (3,))])
     gradient = torch.autograd.grad(customised.square().mean(), delta)[0]
     assert (gradient.abs().sum(dim=(1, 2)) > 0).all()
@@ -310,24 +316,24 @@ def test_the_gradient_reaches_the_residual_only(unet, generator):
     torch.testing.assert_close((losses[0] - losses[1]) / (2 * step), gradient.norm(), rtol=2e-2, atol=1e-6)
 
 
-def test_patches_write_to_nothing(unet, generator):
-    x, t, context = inputs(generator)
+def test_patches_write_to_nothing(unet, randn):
+    x, t, context = inputs(randn)
     before = context.clone()
-    predict(unet, (x, t, context), [Placement(random_delta(generator), NAMES, (3,))])
+    predict(unet, (x, t, context), [Placement(random_delta(randn), NAMES, (3,))])
     assert torch.equal(context, before)
 
 
-def test_customising_before_the_foundation_is_an_error(unet, generator):
+def test_customising_before_the_foundation_is_an_error(unet, randn):
     patches = customised_patches({}, on_conditional([]))
     with pytest.raises(RuntimeError, match=r"left no queries for layer input\.1\.0"):
-        unet(*inputs(generator), transformer_options=options(patches))
+        unet(*inputs(randn), transformer_options=options(patches))
 
 
-def test_a_foundation_of_another_shape_is_an_error(unet, generator):
+def test_a_foundation_of_another_shape_is_an_error(unet, randn):
     store = {}
-    unet(*inputs(generator, rows=1), transformer_options=options(foundation_patches(store)))
+    unet(*inputs(randn, rows=1), transformer_options=options(foundation_patches(store)))
     with pytest.raises(RuntimeError, match=r"shape \(2, 48, 32\) in this stream and \(1, 48, 32\)"):
-        unet(*inputs(generator), transformer_options=options(customised_patches(store, on_conditional([]))))
+        unet(*inputs(randn), transformer_options=options(customised_patches(store, on_conditional([]))))
 
 
 def test_the_window_of_noise_levels():

@@ -11,7 +11,8 @@ NUMBERS = 2**13  # the scale begins at batch_size times this, 2^14
 
 
 class Narrow(torch.autograd.Function):
-    """Passes on its input; on the way back `gain` times the gradient, rounded to float16 as a half-precision model does.
+    """Passes on its input; on the way back `gain` times the gradient, rounded to float16 as
+    a half-precision model does.
 
     scales: what the loss was multiplied by, each time.
     """

@@ -1,5 +1,6 @@
 """The kernel's networks: shapes, odd sizes, causality, CLIP's own vocabulary."""
 
+import pytest
 import torch
 
 from profusion.models import configs
@@ -61,6 +62,64 @@ def test_vae_halves_the_sides_three_times():
     assert decoded.shape == pictures.shape and decoded.min() >= 0 and decoded.max() <= 1
 
 
+def filled(network):
+    """Every parameter a wave of its own: weights that any implementation can be given."""
+    with torch.no_grad():
+        for index, (name, parameter) in enumerate(sorted(network.named_parameters())):
+            numbers = torch.arange(parameter.numel(), dtype=torch.float64)
+            wave = 0.15 * torch.sin(numbers * (0.7 + 0.01 * index) + index)
+            parameter.copy_(wave.view(parameter.shape) + ("norm" in name and name.endswith("weight")))
+    return network.eval()
+
+
+def some(values):
+    """Six numbers from all over a tensor."""
+    return values.flatten()[:: values.numel() // 6][:6]
+
+
+def assert_recorded(values, expected):
+    torch.testing.assert_close(some(values), torch.tensor(expected), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_text_tower_computes_what_it_always_did():
+    """Recorded from the pack's own towers, which these took the place of and which were tested against the host's."""
+    text, ids = filled(TextModel(configs.TextConfig(32, 2, 4, 64))), tokenize(["a photo of a cat", "snow"])
+    recorded = [-1.414158, -0.688082, 0.812795, 0.137900, -0.062494, 0.065560]
+    assert_recorded(text(ids), recorded)
+    embeddings = text.text_model.embeddings
+    given = embeddings.token_embedding(ids) + embeddings.position_embedding.weight
+    assert_recorded(text.encode_embeddings(given), recorded)
+    assert torch.equal(text(ids), text.encode_embeddings(given)), "and no hook is left"
+    assert_recorded(text.embed(ids), [-0.214140, -0.200856, -0.185872, -0.169316, -0.223261, -0.233519])
+
+
+@torch.no_grad()
+def test_the_image_tower_computes_what_it_always_did():
+    vision = filled(VisionModel(configs.VisionConfig(32, 2, 4, 64, image_size=24, patch_size=8, projection=16)))
+    pixels = vision.preprocess(torch.linspace(0, 1, 2 * 30 * 24 * 3).view(2, 30, 24, 3))
+    assert_recorded(vision(pixels), [0.277246, -0.612878, -1.462891, -0.545318, 1.270919, -0.681498])
+    assert_recorded(vision.embed(pixels), [-0.330893, -0.214949, 0.313012, 0.240989, 0.096141, -0.370451])
+
+
+def test_given_embeddings_are_encoded_in_any_mode_and_no_hook_stays():
+    text = filled(TextModel(configs.TextConfig(32, 2, 4, 64)))
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    (gradient,) = torch.autograd.grad(text.encode_embeddings(x)[0, 4].square().sum(), x)
+    assert gradient[0, :5].all(dim=-1).all() and not gradient[0, 5:].any() and not gradient[1].any()
+    with pytest.raises(RuntimeError):
+        text.encode_embeddings(torch.randn(1, 3, 31))
+    assert not text.text_model.embeddings._forward_hooks
+
+
+def test_towers_start_as_torch_draws_them():
+    """Spread out over +-1/sqrt(inputs), and with no bias of zero as transformers has it."""
+    text = TextModel(configs.TextConfig(32, 2, 4, 64))
+    layer = text.text_model.encoder.layers[0].mlp.fc1
+    bound = 32**-0.5
+    assert layer.bias.any() and 0.8 * bound < layer.weight.abs().max() <= bound
+
+
 def test_text_is_causal_and_pools_its_first_end_token():
     torch.manual_seed(0)
     text = TextModel(configs.TextConfig(32, 2, 2, 64)).eval()
@@ -84,6 +143,8 @@ def test_the_tokenizer_is_clips():
     assert id_to_text(2368) == "cat</w>"
     row = tokenize("a cat")[0]
     assert row.tolist() == [START, 320, 2368, *[END] * 74]
+    assert words_to_ids("it's 12 ice-cream!") == [585, 568, 272, 273, 733, 268, 3867, 256]
+    assert id_to_text(49408) == ""
 
 
 def test_long_prompts_keep_their_end_token():

@@ -1,4 +1,5 @@
-"""The benchmark's peers: untrained they are the plain model, a step of training helps, and each moves only what it says."""
+"""The benchmark's peers: untrained they are the plain model, a step of training helps, and
+each moves only what it says."""
 
 import math
 from functools import lru_cache

@@ -14,6 +14,19 @@ HOST_VERSION = "0.3.64"
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 ROW, WIDGET, HEADER, TEXT_BOX = 22, 26, 40, 110
 TITLE, GROUP_TITLE, MARGIN = 30, 34, 16
+# What the frontend adds to a node that has run, for the picture under it: at least SHOWN, and more for it to be large.
+SHOWN, PLOT = 250, 380
+PICTURES = {
+    "ProFusion_ConceptAugment": PLOT,
+    "ProFusion_ConceptScores": SHOWN,
+    "ProFusion_FusionKSampler": SHOWN,
+    "ProFusion_OverfitReport": SHOWN,
+    "ProFusion_PromptNetFinetune": PLOT,
+    "ProFusion_PromptNetLoader": SHOWN,
+    "ProFusion_ResidualLoader": SHOWN,
+    "ProFusion_ResidualSaver": SHOWN,
+    "ProFusion_ResidualTrainer": PLOT,
+}
 
 
 @dataclass
@@ -34,10 +47,10 @@ class Node:
 
     @property
     def below(self) -> tuple[int, int]:
-        """Where the next node of a column goes. Our nodes may show a line of text once they have run."""
+        """Where the next node of a column goes. Nodes 2.0 make nodes a little taller, ours by a badge and text."""
         x, y = self.position
-        shown = 2 * WIDGET if self.type.startswith("ProFusion_") else 0
-        return x, y + self.size[1] + shown + TITLE + MARGIN
+        taller = 2 * WIDGET if self.type.startswith("ProFusion_") else WIDGET
+        return x, y + self.size[1] + taller + TITLE + MARGIN
 
 
 @dataclass
@@ -56,16 +69,20 @@ class Graph:
         at: tuple[int, int],
         title: str | None = None,
         wide: int = 300,
-        tall: int = 0,
+        tall: int | None = None,
         properties: dict | None = None,
         **values: Any,
     ) -> Node:
-        """Place a node. A value is a widget's value, or `node["OUTPUT"]` to connect it."""
+        """Place a node. A value is a widget's value, or `node["OUTPUT"]` to connect it.
+
+        tall: room below the widgets for what is shown there; default: what our own nodes need once they have run.
+        """
         definition = self.definitions[type]
         known = {name for name, *_ in inputs_of(definition)}
         if set(values) - known:
             raise ValueError(f"{type} has no input {sorted(set(values) - known)}; it has {sorted(known)}")
-        height = HEADER + ROW * max(len(_linked(definition, values)), len(definition.RETURN_TYPES)) + tall
+        height = HEADER + ROW * max(len(_linked(definition, values)), len(definition.RETURN_TYPES))
+        height += PICTURES.get(type, 0) if tall is None else tall
         for name, kind, options in inputs_of(definition):
             if is_widget(kind, options) and not isinstance(values.get(name), tuple):
                 height += TEXT_BOX if options.get("multiline") else WIDGET
@@ -75,6 +92,10 @@ class Graph:
         node = Node(len(self.nodes) + 1, type, definition, at, values, title, (wide, height), properties)
         self.nodes.append(node)
         return node
+
+    def text(self, at: tuple[int, int], title: str, source: tuple[Node, int], wide: int = 340) -> Node:
+        """A node that shows text which can be selected and copied."""
+        return self.add("PreviewAny", at, title, wide=wide, tall=160, source=source)
 
     def note(self, text: str, at: tuple[int, int], size: tuple[int, int]) -> None:
         self.notes.append({"text": text, "at": at, "size": size})

@@ -10,11 +10,12 @@ TOY, OTHER_TOY = "slate and apricot mushroom", "gold and navy cup"
 SIDE, BATCH, SEED, CFG = 96, 4, 1, 4.0
 SCHEDULE = {"steps": 25, "scheduler": "simple"}
 KSAMPLER = {"seed": SEED, "cfg": CFG, "sampler_name": "euler", **SCHEDULE}
-ROW = 740  # from one sampler and its pictures down to the next
+ROW = 960  # from one sampler and its pictures down to the next
 ALONE = "a photo of a S* on snow"
 BOTH, BOTH_OTHER = "a photo of a S* and a cup on grass", "a photo of a mushroom and a S* on grass"
 BOTH_PLAIN = "a photo of a mushroom and a cup on grass"
 NOTE = (-440, 0)
+NEXT_GROUP = 80  # from the end of a group's last node, besides what stands between two nodes
 At = tuple[int, int]
 Output = tuple[Node, int]
 
@@ -124,10 +125,10 @@ def one_picture(graph: Graph, note: str) -> tuple[Node, Node]:
 def one_image(graph: Graph) -> None:
     base, promptnet = one_picture(
         graph,
-        "### ProFusion: one picture, no training\nPress *Run*. PromptNet looks at one picture of a toy that the model has "
-        "never seen and writes it into the prompt as the word `S*`. Fusion KSampler draws it together with the rest of the "
-        "text. Below it: the same seed with the toy's noun in plain words.\n\nChange the **Prompt**: it needs `S*` once. With a "
-        "checkpoint of your own, use a PromptNet and a CLIP Vision model that belong to it.",
+        "### ProFusion: one picture, no training\nPress *Run*. PromptNet looks at one picture of a toy that the model "
+        "has never seen and writes it into the prompt as the word `S*`. Fusion KSampler draws it together with the "
+        "rest of the text. Below it: the same seed with the toy's noun in plain words.\n\nChange the **Prompt**: it "
+        "needs `S*` once. With a checkpoint of your own, use a PromptNet and a CLIP Vision model that belong to it.",
     )
     with graph.group("2. The picture becomes a word"):
         prompt = graph.add("PrimitiveStringMultiline", (440, 0), "Prompt", wide=340, value=ALONE)
@@ -150,10 +151,10 @@ def one_image(graph: Graph) -> None:
 def finetune(graph: Graph) -> None:
     base, promptnet = one_picture(
         graph,
-        "### Fine-tune to one picture\n*PromptNet Finetune* takes 50 steps on the picture and on variants that *Concept "
-        "Augment* draws of it: the toy stays, what is around it changes. To train on the picture alone, bypass Concept Augment "
-        "(Ctrl+B). A minute or two on a CPU.\n\nThe model that came in is not altered: its changes are a file in "
-        "`models/loras`, and the PromptNet that belongs to them is in `models/profusion_promptnets`.",
+        "### Fine-tune to one picture\n*PromptNet Finetune* takes 50 steps on the picture and on variants that "
+        "*Concept Augment* draws of it: the toy stays, what is around it changes. To train on the picture alone, "
+        "bypass Concept Augment (Ctrl+B). A minute or two on a CPU.\n\nThe model that comes in stays as it is: its "
+        "changes are saved in `models/loras`, and the PromptNet that goes with them in `models/profusion_promptnets`.",
     )
     with graph.group("2. Variants of the picture"):
         variants = graph.add(
@@ -174,7 +175,8 @@ def finetune(graph: Graph) -> None:
         preview(graph, variants.below, "To be learned from", variants["images"], 340)
     with graph.group("3. Fine-tune"):
         trainer = finetuner(graph, (840, 0), base, promptnet["PROMPTNET"], variants["images"])
-        preview(graph, trainer.below, "Loss", trainer["loss_plot"], 340)
+        loss = preview(graph, trainer.below, "Loss", trainer["loss_plot"], 340)
+        graph.text(loss.below, "Saved in models/loras as", trainer["patch_file"])
     with graph.group("4. The picture becomes a word"):
         prompt = graph.add("PrimitiveStringMultiline", (1240, 0), "Prompt", wide=340, value=ALONE)
         after = encode(graph, prompt.below, base, trainer["PROMPTNET"], base, prompt["STRING"], "Fine-tuned")
@@ -213,10 +215,11 @@ def two_references(graph: Graph) -> None:
         first = preview(graph, other.below, "The first picture", base["pictures"])
         preview(graph, first.below, "The second picture", other["pictures"])
     graph.note(
-        "### Two things, each from one picture\nA prompt has one `S*`, so each picture has a prompt of its own, in which the "
-        "other thing is a plain noun. *Fusion Guider* follows both prompts, and the plain text, in one batched call a step. "
-        "Its **weights** say what counts how much: raise the first for more of the first thing.\n\nSeveral pictures of the "
-        "*same* thing are something else: batch them into one PromptNet Encode, which takes their mean.",
+        "### Two things, each from one picture\nA prompt has one `S*`, so each picture has a prompt of its own, in "
+        "which the other thing is a plain noun. *Fusion Guider* follows both prompts, and the plain text, in one "
+        "batched call a step. Its **weights** say what counts how much: raise the first for more of the first "
+        "thing.\n\nSeveral pictures of the *same* thing are something else: batch them into one PromptNet Encode, "
+        "which takes their mean.",
         NOTE,
         (380, 360),
     )
@@ -272,19 +275,21 @@ def with_infusion(graph: Graph) -> None:
         first = preview(graph, other.below, "Four pictures, to train on", base["pictures"])
         preview(graph, first.below, "The one picture", other["pictures"])
     graph.note(
-        "### Both methods in one prompt\nThe cup is learned by Infusion, from four pictures in a training; the mushroom is "
-        "ProFusion's `S*`, from one picture and without any. *Infusion Attention Patch* places the residual at the noun *cup*: "
-        "once in the prompt that has `S*`, which comes in as *conditioning*, and once in the plain text beside it. Fusion "
-        "KSampler draws both.\n\nChange both **prompts** together: the one is the other in plain words.",
+        "### Both methods in one prompt\nThe cup is learned by Infusion, from four pictures in a training; the "
+        "mushroom is ProFusion's `S*`, from one picture and without any. *Infusion Attention Patch* places the "
+        "residual at the noun *cup*: once in the prompt that has `S*`, which comes in as *conditioning*, and once in "
+        "the plain text beside it. Fusion KSampler draws both.\n\nChange both **prompts** together: the one is the "
+        "other in plain words.",
         NOTE,
         (380, 380),
     )
     with graph.group("2. Infusion: train a residual"):
         trainer = residual_trainer(graph, (440, 0), base)
         loss = preview(graph, trainer.below, "Loss", trainer["loss_plot"], 340)
-        graph.add(
+        saver = graph.add(
             "ProFusion_ResidualSaver", loss.below, wide=340, residual=trainer["RESIDUAL"], preview=trainer["samples"]
         )
+        graph.text(saver.below, "Saved as", saver["path"])
     with graph.group("3. ProFusion: the picture becomes a word"):
         prompt = graph.add("PrimitiveStringMultiline", (840, 0), "Prompt", wide=340, value=BOTH)
         word = encode(graph, prompt.below, base, promptnet["PROMPTNET"], other, prompt["STRING"])

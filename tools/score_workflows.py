@@ -5,8 +5,8 @@ from __future__ import annotations
 from tools.graph import Graph
 from tools.profusion_workflows import (
     KSAMPLER,
+    NEXT_GROUP,
     NOTE,
-    ROW,
     SIDE,
     canvas,
     control,
@@ -18,7 +18,14 @@ from tools.profusion_workflows import (
     studio,
 )
 
-OTHERS = "a photo of a cup on grass\na photo of a ball on snow\na picture of a cat at night\na photo of a star by a brick wall"
+OTHERS = "\n".join(
+    (
+        "a photo of a cup on grass",
+        "a photo of a ball on snow",
+        "a picture of a cat at night",
+        "a photo of a star by a brick wall",
+    )
+)
 CLASS = "a photo of a S*"
 
 
@@ -27,25 +34,25 @@ def overfitting(graph: Graph) -> None:
         base, promptnet = studio(graph, count=4)
         preview(graph, promptnet.below, "The pictures", base["pictures"])
     graph.note(
-        "### Does it overfit?\nPress *Run*. The same toy is learned twice: as an Infusion residual, and by tuning the model's "
-        "attention layers. *Overfit Report* then asks both what they draw where the toy is not meant, and of its class: 0 is not "
-        "moved at all. *Concept Scores* says how much of the toy is there. A few minutes on a CPU.\n\nTo measure what you have, "
-        "connect your model, with its LoRA or whatever was done to it, to **customised**, and the model without it to **model**; "
-        "write its class noun, and **prompts** without that noun.",
+        "### Does it overfit?\nPress *Run*. The same toy is learned twice: as an Infusion residual, and by tuning the "
+        "model's attention layers. *Overfit Report* compares both with the base model, on prompts without the toy and "
+        "on pictures of its class; 0 means that nothing moved. *Concept Scores* measures how much of the toy is "
+        "there. A few minutes on a CPU.\n\nTo measure your own model, connect it, with its LoRA, to **customised**, "
+        "and the model without it to **model**. Then write its class noun, and **prompts** without that noun.",
         NOTE,
         (380, 400),
     )
     with graph.group("2. Learn it as a residual"):
         residual = residual_trainer(graph, (440, 0), base)
     with graph.group("3. Learn it by tuning attention layers"):
-        tuned = finetuner(graph, (440, ROW), base, promptnet["PROMPTNET"], base["pictures"])
+        tuned = finetuner(graph, (440, residual.below[1] + NEXT_GROUP), base, promptnet["PROMPTNET"], base["pictures"])
         text = graph.add("PrimitiveStringMultiline", tuned.below, "The concept", wide=340, value=CLASS)
         word = encode(graph, text.below, base, tuned["PROMPTNET"], base, text["STRING"])
     with graph.group("4. What changed besides the toy"):
         many = graph.add(
             "EmptyLatentImage",
             (840, 0),
-            "So many pictures of the class",
+            "Pictures of the class",
             wide=340,
             width=SIDE,
             height=SIDE,
@@ -67,7 +74,7 @@ def overfitting(graph: Graph) -> None:
             residual=residual["RESIDUAL"],
             vae=base["VAE"],
         )
-        graph.add(
+        chart = graph.add(
             "SaveImage",
             report.below,
             "Report",
@@ -76,6 +83,7 @@ def overfitting(graph: Graph) -> None:
             images=report["chart"],
             filename_prefix="overfit_report",
         )
+        graph.text(chart.below, "The report's table", report["table"])
     with graph.group("5. The toy in a new place"):
         prompt = graph.add(
             "PrimitiveStringMultiline", (1240, 0), "Prompt", wide=340, value="a photo of a mushroom on snow"
@@ -113,5 +121,6 @@ def overfitting(graph: Graph) -> None:
             references=base["pictures"],
             prompt=prompt["STRING"],
         )
-        preview(graph, scores.below, "Scores", scores["chart"], 340)
-    control(graph, (1640, ROW), base, plain["CONDITIONING"], start)
+        chart = preview(graph, scores.below, "Scores", scores["chart"], 340)
+        table = graph.text(chart.below, "The scores' table", scores["table"])
+    control(graph, (1640, table.below[1] + NEXT_GROUP), base, plain["CONDITIONING"], start)

@@ -1,7 +1,8 @@
-"""Make the workflows' thumbnails and README's picture of ProFusion: `COMFYUI_PATH=... python -m tools.thumbnails [NAME ...]`.
+"""Make the workflows' thumbnails and README's picture of ProFusion: `COMFYUI_PATH=... python -m
+tools.thumbnails [NAME ...]`.
 
-A thumbnail shows what its workflow draws: it is run in a host, as a user would run it. NAME is a workflow's, or `readme`;
-default: all of them, a quarter of an hour on a CPU.
+A thumbnail shows what its workflow draws: it is run in a host, as a user would run it. NAME is a workflow's, or
+`readme`; default: all of them, a quarter of an hour on a CPU.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ PLACES = ("a photo of a {} on grass", "a photo of a {} on snow", "a photo of a {
 
 
 def board(left: Sequence[Tensor], right: Tensor, label: str) -> Image.Image:
-    """The pictures to learn from on the left, one large or up to four small, an arrow, and what is drawn on the right."""
+    """The pictures to learn from on the left, one large or up to four small, an arrow, and
+    what is drawn on the right."""
     half = (SIDE - GAP) // 2
     width = 2 * SIDE + 3 * GAP + 96
     image = Image.new("RGB", (width, SIDE + 2 * GAP + 26), PAPER)

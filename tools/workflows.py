@@ -1,4 +1,5 @@
-"""Make the shipped workflows: `COMFYUI_PATH=... python -m tools.workflows`. Needs a host, whose node definitions it reads."""
+"""Make the shipped workflows: `COMFYUI_PATH=... python -m tools.workflows`. Needs a host, whose
+node definitions it reads."""
 
 from __future__ import annotations
 
@@ -15,9 +16,10 @@ from tools.hosts import needed_host
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "workflows"
+SD15_FILE = "v1-5-pruned-emaonly-fp16.safetensors"
 SD15 = {
-    "name": "v1-5-pruned-emaonly-fp16.safetensors",
-    "url": "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/v1-5-pruned-emaonly-fp16.safetensors",
+    "name": SD15_FILE,
+    "url": f"https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/{SD15_FILE}",
     "directory": "checkpoints",
 }
 
@@ -44,7 +46,7 @@ def definitions(host: Path) -> tuple[dict[str, Any], str]:
 
 def concept(
     graph: Graph,
-    y: int,
+    at: tuple[int, int],
     base: Node,
     pictures: tuple,
     masks: tuple | None,
@@ -55,9 +57,10 @@ def concept(
 ) -> Node:
     """Pictures into a residual, with its plot, samples and file."""
     linked = {"masks": masks} if masks else {}
+    x, y = at
     trainer = graph.add(
         "ProFusion_ResidualTrainer",
-        (420, y),
+        at,
         wide=340,
         model=base["MODEL"],
         clip=base["CLIP"],
@@ -69,11 +72,12 @@ def concept(
         sample_cfg=cfg,
         **linked,
     )
-    graph.add("PreviewImage", (800, y), "Loss", wide=300, tall=200, images=trainer["loss_plot"])
-    graph.add("PreviewImage", (800, y + 320), "Samples while training", wide=300, tall=200, images=trainer["samples"])
-    graph.add(
-        "ProFusion_ResidualSaver", (420, y + 520), wide=340, residual=trainer["RESIDUAL"], preview=trainer["samples"]
+    loss = graph.add("PreviewImage", (x + 380, y), "Loss", tall=220, images=trainer["loss_plot"])
+    samples = graph.add("PreviewImage", loss.below, "Samples while training", tall=220, images=trainer["samples"])
+    saver = graph.add(
+        "ProFusion_ResidualSaver", samples.below, residual=trainer["RESIDUAL"], preview=trainer["samples"]
     )
+    graph.text(trainer.below, "Saved as", saver["path"])
     return trainer
 
 
@@ -85,7 +89,7 @@ def generate(
     more = {f"residual_{number}": residual for number, residual in enumerate(residuals[1:], 2)}
     patch = graph.add(
         "ProFusion_InfusionAttentionPatch",
-        (x, y + 220),
+        prompt.below,
         wide=340,
         model=base["MODEL"],
         clip=base["CLIP"],
@@ -96,15 +100,15 @@ def generate(
     positive = graph.add(
         "CLIPTextEncode", (x + 380, y), "Plain prompt", wide=280, clip=base["CLIP"], text=prompt["STRING"]
     )
-    negative = graph.add("CLIPTextEncode", (x + 380, y + 230), "Negative prompt", wide=280, clip=base["CLIP"], text="")
-    latent = graph.add("EmptyLatentImage", (x + 380, y + 450), wide=280, width=size, height=size, batch_size=4)
+    negative = graph.add("CLIPTextEncode", positive.below, "Negative prompt", wide=280, clip=base["CLIP"], text="")
+    latent = graph.add("EmptyLatentImage", negative.below, wide=280, width=size, height=size, batch_size=4)
     for row, (title, model, condition) in enumerate(
         (
             ("With the concept", patch["MODEL"], patch["CONDITIONING"]),
             ("Plain, same seed", base["MODEL"], positive["CONDITIONING"]),
         )
     ):
-        top = y + row * 540
+        top = y + row * 580
         sampler = graph.add(
             "KSampler",
             (x + 700, top),
@@ -122,34 +126,37 @@ def generate(
         )
         picture = graph.add("VAEDecode", (x + 1020, top), wide=180, samples=sampler["LATENT"], vae=base["VAE"])
         kind, options = ("SaveImage", {"filename_prefix": "infusion"}) if row == 0 else ("PreviewImage", {})
-        graph.add(kind, (x + 1020, top + 130), title, wide=340, tall=260, images=picture["IMAGE"], **options)
+        graph.add(kind, picture.below, title, wide=340, tall=260, images=picture["IMAGE"], **options)
 
 
 def train_and_generate(graph: Graph) -> None:
+    base = graph.add("ProFusion_ToyboxLoader", (0, 0), wide=380)
+    shown = graph.add("PreviewImage", base.below, "Pictures to learn from", wide=380, tall=200, images=base["pictures"])
     graph.note(
-        "### Infusion on Toybox\nPress *Run*. It learns a toy that the model has never seen from four pictures, then draws "
-        "it in a new place, beside the plain picture of the same seed. About two minutes on a CPU.\n\nChange the **Prompt**: "
-        "it needs the toy's noun. The other words, the layout and the background stay the plain model's.",
-        (0, 330),
+        "### Infusion on Toybox\nPress *Run*. It learns a toy that the model has never seen from four pictures, then "
+        "draws it in a new place, beside the plain picture of the same seed. About two minutes on a CPU.\n\nChange "
+        "the **Prompt**: it needs the toy's noun. The other words, the layout and the background stay the plain "
+        "model's.",
+        shown.below,
         (380, 320),
     )
-    base = graph.add("ProFusion_ToyboxLoader", (0, 0), wide=380)
-    graph.add("PreviewImage", (0, 700), "Pictures to learn from", wide=380, tall=200, images=base["pictures"])
-    trained = concept(graph, 0, base, base["pictures"], base["masks"], base["noun"], 400, 0.01, 2.0)
+    trained = concept(graph, (420, 0), base, base["pictures"], base["masks"], base["noun"], 400, 0.01, 2.0)
     generate(graph, 1140, 0, base, "a photo of a mushroom on snow", [trained["RESIDUAL"]], 96, 25, 2.0)
 
 
 def two_concepts(graph: Graph) -> None:
+    base = graph.add("ProFusion_ToyboxLoader", (0, 0), wide=380, toy="slate and apricot mushroom")
+    other = graph.add(
+        "ProFusion_ToyboxLoader", base.below, "Pictures of another toy", wide=380, toy="gold and navy cup"
+    )
     graph.note(
-        "### Two concepts in one prompt\nEach is learned apart, from its own pictures, and drawn at its own noun. Their "
-        "number costs nothing in sampling.",
-        (0, 660),
+        "### Two concepts in one prompt\nEach is learned apart, from its own pictures, and drawn at its own noun. "
+        "Their number costs nothing in sampling.",
+        other.below,
         (380, 160),
     )
-    base = graph.add("ProFusion_ToyboxLoader", (0, 0), wide=380, toy="slate and apricot mushroom")
-    other = graph.add("ProFusion_ToyboxLoader", (0, 330), "Pictures of another toy", wide=380, toy="gold and navy cup")
-    first = concept(graph, 0, base, base["pictures"], base["masks"], base["noun"], 250, 0.01, 2.0)
-    second = concept(graph, 760, base, other["pictures"], other["masks"], other["noun"], 250, 0.01, 2.0)
+    first = concept(graph, (420, 0), base, base["pictures"], base["masks"], base["noun"], 250, 0.01, 2.0)
+    second = concept(graph, (420, 1240), base, other["pictures"], other["masks"], other["noun"], 250, 0.01, 2.0)
     generate(
         graph,
         1140,
@@ -164,19 +171,22 @@ def two_concepts(graph: Graph) -> None:
 
 
 def sd15(graph: Graph) -> None:
-    graph.note(
-        "### Infusion on Stable Diffusion 1.5\n1. Choose your checkpoint.\n2. Load three pictures of your thing, of one size "
-        "(up to five: add Load Image and Batch Images). Paint masks in the mask editor, or leave them out.\n3. Write its "
-        "class noun (*cat*, *backpack*, *car*) into the trainer, and a prompt that has the noun.",
-        (0, 1240),
-        (380, 260),
-    )
     base = graph.add("CheckpointLoaderSimple", (0, 0), wide=380, ckpt_name=SD15["name"], properties={"models": [SD15]})
-    loads = [graph.add("LoadImage", (0, 180 + 350 * i), f"Picture {i + 1}", wide=214, tall=200) for i in range(3)]
-    pair = graph.add("ImageBatch", (240, 180), wide=150, image1=loads[0]["IMAGE"], image2=loads[1]["IMAGE"])
-    batch = graph.add("ImageBatch", (240, 310), wide=150, image1=pair["IMAGE"], image2=loads[2]["IMAGE"])
-    trained = concept(graph, 0, base, batch["IMAGE"], None, "cat", 300, 0.02, 7.0)
-    generate(graph, 1140, 0, base, "a photo of a cat in the snow, detailed", [trained["RESIDUAL"]], 512, 30, 7.0)
+    first = graph.add("LoadImage", base.below, "Picture 1", wide=214, tall=240)
+    second = graph.add("LoadImage", first.below, "Picture 2", wide=214, tall=240)
+    third = graph.add("LoadImage", second.below, "Picture 3", wide=214, tall=240)
+    at = 240, base.below[1]
+    pair = graph.add("ImageBatch", at, wide=240, image1=first["IMAGE"], image2=second["IMAGE"])
+    batch = graph.add("ImageBatch", pair.below, wide=240, image1=pair["IMAGE"], image2=third["IMAGE"])
+    graph.note(
+        "### Infusion on Stable Diffusion 1.5\n1. Choose your checkpoint.\n2. Load three pictures of your thing, of "
+        "one size (up to five: add Load Image and Batch Images). Paint masks in the mask editor, or leave them "
+        "out.\n3. Write its class noun (*cat*, *backpack*, *car*) into the trainer, and a prompt that has the noun.",
+        third.below,
+        (480, 260),
+    )
+    trained = concept(graph, (520, 0), base, batch["IMAGE"], None, "cat", 300, 0.02, 7.0)
+    generate(graph, 1240, 0, base, "a photo of a cat in the snow, detailed", [trained["RESIDUAL"]], 512, 30, 7.0)
 
 
 WORKFLOWS = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from profusion.diffusion import alphas_cumprod
+from profusion.diffusion import alphas_cumprod, noised
 from profusion.models.clip import TextModel
 from profusion.models.tokenizer import tokenize
 from profusion.models.unet import UNet
@@ -96,8 +96,7 @@ def train_unet(
         seed=2,
         watch=(lambda step: watch(step, unet)) if watch else None,
     )
-    alpha_bar = alphas_cumprod()
-    weights = (1 / alpha_bar).clamp(max=25)
+    weights = (1 / alphas_cumprod()).clamp(max=25)
     weights = weights / weights.mean()
 
     def loss_of(step: int, generator: torch.Generator):
@@ -110,8 +109,8 @@ def train_unet(
         context = context_of(text, batch, keep_padding=bool(rng.random() < 0.1))
         t = sample_timesteps(recipe.batch, generator)
         clean, masks, told = latents[indices], session.put(data.masks[indices]), session.put(told.float())
-        noise, signal = torch.randn(clean.shape, generator=generator), alpha_bar[t].view(-1, 1, 1, 1)
-        noisy, noise = session.put(signal.sqrt() * clean + (1 - signal).sqrt() * noise), session.put(noise)
+        noise = torch.randn(clean.shape, generator=generator)
+        noisy, noise = session.put(noised(clean, noise, t)), session.put(noise)
         maps: list[Tensor] = []
         probe = {"attention_probe": lambda layer, attention: maps.append(attention.float().mean(dim=1))}
         predicted = unet(noisy, session.put(t), context, transformer_options=probe).float()

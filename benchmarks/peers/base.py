@@ -22,9 +22,9 @@ CLASS_PICTURES = 16
 class Peer:
     """Toybox and a way to teach it a concept; this one teaches nothing, and is the plain model.
 
-    A peer says what it trains (`trained`) and how that enters: through the `context` of a prompt, attention `patches`, or
-    another `unet`. Everything else is the same for all. phrase: what calls the concept in a prompt. rates: the learning
-    rates that are tried. prior: the weight of DreamBooth's class-prior loss.
+    A peer says what it trains (`trained`) and how that enters: through the `context` of a prompt, attention `patches`,
+    or another `unet`. Everything else is the same for all. phrase: what calls the concept in a prompt. rates: the
+    learning rates that are tried. prior: the weight of DreamBooth's class-prior loss.
     """
 
     name = "plain Toybox"
@@ -105,7 +105,8 @@ class Peer:
             yield loss.item()
 
     def _class_pictures(self, seed: int) -> Tensor:
-        """What the model draws of the class before it is trained, for the class-prior loss (arXiv 2208.12242, section 3.3)."""
+        """What the model draws of the class before it is trained, for the class-prior loss (arXiv
+        2208.12242, section 3.3)."""
         seeds = [10_000 + 100 * seed + index for index in range(CLASS_PICTURES)]
         return Peer(self.toybox, self.noun).generate(f"a photo of a {self.noun}", seeds, 15, 2.0)
 

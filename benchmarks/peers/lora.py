@@ -44,13 +44,16 @@ def host_nodes() -> SimpleNamespace:
 class Lora(Peer):
     """Low rank on every layer as the host's trainer does it: biases and norms too, its own draws and loss, no mask.
 
-    Its batches are pictures one by one whose gradients add up: given four at once, the host evaluates every caption on every
-    picture.
+    Its batches are pictures one by one whose gradients add up: given four at once, the host evaluates
+    every caption on every picture.
     """
 
     name = "LoRA, the host's trainer"
     rates = (3e-3, 1e-2, 3e-2)
-    note = f"rank {RANK} by ComfyUI's Train LoRA and Load LoRA, '{RARE_WORD}' before the noun; its own draws and loss, no mask"
+    note = (
+        f"rank {RANK} by ComfyUI's Train LoRA and Load LoRA, '{RARE_WORD}' before the noun; its own draws and loss, "
+        "no mask"
+    )
 
     def __init__(self, toybox, noun):
         super().__init__(toybox, noun)

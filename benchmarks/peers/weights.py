@@ -13,7 +13,8 @@ from profusion.promptnet.pseudo_word import PLACEHOLDER, encode
 
 
 class DreamBooth(Peer):
-    """Every weight of the UNet, with the paper's class-prior loss on pictures that the model itself drew of the class."""
+    """Every weight of the UNet, with the paper's class-prior loss on pictures that the model
+    itself drew of the class."""
 
     name = "DreamBooth"
     rates = (3e-4, 1e-3, 3e-3)

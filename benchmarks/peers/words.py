@@ -34,8 +34,8 @@ class TextualInversion(Peer):
 class KeyLock(TextualInversion):
     """S*, whose key in every cross-attention layer is the noun's, and whose value is learned in each.
 
-    Simplified: the key is taken from the same prompt with the noun, not from a mean over prompts; the rank-1 edit of W_V
-    is W_V (c + delta_i) at S*'s row; it acts on that row wholly and on no other, without Perfusion's soft gate.
+    Simplified: the key is taken from the same prompt with the noun, not from a mean over prompts; the rank-1 edit of
+    W_V is W_V (c + delta_i) at S*'s row; it acts on that row wholly and on no other, without Perfusion's soft gate.
     """
 
     name = "Perfusion-style key lock"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,13 +35,29 @@ def show(node: type[io.ComfyNode], text: str, picture: Image.Image | None = None
 
 def tell(node: type[io.ComfyNode], text: str, preview: Image.Image | None = None) -> None:
     """Show text under the node that is being executed, for as long as the frontend keeps it, and a last preview."""
+    _tell(node.hidden.unique_id if node.hidden is not None else None, text, preview)
+
+
+def _tell(node_id: str | None, text: str, preview: Image.Image | None) -> None:
+    """The same for any node, also one that has been executed."""
     # Where a server runs, its module is loaded; without one there is nobody to show anything to.
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    if node.hidden is None or node.hidden.unique_id is None or server is None:
+    if node_id is None or server is None:
         return
-    server.send_progress_text(text, node.hidden.unique_id)
+    server.send_progress_text(text, node_id)
     if preview is not None:
-        comfy.utils.ProgressBar(1).update_absolute(1, preview=("JPEG", preview, None))
+        comfy.utils.ProgressBar(1, node_id).update_absolute(1, preview=("JPEG", preview, None))
+
+
+def warn_under(node: type[io.ComfyNode]) -> Callable[[str], None]:
+    """How to warn under a node once it is no longer being executed, and in the log."""
+    node_id = node.hidden.unique_id if node.hidden is not None else None
+
+    def warn(text: str) -> None:
+        logging.getLogger("ProFusion").warning(text)
+        _tell(node_id, text, caption(text))
+
+    return warn
 
 
 @contextmanager

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import comfy.conds
-import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_sampling
 import comfy.samplers
 import torch
+from comfy.ldm.modules import attention
+from comfy.ldm.modules.diffusionmodules import openaimodel
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from torch import Tensor, nn
 
+from ...profusion.checkpointing import checkpointed
 from ...profusion.infusion import Patches, UnsupportedModelError, with_patches
 from ...profusion.loop import TrainingError
 from ...profusion.metrics import predictions
 from ...profusion.metrics.fisher import NoisyLatents
+from ...profusion.models.unet import BasicTransformerBlock, ResBlock
 
 BATCH = 4  # noisy latents at a time where predictions are compared
 
-# What a step needs, in multiples of what the host reckons for inference: 10,500 numbers a latent cell on SD 1.5, where
-# the backward pass keeps 90,000 (benchmarks/training_memory.py) and needs some more while it runs.
-BACKWARD_MEMORY = 12
+# What gradient checkpointing computes twice: the host's parts of a UNet, and ours.
+_PARTS = (openaimodel.ResBlock, attention.BasicTransformerBlock, ResBlock, BasicTransformerBlock)
 
 
 def noise_levels(model: ModelPatcher) -> Tensor:
@@ -117,11 +119,14 @@ class TrainedModel:
         model: ModelPatcher,
         conditionings: Sequence[list],
         beside: Sequence[ModelPatcher] = (),
-        memory: float = 0,
+        memory: float | None = None,
         gradients: bool = True,
+        checkpointing: bool = False,
+        learning: Sequence[nn.Module] = (),
     ):
         self.model = resident(model) if gradients else model
         self._beside, self._memory, self._gradients = list(beside), memory, gradients
+        self._checkpointing, self._learning = checkpointing, list(learning)
         self.sigmas = noise_levels(model)
         self._conditionings = [
             [[context, {**extras, "additional_models": self._beside}] for context, extras in entries]
@@ -152,9 +157,7 @@ class TrainedModel:
         """Do `work()` with the model loaded, for latents (B, C, H, W) of this shape."""
         load = comfy.model_management.load_models_gpu
         try:
-            needed = (
-                self.model.memory_required(list(shape)) * (BACKWARD_MEMORY if self._gradients else 1) + self._memory
-            )
+            needed = self.model.memory_required(list(shape)) if self._memory is None else self._memory
             # All of it: autograd would keep what is cast for each layer, and offloaded weights come to the same.
             load([self.model, *self._beside], memory_required=needed, force_full_load=self._gradients)
             guider = comfy.samplers.CFGGuider(self.model)
@@ -169,9 +172,10 @@ class TrainedModel:
                 seed=0,
             )
         except comfy.model_management.OOM_EXCEPTION as error:
+            advice = "Lower" if self._checkpointing else "Set gradient_checkpointing to on, lower"
             raise TrainingError(
                 f"out of memory while training on {shape[0]} pictures of {shape[-1]}x{shape[-2]} latent cells at a time. "
-                "Lower batch_size, or give smaller pictures"
+                f"{advice} batch_size, or give smaller pictures"
             ) from error
 
     def _work_in(self, guider: Any, model_options: dict, work: Callable[[], None]) -> None:
@@ -196,10 +200,14 @@ class TrainedModel:
 
         self._prompts, self._evaluate = prompts, evaluate
         try:
-            with differentiable(network) if self._gradients else nullcontext():
+            with differentiable(network) if self._gradients else nullcontext(), self._computed_twice(network):
                 yield
         finally:
             self._prompts, self._evaluate = [], None
+
+    def _computed_twice(self, network: nn.Module) -> AbstractContextManager:
+        wholes = (network, *self._learning) if self._checkpointing else ()
+        return checkpointed(part for whole in wholes for part in whole.modules() if isinstance(part, _PARTS))
 
 
 class _Work(comfy.samplers.Sampler):
@@ -216,7 +224,7 @@ class _Work(comfy.samplers.Sampler):
 
 def _differentiable_attention(function: Callable, *args, **kwargs) -> Tensor:
     """PyTorch's own attention: the host's others may write in place, or know no gradient."""
-    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+    return attention.attention_pytorch(*args, **kwargs)
 
 
 def _for_autograd(cond: dict) -> dict:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -16,15 +16,23 @@ from torch import Tensor, nn
 from ...profusion import files
 from ...profusion.infusion import architecture_name, check_context_width
 from ...profusion.pictures import loss_plot
-from ...profusion.promptnet.changes import attention_layers, changed, patch_tensors, save_patch, start_changes
+from ...profusion.promptnet.changes import Change, attention_layers, changed, patch_tensors, save_patch, start_changes
 from ...profusion.promptnet.file import save_promptnet
 from ...profusion.promptnet.finetune import FinetuneOptions, FinetunePictures, FinetuneTraining, trainable_copy
 from ...profusion.promptnet.network import PromptNetConfig, PromptNetError, check_fits
+from .budget import Budget, plan_training
 from .display import Progress
 from .encoding import encode_references, model_layers, shown
 from .evaluation import TrainedModel, differentiable, resident_clip
 from .files import PATCHES, PROMPTNETS, next_path
-from .words import LoadedPromptNet, encode_pictures, handed_to_the_host, text_widths, tokens_with_words
+from .words import (
+    LoadedPromptNet,
+    encode_loaded,
+    encode_pictures,
+    handed_to_the_host,
+    text_widths,
+    tokens_with_words,
+)
 
 PREVIEW_EVERY = 10
 ADAMW_BYTES = 16  # a trained float32 number, its gradient and the optimizer's two moments
@@ -52,14 +60,7 @@ class WordEncoder:
         """S* (B, tokens, width) in a prompt: (B, L, D)."""
         self.prompt = prompt
         tokens, _ = tokens_with_words(self._clip, self._config, self._prompts[prompt], words)
-        # As CLIP.encode_from_tokens, which would also load the text encoder, and for that might unload the model at work.
-        encoder, options = self._clip.cond_stage_model, {"execution_device": self._clip.patcher.load_device}
-        if self._clip.layer_idx is not None:
-            options["layer"] = self._clip.layer_idx
-        encoder.reset_clip_options()
-        encoder.set_clip_options(options)
-        context = encoder.encode_token_weights(tokens)[0]
-        return context.unflatten(1, (len(words), -1))[0]
+        return encode_loaded(self._clip, tokens).unflatten(1, (len(words), -1))[0]
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -114,31 +115,35 @@ class Finetuning:
         masks: Tensor | None,
         train_attention: bool,
         options: FinetuneOptions,
+        checkpointing: str = "auto",
     ):
-        """pictures (M, H, W, 3), masks (M, H, W), as `concept_pictures` returns them."""
+        """pictures (M, H, W, 3), masks (M, H, W), as `concept_pictures` returns them. checkpointing: see `plan_training`."""
         layers = model_layers(model)
         check_fits(promptnet.config, architecture=architecture_name(layers))
         self._model, self._promptnet = model, promptnet
         self._words = WordEncoder(clip, promptnet.config, options.prompts)
         given = _pictures(promptnet, model, clip_vision, vae, pictures, masks)
         device = model.load_device
-        network = trainable_copy(promptnet.network, device)
-        word = _first_word(network, given)
-        self._words.check(word)
-        conditionings = self._words.conditionings(word)
-        check_context_width(conditionings[0][0][0].shape[-1], layers)
         changes = {}
         if train_attention:
             names = dict(model.get_model_object("diffusion_model").named_parameters())
             generator = torch.Generator().manual_seed(options.seed % 2**63)
             changes = start_changes(attention_layers(names), options.rank, generator, device)
+        budget = self._plan(changes, (options.batch_size, *given.targets.shape[1:]), checkpointing)
+        network = trainable_copy(promptnet.network, device)
+        word = _first_word(network, given)
+        self._words.check(word)
+        conditionings = self._words.conditionings(word)
+        check_context_width(conditionings[0][0][0].shape[-1], layers)
         sampling = model.get_model_object("model_sampling")
-        learning = [
-            *network.parameters(),
-            *(item for change in changes.values() for item in change.parameters().values()),
-        ]
-        memory = ADAMW_BYTES * sum(item.numel() for item in learning)
-        self._trained = TrainedModel(model, conditionings, [self._words.patcher], memory)
+        self._trained = TrainedModel(
+            model,
+            conditionings,
+            [self._words.patcher],
+            budget.step,
+            checkpointing=budget.checkpointing,
+            learning=[network],
+        )
         self.training = FinetuneTraining(
             network,
             self._predict_noise,
@@ -148,6 +153,13 @@ class Finetuning:
             changes,
             sampling.timestep,
             self._trained.sigmas,
+        )
+
+    def _plan(self, changes: Mapping[str, Change], shape: Sequence[int], checkpointing: str) -> Budget:
+        learned = sum(item.numel() for item in self._promptnet.network.parameters())
+        learned += sum(item.numel() for change in changes.values() for item in change.parameters().values())
+        return plan_training(
+            self._model, shape, checkpointing, [self._words.patcher], ADAMW_BYTES * learned, finetuning=True
         )
 
     def _predict_noise(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:

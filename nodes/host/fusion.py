@@ -8,7 +8,6 @@ with any guider has the fusion stage under that guider's own guidance. Together 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -21,9 +20,10 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...profusion.fusion import FusionOptions, Guidance, KeptDifferences, fusion_stage, mean_prediction, segments
+from ...profusion.fusion import FusionOptions, Guidance, RunGuidance, fresh_noise, sample_fusion
 from .drawing import Sampling, drawn_latent, empty_latents
 from .streams import KEY as STREAM
 from .words import WORD
@@ -46,6 +46,9 @@ class Word(Protocol):
 
     rows: tuple[int, ...]
     """The rows of S* in the context."""
+
+    models: Sequence[ModelPatcher]
+    """What `contexts` asks while it is called, and so must be loaded beside the model."""
 
     def contexts(self, model_sampling: Any, alone: bool) -> Callable[[Tensor, float], Tensor]:
         """How the context depends on the noise: (x, sigma) -> (1 or B, L, D). Asked once a run.
@@ -71,23 +74,23 @@ class FusionGuider(comfy.samplers.CFGGuider):
         for name in self._names[1:]:
             for cond in self.original_conds[name]:
                 cond.setdefault("prompt_type", "positive")
+        for cond in (cond for name in self._names for cond in self.original_conds[name] if WORD in cond):
+            # Loaded with the model, and counted: to load them in the midst of sampling might unload it.
+            cond["additional_models"] = [*cond.get("additional_models", ()), *cond[WORD].models]
         self._contexts: dict[int, Callable] = {}
         self._own: dict[int, bool] = {}
         self._begin()
 
     def _begin(self) -> None:
         self.rows = self.calls = 0
-        self._kept: dict[Any, KeptDifferences] = {}
+        self._runs: dict[Any, RunGuidance] = {}
 
-    def _kept_in(self, model_options: dict) -> KeptDifferences:
+    def _run_of(self, model_options: dict) -> RunGuidance:
         """Infusion samples two streams in step, on latents of their own: what one keeps is nothing to the other."""
         stream = model_options.get("transformer_options", {}).get(STREAM)
-        if stream not in self._kept:
-            several = (
-                sum(1 for weight in self.guidance.weights if weight) > 1
-            )  # one alone is the plain guider, to the bit
-            self._kept[stream] = KeptDifferences(self.guidance.refresh if several else 1)
-        return self._kept[stream]
+        if stream not in self._runs:
+            self._runs[stream] = RunGuidance(replace(self.guidance, cfg=self.cfg))  # others may have set it anew
+        return self._runs[stream]
 
     def sample(self, noise, latent_image, sampler, sigmas, *args, **kwargs):
         self._begin()
@@ -101,60 +104,44 @@ class FusionGuider(comfy.samplers.CFGGuider):
         try:
             return super().sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
-            self._contexts, self._own, self._kept = {}, {}, {}
+            self._contexts, self._own, self._runs = {}, {}, {}
 
     def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006 (the host's own signature)
-        fusing = model_options.get("transformer_options", {}).get(STAGE) == "fusion"
-        cfg = self.guidance.fusion_cfg if fusing else self.cfg
-        gamma = self.guidance.gamma if fusing else 1.0
-        used = [(name, weight) for name, weight in zip(self._names, self.guidance.weights, strict=True) if weight]
-        terms = [self._at(self.conds[name], x, float(timestep.flatten()[0]), gamma) for name, _ in used]
-        kept = self._kept_in(model_options)
-        negative = None if self._without_negative(cfg, kept, model_options) else self.conds.get("negative")
+        stage = model_options.get("transformer_options", {}).get(STAGE, "refinement")
+        run, sigma = self._run_of(model_options), float(timestep.flatten()[0])
+        gamma = self.guidance.word_scale(stage)
+        terms = [self._at(self.conds[self._names[index]], x, sigma, gamma) for index in run.used]
+        wanted = run.needs_nothing(stage) or model_options.get("disable_cfg1_optimization", False)
+        negative = self.conds.get("negative") if wanted else None
         conds = [terms[0], negative, *terms[1:]]
-        predicted = self._predictions(conds, kept, x, timestep, model_options)
-        for function in model_options.get("sampler_pre_cfg_function", []):
-            predicted = function(
-                {
-                    "conds": conds,
-                    "conds_out": predicted,
-                    "cond_scale": cfg,
-                    "timestep": timestep,
-                    "input": x,
-                    "sigma": timestep,
-                    "model": self.inner_model,
-                    "model_options": model_options,
-                }
-            )
-        mean = mean_prediction([predicted[0], *predicted[2:]], [weight for _, weight in used])
-        return comfy.samplers.cfg_function(
-            self.inner_model,
-            mean,
-            predicted[1],
-            cfg,
-            x,
-            timestep,
-            model_options=model_options,
-            cond=terms[0],
-            uncond=negative,
-        )
 
-    def _without_negative(self, cfg: float, kept: KeptDifferences, model_options: dict) -> bool:
-        """Whether neither this stage nor, where it takes kept differences, the other one needs the negative."""
-        scales = (cfg,) if kept.always else (self.cfg, self.guidance.fusion_cfg)
-        return all(math.isclose(scale, 1.0) for scale in scales) and not model_options.get(
-            "disable_cfg1_optimization", False
-        )
+        def evaluate(everything: bool) -> list[Tensor]:
+            asked = conds if everything else conds[:1]
+            self.rows += len(x) * sum(len(group) for group in asked if group)
+            self.calls += 1
+            return _calc_conds(self.inner_model, asked, x, timestep, model_options)
 
-    def _predictions(
-        self, conds: list, kept: KeptDifferences, x: Tensor, timestep: Tensor, model_options: dict
-    ) -> list[Tensor]:
-        """Of all conds, though not all are evaluated at every call."""
-        asked = conds if kept.due else conds[:1]
-        self.rows += len(x) * sum(len(group) for group in asked if group)
-        self.calls += 1
-        evaluated = _calc_conds(self.inner_model, asked, x, timestep, model_options)
-        return kept.complete(evaluated, float(timestep.flatten()[0]) or 1.0)
+        def hooks(predicted: list[Tensor]) -> list[Tensor]:
+            for function in model_options.get("sampler_pre_cfg_function", []):
+                predicted = function(
+                    {
+                        "conds": conds,
+                        "conds_out": predicted,
+                        "cond_scale": run.guidance.scale(stage),
+                        "timestep": timestep,
+                        "input": x,
+                        "sigma": timestep,
+                        "model": self.inner_model,
+                        "model_options": model_options,
+                    }
+                )
+            return predicted
+
+        def combine(nothing: Tensor, mean: Tensor, scale: float) -> Tensor:
+            told = {"model_options": model_options, "cond": terms[0], "uncond": negative}
+            return comfy.samplers.cfg_function(self.inner_model, mean, nothing, scale, x, timestep, **told)
+
+        return run.step(stage, evaluate, sigma or 1.0, hooks, combine)
 
     def _at(self, conds: list[dict], x: Tensor, sigma: float, gamma: float) -> list[dict]:
         """The conds of a term as they are at this noise level."""
@@ -164,6 +151,11 @@ class FusionGuider(comfy.samplers.CFGGuider):
         word, entry = cond[WORD], cond["model_conds"].get("c_crossattn")
         if entry is None:
             return cond
+        start, end = (
+            float(cond.get(name, level)) for name, level in (("timestep_start", sigma), ("timestep_end", sigma))
+        )
+        if not end <= sigma <= start:
+            return cond  # the host evaluates it at other levels only
         key = id(cond)
         if key not in self._own:
             self._own[key] = entry.cond.shape == word.context.shape and torch.equal(
@@ -234,19 +226,11 @@ class FusionSampling(comfy.samplers.KSAMPLER):
         extra_args = {**extra_args}
         first_noise = extra_args.pop(FIRST_NOISE, None)  # not there where a sampler of others calls this function
         generators = row_generators(extra_args.get("seed") or 0, x if first_noise is None else first_noise)
-        for first, last, fused in segments(sigmas.tolist(), options):
-            if fused:
-                x = fusion_stage(
-                    _under_stage(model, extra_args),
-                    x,
-                    sigmas[first],
-                    sigmas[first + 1],
-                    options,
-                    lambda x=x: torch.stack([torch.randn(x.shape[1:], generator=row) for row in generators]).to(x),
-                    flow,
-                )
-            x = self._refine(model, x, sigmas, first, last, extra_args, callback, disable)
-        return x
+
+        def refine(x: Tensor, first: int, last: int) -> Tensor:
+            return self._refine(model, x, sigmas, first, last, extra_args, callback, disable)
+
+        return sample_fusion(_under_stage(model, extra_args), refine, x, sigmas, options, fresh_noise(generators), flow)
 
     def _refine(self, model, x, sigmas, first, last, extra_args, callback, disable):
         """The inner sampler over the levels first..last."""

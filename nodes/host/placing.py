@@ -17,7 +17,7 @@ from ...profusion.infusion import (
     check_context_width,
 )
 from ...profusion.prompt import NounError, Span, choose_spans, find_noun
-from ...profusion.promptnet.pseudo_word import with_stand_in
+from ...profusion.promptnet.pseudo_word import WORD_KEY, with_stand_in
 from ...profusion.residual import Residual, check_architecture
 from ...profusion.residual.training import PROMPTS
 
@@ -69,6 +69,32 @@ def carrying(conditioning: list, concepts: Sequence[PlacedConcept]) -> list:
         [context, {**extras, CONCEPTS_KEY: (*extras.get(CONCEPTS_KEY, ()), *concepts)}]
         for context, extras in conditioning
     ]
+
+
+def placed_in(clip: CLIP, text: str, conditioning: list, concepts: Sequence[PlacedConcept]) -> list:
+    """A CONDITIONING that is encoded already, with these concepts in each entry that is of this text.
+
+    An entry with S* knows its own prompt; any other one must be what this CLIP makes of the text. Raises ValueError where
+    none is: the concepts would be put on other words.
+    """
+    own = encode_prompt(clip, text, ())
+    fits = [WORD_KEY in entry[1] or _is_one_of(entry, own) for entry in conditioning]
+    if not any(fits):
+        rows, expected = conditioning[0][0].shape[1], own[0][0].shape[1]
+        lengths = f" It has {rows} rows, and the text makes {expected}." if rows != expected else ""
+        raise ValueError(
+            f"conditioning is not of the prompt in text, {text!r}: nouns stand elsewhere in it.{lengths} Encode this text "
+            "with the same clip and connect that, or leave conditioning unconnected"
+        )
+    return [carrying([entry], concepts)[0] if fit else entry for entry, fit in zip(conditioning, fits, strict=True)]
+
+
+def _is_one_of(entry: list, own: list) -> bool:
+    """Whether an entry's context is one of these, but for the rounding of another device or precision."""
+    context = entry[0]
+    return any(
+        context.shape == other.shape and (context - other.to(context)).norm() <= 0.01 * other.norm() for other, _ in own
+    )
 
 
 def encode_training_prompts(clip: CLIP, noun: str, layers: Sequence[Layer]) -> tuple[list[list], list[Span]]:

@@ -17,6 +17,7 @@ from ...profusion.pictures import concept_pictures, loss_plot, stacked, to_image
 from ...profusion.prompt import NounError
 from ...profusion.residual import Residual, ResidualError, SavedResidual, save_residual
 from ...profusion.residual.training import ResidualTraining, TrainingOptions
+from .budget import plan_training
 from .display import Progress
 from .drawing import Sampling, draw
 from .encoding import check_connected, encode_references, model_layers
@@ -201,15 +202,17 @@ def prepare_training(
     options: TrainingOptions,
     resume: Residual | None,
     samples: Samples,
+    checkpointing: str,
 ) -> TrainingRun:
-    """Check the inputs and encode them, once. Errors name the input."""
+    """Check the inputs and encode them, once. Errors name the input. checkpointing: see `plan_training`."""
     layers = model_layers(model)
     check_connected(clip=clip, vae=vae)
     pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
     identity = _identity(model, pictures, weights, noun, options)
     conditionings, rows = encode_training_prompts(clip, noun, layers)
-    trained = TrainedModel(model, conditionings)
     references = encode_references(model, vae, pictures, weights)
+    budget = plan_training(model, (options.batch_size, *references[0].latent.shape), checkpointing)
+    trained = TrainedModel(model, conditionings, memory=budget.step, checkpointing=budget.checkpointing)
     flipped = encode_references(model, vae, pictures.flip(2), weights.flip(2)) if options.flip else ()
     if resume is not None and resume.steps >= options.steps:
         raise ResidualError(
@@ -218,7 +221,7 @@ def prepare_training(
         )
     resume = _unsaved.get(identity, resume)
     training = ResidualTraining(
-        trained.predict_noise, references, rows, layers, noun, options, flipped, resume, trained.sigmas
+        trained.predict_noise, references, rows, layers, noun, options, flipped, resume, trained.sigmas, budget.queries
     )
     text = samples.prompt.replace("%noun%", noun)
     drawn = SamplePictures(model, clip, vae, text, training.latent_size, options.seed, samples.sampling)

@@ -1,13 +1,14 @@
 """Infusion's two streams in the host's sampling run.
 
-Infusion is two wrappers on the MODEL, both under one key, and nothing else. SAMPLER_SAMPLE runs the sampler for F and
-for C in step; CALC_COND_BATCH evaluates each stream with its patches. What a concept does, and where, travels in the
-CONDITIONING.
+Infusion is three wrappers on the MODEL, all under one key, and nothing else. PREPARE_SAMPLING asks for the memory of what
+F leaves for C; SAMPLER_SAMPLE runs the sampler for F and for C in step; CALC_COND_BATCH evaluates each stream with its
+patches. What a concept does, and where, travels in the CONDITIONING.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,6 +32,8 @@ from ...profusion.infusion import (
     foundation_patches,
     with_patches,
 )
+from ...profusion.queries import APART, KEPT, WaitingQueries, bytes_on_device, query_numbers
+from ...profusion.threads import state_of_this_thread
 
 KEY = CONCEPTS_KEY  # of the wrappers, and of the stream that is being evaluated in transformer_options
 
@@ -40,17 +43,19 @@ def add_streams(
     layers: Sequence[Layer],
     shared_latent: bool,
     on_foundation: Callable[[Tensor], None] | None = None,
+    on_plain: Callable[[], None] = lambda: None,
 ) -> ModelPatcher:
     """A clone of MODEL that draws the concepts that conditionings carry; a run without any is the plain run.
 
     shared_latent: F looks at C's latent instead of following its own trajectory. A model that has the streams already
     gets these in their place. `on_foundation`, for whoever wants to see the plain picture too, is given F's finished
-    latent (own trajectory only).
+    latent (own trajectory only). `on_plain` is called at each sampling run whose conditionings carry no concept.
     """
     names = tuple(layer.name for layer in layers)
     patched = model.clone()
     wrappers = {
-        WrappersMP.SAMPLER_SAMPLE: _sampler_wrapper(names, shared_latent, on_foundation),
+        WrappersMP.PREPARE_SAMPLING: _reserve_memory,
+        WrappersMP.SAMPLER_SAMPLE: _sampler_wrapper(names, shared_latent, on_foundation, on_plain),
         WrappersMP.CALC_COND_BATCH: _evaluate_stream,
     }
     for kind, wrapper in wrappers.items():
@@ -59,7 +64,30 @@ def add_streams(
     return patched
 
 
-def _sampler_wrapper(layers: tuple[str, ...], shared_latent: bool, on_foundation: Callable | None) -> Callable:
+def _reserve_memory(executor, model: ModelPatcher, noise_shape: Sequence[int], conds: dict, *args, **kwargs):
+    """PREPARE_SAMPLING: let the host keep memory free for F's queries too.
+
+    It reckons with the latent's size alone, so it is told of a latent that is larger by as many lines as need this memory.
+    """
+    count = sum(map(len, conds.values()))
+    if any(cond.get(KEY) for group in conds.values() for cond in group):
+        kept = KEPT if model.load_device.type in APART else math.inf
+        numbers = query_numbers(dict(model.get_model_object("diffusion_model").named_parameters()))
+        cells, element = math.prod(noise_shape[-2:]), _element_size(model)
+        left = noise_shape[0] * bytes_on_device(numbers, cells, count, element, kept)
+        line = model.model.memory_required([*noise_shape[:-2], 1, noise_shape[-1]])
+        noise_shape = [*noise_shape[:-2], noise_shape[-2] + math.ceil(left / line), noise_shape[-1]]
+    return executor(model, noise_shape, conds, *args, **kwargs)
+
+
+def _element_size(model: ModelPatcher) -> int:
+    """Bytes of a number that the model computes with."""
+    return (getattr(model.model, "manual_cast_dtype", None) or model.model.get_dtype()).itemsize
+
+
+def _sampler_wrapper(
+    layers: tuple[str, ...], shared_latent: bool, on_foundation: Callable | None, on_plain: Callable[[], None]
+) -> Callable:
     def sample(
         executor,
         guider,
@@ -76,6 +104,10 @@ def _sampler_wrapper(layers: tuple[str, ...], shared_latent: bool, on_foundation
             return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, silent, **kwargs)
 
         if not any(cond.get(KEY) for group in guider.conds.values() for cond in group):
+            if hasattr(
+                executor.class_obj, "sampler_function"
+            ):  # not what merely evaluates the model, as a training does
+                on_plain()
             return run(extra_args, callback, noise, disable_pbar)
 
         streams = _Streams(layers)
@@ -115,7 +147,7 @@ class _Streams:
 
     def __init__(self, layers: tuple[str, ...]):
         self._layers = layers
-        self._queries: dict = {}
+        self._queries = WaitingQueries()
         self._placements: dict = {}
 
     def asking_foundation(self, ask: Callable) -> Callable:
@@ -224,13 +256,13 @@ class _InStep:
     """
 
     def __init__(self, run: Callable[[Callable], Tensor], device: torch.device):
-        inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        modes = state_of_this_thread()
 
-        def in_same_mode(ask: Callable) -> Tensor:  # the modes belong to a thread
-            with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+        def in_same_modes(ask: Callable) -> Tensor:
+            with modes():
                 return run(ask)
 
-        self._coroutine = Coroutine(in_same_mode)
+        self._coroutine = Coroutine(in_same_modes)
         self._answer: Any = None
         self._device = device
         self._random_state = _random_state(device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,9 @@ from ...profusion.promptnet.network import (
     merged,
     parts,
 )
-from ...profusion.promptnet.pseudo_word import PLACEHOLDER, placed, with_stand_in, without_position
+from ...profusion.promptnet.pseudo_word import PLACEHOLDER, WORD_KEY, placed, with_stand_in, without_position
 
-WORD = "profusion_word"  # under which a CONDITIONING carries the S* it was made with
+WORD = WORD_KEY
 ALONE = f"a photo of {PLACEHOLDER}"
 
 
@@ -100,54 +101,75 @@ def encode_pictures(
 
 
 class WordInPrompt:
-    """A prompt with S*, which a CONDITIONING carries so that a FusionGuider can make S* anew for each noise level.
+    """A prompt with S*, at any noise level; `conditioning` says it to any sampler.
 
     S* and the text encoder's context are made here, at a few timesteps, and interpolated between them at any level; a
     PromptNet that looks at the noisy latent is asked at every call instead.
     """
 
     def __init__(self, promptnet: LoadedPromptNet, clip: CLIP, reference: EncodedPictures, prompt: str):
-        self._promptnet, self._clip, self._reference, self._prompt = promptnet, clip, reference, prompt
+        self.prompt, self._promptnet, self._clip, self._reference = prompt, promptnet, clip, reference
         check_fits(promptnet.config, text_widths=text_widths(clip, prompt))
         self._knots = torch.tensor(KNOTS)
         # The first picture with noise stands for the latent being denoised, which is not there yet.
         noisy = _noised(reference.latents[:1], self._knots) if promptnet.config.with_noise else None
+        comfy.model_management.load_model_gpu(promptnet.patcher)
         self._words = self._words_at(self._knots, noisy)
-        mean = self._words.mean(dim=0, keepdim=True)
-        made, self.pooled, self.rows = self._encode(prompt, torch.cat([mean, self._words]))
-        self.context, self._contexts = made[:1], made[1:]
 
     @property
-    def prompt(self) -> str:
-        """See `fusion.Word`."""
-        return self._prompt
+    def looks_at_noise(self) -> bool:
+        """Whether S* depends on the latent being denoised."""
+        return self._promptnet.config.with_noise
+
+    @property
+    def models(self) -> list[ModelPatcher]:
+        """The host's handles of PromptNet and the text encoder, which `live_context` needs loaded."""
+        return [self._promptnet.patcher, self._clip.patcher]
 
     def conditioning(self) -> list:
-        """A CONDITIONING for any sampler: its S* is the mean over the timesteps."""
-        return [[self.context, {"pooled_output": self.pooled, WORD: self}]]
+        """A CONDITIONING for any sampler: its S* is the mean over the timesteps.
+
+        It has one entry, or one for each range of sampling for which the text encoder's hooks have values of their own.
+        """
+        static = self._words.mean(dim=0, keepdim=True)
+        made, rows = self._encode(self.prompt, torch.cat([static, self._words]))
+        words = [SpokenWord(self, index, rows, contexts) for index, (contexts, _) in enumerate(made)]
+        return [[word.context, {**extras, WORD: word}] for word, (_, extras) in zip(words, made, strict=True)]
 
     def in_prompt(self, prompt: str) -> Tensor:
         """The context (1, L, D) of another prompt with the same static S*."""
-        return self._encode(prompt, self._words.mean(dim=0, keepdim=True))[0]
+        made, _ = self._encode(prompt, self._words.mean(dim=0, keepdim=True))
+        return made[0][0]
 
-    def contexts(self, model_sampling: Any, alone: bool) -> Callable[[Tensor, float], Tensor]:
-        """See `fusion.Word`."""
-        prompt = ALONE if alone else self._prompt
-        if self._promptnet.config.with_noise:
-            return lambda x, sigma: self._encode(prompt, self._live_words(model_sampling, x, sigma))[0]
-        made = self._encode(prompt, self._words)[0] if alone else self._contexts
+    def context_at(
+        self, model_sampling: Any, contexts: Tensor | None, prompt: str, index: int
+    ) -> Callable[[Tensor, float], Tensor]:
+        """How the prompt's context with S* depends on the noise: (x, sigma) -> (1, L, D).
+
+        contexts (T, L, D): at the timesteps where S* was made; default: encoded now. index: of the range, see `conditioning`.
+        """
+        made = self._encode(prompt, self._words)[0][index][0] if contexts is None else contexts
         return lambda x, sigma: interpolated(made, self._knots, model_sampling.timestep(torch.tensor([sigma])))
 
-    def _live_words(self, model_sampling: Any, x: Tensor, sigma: float) -> Tensor:
-        """S* for each row of the latent being denoised, x (B, C, H, W) in the sampler's units."""
-        level = x.new_full((len(x),), sigma)
-        return self._words_at(model_sampling.timestep(level), model_sampling.calculate_input(level, x))
+    def live_context(self, model_sampling: Any, prompt: str, index: int) -> Callable[[Tensor, float], Tensor]:
+        """The same with an S* for each row of the latent being denoised, x (B, C, H, W) in the sampler's units: (B, L, D).
+
+        It loads nothing, since that might unload the model at work: `models` must be loaded.
+        """
+
+        def context(x: Tensor, sigma: float) -> Tensor:
+            level = x.new_full((len(x),), sigma)
+            words = self._words_at(model_sampling.timestep(level), model_sampling.calculate_input(level, x))
+            tokenized, _ = tokens_with_words(self._clip, self._promptnet.config, prompt, words)
+            with _hooks_of_range(self._clip, index):
+                return encode_loaded(self._clip, tokenized).unflatten(1, (len(words), -1))[0]
+
+        return context
 
     @torch.no_grad()
     def _words_at(self, timesteps: Tensor, noisy: Tensor | None) -> Tensor:
         """S* at timesteps (T,), the mean over the pictures, on the CPU: (T, tokens, width). noisy: the latents being
-        denoised, (T, C, H, W), for a network that looks at them."""
-        comfy.model_management.load_model_gpu(self._promptnet.patcher)
+        denoised, (T, C, H, W), for a network that looks at them. PromptNet must be loaded."""
         network, device = self._promptnet.network, self._promptnet.patcher.load_device
         timesteps, noisy = timesteps.to(device), None if noisy is None else noisy.to(device, network.start.dtype)
         latents, tokens = (
@@ -157,11 +179,66 @@ class WordInPrompt:
         words = [network.embed_all(*pair, timesteps, noisy) for pair in zip(latents, tokens, strict=True)]
         return merged(words, self._reference.weights).float().cpu()
 
-    def _encode(self, prompt: str, words: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-        """The prompt with each S* of words (T, tokens, width): contexts (T, L, D), the first one's pooled vector, S*'s rows."""
+    def _encode(self, prompt: str, words: Tensor) -> tuple[list[tuple[Tensor, dict]], tuple[int, ...]]:
+        """The prompt with each S* of words (T, tokens, width), as the host encodes plain text, hooks and all.
+
+        For each range, contexts (T, L, D) and what else belongs into the CONDITIONING; and the rows of S*.
+        """
         tokenized, rows = tokens_with_words(self._clip, self._promptnet.config, prompt, words)
-        context, pooled = self._clip.encode_from_tokens(tokenized, return_pooled=True)
-        return context.unflatten(1, (len(words), -1))[0], pooled, rows
+        entries = self._clip.encode_from_tokens_scheduled(tokenized, show_pbar=False)
+        return [(context.unflatten(1, (len(words), -1))[0], extras) for context, extras in entries], rows
+
+
+class SpokenWord:
+    """What a CONDITIONING with S* carries, so that a FusionGuider can make S* anew for each noise level: `fusion.Word`."""
+
+    def __init__(self, word: WordInPrompt, index: int, rows: tuple[int, ...], contexts: Tensor):
+        """index: of the range, see `WordInPrompt.conditioning`. contexts (1 + T, L, D): the static one, and the others."""
+        self._word, self._index, self.prompt, self.rows = word, index, word.prompt, rows
+        self.context, self._contexts = contexts[:1], contexts[1:]
+
+    @property
+    def models(self) -> list[ModelPatcher]:
+        """See `fusion.Word`."""
+        return self._word.models if self._word.looks_at_noise else []
+
+    def contexts(self, model_sampling: Any, alone: bool) -> Callable[[Tensor, float], Tensor]:
+        """See `fusion.Word`."""
+        prompt = ALONE if alone else self.prompt
+        if self._word.looks_at_noise:
+            return self._word.live_context(model_sampling, prompt, self._index)
+        return self._word.context_at(model_sampling, None if alone else self._contexts, prompt, self._index)
+
+
+def encode_loaded(clip: CLIP, tokenized: dict) -> Tensor:
+    """The context (1, L, D) that CLIP.encode_from_tokens makes, which would also load the text encoder.
+
+    For that it might unload the model at work.
+    """
+    encoder, options = clip.cond_stage_model, {"execution_device": clip.patcher.load_device}
+    if clip.layer_idx is not None:
+        options["layer"] = clip.layer_idx
+    encoder.reset_clip_options()
+    encoder.set_clip_options(options)
+    return encoder.encode_token_weights(tokenized)[0]
+
+
+@contextmanager
+def _hooks_of_range(clip: CLIP, index: int) -> Iterator[None]:
+    """A loaded text encoder with its hooks as they are in a range of sampling: what encode_from_tokens_scheduled does."""
+    hooks = clip.patcher.forced_hooks
+    if hooks is None or not clip.use_clip_schedule:
+        yield
+        return
+    hooks.reset()
+    clip.patcher.patch_hooks(None)
+    for hook, keyframe in hooks.get_hooks_for_clip_schedule()[index][1]:
+        hook.hook_keyframe._current_keyframe = keyframe
+    clip.patcher.patch_hooks(hooks)
+    try:
+        yield
+    finally:
+        hooks.reset()
 
 
 def tokens_with_words(clip: CLIP, config: PromptNetConfig, prompt: str, words: Tensor) -> tuple[dict, tuple[int, ...]]:

@@ -132,5 +132,5 @@ def fisher_divergence(base: Tensor, customised: Tensor) -> Fisher:
         )
     check_finite(base, "the base model's prediction", _OVERFLOW)
     check_finite(customised, "the customised model's prediction", _OVERFLOW)
-    difference = base.double() - customised.to(base.device).double()
+    difference = base.cpu().double() - customised.cpu().double()  # there: not every device has float64
     return Fisher(0.5 * difference.square().flatten(1).sum(dim=1), base[0].numel())

@@ -44,10 +44,11 @@ def mean_interval(samples: Tensor, least: float = -math.inf, most: float = math.
 
 @dataclass(frozen=True)
 class Score:
-    """One number: what of whom, measured how, from how many samples.
+    """One result: a metric, its subject, the backbone, the mean and its interval.
 
-    metric: such as "CLIP-T"; subject: whose, such as a method's name; backbone: the network that judged, if one did; low and
-    high: the 95 % interval, NaN where there is none; better: "higher", "lower", or "" where neither is.
+    metric: such as "CLIP-T"; subject: what was measured, such as a method's name; backbone: the network that judged, if
+    one did; low and high: the 95 % interval, NaN where there is none; better: "higher", "lower", or "" where neither
+    is.
     """
 
     metric: str

@@ -88,7 +88,7 @@ def _rows(latents: Tensor, name: str) -> Tensor:
     check_finite(
         latents, f"the {name} set's latent", "the model that drew it overflowed; run it in float32 or bfloat16"
     )
-    return latents.detach().to("cpu", torch.float64).flatten(1)
+    return latents.detach().cpu().double().flatten(1)  # there first: not every device has float64
 
 
 def _fit(rows: Tensor, basis: Tensor, shrink: bool) -> _Gaussian:

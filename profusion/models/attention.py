@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, T, heads * d) -> (B, heads, T, d)."""
-    batch, tokens, width = x.shape
-    return x.view(batch, tokens, heads, width // heads).transpose(1, 2)
+    return rearrange(x, "b t (h d) -> b h t d", h=heads)
 
 
 def merge_heads(x: Tensor) -> Tensor:
     """(B, heads, T, d) -> (B, T, heads * d)."""
-    batch, heads, tokens, width = x.shape
-    return x.transpose(1, 2).reshape(batch, tokens, heads * width)
+    return rearrange(x, "b h t d -> b t (h d)")
 
 
 # Maps up to this size are quicker to hold than to compute twice, where a CPU has to come back through them.

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -137,17 +138,17 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if use_linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor, options: dict[str, Any]) -> Tensor:
-        batch, channels, height, width = x.shape
-        options["activations_shape"] = [batch, channels, height, width]
+        height = x.shape[2]
+        options["activations_shape"] = list(x.shape)
         h = self.norm(x)
         h = h if self.use_linear else self.proj_in(h)
-        h = h.flatten(2).transpose(1, 2)  # (B, T, C)
+        h = rearrange(h, "b c h w -> b (h w) c")
         h = self.proj_in(h) if self.use_linear else h
         for index, block in enumerate(self.transformer_blocks):
             options["block_index"] = index
             h = block(h, context, options)
         h = self.proj_out(h) if self.use_linear else h
-        h = h.transpose(1, 2).reshape(batch, channels, height, width)
+        h = rearrange(h, "b (h w) c -> b c h w", h=height)
         return x + (h if self.use_linear else self.proj_out(h))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,8 +44,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.norm(x)
-        query, key, value = (layer(n).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))  # (B, T, C)
-        h = attention(query, key, value, heads=1).transpose(1, 2).reshape(x.shape)
+        query, key, value = (rearrange(layer(n), "b c h w -> b (h w) c") for layer in (self.q, self.k, self.v))
+        h = rearrange(attention(query, key, value, heads=1), "b (h w) c -> b c h w", h=x.shape[2])
         return x + self.proj_out(h)
 
 

@@ -21,9 +21,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..devices import area_means
 from ..infusion import name_of_unet
 from ..models.configs import SD15, SD21, SDXL, UNetConfig
 from ..models.unet import UNetEncoder
@@ -51,8 +53,9 @@ class PromptNetConfig:
     embeddings of each text encoder, in the order of the UNet's context (SDXL has two; S* is cut between them).
     tokens: pseudo-words in S*. grid: side of the grid that everything is brought to. projection: channels of each
     part of it. second_latent: "none"; "noisy", the latent being denoised, so that S* must be made afresh at every
-    step; or "reference", the reference latent once more. holds_position: S* was trained without a position embedding
-    being added to it, as the authors' code does, and must not be given one: so it is the same word anywhere in a prompt. normalise: whether there is a `norm`.
+    step; or "reference", the reference latent once more. holds_position: S* already
+    contains its position (the authors add it after the position embeddings), so the text encoder must not add one, and
+    S* is the same word anywhere in a prompt. normalise: whether there is a `norm`.
     """
 
     unet: UNetConfig
@@ -178,8 +181,7 @@ class PromptNet(UNetEncoder):
         grid = [self._to_grid(h, projection) for h, projection in zip(features, self.projections, strict=True)]
         joined = torch.cat(grid, dim=1)
         joined = F.group_norm(joined, len(grid)) if self.config.normalise else joined
-        word = self.output(joined)[..., 0, 0]  # (B, tokens * text_width)
-        word = word.view(-1, self.config.tokens, self.config.text_width)
+        word = rearrange(self.output(joined), "b (tokens d) 1 1 -> b tokens d", tokens=self.config.tokens)
         return self.start + self.spread * word
 
     def encoder_features(
@@ -238,7 +240,7 @@ class PromptNet(UNetEncoder):
         """
         side = self.config.grid * projection.stride[0]
         if h.shape[-2:] != (side, side):
-            h = F.adaptive_avg_pool2d(h, side)
+            h = area_means(h, (side, side))
         return projection(h)
 
 

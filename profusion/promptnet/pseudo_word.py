@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..models.clip import TextModel
 from ..models.tokenizer import LENGTH, tokenize, words_to_ids
 
+if TYPE_CHECKING:
+    from ..models.clip import TextModel
+
 PLACEHOLDER = "S*"
+WORD_KEY = "profusion_word"  # under which a host's conditioning carries the S* it was made with
 _PLACE = re.compile(r"(?<!\w)S\*")
 _STAND_INS = ("zebra", "accordion", "volcano", "tulip", "saxophone", "lantern", "giraffe", "cactus")  # one token each
 

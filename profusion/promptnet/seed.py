@@ -16,8 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
+from ..devices import solved
 from ..diffusion import per_row, training_sigmas
 from ..infusion import (
     ExtraOptions,
@@ -77,7 +79,7 @@ def demand(
     shares, plain = read(noun)
     missing = read(word.to(n))[1] - plain
     share = shares[..., list(rows)].sum(dim=-1)  # (N, h, T)
-    inside = mask.float().transpose(1, 2)  # (N, 1, T)
+    inside = rearrange(mask.float(), "n t 1 -> n 1 t")
     return (share**2).sum(dim=(0, 2)), torch.einsum("nht,nhtd->hd", inside * share, missing)
 
 
@@ -91,7 +93,7 @@ def least_squares(to_value: Tensor, energy: Tensor, wanted: Tensor) -> Tensor:
     if scale == 0:
         return to_value.new_zeros(to_value.shape[-1])
     ridge = RIDGE * scale * torch.eye(len(matrix), device=matrix.device)
-    return torch.linalg.solve(matrix + ridge, torch.einsum("hdi,hd->i", to_value, wanted))
+    return solved(matrix + ridge, torch.einsum("hdi,hd->i", to_value, wanted))
 
 
 class ResidualSeed:
@@ -171,7 +173,7 @@ class ResidualSeed:
         """A layer's delta (D,). The module itself says what W_V is, since a host may keep weights in another form."""
         module, width = self._modules[layer], self._layers[0].context_dim
         values = module.to_v(torch.eye(width, dtype=n.dtype, device=n.device)).float()  # (D, h * d)
-        return least_squares(values.T.unflatten(0, (module.heads, -1)), *self._demands[layer])
+        return least_squares(rearrange(values, "width (h d) -> h d width", h=module.heads), *self._demands[layer])
 
     def residual(self) -> Residual:
         """The residual of no steps. Raises TrainingError before the last batch, or where the model overflowed."""

@@ -16,8 +16,17 @@ import torch
 from torch import Tensor
 
 from ..diffusion import per_row, training_sigmas
-from ..infusion import Layer, Patches, Placement, architecture_name, customised_patches, foundation_patches
+from ..infusion import (
+    Layer,
+    Patches,
+    Placement,
+    QueryStore,
+    architecture_name,
+    customised_patches,
+    foundation_patches,
+)
 from ..loop import Group, LoopOptions, TrainingError, TrainingLoop
+from ..queries import TakenOnce
 from .concept import Residual, ResidualError, check_architecture
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # names of the optimizer's tensors in a residual's file
@@ -111,13 +120,6 @@ class Batch:
     prompt: int
 
 
-class _TakenOnce(dict):
-    """F's queries, each handed out once: C needs none twice, and while it is evaluated memory is dear."""
-
-    def get(self, key, default=None):
-        return self.pop(key, default)
-
-
 class ResidualTraining(TrainingLoop):
     """One training run: `steps()` does the work, `residual()` is what has been learned so far.
 
@@ -125,6 +127,7 @@ class ResidualTraining(TrainingLoop):
     prompt that `predict_noise` knows, the noun's rows in its context. resume: a residual of the same model whose
     `training_state` is kept, to go on from bit for bit, or one of no steps, to start from. sigmas: the noise levels of
     the model's timesteps (n,), each as likely to be drawn; default Stable Diffusion's.
+    queries: where F's queries wait in a step. A model that recomputes C on the way back asks for each twice.
     """
 
     def __init__(
@@ -138,9 +141,11 @@ class ResidualTraining(TrainingLoop):
         flipped: Sequence[Reference] = (),
         resume: Residual | None = None,
         sigmas: Tensor | None = None,
+        queries: Callable[[], QueryStore] = TakenOnce,
     ):
         _check_references(references, flipped)
         self._predict_noise, self._layers, self._noun = predict_noise, tuple(layers), noun
+        self._queries = queries
         self._names = tuple(layer.name for layer in layers)
         both = [references, flipped] if options.flip and flipped else [references]
         device = references[0].latent.device
@@ -201,7 +206,7 @@ class ResidualTraining(TrainingLoop):
 
     def loss(self, batch: Batch) -> Tensor:
         """See `residual_loss`; F is evaluated first, and leaves its queries."""
-        queries = _TakenOnce()
+        queries = self._queries()
         with torch.no_grad():  # F needs no gradient: its queries are constants of the loss
             plain = self._predict_noise(batch.noisy, batch.sigma, batch.prompt, foundation_patches(queries))
         placements = (self._placements[batch.prompt],)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..diffusion import eps_denoiser, sample_euler, sampling_sigmas, variance_exploding, variance_preserving
-from ..fusion import FusionOptions, Guidance, KeptDifferences, Mode, Stage, guide, mean_prediction, sample_fusion
+from ..fusion import FusionOptions, Guidance, Mode, RunGuidance, Stage, fresh_noise, sample_fusion
 from ..infusion import cross_attention_layers
 from ..promptnet.file import load_promptnet
 from ..promptnet.network import KNOTS, PromptNet, interpolated, merged
@@ -93,8 +95,8 @@ class FusedToybox:
         """
         knots = torch.tensor(KNOTS)
         words = torch.stack([self.words(some, knots) for some in pictures], dim=1)  # (K, B, tokens, width)
-        made, rows = self._encoded(prompt, words.flatten(0, 1))
-        made = made.unflatten(0, words.shape[:2])
+        made, rows = self._encoded(prompt, rearrange(words, "k b tokens d -> (k b) tokens d"))
+        made = rearrange(made, "(k b) l d -> k b l d", k=len(knots))
         return lambda timestep, gamma: scaled(interpolated(made, knots, timestep)[0], rows, gamma)
 
     def _encoded(self, prompt: str, words: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -131,14 +133,13 @@ class FusedToybox:
         has steps."""
         sigmas = sampling_sigmas(steps)
 
-        def denoise(x: Tensor, sigma: Tensor, stage: Stage) -> Tensor:
-            return eps_denoiser(lambda x, t: predict(x, t, stage))(x, sigma)
+        fuse, settle = (eps_denoiser(partial(predict, stage=stage)) for stage in ("fusion", "refinement"))
 
-        def refine(model, x: Tensor, part: Tensor) -> Tensor:
-            return sample_euler(model, variance_preserving(x, part[0]), part)
+        def refine(x: Tensor, first: int, last: int) -> Tensor:
+            return sample_euler(settle, variance_preserving(x, sigmas[first]), sigmas[first : last + 1])
 
         start = variance_exploding(initial_noise(generators), sigmas[0])
-        return sample_fusion(denoise, refine, start, sigmas, options, fresh or torch.Generator())
+        return sample_fusion(fuse, refine, start, sigmas, options, fresh_noise([fresh or torch.Generator()]))
 
     def generate(
         self,
@@ -158,16 +159,12 @@ class FusedToybox:
         are two. fresh: see `sample`.
         """
         given = self.conditions(prompt, nouns, pictures, guidance.mode)
-        weights = [weight for weight in guidance.weights if weight]
-        kept = KeptDifferences(guidance.refresh if len(weights) > 1 else 1)
+        run = RunGuidance(guidance)
 
         def predict(x: Tensor, t: Tensor, stage: Stage) -> Tensor:
-            fusing = stage == "fusion"
-            terms = [given.word(t[:1], guidance.gamma if fusing else 1.0), given.text]
-            contexts = [term for term, weight in zip(terms, guidance.weights, strict=False) if weight] + [given.nothing]
-            *conditional, nothing = kept.complete(self.evaluate(x, t, contexts if kept.due else contexts[:1]))
-            return guide(
-                nothing, mean_prediction(conditional, weights), guidance.fusion_cfg if fusing else guidance.cfg
-            )
+            terms = [given.word(t[:1], guidance.word_scale(stage)), given.text]
+            first, *others = [terms[index] for index in run.used]
+            contexts = [first, given.nothing, *others]
+            return run.step(stage, lambda everything: self.evaluate(x, t, contexts if everything else [first]))
 
         return self.sample(predict, generators, options, steps, fresh)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 
 from ..diffusion import eps_denoiser, noise_predictor, sample_euler, sampling_sigmas
 from ..infusion import Patches, Placement, cross_attention_layers, on_conditional
-from ..models.clip import TextModel, VisionModel
 from ..models.tokenizer import START, id_to_text, tokenize, words_to_ids
 from ..models.unet import UNet
 from ..models.vae import VAE
@@ -24,6 +24,9 @@ from ..residual.training import PROMPTS, PredictNoise, Reference, ResidualTraini
 from ..streams import Evaluate, two_stream_denoiser
 from .configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE, TOYBOX_VISION
 from .drawing import SIZE
+
+if TYPE_CHECKING:
+    from ..models.clip import TextModel, VisionModel
 
 WEIGHTS = Path(__file__).with_name("weights")
 NETWORKS = ("unet", "vae", "text", "vision")
@@ -101,6 +104,8 @@ class Toybox:
     @classmethod
     def load(cls, folder: Path | None = None) -> Toybox:
         """Load the shipped weights, or those of another folder; RuntimeError if a file does not fit its network."""
+        from ..models.clip import TextModel, VisionModel  # with transformers, which the pack does not wait for
+
         networks = (UNet(TOYBOX), VAE(TOYBOX_VAE), TextModel(TOYBOX_TEXT), VisionModel(TOYBOX_VISION))
         for name, network in zip(NETWORKS, networks, strict=True):
             network.load_state_dict(load_network(name, folder), strict=True)

@@ -16,8 +16,19 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 class Server:
     """ComfyUI on loopback, with a base folder of its own: nothing of the user's installation is read or written."""
 
-    def __init__(self, host: Path, base: Path, with_pack: bool = True):
+    def __init__(
+        self,
+        host: Path,
+        base: Path,
+        with_pack: bool = True,
+        frontend: Path | None = None,
+        settings: dict | None = None,
+    ):
+        """frontend: a folder of the web frontend's files, in place of the host's own; settings: the user's in it."""
         self.base = base
+        user = base / "user" / "default"
+        user.mkdir(parents=True, exist_ok=True)
+        (user / "comfy.settings.json").write_text(json.dumps(settings or {}))
         for folder in ("custom_nodes", "models", "input", "output", "temp", "user"):
             (base / folder).mkdir(parents=True, exist_ok=True)
         if with_pack:
@@ -39,6 +50,7 @@ class Server:
             "--database-url",
             "sqlite:///:memory:",
             "--disable-auto-launch",
+            *([] if frontend is None else ["--front-end-root", str(frontend)]),
         ]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(

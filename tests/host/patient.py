@@ -1,4 +1,5 @@
-"""A pytest plugin for the host's own tests: they give a server twenty seconds to start, and a slow machine needs more."""
+"""A pytest plugin for the host's own tests: they give a server twenty seconds to start, and
+a slow machine needs more."""
 
 import time
 

@@ -1,4 +1,5 @@
-"""What a node tells the host's progress bar. Newer hosts throttle what the bar passes on, so tests listen in front of it.
+"""What a node tells the host's progress bar. Newer hosts throttle what the bar passes on, so
+tests listen in front of it.
 
 The host's own hook is not called here, so whatever stops on Cancel has polled for it itself.
 """

@@ -1,4 +1,5 @@
-"""Concept Augment in a real ComfyUI, on a tiny random model: the object stays, the rest comes from noise and the prompt."""
+"""Concept Augment in a real ComfyUI, on a tiny random model: the object stays, the rest comes
+from noise and the prompt."""
 
 import importlib
 import types

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("comfy.samplers", reason="no ComfyUI: set COMFYUI_PATH to a checkout")
+pytest.importorskip("comfy_aimdo", reason="this ComfyUI has no dynamic VRAM")
 
 import comfy.model_management  # noqa: E402
 import comfy.model_patcher  # noqa: E402
@@ -105,7 +106,8 @@ def _read(file):
 
 
 class Loader:
-    """Loads the file as the host's own loaders do: weights stay as they are in the file where the host keeps them so."""
+    """Loads the file as the host's own loaders do: weights stay as they are in the file
+    where the host keeps them so."""
 
     def __init__(self, file, dtype):
         self._unet, self._text, self._dtype = *file, dtype

@@ -1,4 +1,5 @@
-"""PromptNet Finetune in a real ComfyUI, on tiny random models: through its CLIP and its model, as a patch its loader reads."""
+"""PromptNet Finetune in a real ComfyUI, on tiny random models: through its CLIP and its model, as
+a patch its loader reads."""
 
 import importlib
 import types

@@ -1,7 +1,12 @@
-"""The shipped workflows in the host's real frontend: no missing node, and the prompt it makes is the file's own."""
+"""The shipped workflows in real frontends: the prompt made of each is the file's own, and nodes stay apart after a run.
+
+The host's own frontend is tested, and the newest where it has been put into .venv/frontend:
+`pip install --no-deps --target .venv/frontend comfyui-frontend-package`.
+"""
 
 import json
 import shutil
+import time
 
 import pytest
 
@@ -19,9 +24,19 @@ from live import REPOSITORY, Server, to_prompt
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
 
+from tools.graph import PICTURES
+
 pytestmark = pytest.mark.xdist_group("frontend")  # one server and one browser for all
 
+NEWEST = REPOSITORY / ".venv" / "frontend" / "comfyui_frontend_package" / "static"
+FRONTENDS = {"own frontend": None, **({"newest frontend": NEWEST} if NEWEST.is_dir() else {})}
+NODES_2 = "Comfy.VueNodes.Enabled"  # nodes as elements of the page, which the frontend calls Nodes 2.0
 WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
+ON_TOYBOX = [path for path in WORKFLOWS if "sd15" not in path.stem]
+READY = """
+return !!(window.app && window.app.graph && window.LiteGraph
+  && window.LiteGraph.registered_node_types['ProFusion_ToyboxLoader']);
+"""
 LOAD = """
 const done = arguments[arguments.length - 1];
 const workflow = JSON.parse(arguments[0]);
@@ -32,15 +47,43 @@ const workflow = JSON.parse(arguments[0]);
   done({
     missing: window.app.graph.nodes.map(node => node.type).filter(type => !known.has(type)),
     prompt: prompt.output,
-    boxes: window.app.graph.nodes.map(node => [node.id, ...node.pos, ...node.size]),
   });
 })().catch(error => done({error: String(error && error.stack || error)}));
 """
+# The frontend draws only what is in view.
+SHOW_ALL = """
+const boxes = window.app.graph.nodes.map(node => [...node.pos, node.pos[0] + node.size[0], node.pos[1] + node.size[1]]);
+const [left, top] = [0, 1].map(axis => Math.min(...boxes.map(box => box[axis])));
+const [right, bottom] = [2, 3].map(axis => Math.max(...boxes.map(box => box[axis])));
+const view = window.app.canvas.ds;
+view.scale = Math.min(1, (window.innerWidth - 200) / (right - left), (window.innerHeight - 200) / (bottom - top));
+view.offset[0] = 100 / view.scale - left;
+view.offset[1] = 100 / view.scale - top;
+window.app.canvas.setDirty(true, true);
+"""
+# (id, x, y, width, height) in the graph's units, without the titles: as drawn on the canvas, or as elements of the
+# page.
+BOXES = """
+const scale = window.app.canvas.ds.scale;
+return window.app.graph.nodes.map(node => {
+  const element = document.querySelector(`[data-node-id="${node.id}"]`);
+  if (!element) return [Number(node.id), ...node.pos, ...node.size];
+  const {x, y, width, height} = element.getBoundingClientRect();
+  return [Number(node.id), x / scale, y / scale + 30, width / scale, height / scale - 30];
+});
+"""
+SHOWN = """
+return window.app.graph.nodes.map(node => {
+  const element = document.querySelector(`[data-node-id="${node.id}"]`);
+  return [node.type, element ? element.querySelectorAll('img').length : (node.imgs || []).length];
+});
+"""
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(HOST, tmp_path_factory.mktemp("comfy"))
+@pytest.fixture(scope="module", params=FRONTENDS.values(), ids=FRONTENDS)
+def server(request, tmp_path_factory):
+    settings = {"Comfy.TutorialCompleted": True}
+    server = Server(HOST, tmp_path_factory.mktemp("comfy"), frontend=request.param, settings=settings)
     try:
         server.wait()
         yield server
@@ -61,35 +104,114 @@ def browser(server, tmp_path_factory):
         "--disable-background-networking",
         "--disable-component-update",
         "--disable-sync",
-        "--window-size=1900,1100",
+        "--window-size=3600,2200",
         f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
     ):
         options.add_argument(flag)
     browser = webdriver.Chrome(options, Service(DRIVER))
     browser.set_script_timeout(120)
     try:
-        browser.get(f"http://127.0.0.1:{server.port}/")
-        ready = "return !!(window.app && window.app.graph && window.LiteGraph && window.LiteGraph.registered_node_types['ProFusion_ToyboxLoader'])"
-        WebDriverWait(browser, 180).until(lambda b: b.execute_script(ready))
+        open_page(browser, server)
         yield browser
     finally:
         browser.quit()
 
 
+def open_page(browser, server, **settings):
+    for name, value in settings.items():
+        server.post(f"/settings/{name}", value)
+    browser.get(f"http://127.0.0.1:{server.port}/")
+    WebDriverWait(browser, 180).until(lambda b: b.execute_script(READY))
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_the_frontend_opens_it_and_makes_the_same_prompt(path, browser, server):
-    workflow = json.loads(path.read_text())
+    workflow, object_info = json.loads(path.read_text()), server.get("/object_info")
     opened = browser.execute_async_script(LOAD, json.dumps(workflow))
     assert "error" not in opened, opened["error"]
     assert opened["missing"] == []
-    expected = to_prompt(workflow, server.get("/object_info"))
-    made = {
-        number: {"class_type": node["class_type"], "inputs": node["inputs"]}
-        for number, node in opened["prompt"].items()
-    }
-    assert {k: v["inputs"] for k, v in made.items()} == {k: v["inputs"] for k, v in expected.items()}
-    _no_two_overlap(opened["boxes"])
-    _groups_hold_whole_nodes(workflow["groups"], opened["boxes"])
+    made = {number: _known(node, object_info) for number, node in opened["prompt"].items()}
+    assert made == {number: node["inputs"] for number, node in to_prompt(workflow, object_info).items()}
+    boxes = browser.execute_script(BOXES)
+    _no_two_overlap(boxes)
+    _groups_hold_whole_nodes(workflow["groups"], boxes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ON_TOYBOX, ids=lambda path: path.stem)
+def test_after_a_run_its_nodes_stand_apart_and_show_what_they_say(path, browser, server):
+    workflow, object_info = json.loads(path.read_text()), server.get("/object_info")
+    for node in workflow["nodes"]:
+        _shorten(node, object_info)
+    speaking = {node["type"] for node in workflow["nodes"]} & set(PICTURES)
+    cached = {kind for kind in speaking if object_info[kind]["output_node"]}  # the host passes over others
+    server.post("/free", {"unload_models": True, "free_memory": True})  # and so over what the graph before has made
+    try:
+        for nodes_2, expected in ((False, speaking), (True, cached)):
+            open_page(browser, server, **{NODES_2: nodes_2})
+            browser.execute_async_script(LOAD, json.dumps(workflow))
+            if nodes_2 and not _has_elements(browser):
+                continue  # the frontend is older than Nodes 2.0
+            _run(browser, server)
+            _wait_until_shown(browser, expected)
+            _no_two_overlap(browser.execute_script(BOXES))
+    finally:
+        open_page(browser, server, **{NODES_2: False})
+
+
+def _known(node, object_info):
+    """A node's inputs, without what the frontend adds for itself."""
+    definition = object_info[node["class_type"]]["input"]
+    known = {*definition.get("required", {}), *definition.get("optional", {})}
+    return {name: value for name, value in node["inputs"].items() if name in known}
+
+
+def _shorten(node, object_info):
+    """Take three steps only: the layout is the same."""
+    definition = object_info.get(node["type"], {"input": {}})["input"]
+    widgets = to_prompt({"nodes": [{**node, "inputs": []}], "links": []}, object_info).get(str(node["id"]))
+    names = list(widgets["inputs"]) if widgets else []
+    if "steps" in names:
+        before = names[: names.index("steps")]
+        at = sum(1 + _has_control(name, definition) for name in before)
+        node["widgets_values"][at] = 3
+
+
+def _has_control(name, definition):
+    """Whether the frontend puts another widget after it, which says what becomes of a seed."""
+    entry = next(part[name] for part in definition.values() if name in part)
+    return entry[0] == "INT" and entry[1].get("control_after_generate", name in ("seed", "noise_seed"))
+
+
+def _has_elements(browser, seconds=5):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if browser.execute_script("return !!document.querySelector('[data-node-id]')"):
+            return True
+        time.sleep(0.5)
+    return False
+
+
+def _run(browser, server, seconds=600):
+    """Press Run, and wait until everything is shown."""
+    done = len(server.get("/history"))
+    browser.execute_script("window.app.queuePrompt(0, 1)")
+    deadline = time.monotonic() + seconds
+    while len(server.get("/history")) == done:
+        assert time.monotonic() < deadline, server.tail()
+        time.sleep(0.5)
+    *_, newest = server.get("/history").values()
+    assert newest["status"]["status_str"] == "success", newest["status"]["messages"][-1]
+
+
+def _wait_until_shown(browser, kinds, seconds=30):
+    """Pictures are fetched, and nodes grow around them."""
+    deadline = time.monotonic() + seconds
+    while missing := kinds - {kind for kind, pictures in browser.execute_script(SHOWN) if pictures}:
+        assert time.monotonic() < deadline, f"nothing is shown by {sorted(missing)}"
+        browser.execute_script(SHOW_ALL)
+        time.sleep(1)
+    time.sleep(1)
 
 
 def _no_two_overlap(boxes):

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -193,8 +194,8 @@ def test_refresh_saves_rows_where_there_are_several_terms(node, counted, texts):
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "dpmpp_sde"])
 def test_what_refresh_keeps_is_the_difference_of_noise(node, model, texts, sampler, monkeypatch):
-    """Where the terms do differ by the same noise at every level, keeping changes nothing: denoised pictures then differ
-    by that times sigma, which the kept differences must follow."""
+    """Where the terms do differ by the same noise at every level, keeping changes nothing: denoised pictures then
+    differ by that times sigma, which the kept differences must follow."""
     offsets = dict(zip((0, 1, 2), torch.randn(3, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5)), strict=True))
 
     def straight(inner_model, conds, x, sigma, model_options):
@@ -242,9 +243,9 @@ def test_the_stages_are_the_kernels(node, model, texts, pack):
                 ) * text  # another order of rounding grows to 1e-3 in a random model
                 return nothing + (mean - nothing) * (3.0 if stage == "fusion" else 5.0)
 
-            def refine(denoise, x, sigmas):
-                for sigma, after in zip(sigmas, sigmas[1:], strict=False):
-                    denoised = denoise(x, sigma.expand(len(x)))
+            def refine(x, first, last):
+                for sigma, after in zip(sigmas[first:last], sigmas[first + 1 : last + 1], strict=True):
+                    denoised = denoise(x, sigma.expand(len(x)), "refinement")
                     x = denoised + (x - denoised) * (after / sigma)
                 return x
 
@@ -252,8 +253,9 @@ def test_the_stages_are_the_kernels(node, model, texts, pack):
                 sigmas[0], noise, torch.zeros_like(noise), self.max_denoise(model_wrap, sigmas)
             )
             options = fusion.FusionOptions(2, 0.7, sigma_end=float(sampling.percent_to_sigma(0.6)))
-            (fresh,) = glue.row_generators(7, noise)
-            return fusion.sample_fusion(denoise, refine, start, sigmas, options, fresh)
+            fresh = fusion.fresh_noise(glue.row_generators(7, noise))
+            fuse = partial(denoise, stage="fusion")
+            return fusion.sample_fusion(fuse, refine, start, sigmas, options, fresh)
 
     zeros = torch.zeros(1, 4, 8, 8)
     with torch.inference_mode():

@@ -222,6 +222,23 @@ def test_models_of_other_dtypes_are_exact(pack, dtype, compute):
     Infused(pack, tiny.model(dtype, compute)).assert_node_exact(steps=2)
 
 
+def test_a_conditioning_of_another_text_is_refused(infused):
+    for other in ("dogs run on a wide green field", "a photo of a ball on grass, " * 12):
+        with pytest.raises(ValueError, match="not of the prompt in text, 'a photo of a ball on grass'"):
+            infused.patch(infused.residual(), conditioning=infused.encode(other))
+    longer = PROMPT + ", and more words than one chunk holds" * 12
+    with pytest.raises(ValueError, match="has 77 rows, and the text makes 154"):
+        infused.patch(infused.residual(), text=longer, conditioning=infused.encode(PROMPT))
+
+
+def test_a_concept_is_placed_in_the_entry_that_is_of_the_text(infused):
+    """As Conditioning (Combine) leaves several."""
+    both = [*infused.encode("a star at night"), *infused.encode(PROMPT)]
+    _, placed = infused.patch(infused.residual(), conditioning=both)
+    assert ["profusion_infusion" in extras for _, extras in placed] == [False, True]
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(placed, both, strict=True))
+
+
 @pytest.mark.parametrize("noun", ["", " "])
 def test_a_noun_without_a_word_is_refused_by_name(infused, pack, noun):
     prompt = sys.modules[f"{pack.__name__}.profusion.prompt"]

@@ -7,6 +7,7 @@ import torch
 
 samplers = pytest.importorskip("comfy.samplers", reason="no ComfyUI: set COMFYUI_PATH to a checkout")
 
+import comfy.model_management  # noqa: E402
 import tiny  # noqa: E402
 from infused import PROMPT  # noqa: E402
 
@@ -144,7 +145,7 @@ def test_nothing_is_left_on_the_model(infused):
     assert torch.equal(infused.run(model, infused.positive), plain)
 
 
-def test_a_conditioning_without_concepts_makes_a_plain_run(infused):
+def test_a_conditioning_without_concepts_makes_a_plain_run_and_says_so(infused, caplog):
     """At the plain run's cost, too."""
     calls = []
     model, positive = infused.patch(infused.residual())
@@ -153,8 +154,12 @@ def test_a_conditioning_without_concepts_makes_a_plain_run(infused):
     )
     assert torch.equal(infused.run(model, infused.positive), infused.run(infused.model, infused.positive))
     assert len(calls) == 3
+    (record,) = [record for record in caplog.records if record.name == "ProFusion"]
+    assert "without a concept" in record.getMessage()
+    caplog.clear()
     infused.run(model, positive)
     assert len(calls) == 3 + 2 * 3
+    assert not [record for record in caplog.records if record.name == "ProFusion"]
 
 
 def test_a_conditioning_with_concepts_does_nothing_on_a_plain_model(infused):
@@ -165,7 +170,7 @@ def test_a_conditioning_with_concepts_does_nothing_on_a_plain_model(infused):
 def test_a_second_node_on_the_model_takes_the_first_ones_place(infused):
     first, positive = infused.patch(infused.residual(), stream="shared latent")
     second, second_positive = infused.patch(infused.residual(seed=6), first, text="the ball")
-    assert [len(callables) for group in second.wrappers.values() for callables in group.values()] == [1, 1]
+    assert [len(callables) for group in second.wrappers.values() for callables in group.values()] == [1, 1, 1]
     alone, _ = infused.patch(infused.residual())
     assert torch.equal(infused.run(second, positive), infused.run(alone, positive))
     alone, alone_positive = infused.patch(infused.residual(seed=6), text="the ball")
@@ -224,3 +229,65 @@ def test_the_prompt_is_the_hosts(infused):
     _, positive = infused.patch(infused.residual())
     assert torch.equal(positive[0][0], infused.encode(PROMPT)[0][0])
     assert torch.equal(positive[0][1]["pooled_output"], infused.encode(PROMPT)[0][1]["pooled_output"])
+
+
+def test_both_streams_compute_under_the_callers_modes(infused, monkeypatch):
+    """A sampler that computes with matrices, under autocast: F is the plain run still."""
+    seen = []
+
+    @torch.no_grad()
+    def mixing(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        ones = x.new_ones(len(x))
+        for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            slope = (x - model(x, sigma * ones, **extra_args)) / sigma
+            mixed = slope.flatten(2) @ torch.eye(x[0, 0].numel(), device=x.device)  # rounded under autocast
+            x = x + mixed.view_as(x).float() * (after - sigma)
+        return x
+
+    monkeypatch.setattr("comfy.samplers.ksampler", lambda *_, **__: samplers.KSAMPLER(mixing))
+    patched, positive = infused.patch(infused.residual())
+    plain = infused.run(infused.model, infused.positive)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = infused.run(infused.model, infused.positive)
+        _, foundation = infused.run_both(patched, positive)
+    assert torch.equal(foundation, rounded) and not torch.equal(rounded, plain)
+    assert set(seen) == {False, True}
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_the_host_is_told_of_what_f_leaves(infused, monkeypatch, apart):
+    """Where it makes room: at least that much more than for the plain run, and not several times as much."""
+    queries = infused.pack.profusion.queries
+    if apart:
+        monkeypatch.setattr(queries, "APART", ("cpu",))
+        monkeypatch.setattr(infused.pack.nodes.host.streams, "APART", ("cpu",))
+    asked, load = [], comfy.model_management.load_models_gpu
+
+    def watched(models, memory_required=0, **options):
+        asked.append((memory_required, options["minimum_memory_required"]))
+        return load(models, memory_required=memory_required, **options)
+
+    patched, positive = infused.patch(infused.residual())
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", watched)
+    stores, made = [], infused.pack.nodes.host.streams.WaitingQueries
+
+    def watched_store():
+        stores.append(made())
+        return stores[-1]
+
+    monkeypatch.setattr(infused.pack.nodes.host.streams, "WaitingQueries", watched_store)
+    infused.run(infused.model, infused.positive, batch=2, size=(32, 32))
+    infused.run(patched, positive, batch=2, size=(32, 32))
+    (store,) = stores
+    left = sum(value.numel() * 4 for value in store.values())
+    assert left == 2 * 2 * 4 * 32 * 32 * sum(query_numbers(infused))
+    assert store.on_device == (left if apart else 0)
+    (plain, plain_least), (more, least) = asked[0], asked[-1]
+    line = infused.model.model.memory_required([2, 4, 1, 32])  # the smallest step
+    assert left <= least - plain_least <= 2 * left + line and left <= more - plain
+
+
+def query_numbers(infused):
+    network = infused.model.model.diffusion_model
+    return infused.pack.profusion.queries.query_numbers(dict(network.named_parameters()))

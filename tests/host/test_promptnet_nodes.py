@@ -1,4 +1,5 @@
-"""PromptNet in the host, on Toybox's own models in the host's classes: S* in a prompt, anew for each step, and bad input."""
+"""PromptNet in the host, on Toybox's own models in the host's classes: S* in a prompt, anew for
+each step, and bad input."""
 
 import importlib
 import sys
@@ -349,7 +350,8 @@ def test_bad_inputs_of_a_residual_from_a_promptnet_are_explained(studio, inputs,
 
 
 def test_a_residual_is_placed_in_the_prompt_that_has_s(studio, infused_toybox):
-    """At its noun, wherever S* has moved it to; S* stays what it was, and F is the run without residuals, bit for bit."""
+    """At its noun, wherever S* has moved it to; S* stays what it was, and F is the run
+    without residuals, bit for bit."""
     text, residual = "a photo of (S*:1.2) on snow", infused_toybox.residual(size=2.0, noun="snow")
     positive, plain = studio.encode(text=text)
     expected = studio.draw(positive, text=plain)
@@ -473,3 +475,52 @@ def test_the_schemas_are_valid(pack):
         schema = node.GET_SCHEMA()
         assert all(entry.tooltip for entry in (*schema.inputs, *schema.outputs))
         assert (REPOSITORY / "web" / "docs" / f"{schema.node_id}.md").read_text().startswith(f"# {schema.display_name}")
+
+
+# Hooks on the text encoder
+
+
+def hooked(clip, change, schedule):
+    """Core's Set CLIP Hooks: a LoRA on the text encoder in the second half of sampling."""
+    import comfy.hooks
+    from comfy_extras.nodes_hooks import SetClipHooks
+
+    hook, keyframes, group = comfy.hooks.WeightHook(), comfy.hooks.HookKeyframeGroup(), comfy.hooks.HookGroup()
+    hook.need_weight_init, hook.weights, hook.weights_clip = False, {}, change
+    for strength, start in ((0.0, 0.0), (1.0, 0.5)):
+        keyframes.add(comfy.hooks.HookKeyframe(strength, start))
+    group.add(hook)
+    group.set_keyframes_on_hooks(keyframes)
+    return SetClipHooks().apply_hooks(clip.clone(), schedule, True, group)[0]
+
+
+@pytest.mark.parametrize("second_latent", ["none", "noisy"])
+def test_scheduled_hooks_of_the_text_encoder_hold_for_s_too(pack, second_latent):
+    studio = Studio(pack, second_latent)
+    name = "clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight"
+    shape = studio.clip.patcher.model.state_dict()[name].shape
+    change = {name: ("diff", (torch.randn(shape, generator=torch.Generator().manual_seed(3)),))}
+    sampling, x = studio.model.get_model_object("model_sampling"), torch.ones(1, 4, 12, 12)
+
+    def said(clip):
+        """Each entry's static context, the one at a noise level, and the rest of the entry."""
+        positive, plain = studio.encode(clip=clip)
+        words = [extras[studio.modules["nodes.host.words"].WORD] for _, extras in positive]
+        return [(word.context, word.contexts(sampling, False)(x, 5.0)) for word in words], positive, plain
+
+    lora = studio.clip.clone()
+    lora.add_patches(change)
+    (before,), *_ = said(studio.clip)
+    (after,), *_ = said(lora)
+    (first, second), positive, plain = said(hooked(studio.clip, change, schedule=True))
+    assert all(map(torch.equal, first, before)) and not any(map(torch.equal, before, after))
+    assert all(map(torch.equal, second, after))
+    for (_, ours), (_, theirs) in zip(positive, plain, strict=True):
+        assert theirs.keys() <= ours.keys() and "hooks" in ours
+        assert ours["clip_start_percent"] == theirs["clip_start_percent"]
+    assert studio.draw(positive).isfinite().all()
+
+
+def test_hooks_without_a_schedule_hold_for_s_too(studio):
+    positive, plain = studio.encode(clip=hooked(studio.clip, {}, schedule=False))
+    assert positive[0][1]["hooks"] is plain[0][1]["hooks"]

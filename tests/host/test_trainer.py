@@ -1,4 +1,5 @@
-"""Residual Trainer in a real ComfyUI: through the host's own model, with its patches, cancelled, resumed, and broken."""
+"""Residual Trainer in a real ComfyUI: through the host's own model, with its patches,
+cancelled, resumed, and broken."""
 
 import asyncio
 import errno

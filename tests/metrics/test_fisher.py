@@ -20,14 +20,15 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def noisy(draws=5, prompts=2, seed=0, **options):
+def noisy(draws=5, prompts=2, seed=0, device="cpu", **options):
     generator = seeded(seed)
-    return noisy_latents(unit_latents(prompts, SIZE, 3, generator), draws, generator, **options)
+    latents = [latent.to(device) for latent in unit_latents(prompts, SIZE, 3, generator)]
+    return noisy_latents(latents, draws, generator, **options)
 
 
-def test_a_closed_form():
+def test_a_closed_form(device):
     """eps' = k z_t against eps = 0, where z_t = x / sqrt(1 + sigma^2) is unit normal: F = k^2 C H W / 2."""
-    where = noisy(draws=2000, prompts=1)
+    where = noisy(draws=2000, prompts=1, device=device)
     customised = predictions(lambda x, sigma, prompt: 0.3 * x / (1 + sigma.view(-1, 1, 1, 1) ** 2).sqrt(), where)
     found = fisher_divergence(torch.zeros_like(where.x), customised)
     error = found.samples.std().item() / 2000**0.5
@@ -78,6 +79,13 @@ def test_draws_are_noised_latents_at_uniform_timesteps():
     assert torch.equal(levels[timesteps], where.sigma)
     shares = torch.histc(timesteps.float(), 10, 0, 1000) / 3000
     assert (shares - 0.1).abs().max() < 0.025
+
+
+def test_the_same_draws_on_every_device(device):
+    there, here = noisy(device=device), noisy()
+    assert there.x.device.type == there.sigma.device.type == device.type
+    torch.testing.assert_close(there.x.cpu(), here.x)
+    assert torch.equal(there.sigma.cpu(), here.sigma)
 
 
 def test_the_same_generator_gives_the_same_draws_and_more_of_them_continue():

@@ -50,6 +50,17 @@ def test_cosines_know_no_length_and_are_1_for_the_same(count, others, seed, scal
     torch.testing.assert_close(cosine(-one, other), -found)
 
 
+def test_similarities_are_the_same_on_every_device(device):
+    pictures, references, texts = features(4, seed=1), features(3, seed=2), features(4, seed=3)
+    there = [value.to(device) for value in (pictures, references, texts)]
+    torch.testing.assert_close(cosine(there[0], references).cpu(), cosine(pictures, references))
+    torch.testing.assert_close(image_similarity(*there[:2]).cpu(), image_similarity(pictures, references))
+    torch.testing.assert_close(prompt_similarity(there[0], there[2]).cpu(), prompt_similarity(pictures, texts))
+    torch.testing.assert_close(similarity_among(there[1]).cpu(), similarity_among(references))
+    picture, mask = torch.rand(1, 4, 4, 3), torch.ones(1, 4, 4).tril()
+    assert torch.equal(object_only(picture.to(device), mask).cpu(), object_only(picture, mask))
+
+
 def test_identity_counts_the_pictures_without_a_face():
     """The embedder here takes a picture's mean colour; black ones show no face."""
 

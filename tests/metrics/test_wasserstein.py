@@ -82,6 +82,12 @@ def test_singular_covariances_of_all_kinds():
     close(found.squared, (spread.mean(0).square().sum() + spread.var(0).sum()).item())
 
 
+def test_it_is_the_same_on_every_device(device):
+    one, other = latents(9).float(), latents(12, 1, 2.0).float()
+    there = wasserstein_distance(one.to(device), other.to(device))
+    assert there.distance == pytest.approx(wasserstein_distance(one, other).distance)
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.integers(2, 30), st.integers(2, 30), st.integers(0, 2**20), st.floats(0.1, 10), st.floats(-50, 50))
 def test_the_laws_of_a_distance(count, other_count, seed, scale, shift):

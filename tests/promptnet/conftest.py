@@ -16,7 +16,8 @@ TEXT = TextConfig(24, 2, 2, 48)
 
 @pytest.fixture(scope="session")
 def small():
-    """unet, text and vision width of a model; `promptnet(**changes)` makes one from its UNet, `stirred` a random one."""
+    """unet, text and vision width of a model; `promptnet(**changes)` makes one from its
+    UNet, `stirred` a random one."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
         unet = UNet(SMALL).eval().requires_grad_(False)

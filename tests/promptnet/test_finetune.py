@@ -1,4 +1,5 @@
-"""Fine-tuning: what a change of an attention layer is and becomes in a file, what moves, what it minimises, how it resumes."""
+"""Fine-tuning: what a change of an attention layer is and becomes in a file, what moves, what it
+minimises, how it resumes."""
 
 import math
 from types import SimpleNamespace

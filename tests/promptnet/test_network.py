@@ -1,5 +1,8 @@
 """PromptNet: what it starts from, what S* depends on, sizes and odd shapes, and what it refuses."""
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -19,6 +22,19 @@ from profusion.promptnet.network import (
 )
 from profusion.toybox.configs import TOYBOX_PROMPTNET
 from profusion.toybox.pipeline import WEIGHTS
+
+
+@pytest.fixture(scope="module")
+def small(small, device):
+    """The same on every device, with `inputs` and `randn` for it."""
+    there = SimpleNamespace(**vars(small))
+    there.unet, there.text = (copy.deepcopy(network).to(device) for network in (small.unet, small.text))
+    there.promptnet, there.stirred = (
+        lambda make=make, **changes: make(**changes).to(device) for make in (small.promptnet, small.stirred)
+    )
+    there.inputs = lambda *given, **options: tuple(value.to(device) for value in inputs(*given, **options))
+    there.randn = lambda *size: torch.randn(*size).to(device)
+    return there
 
 
 def inputs(rows=2, size=(8, 8), image_width=20, tokens=5, seed=0):
@@ -45,9 +61,9 @@ def unet_features(unet, x, timesteps, context, blocks):
 @pytest.mark.parametrize("second_latent", networks.SECOND_LATENTS)
 def test_it_starts_as_the_unets_encoder_and_as_the_given_word(small, second_latent):
     network = small.promptnet(second_latent=second_latent)
-    latent, timesteps, image_tokens = inputs(size=(8, 6))
+    latent, timesteps, image_tokens = small.inputs(size=(8, 6))
     noisy = torch.randn_like(latent) if network.config.with_noise else None
-    context = torch.randn(2, 7, 24)
+    context = small.randn(2, 7, 24)
     ours = network.encoder_features(latent, timesteps, context, noisy)
     theirs = unet_features(small.unet, latent, timesteps, context, (0, 2, 3))
     assert len(ours) == 4
@@ -61,7 +77,7 @@ def test_it_starts_as_the_unets_encoder_and_as_the_given_word(small, second_late
 def test_s_is_the_formula(small, normalise):
     """start + spread * conv(concat(norm(proj(h)))), by plain sums over windows."""
     network = small.stirred(tokens=3, normalise=normalise)
-    latent, timesteps, image_tokens = inputs(size=(4, 4))  # native: nothing is averaged
+    latent, timesteps, image_tokens = small.inputs(size=(4, 4))  # native: nothing is averaged
     features = unet_features(
         # The same walk with PromptNet's own, now different, weights.
         _as_unet(network, small.config),
@@ -86,12 +102,12 @@ def test_s_is_the_formula(small, normalise):
 def _as_unet(network, config):
     unet = UNet(config)
     unet.load_state_dict(network.state_dict(), strict=False)
-    return unet.eval()
+    return unet.eval().to(network.start.device)
 
 
 def test_everything_it_is_given_matters(small):
     network = small.stirred(second_latent="noisy")
-    latent, timesteps, image_tokens = inputs()
+    latent, timesteps, image_tokens = small.inputs()
     noisy = torch.randn_like(latent)
     base = network(latent, timesteps, image_tokens, noisy)
     assert base.shape == (2, 1, 24)
@@ -106,7 +122,7 @@ def test_everything_it_is_given_matters(small):
 
 def test_the_reference_as_second_latent_is_used(small):
     network = small.stirred(second_latent="reference")
-    latent, timesteps, image_tokens = inputs()
+    latent, timesteps, image_tokens = small.inputs()
     added = network.second_latent(latent)
     outputs, _ = network.encode(
         latent, network.embed_timesteps(timesteps, latent.dtype), network.image_projection(image_tokens), {}, added
@@ -119,7 +135,7 @@ def test_the_reference_as_second_latent_is_used(small):
 @pytest.mark.parametrize("second_latent", networks.SECOND_LATENTS)
 def test_any_latent_of_at_least_one_cell_has_a_word(small, size, second_latent):
     network = small.stirred(second_latent=second_latent, tokens=2)
-    latent, timesteps, image_tokens = inputs(size=size)
+    latent, timesteps, image_tokens = small.inputs(size=size)
     word = network(latent, timesteps, image_tokens, latent if network.config.with_noise else None)
     assert word.shape == (2, 2, 24) and torch.isfinite(word).all()
 
@@ -127,7 +143,7 @@ def test_any_latent_of_at_least_one_cell_has_a_word(small, size, second_latent):
 def test_a_constant_picture_has_the_same_grid_at_any_size(small):
     """Bringing a feature to the grid averages: it neither crops nor scales."""
     network = small.stirred()
-    h = torch.arange(32.0).view(1, 32, 1, 1)
+    h = torch.arange(32.0).view(1, 32, 1, 1).to(network.start.device)
     grids = [
         network._to_grid(h.expand(1, 32, *size), network.projections[0]) for size in ((4, 4), (1, 1), (9, 5), (64, 3))
     ]
@@ -136,8 +152,8 @@ def test_a_constant_picture_has_the_same_grid_at_any_size(small):
 
 def test_all_timesteps_at_once_are_those_one_by_one(small):
     network = small.stirred(tokens=2)
-    latent, _, image_tokens = inputs(rows=1)
-    timesteps = torch.tensor([999, 700, 333, 0, 12])
+    latent, _, image_tokens = small.inputs(rows=1)
+    timesteps = torch.tensor([999, 700, 333, 0, 12]).to(latent.device)
     together = network.embed_all(latent, image_tokens, timesteps)
     alone = torch.cat([network(latent, t[None], image_tokens) for t in timesteps])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
@@ -153,7 +169,7 @@ def test_interpolation_stays_at_the_ends():
 
 def test_early_steps_do_not_throw_the_word_away(small):
     """Whatever the scale of the features, ten steps of AdamW leave S* within what words differ by."""
-    network, (latent, timesteps, image_tokens) = small.promptnet(), inputs()
+    network, (latent, timesteps, image_tokens) = small.promptnet(), small.inputs()
     with torch.no_grad():
         network.input_blocks[0][0].weight.mul_(100)
     _, spread = typical_embedding(small.text.text_model.embeddings.token_embedding.weight)
@@ -247,10 +263,11 @@ def test_the_same_generator_makes_the_same_network_and_leaves_the_global_one(sma
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
 
 
+@pytest.mark.real_device
 def test_made_in_inference_mode_it_can_still_be_trained(small):
     with torch.inference_mode():
         network = small.promptnet()
-    network(*inputs()).square().sum().backward()
+    network(*small.inputs()).square().sum().backward()
     assert network.output.weight.grad.abs().sum() > 0
 
 
@@ -281,7 +298,7 @@ def test_a_configuration_is_validated(small, change, message):
 
 
 def test_wrong_inputs_are_named(small):
-    network, (latent, timesteps, image_tokens) = small.stirred(), inputs()
+    network, (latent, timesteps, image_tokens) = small.stirred(), small.inputs()
     with pytest.raises(PromptNetError, match="width 20.*CLIP vision"):
         network(latent, timesteps, image_tokens[..., :7])
     for bad in (latent[:, :3], latent[..., :0], latent[0]):

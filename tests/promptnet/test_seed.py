@@ -1,4 +1,5 @@
-"""A residual made of S*: what it is the least squares of, and that with it a noun is drawn more as the word would be."""
+"""A residual made of S*: what it is the least squares of, and that with it a noun is drawn
+more as the word would be."""
 
 import pytest
 import torch

@@ -31,14 +31,19 @@ LENGTH, ROWS = 11, ((4,), (5, 6))
 
 
 @pytest.fixture(scope="module")
-def unet():
+def unet(device):
     torch.manual_seed(3)
-    return UNet(SMALL).eval().requires_grad_(False)
+    return UNet(SMALL).eval().requires_grad_(False).to(device)
+
+
+def device_of(unet):
+    return next(unet.parameters()).device
 
 
 def predictor(unet, note=lambda *_: None):
     """The UNet as a training sees it, with two prompts."""
     contexts = torch.randn(2, LENGTH, SMALL.context_dim, generator=torch.Generator().manual_seed(1))
+    contexts = contexts.to(device_of(unet))
 
     def predict(x, sigma, prompt, patches):
         note(x, sigma, prompt, patches)
@@ -57,6 +62,8 @@ def references(count=2, seed=2):
 def training(unet, options=None, predict=None, **inputs):
     layers = cross_attention_layers(dict(unet.named_parameters()))
     inputs = {"references": references(), "flipped": references(seed=3), **inputs}
+    for name in ("references", "flipped"):
+        inputs[name] = [Reference(item.latent.to(device_of(unet)), item.mask) for item in inputs[name]]
     arguments = inputs.pop("references"), ROWS, layers, "ball", options or TrainingOptions(steps=4, batch_size=2)
     return ResidualTraining(predict or predictor(unet), *arguments, **inputs)
 
@@ -102,8 +109,10 @@ def test_outside_the_mask_the_target_is_what_the_plain_model_predicts(generator)
     )
 
 
+@pytest.mark.real_device
 def test_preserving_keeps_the_prediction_outside_the_mask_nearer_to_the_plain_one(unet):
-    """Same seed, same steps: how far C is from F around the concept. (Of a random UNet C moves by 1e-5 only: hence 100.)"""
+    """Same seed, same steps: how far C is from F around the concept. (Of a random UNet C moves
+    by 1e-5 only: hence 100.)"""
     mask = torch.zeros(8, 8)
     mask[:, :4] = 1
     half = [Reference(item.latent, mask) for item in references()]
@@ -124,6 +133,7 @@ def test_preserving_keeps_the_prediction_outside_the_mask_nearer_to_the_plain_on
     assert change(100.0) < 0.7 * change(0.0)
 
 
+@pytest.mark.real_device
 def test_only_the_residual_learns_and_the_loss_falls(unet):
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     run = training(unet, TrainingOptions(steps=30, batch_size=2, learning_rate=0.03), flipped=())
@@ -158,7 +168,7 @@ def test_a_step_is_adamw_on_the_gradient_of_the_infused_prediction(unet):
     ((predicted - batch.noise) ** 2).mean().backward()
     expected = -0.02 * delta.grad / (delta.grad.abs() + 1e-8)  # AdamW's first step
     next(run.steps())
-    torch.testing.assert_close(run.residual().delta, expected.detach(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(run.residual().delta.cpu(), expected.detach().cpu(), rtol=1e-3, atol=1e-5)
 
 
 def test_masks_and_flips_decide_what_is_learned(unet):
@@ -201,6 +211,7 @@ def test_the_seed_decides_everything(unet):
     assert torch.equal(torch.get_rng_state(), state), "the global generator is nobody's business"
 
 
+@pytest.mark.real_device
 def test_a_resumed_training_goes_on_bit_for_bit_through_a_file(unet, tmp_path):
     whole, losses = trained(unet, 6)
     for stop in (1, 3, 5):
@@ -227,7 +238,7 @@ def test_a_training_may_start_from_what_no_training_made(unet):
     delta = torch.randn(len(layers), 1, SMALL.context_dim, generator=torch.Generator().manual_seed(4))
     start = Residual(delta, "ball", tuple(layer.name for layer in layers), "tiny")
     run = training(unet, TrainingOptions(steps=2, batch_size=2, seed=7), resume=start)
-    assert torch.equal(run.delta, delta) and run.step == 0
+    assert torch.equal(run.delta.cpu(), delta) and run.step == 0
     assert len(list(run.steps())) == 2 and run.residual().seed == 7
 
 
@@ -270,7 +281,7 @@ def tiny_effect(dtype):
     """A model on whose output the residual has a small effect, computed in this dtype."""
 
     def predict(x, sigma, prompt, patches):
-        context = torch.zeros(len(x), LENGTH, SMALL.context_dim, dtype=dtype)
+        context = torch.zeros(len(x), LENGTH, SMALL.context_dim, dtype=dtype, device=x.device)
         n, value = context, context
         options = {"block": ("input", 1), "block_index": 0, "cond_or_uncond": [0]}
         for patch in patches["attn2_patch"]:
@@ -328,6 +339,7 @@ def test_a_model_without_gradients_is_an_error_not_a_residual_of_zeros(unet):
         list(training(unet, predict=detached).steps())
 
 
+@pytest.mark.real_device
 def test_it_trains_where_inference_mode_is_on(unet):
     expected = trained(unet, 2)[0].residual()
     with torch.inference_mode():
@@ -344,6 +356,7 @@ def test_it_trains_where_inference_mode_is_on(unet):
 # Cost
 
 
+@pytest.mark.real_device
 def test_f_runs_without_autograd_and_the_residual_alone_is_extra_memory(unet):
     """What is saved for the backward pass, beside a backward pass of the plain model from the same context."""
     grad = []

@@ -108,7 +108,8 @@ def test_rows_are_counted(fused):
 
 
 def test_refresh_is_for_several_conditions(fused):
-    """With one there is nothing to save: the run is the same, to the bit. With two, plain guidance's rows are enough."""
+    """With one there is nothing to save: the run is the same, to the bit. With two, plain
+    guidance's rows are enough."""
     given = ("a S*", ["ball"], [pictures(1)])
     drawn = [
         fused.generate(*given, seeded(1), Guidance((1.0,), refresh=refresh), FusionOptions(0), 4) for refresh in (1, 2)

@@ -1,11 +1,13 @@
-"""A residual of 6 bits a number draws the concept as well as one of 32: measured on Toybox, by likeness to the concept."""
+"""A residual of 6 bits a number draws the concept as well as one of 32: measured on Toybox,
+by likeness to the concept."""
 
 import pytest
 import torch
 
+from profusion.demo import train
 from profusion.residual import load_residual, save_residual
 from profusion.residual.training import TrainingOptions
-from profusion.toybox.concepts import drawn_concept, train
+from profusion.toybox.concepts import drawn_concept
 from profusion.toybox.judge import Judge
 from profusion.toybox.pipeline import NETWORKS, WEIGHTS, Toybox, seeded
 from profusion.toybox.similarity import concept_similarity
