@@ -59,13 +59,14 @@ def load_vae(folder: Path | None) -> VAE:
 
 
 def vae_figures(vae: VAE, judge: Judge, count: int, seed: int = 0) -> Iterator[Figure]:
-    """Gate 1, on `count` scenes of each kind."""
+    """Gate 1, on `count` scenes of each kind; what the judge makes of them as drawn says how far it can be trusted."""
     singles, pairs = toybox_captions.unseen(count, seed), toybox_captions.pairs(count // 2, seed)
     for prompts in (singles, pairs):
-        decoded = through(vae, drawn_pictures(prompts.scenes))
-        rates = toybox_captions.rates(toybox_captions.outcomes(judge, decoded, prompts.scenes))
-        for part, bound in (("noun", 0.99), ("pattern", 0.98), ("color", 0.99)):
-            yield Figure(f"{prompts.name}: {part}", rates[part].share, bound)
+        drawn = drawn_pictures(prompts.scenes)
+        for name, pictures in (("as drawn", drawn), ("decoded", through(vae, drawn))):
+            rates = toybox_captions.rates(toybox_captions.outcomes(judge, pictures, prompts.scenes))
+            for part, bound in (("noun", 0.99), ("pattern", 0.98), ("color", 0.99)):
+                yield Figure(f"{prompts.name}, {name}: {part}", rates[part].share, bound)
     yield Figure("PSNR (dB), mean of any scenes", _psnr(vae, count, seed), 29)
     for name in world.CONCEPTS:
         yield Figure(f"likeness: {name}", _likeness(vae, name, max(2, count // 16), seed), 0.97)

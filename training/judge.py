@@ -6,6 +6,7 @@ Blur, noise, tints and shifts are added while it trains, so that it reads a deco
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from profusion.toybox import world
-from profusion.toybox.judge import Judge, JudgeNetwork, halves
+from profusion.toybox.judge import JudgeNetwork, halves
 
 from .norm import with_quick_norms
 from .session import Session
 from .stages import Stage
 
+TURN = 50
 UNKNOWN = -1  # no label: the nouns of a picture of two objects, the pattern of a lemon
 
 
@@ -32,9 +34,9 @@ class Drawn:
     labels: Tensor
 
     @classmethod
-    def draw(cls, count: int, seed: int) -> Drawn:
+    def draw(cls, count: int, seed: tuple[int, ...]) -> Drawn:
         """`count` scenes; each one of two objects also gives one of its halves as a picture of its own."""
-        rng = np.random.default_rng((4, seed))
+        rng = np.random.default_rng((4, *seed))
         parts = [part for _ in range(count) for part in _draw(rng)]
         return cls(*(torch.stack(column) for column in zip(*parts, strict=True)))
 
@@ -92,16 +94,18 @@ def augment(layers: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train_judge(session: Session, batch: int = 64) -> JudgeNetwork:
-    """Cross-entropy on the three labels and on every pixel of the masks."""
+    """Cross-entropy on the three labels and on every pixel of the masks. Every TURN steps there are new scenes."""
     torch.manual_seed(session.recipe.seed + 4)
     network = JudgeNetwork().to(session.device, memory_format=torch.channels_last)
     network = with_quick_norms(network) if session.device.type == "cpu" else network
     stage = Stage("judge", nn.ModuleDict({"judge": network}), session, learning_rate=3e-3, ema_decay=0.99, seed=5)
-    drawn = None
+
+    @lru_cache(maxsize=1)
+    def scenes_of(turn: int) -> Drawn:
+        return Drawn.draw(session.recipe.judge_scenes, (session.recipe.seed, turn))
 
     def loss_of(step: int, generator: torch.Generator):
-        nonlocal drawn
-        drawn = drawn or Drawn.draw(session.recipe.judge_scenes, session.recipe.seed)
+        drawn = scenes_of(step // TURN)
         layers, labels = drawn.batch(torch.randint(len(drawn), (batch,), generator=generator))
         layers, labels = session.put(augment(layers, generator)), session.put(labels)
         *logits, masks = (part.float() for part in network(layers[:, :3] * 2 - 1))
@@ -111,21 +115,3 @@ def train_judge(session: Session, batch: int = 64) -> JudgeNetwork:
 
     stage.run(loss_of)
     return network.eval()
-
-
-def held_out_scores(judge: Judge, drawn: Drawn, corruption: torch.Generator | None = None) -> dict[str, float]:
-    """Accuracies and mean mask overlaps (intersection over union) on drawn pictures, as they are or corrupted like
-    those of training."""
-    layers, labels = drawn.batch(torch.arange(len(drawn)))
-    layers = layers if corruption is None else augment(layers, corruption)
-    verdict = judge.look(layers[:, :3].movedim(1, -1))
-    said = (verdict.noun_probabilities, verdict.background_probabilities, verdict.pattern_probabilities)
-    scores = {}
-    for k, (name, probabilities) in enumerate(zip(("noun", "background", "pattern"), said, strict=True)):
-        known = labels[:, k] != UNKNOWN
-        scores[name] = (probabilities.argmax(dim=1) == labels[:, k])[known].float().mean().item()
-    for k, (name, mask) in enumerate((("object_iou", verdict.object_mask), ("body_iou", verdict.body_mask))):
-        found, true = mask > 0.5, layers[:, 3 + k] > 0.5
-        union = (found | true).sum(dim=(1, 2)).clamp(min=1)
-        scores[name] = ((found & true).sum(dim=(1, 2)) / union).mean().item()
-    return scores

@@ -21,7 +21,7 @@ class Recipe:
     pictures: int = 24_000
     vae_steps: int = 12_000
     decoder_steps: int = 2_500
-    judge_scenes: int = 9_000
+    judge_scenes: int = 500
     judge_steps: int = 1_000
     text_steps: int = 600
     unet_steps: int = 24_000
