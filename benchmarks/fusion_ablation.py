@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.fusion_judging import PROMPTS, Draw, References, likeness, references, rounded, scores
+from benchmarks.fusion_judging import FUSION_PROMPTS, Draw, References, likeness, references, rounded, scores
 from benchmarks.rates import Rate
 from benchmarks.results import percent, plus_minus, table, write
 from profusion.fusion import FusionOptions, Guidance
@@ -132,7 +132,7 @@ def ablation_table(measured: dict[str, dict], count: int) -> str:
         for name, one in measured.items()
     ]
     heads = ("sampling", "likeness to the picture", "right noun", "rest of the prompt followed", "UNet rows a step")
-    return f"{count} unseen pictures x {len(PROMPTS)} prompts, with 95 % intervals.\n\n" + table(heads, rows)
+    return f"{count} unseen pictures x {len(FUSION_PROMPTS)} prompts, with 95 % intervals.\n\n" + table(heads, rows)
 
 
 def main() -> None:
@@ -161,9 +161,9 @@ def main() -> None:
         )
         for variant in (*variants(given.cfg, given.text_weight, options), *reasons(given.cfg, options), default):
             before = fused.rows
-            drawn = scores(drawn_by(fused, variant, given.steps), judge, known, PROMPTS, given.batch)
+            drawn = scores(drawn_by(fused, variant, given.steps), judge, known, FUSION_PROMPTS, given.batch)
             measured[variant.name] = drawn.as_json()
-            rows = (fused.rows - before) / given.count / len(PROMPTS) / given.steps
+            rows = (fused.rows - before) / given.count / len(FUSION_PROMPTS) / given.steps
             measured[variant.name]["rows_a_step"] = round(rows, 2)
             print(variant.name, json.dumps(measured[variant.name]), flush=True)
     shown = words_table if given.figures == "words" else ablation_table

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.fusion_ablation import SHIPPED, Variant, drawn_by, variants
-from benchmarks.fusion_judging import PROMPTS, References, Scores, references, scores
+from benchmarks.fusion_judging import FUSION_PROMPTS, References, Scores, references, scores
 from benchmarks.jobs import Job, Runner, file_name
 from benchmarks.results import percent, plus_minus, table, write
 from profusion.augment import composite, redrawn_cells, soft_edge, variant_prompts
@@ -159,7 +159,7 @@ def one_picture(recipe: Recipe, setting: Setting, index: int, ways: Sequence[Var
     with within:
         found = {
             way.name: vars(
-                scores(drawn_by(own, way, recipe.steps), judge, known.only(index), PROMPTS, 1, first_seed=index)
+                scores(drawn_by(own, way, recipe.steps), judge, known.only(index), FUSION_PROMPTS, 1, first_seed=index)
             )
             for way in ways
         }
@@ -226,7 +226,7 @@ def main() -> None:
     )
     figures = gathered(rows)
     size = max(row.get("patch_bytes", 0) for row in rows)
-    first = f"{recipe.count} unseen pictures x {len(PROMPTS)} prompts; {recipe.training_steps} steps each."
+    first = f"{recipe.count} unseen pictures x {len(FUSION_PROMPTS)} prompts; {recipe.training_steps} steps each."
     second = f"The first {regularised} of them, with a penalty on how far S* leaves the noun:"
     tables = [part(figures, [setting.name for setting in some]) for some in (SETTINGS, REGULARISED)]
     last = f"The changes of the attention layers take {size:,} bytes."

@@ -28,7 +28,7 @@ BACKGROUNDS = {
     "a photo of a S* at night": "night",
     "a photo of a S* by a brick wall": "wall",
 }
-PROMPTS = (*BACKGROUNDS, BESIDE_A_STAR)
+FUSION_PROMPTS = (*BACKGROUNDS, BESIDE_A_STAR)
 _BLUE = world.Appearance("plain", world.PALETTE["blue"], None, "blue")
 
 Draw = Callable[[str, Sequence[str], Sequence[Tensor], Sequence[torch.Generator], torch.Generator], Tensor]

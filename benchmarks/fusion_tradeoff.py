@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.charts import Point, scatter
 from benchmarks.fusion_ablation import SHIPPED, Variant, drawn_by
-from benchmarks.fusion_judging import PROMPTS, References, references, scores
+from benchmarks.fusion_judging import FUSION_PROMPTS, References, references, scores
 from benchmarks.results import percent, plus_minus, table, write
 from benchmarks.timing import against, interleaved
 from profusion.fusion import Guidance
@@ -69,7 +69,7 @@ FULL = next(scheme for scheme in SCHEMES if scheme.name == "full")
 def costs(fused: FusedToybox, guidance: Guidance, steps: int, batch: int, rounds: int) -> dict[str, dict[str, float]]:
     """Rows a step, and time over that of plain guidance by text."""
     known, plain = references(batch, 0), "plain guidance by text"
-    prompt, starts = PROMPTS[0], range(batch)
+    prompt, starts = FUSION_PROMPTS[0], range(batch)
 
     def task(scheme: Scheme) -> Callable[[], Tensor]:
         one = scheme.variant(guidance, steps)
@@ -179,7 +179,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--promptnet", type=Path, default=SHIPPED, help="the PromptNet's file")
     parser.add_argument("--count", type=int, default=32, help="unseen pictures")
-    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help=f"the first so many of {len(PROMPTS)}")
+    parser.add_argument(
+        "--prompts", type=int, default=len(FUSION_PROMPTS), help=f"the first so many of {len(FUSION_PROMPTS)}"
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg", type=float, default=4.0)
     parser.add_argument("--text-weight", type=float, default=0.5)
@@ -195,7 +197,7 @@ def main() -> None:
     guidance = Guidance((1.0, given.text_weight), given.cfg)
     cost = costs(fused, guidance, given.steps, given.timed_batch, given.rounds)
     known = references(given.count, given.seed)
-    found = judged(fused, judge, known, PROMPTS[: given.prompts], guidance, given.steps, given.batch)
+    found = judged(fused, judge, known, FUSION_PROMPTS[: given.prompts], guidance, given.steps, given.batch)
     figures = {scheme.name: {**cost[scheme.name], **found[scheme.name]} for scheme in SCHEMES}
     write(given.json, vars(given), figures, markdown(figures), chart(figures))
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.fusion_judging import PROMPTS, references, scores
+from benchmarks.fusion_judging import FUSION_PROMPTS, references, scores
 from benchmarks.results import percent, plus_minus, table, write
 from profusion.diffusion import (
     per_row,
@@ -210,7 +210,7 @@ def main() -> None:
             texts = [with_noun(prompt, noun) for noun in nouns]
             return draw(toybox, adapter, texts, torch.cat(list(pictures)), generators, given.steps, given.cfg, scale)
 
-        found[f"scale {scale:g}"] = scores(answer, judge, known, PROMPTS, 32).as_json()
+        found[f"scale {scale:g}"] = scores(answer, judge, known, FUSION_PROMPTS, 32).as_json()
         print(f"scale {scale:g}", json.dumps(found[f"scale {scale:g}"]), flush=True)
     rows = [
         (name, plus_minus(one["concept"]), percent(one["noun"]), percent(one["text"])) for name, one in found.items()

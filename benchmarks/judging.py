@@ -25,7 +25,7 @@ class Prompt:
     second: str | None = None
 
 
-PROMPTS = (
+PEER_PROMPTS = (
     Prompt("a photo of a {} on grass", "grass"),
     Prompt("a photo of a {} and a lemon on snow", "snow", "lemon"),
     Prompt("a photo of a {} at night", "night"),

@@ -25,7 +25,7 @@ from profusion.infusion import Placement, customised_patches, foundation_patches
 from profusion.pictures import latent_masks
 from profusion.promptnet.file import load_promptnet
 from profusion.residual import Residual
-from profusion.residual.training import PROMPTS, TrainingOptions, residual_loss
+from profusion.residual.training import NOUN_PROMPTS, TrainingOptions, residual_loss
 from profusion.toybox import world
 from profusion.toybox.concepts import DEMO_PROMPTS, Concept, drawn_concept
 from profusion.toybox.fused import FusedToybox
@@ -48,7 +48,7 @@ class Yardstick:
     def __init__(self, toybox: Toybox, judge: Judge, concept: Concept, preserve: float, sampling_steps: int):
         self._toybox, self._judge, self._concept = toybox, judge, concept
         self._preserve, self._sampling_steps = preserve, sampling_steps
-        prompts = [prompt.format(concept.noun) for prompt in PROMPTS]
+        prompts = [prompt.format(concept.noun) for prompt in NOUN_PROMPTS]
         self._predict = toybox.noise_predictor(prompts)
         self._rows = [noun_rows(prompt, concept.noun) for prompt in prompts]
         self._latents = toybox.vae.latents(concept.pictures)
@@ -79,7 +79,7 @@ class Yardstick:
             spread = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH
             sigma = training_sigmas()[(1000 * spread).long().clamp(max=999)]
             noise = torch.randn(BATCH, *self._latents.shape[1:], generator=generator)
-            losses.append(self._error(picture, noise, sigma, batch % len(PROMPTS), residual))
+            losses.append(self._error(picture, noise, sigma, batch % len(NOUN_PROMPTS), residual))
         return sum(losses) / len(losses)
 
     def _error(self, picture: Tensor, noise: Tensor, sigma: Tensor, prompt: int, residual: Residual) -> float:

@@ -25,7 +25,7 @@ from pathlib import Path
 from torch import Tensor
 
 from benchmarks.jobs import Job, Runner, file_name
-from benchmarks.judging import PROMPTS, Yardstick
+from benchmarks.judging import PEER_PROMPTS, Yardstick
 from benchmarks.overfitting import Overfitting
 from benchmarks.peers import PEERS, PLAIN, Peer
 from benchmarks.peers.lora import Lora
@@ -104,7 +104,7 @@ def judged(peer: Peer, concept: Concept, setting: Setting, seeds: int, guidance:
     """Figures of every picture, and the first picture of each prompt."""
     toybox, _, yardstick = _studio()
     figures, first = [], []
-    for index, prompt in enumerate(PROMPTS[: setting.prompts]):
+    for index, prompt in enumerate(PEER_PROMPTS[: setting.prompts]):
         chosen = [1000 * index + seed for seed in range(1, seeds + 1)]
         latents = peer.generate(prompt.text.format(peer.phrase), chosen, setting.sampling_steps, guidance)
         pictures = toybox.vae.pictures(latents)

@@ -15,7 +15,7 @@ import argparse
 import itertools
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from unittest import mock
 
@@ -27,12 +27,12 @@ from torch.utils._pytree import tree_leaves
 from profusion import queries
 from profusion.checkpointing import checkpointed
 from profusion.infusion import Placement, cross_attention_layers, customised_patches, foundation_patches
+from profusion.losses import masked_noise_error
 from profusion.models.configs import SD15, SD21, SDXL
 from profusion.models.unet import BasicTransformerBlock, ResBlock, UNet
 from profusion.promptnet.changes import attention_layers, changed, start_changes
 from profusion.promptnet.network import SD15_PROMPTNET, SD21_PROMPTNET, SDXL_PROMPTNET, PromptNet
 from profusion.queries import TakenOnce, WaitingQueries
-from profusion.residual.training import masked_noise_error
 from profusion.toybox.configs import TOYBOX, TOYBOX_PROMPTNET
 
 MODELS = {"sd15": SD15, "sd2": SD21, "sdxl": SDXL, "toybox": TOYBOX}
@@ -135,7 +135,7 @@ def measure(model: str, batch: int, cells: tuple[int, int], checkpointing: bool,
             value.grad = torch.zeros_like(value)
         parts = [part for whole in method.networks for part in whole.modules() if isinstance(part, PARTS)]
         before = [*unet.parameters(), *method.learning, *(value.grad for value in method.learning), x, context]
-        with Living(before) as living, checkpointed(parts if checkpointing else ()):
+        with Living(before) as living, method.running(), checkpointed(parts if checkpointing else ()):
             loss = method.loss(x, context)
             kept = living.now
             loss.backward()
@@ -151,7 +151,7 @@ class _Residual:
         delta = torch.zeros(len(layers), 1, unet.config.context_dim, requires_grad=True)
         self._placement = Placement(delta, tuple(layer.name for layer in layers), ROWS)
         self._unet, self._store = unet, WaitingQueries if checkpointing else TakenOnce
-        self.learning, self.networks = [delta], [unet]
+        self.learning, self.networks, self.running = [delta], [unet], nullcontext
 
     def loss(self, x: Tensor, context: Tensor) -> Tensor:
         store = self._store()
@@ -174,11 +174,13 @@ class _Finetuning:
         self.learning = [*self._promptnet.parameters(), *low_rank]
         self._unet, self.networks = unet, [unet, self._promptnet]
 
+    def running(self) -> AbstractContextManager:
+        return changed(self._unet, self._changes)
+
     def loss(self, x: Tensor, context: Tensor) -> Tensor:
         tokens = torch.zeros(len(x), IMAGE_TOKENS, self._promptnet.config.image_width)
         word = self._promptnet(x, torch.zeros(len(x)), tokens, x)
-        with changed(self._unet, self._changes):
-            predicted = _predicted(self._unet, x, context + word.mean(dim=-1, keepdim=True).to(context), {})
+        predicted = _predicted(self._unet, x, context + word.mean(dim=-1, keepdim=True).to(context), {})
         return masked_noise_error(predicted, x, x[:, 0])
 
 

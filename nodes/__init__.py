@@ -1,8 +1,9 @@
 """The pack's nodes: schemas alone. What they do in the host is in host/, and the mathematics in the kernel."""
 
 from . import augment, finetune, fusion, infusion, overfit, promptnet, residual, scores, toybox, trainer
+from .host.guarding import guarded
 
-NODES = [
+_NODES = [
     *toybox.NODES,
     *trainer.NODES,
     *residual.NODES,
@@ -14,3 +15,4 @@ NODES = [
     *scores.NODES,
     *overfit.NODES,
 ]
+NODES = [guarded(node) for node in _NODES]

@@ -13,7 +13,9 @@ from .host.display import show
 from .host.drawing import Sampling
 from .host.encoding import check_connected
 
-PROMPTS = "\n".join(f"a photo of a {NOUN} {place}" for place in ("on grass", "on snow", "on sand", "in a room"))
+BACKGROUND_PROMPTS = "\n".join(
+    f"a photo of a {NOUN} {place}" for place in ("on grass", "on snow", "on sand", "in a room")
+)
 
 
 class ConceptAugment(io.ComfyNode):
@@ -43,7 +45,7 @@ class ConceptAugment(io.ComfyNode):
                     "prompts",
                     multiline=True,
                     dynamic_prompts=False,
-                    default=PROMPTS,
+                    default=BACKGROUND_PROMPTS,
                     tooltip="Prompts of the variants, one a line, used in turn. Mention the object: the model sees it "
                     "while it paints around it.",
                 ),

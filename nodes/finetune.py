@@ -25,7 +25,7 @@ class PromptNetFinetune(io.ComfyNode):
                 "Fine-tunes a PromptNet, and with it the model's attention layers, to one picture or to the variants "
                 "that Concept Augment draws of it (ProFusion, arXiv 2305.13579). The PromptNet and the model that come "
                 "in stay as they are: the changes to the model are a patch file in models/loras, which LoRA loaders "
-                "read."
+                "read. A training that was stopped goes on when the same inputs are queued again."
             ),
             inputs=[
                 inputs.promptnet(),

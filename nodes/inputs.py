@@ -64,8 +64,8 @@ def gradient_checkpointing() -> io.Combo.Input:
         options=list(CHECKPOINTING),
         default="auto",
         optional=True,
-        tooltip="Compute parts of the model twice to save memory: SDXL then trains on 12 GB. About a third slower. auto: "
-        "only where memory is short without it.",
+        tooltip="Compute parts of the model twice to save memory, which is slower by up to a half. auto: only where "
+        "memory is short.",
     )
 
 

@@ -15,7 +15,7 @@ from .host.encoding import check_connected
 from .host.overfit import NOUN, Pictures, report, shown_pictures, subjects
 from .host.placing import MORE_CONCEPTS
 
-PROMPTS = "a photo of a house\na photo of a tree in a field\na street at night\na bowl of fruit on a table"
+OTHER_SUBJECTS = "a photo of a house\na photo of a tree in a field\na street at night\na bowl of fruit on a table"
 
 
 class OverfitReport(io.ComfyNode):
@@ -53,7 +53,7 @@ class OverfitReport(io.ComfyNode):
                     "prompts",
                     multiline=True,
                     dynamic_prompts=False,
-                    default=PROMPTS,
+                    default=OTHER_SUBJECTS,
                     tooltip="Prompts without the concept, one a line, for the latent Fisher divergence.",
                 ),
                 io.Int.Input(

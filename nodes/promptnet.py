@@ -8,7 +8,7 @@ from ..profusion.infusion import architecture_name
 from ..profusion.pictures import concept_pictures
 from ..profusion.promptnet.network import check_fits
 from ..profusion.promptnet.pseudo_word import PLACEHOLDER, with_noun
-from ..profusion.promptnet.seed import PROMPTS, ResidualSeed, attention_modules
+from ..profusion.promptnet.seed import PROMPT_PAIRS, ResidualSeed, attention_modules
 from . import inputs
 from .host.display import Progress, show
 from .host.encoding import check_connected, encode_references, model_layers, shown
@@ -156,9 +156,9 @@ class ResidualFromPromptNet(io.ComfyNode):
         pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
         references = encode_references(model, vae, pictures, weights)
         word = WordInPrompt(
-            promptnet, clip, encode_pictures(promptnet.config, vae, clip_vision, pictures), PROMPTS[0][1]
+            promptnet, clip, encode_pictures(promptnet.config, vae, clip_vision, pictures), PROMPT_PAIRS[0][1]
         )
-        spoken = [word.in_prompt(prompt) for _, prompt in PROMPTS]
+        spoken = [word.in_prompt(prompt) for _, prompt in PROMPT_PAIRS]
         trained, modules = (
             TrainedModel(model, conditionings, gradients=False),
             attention_modules(model.get_model_object("diffusion_model")),

@@ -8,7 +8,7 @@ from PIL.Image import Image
 from ..profusion.pictures import to_image
 from ..profusion.residual import PRECISIONS, load_residual, save_residual
 from .host.display import show
-from .host.files import find_residual, fingerprint, next_residual_path, residual_names, why_not_found
+from .host.files import find_residual, fingerprint, residual_names, save_residual_numbered, why_not_found
 
 
 class ResidualLoader(io.ComfyNode):
@@ -96,8 +96,12 @@ class ResidualSaver(io.ComfyNode):
 
     @classmethod
     def execute(cls, residual, filename_prefix, precision, preview=None) -> io.NodeOutput:
-        path = next_residual_path(filename_prefix, residual.noun)
-        saved = save_residual(residual, path, precision, _picture(preview))
+        picture = _picture(preview)
+        saved = save_residual_numbered(
+            filename_prefix,
+            residual.noun,
+            lambda path: save_residual(residual, path, precision, picture, overwrite=False),
+        )
         text = f"{saved.path}\n{saved.size:,} bytes" + (f"\n{saved.warning}" if saved.warning else "")
         return io.NodeOutput(residual, str(saved.path), ui=show(cls, text))
 

@@ -22,7 +22,8 @@ class ResidualTrainer(io.ComfyNode):
             description=(
                 "Learns a concept from one to five pictures: one vector for each cross-attention layer, at the "
                 "concept's class noun (Infusion, arXiv 2404.14007). Nothing else of the model changes. What is learned "
-                "is always saved in models/profusion_residuals/training, also when you cancel."
+                "is saved in models/profusion_residuals/training: every 30 seconds, when you cancel, after an error "
+                "and at the end."
             ),
             inputs=[
                 io.Model.Input(

@@ -1,22 +1,22 @@
-"""`python -m profusion demo --out DIR [--images DIR --noun NOUN]`, `promptnet train --out FILE` and `score --images DIR ...`."""
+"""The command line: `python -m profusion` with demo, promptnet train or score."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from . import demo
-from .loop import TrainingError
-from .pictures import PictureError
-from .prompt import NounError
-from .promptnet import PromptNetError
-from .residual import ResidualError
+from .problems import Explained, known, printable
 from .residual.training import TrainingOptions
 from .toybox import concepts, world
 from .toybox import score_command as score
 from .toybox import train_command as promptnet
+
+Work = Callable[[], int]
+"""What a command does once its options make sense; returns the exit status."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,48 +36,78 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--steps", type=int, default=400, help="training steps (default: %(default)s)")
     one.add_argument("--learning-rate", type=float, default=0.01, help="AdamW's (default: %(default)s)")
     one.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
-    one.set_defaults(run=_demo)
-    promptnet.add_to(commands).set_defaults(run=_promptnet)
-    score.add_to(commands).set_defaults(run=_score)
+    one.set_defaults(prepare=_demo)
+    promptnet.add_to(commands).set_defaults(prepare=_promptnet)
+    score.add_to(commands).set_defaults(prepare=_score)
     return top
 
 
-def _demo(options: argparse.Namespace) -> int:
+def _demo(options: argparse.Namespace) -> Work:
     training = TrainingOptions(steps=options.steps, learning_rate=options.learning_rate, seed=options.seed)
-    if options.images is None:
-        concept = concepts.drawn_concept(options.concept)
-    else:
-        concept = concepts.own_concept(options.images, options.noun)
-    print(json.dumps(demo.run(options.out, concept, training), indent=2))
-    print(f"\nLook at {options.out / 'grid.png'}")
-    return 0
+
+    def work() -> int:
+        if options.images is None:
+            concept = concepts.drawn_concept(options.concept)
+        else:
+            concept = concepts.own_concept(options.images, options.noun)
+        print(json.dumps(demo.run(options.out, concept, training), indent=2))
+        print(f"\nLook at {options.out / 'grid.png'}")
+        return 0
+
+    return work
 
 
-def _promptnet(options: argparse.Namespace) -> int:
-    try:
-        report = promptnet.run(promptnet.from_arguments(options))
-    except KeyboardInterrupt:
-        print("profusion: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    print(json.dumps(report, indent=2))
-    return 0
+def _promptnet(options: argparse.Namespace) -> Work:
+    command = promptnet.from_arguments(options)
+
+    def work() -> int:
+        try:
+            report = promptnet.run(command)
+        except KeyboardInterrupt:
+            print("profusion: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            return 130
+        print(json.dumps(report, indent=2))
+        return 0
+
+    return work
 
 
-def _score(options: argparse.Namespace) -> int:
-    print(score.run(options).markdown())
-    return 0
+def _score(options: argparse.Namespace) -> Work:
+    def work() -> int:
+        print(score.run(options).markdown())
+        return 0
+
+    return work
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run a command; 0 where it succeeded.
+
+    What a user can mend is one line: options that make no sense, the kernel's own errors, files, memory. Any other
+    error is a fault of this program or of a library, and keeps its traceback.
+    """
     command_line = parser()
     options = command_line.parse_args(arguments)
     if options.command == "demo" and (options.images is None) != (options.noun is None):
         command_line.error("--images and --noun go together: whose pictures, and what is in them")
     try:
-        return options.run(options)
-    except (PictureError, NounError, ResidualError, PromptNetError, TrainingError, ValueError, OSError) as error:
-        print(f"profusion: {error}", file=sys.stderr)
-        return 1
+        work = options.prepare(options)
+    except ValueError as error:
+        return _failed(str(error))
+    try:
+        return work()
+    except (Explained, OSError) as error:
+        return _failed(str(error))
+    except (RuntimeError, MemoryError, ValueError) as error:
+        words = known(error)
+        if words is None:
+            raise
+        return _failed(words)
+
+
+def _failed(message: str) -> int:
+    print(f"profusion: {printable(message)}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

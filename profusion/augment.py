@@ -1,5 +1,5 @@
-"""Variants of one picture for fine-tuning (ProFusion, arXiv 2305.13579, section 3.1): the object stays, and what is around it
-is drawn anew, so that what is learned from them is the object alone."""
+"""Variants of one picture for fine-tuning (ProFusion, arXiv 2305.13579, section 3.1): the object stays, and what is
+around it is drawn anew, so that what is learned from them is the object alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ KEPT_SHARE = 0.5  # a latent cell of which the object covers this much is not dr
 
 
 def variant_prompts(text: str, noun: str) -> list[str]:
-    """The prompts of a text, one a line, with the noun for each %noun%. Raises ValueError where there is none, or no noun."""
+    """The prompts of a text, one a line, with the noun for each %noun%. Raises ValueError where there is none, or no
+    noun."""
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f'prompts: give at least one, one a line, such as "a photo of a {NOUN} on grass"')
@@ -31,8 +32,8 @@ def redrawn_cells(mask: Tensor, cells: tuple[int, int]) -> Tensor:
     redrawn = (latent_masks(mask[None], cells)[0] < KEPT_SHARE).float()
     if not redrawn.any():
         raise PictureError(
-            "the mask covers the whole picture, so there is no background to draw anew. Paint only the object white; the "
-            "mask of Load Image is the other way round: put Invert Mask between"
+            "the mask covers the whole picture, so there is no background to draw anew. Paint only the object white; "
+            "the mask of Load Image is the other way round: put Invert Mask between"
         )
     return redrawn
 
@@ -48,6 +49,6 @@ def soft_edge(mask: Tensor, pixels: int) -> Tensor:
 
 
 def composite(drawn: Tensor, picture: Tensor, mask: Tensor) -> Tensor:
-    """The picture where the mask is 1, to the bit, and what was drawn where it is 0: (H, W, 3) twice, (H, W) -> (H, W, 3)."""
-    weight = mask[..., None]
-    return torch.where(weight == 1, picture, torch.lerp(drawn, picture, weight))
+    """The picture where the mask is 1, to the bit, and what was drawn where it is 0: (H, W, 3) twice, (H, W) ->
+    (H, W, 3)."""
+    return torch.lerp(drawn, picture, mask[..., None])

@@ -5,36 +5,79 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .keeping import Partial, digest
 from .pictures import grid, loss_plot, to_image
 from .promptnet.pseudo_word import PLACEHOLDER
-from .residual import Residual, save_residual
+from .residual import SUFFIX, Residual, ResidualError, load_residual, save_residual
 from .residual.training import TrainingOptions
 from .toybox.concepts import DEMO_PROMPTS, Concept
 from .toybox.fused import FRESH_NOISE, FUSED_SHARE, GUIDED, FusedToybox, first_levels
 from .toybox.judge import Judge
+from .toybox.picture_sets import Say
 from .toybox.pipeline import CUSTOMISED_GUIDANCE, Toybox, seeded
 from .toybox.scores import likeness_among, picture_scores
 from .toybox.similarity import concept_similarity
 
 Report = dict[str, object]
-Say = Callable[[str], None]
 
 
-def train(toybox: Toybox, concept: Concept, options: TrainingOptions, say: Say) -> tuple[Residual, list[float], float]:
-    """The residual, its losses and the seconds it took."""
+@dataclass(frozen=True)
+class Trained:
+    """A residual, the step its training went on from, the losses since then and the seconds that they took.
+
+    partial: the file it can go on from, where one was written.
+    """
+
+    residual: Residual
+    first: int
+    losses: list[float]
+    seconds: float
+    partial: Partial | None = None
+
+
+def train(toybox: Toybox, concept: Concept, options: TrainingOptions, say: Say, folder: Path | None = None) -> Trained:
+    """Learn the concept. folder: where the file of the unfinished training is written now and then; where one of the
+    same training lies there already, it goes on from that."""
     started = time.monotonic()
     training = toybox.training(concept.pictures, concept.masks, concept.noun, options)
-    for loss in training.steps():
+    partial = None
+    if folder is not None:
+        path = folder / f"training_{digest(training.identity, dict(toybox.unet.named_parameters()))}{SUFFIX}"
+        begun = _begun(path, options, say)
+        if begun is not None:
+            training = toybox.training(concept.pictures, concept.masks, concept.noun, options, begun)
+        partial = Partial(lambda: save_residual(training.residual(), path, "float32").path)
+        partial.path = path if begun is not None else None
+    first = training.step
+    for loss in training.steps(partial):
         if training.step % 25 == 0 or training.step == options.steps:
             say(f"train {training.step}/{options.steps}  loss {training.mean_loss(25):.4f}  (last {loss:.4f})")
-    return training.residual(), training.losses, time.monotonic() - started
+    if partial is not None:
+        partial.save()
+    return Trained(training.residual(), first, training.losses, time.monotonic() - started, partial)
+
+
+def _begun(path: Path, options: TrainingOptions, say: Say) -> Residual | None:
+    """What an earlier run has learned, if it can be read and did not go further than this one is to go."""
+    if not path.is_file():
+        return None
+    try:
+        residual = load_residual(path)
+    except ResidualError as problem:
+        say(f"beginning anew: {problem}")
+        return None
+    if residual.steps > options.steps:
+        say(f"beginning anew: {path} has {residual.steps} steps already")
+        return None
+    say(f"going on from step {residual.steps} of {path}")
+    return residual
 
 
 @dataclass(frozen=True)
@@ -113,27 +156,31 @@ def run(
     sampling_steps: int = 25,
     say: Say = print,
 ) -> Report:
-    """Train, draw, measure; write grid.png, residual.safetensors, loss.png and report.json into `out`."""
+    """Train, draw, measure; write grid.png, residual.safetensors, loss.png and report.json into `out`.
+
+    Until then what has been learned is in training_<digits>.safetensors, from which the same command goes on.
+    """
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     judge, fused = Judge.load(), FusedToybox.load()  # the judge first: an installed pack has none
     toybox = fused.toybox
     say(f"learning {concept.name!r} (noun {concept.noun!r}) from {len(concept.pictures)} pictures")
-    residual, losses, seconds = train(toybox, concept, options, say)
+    trained = train(toybox, concept, options, say, out)
+    residual = trained.residual
     drawings = []
     for prompt in prompts:
         drawings.append(draw(fused, residual, concept.pictures[:1], prompt, seeds, sampling_steps))
         say(f"drawn: {drawings[-1].prompt}")
     preview = to_image(drawings[0].customised[0])
     saved = save_residual(residual, out / "residual.safetensors", preview=preview)
-    loss_plot(losses, options.steps).save(out / "loss.png")
+    loss_plot(trained.losses, options.steps, start=trained.first).save(out / "loss.png")
     _grid(concept, drawings).save(out / "grid.png")
     report: Report = {
         "concept": concept.name,
         "noun": concept.noun,
         "pictures": len(concept.pictures),
         "training_steps": options.steps,
-        "train_seconds": round(seconds, 1),
+        "train_seconds": round(trained.seconds, 1),
         "total_seconds": round(time.monotonic() - started, 1),
         "residual_bytes": saved.path.stat().st_size,
         "prompts": [drawing.prompt for drawing in drawings],
@@ -141,6 +188,7 @@ def run(
         **score(toybox, concept, drawings, judge),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    trained.partial.discard()
     return report
 
 

@@ -1,4 +1,5 @@
-"""Operations that not every device has, done where they can be: the same numbers, small tensors, a copy there and back."""
+"""Operations that not every device has, done where they can be: the same numbers, small
+tensors, a copy there and back."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LACKING = {"mps"}
-"""Devices that lack adaptive pooling where sizes do not divide, antialiasing, or a linear solver, or have only lately."""
+"""Devices that lack adaptive pooling where sizes do not divide, antialiasing, or a linear
+solver, or have only lately."""
 
 
 def on_any_device(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

@@ -66,7 +66,8 @@ def variance_exploding(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def noised(clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps (arXiv 2006.11239, Eq. 4), (B, C, H, W), timesteps (B,) whole."""
+    """x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps (arXiv 2006.11239, Eq. 4), (B, C, H,
+    W), timesteps (B,) whole."""
     signal = per_row(alphas_cumprod().to(clean)[timesteps.long().to(clean.device)], clean)
     return signal.sqrt() * clean + (1 - signal).sqrt() * noise
 

@@ -12,13 +12,23 @@ import errno
 import hashlib
 import json
 import os
+import re
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 import safetensors
 import torch
 from torch import Tensor
+
+from . import problems
+from .problems import Explained
+
+try:
+    import fcntl
+except ImportError:  # Windows, which refuses to remove a file that is open
+    fcntl = None
 
 DTYPES = {
     "F64": torch.float64,
@@ -37,42 +47,153 @@ Contents = dict[str, tuple[str, list[int], bytes]]
 CHECKSUM = "checksum"
 MAX_HEADER_BYTES = 1 << 20
 MAX_DIMENSIONS = 8
-_DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EINVAL}
+
+LEFT_BEHIND = 600.0  # seconds without a write, after which a temporary that nobody holds was left by a kill
+_TEMPORARY = re.compile(r"\.profusion-[0-9a-f]{12}\.tmp")
+
+Written = TypeVar("Written")
 
 
-class FileFormatError(ValueError):
+class FileFormatError(Explained, ValueError):
     """Not a safetensors file, or a damaged one. The message completes the sentence "it is ..."."""
 
 
-def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Write `data`, whole or in pieces, under a temporary name in the same folder, flush it to the disk, then rename it.
+class NameTaken(Exception):
+    """Another file has this name already, and must keep it."""
 
-    Whatever goes wrong, `path` holds either what it held before or all of `data`, and no temporary file is left.
+
+def write_atomically(path: Path, data: bytes | Iterable[bytes], overwrite: bool = True) -> None:
+    """Write `data`, whole or in pieces, under a temporary name in its folder, flush it to the disk, then rename it.
+
+    Whatever goes wrong, `path` holds either what it held before or all of `data`, and no temporary file is left; what
+    a kill left in this folder earlier is removed. overwrite: whether a file at `path` may be replaced; otherwise
+    NameTaken is raised, also where another process takes the name at the same moment.
     Raises OSError as the system words it (no such folder, read-only, disk full).
     """
-    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}.tmp")
+    temporary = temporary_beside(path)
     try:
-        with temporary.open("xb") as file:
+        with opened_temporary(temporary) as file:
             for piece in [data] if isinstance(data, bytes) else data:
                 file.write(piece)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        _remove_leftovers(temporary)
+        if overwrite:
+            temporary.replace(path)
+        else:
+            _claim(path, temporary)
     except BaseException:  # an interrupt must not leave a temporary file behind either
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
 
 
+def write_numbered(paths: Iterable[Path], write: Callable[[Path], Written]) -> Written:
+    """`write(path)` for the first free one of these paths. It must raise NameTaken where somebody took it meanwhile."""
+    for path in paths:
+        if path.exists():
+            continue
+        try:
+            return write(path)
+        except NameTaken:
+            continue
+    raise ValueError("no name is left")
+
+
+def try_writing(path: Path, size: int) -> None:
+    """Whether so many bytes can be written in the folder of `path`, which is made. Raises OSError; leaves no file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(path)
+    try:
+        with opened_temporary(temporary) as file:
+            file.write(bytes(size))
+            file.flush()
+            os.fsync(file.fileno())
+        _remove_leftovers(temporary)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def temporary_beside(path: Path) -> Path:
+    """A temporary name in the folder of `path`, by which leftovers are known later."""
+    return path.with_name(f".profusion-{uuid.uuid4().hex[:12]}.tmp")
+
+
+@contextlib.contextmanager
+def opened_temporary(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write to, locked as long as this process has it open."""
+    with path.open("xb") as file:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a folder without locks: the age of the file must do
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield file
+
+
+def _claim(path: Path, temporary: Path) -> None:
+    """Give a finished temporary this name, if no file has it. Raises NameTaken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise NameTaken(f"'{path}' is there already") from None
+    except OSError as problem:
+        if problem.errno not in _NO_LINKS:
+            raise
+    else:
+        temporary.unlink()
+        return
+    # A folder without links, such as exFAT or some network folders: an empty file reserves the name for an instant.
+    try:
+        path.open("xb").close()
+    except FileExistsError:
+        raise NameTaken(f"'{path}' is there already") from None
+    try:
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
+
+
+def _remove_leftovers(own: Path) -> None:
+    """Remove the temporaries beside `own`, just written, that a killed process left.
+
+    Safe beside live ones: they were written to lately, by the clock of the folder, which `own` tells, or are locked.
+    """
+    with contextlib.suppress(OSError):
+        now = own.stat().st_mtime
+        for path in own.parent.iterdir():
+            if path != own and _TEMPORARY.fullmatch(path.name):
+                with contextlib.suppress(OSError):
+                    if now - path.stat().st_mtime > LEFT_BEHIND and not _is_held(path):
+                        path.unlink()
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a live process has this temporary open, as far as the system can tell."""
+    if fcntl is None:
+        return False
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
 def why_not_written(problem: Exception) -> str:
     """Why a file could not be written, and what to do."""
-    code = getattr(problem, "errno", None)
-    if code in _DISK_FULL:
+    if problems.disk_is_full(problem):
         return "the disk is full. Make room and save again; what was there before is untouched."
-    if code in _NOT_ALLOWED:
-        return "the folder is read-only, or not yours to write to. Change its permissions or choose another one."
-    return f"{getattr(problem, 'strerror', None) or problem}. Check the name and the folder."
+    return f"{problems.why(problem)}. Check the name, the folder and its permissions."
+
+
+def why_not_read(problem: Exception) -> str:
+    """Why a file could not be read, and what to do."""
+    return f"{problems.why(problem)}. Check the name, the folder and its permissions."
 
 
 def tensors_to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -111,7 +232,7 @@ def parse(data: bytes) -> tuple[Contents, dict[str, str]]:
     """
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > MAX_HEADER_BYTES:
-        raise FileFormatError(_what_it_is(data))
+        raise FileFormatError(what_it_is(data))
     if len(data) < 8 + length:
         raise FileFormatError(
             f"it is cut short, or its first bytes are damaged: the header takes {length} bytes, "
@@ -121,9 +242,9 @@ def parse(data: bytes) -> tuple[Contents, dict[str, str]]:
         entries = safetensors.deserialize(data)
         header = json.loads(data[8 : 8 + length], object_pairs_hook=_without_duplicates)
     except safetensors.SafetensorError as problem:
-        raise FileFormatError(f"it is cut short, damaged, or not a safetensors file at all ({problem})") from problem
+        raise _not_safetensors(problem) from problem
     except (ValueError, RecursionError) as problem:
-        raise FileFormatError(f"it has an invalid header ({problem})") from problem
+        raise FileFormatError(f"it has an invalid header ({problems.why(problem)})") from problem
     contents = {name: (entry["dtype"], entry["shape"], entry["data"]) for name, entry in entries}
     return contents, header.get("__metadata__") or {}
 
@@ -144,22 +265,37 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with path.open("rb") as file:
         beginning = file.read(64)
     if len(beginning) < 8 or int.from_bytes(beginning[:8], "little") > MAX_HEADER_BYTES:
-        raise FileFormatError(_what_it_is(beginning))
+        raise FileFormatError(what_it_is(beginning))
     try:
         with safetensors.safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except safetensors.SafetensorError as problem:
-        raise FileFormatError(f"it is cut short, damaged, or not a safetensors file at all ({problem})") from problem
+        raise _not_safetensors(problem) from problem
 
 
-def check_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], checked: Collection[str]) -> None:
-    """`check_integrity` for what `read_tensors` returned."""
+def _not_safetensors(problem: safetensors.SafetensorError) -> FileFormatError:
+    return FileFormatError(f"it is cut short, damaged, or not a safetensors file at all ({problems.why(problem)})")
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    checked: Collection[str],
+    poll: Callable[[], None] = lambda: None,
+) -> None:
+    """`check_integrity` for what `read_tensors` returned. poll: called before each tensor; it stops by raising."""
     strange = [name for name, tensor in tensors.items() if tensor.dtype not in _DTYPE_NAMES]
     if strange:
         raise FileFormatError(
             f"it holds a tensor of a kind unknown here: '{strange[0]:.80}', {tensors[strange[0]].dtype}"
         )
-    _compare(metadata, checked, ((name, *_content(tensors[name])) for name in sorted(tensors)))
+
+    def contents() -> Iterator[tuple]:
+        for name in sorted(tensors):
+            poll()
+            yield name, *_content(tensors[name])
+
+    _compare(metadata, checked, contents())
 
 
 def _compare(metadata: Mapping[str, str], checked: Collection[str], contents: Iterable[tuple]) -> None:
@@ -181,7 +317,7 @@ def to_tensors(contents: Contents) -> dict[str, Tensor]:
     return tensors
 
 
-def _what_it_is(data: bytes) -> str:
+def what_it_is(data: bytes) -> str:
     """What a file that does not begin with a believable header length most likely is."""
     if not data:
         return "it is empty"

@@ -32,7 +32,8 @@ from .diffusion import Denoiser
 Stage = Literal["fusion", "refinement"]
 Mode = Literal["dependent", "independent"]
 Refine = Callable[[Tensor, int, int], Tensor]
-"""`refine(x, first, last) -> x`: any sampler, under the refinement stage's guidance, from level `first` to level `last`."""
+"""`refine(x, first, last) -> x`: any sampler, under the refinement stage's guidance, from
+level `first` to level `last`."""
 FreshNoise = Callable[[Tensor], Tensor]
 """`fresh(x) -> z`: unit noise of x's shape, type and device, another at each call."""
 Combine = Callable[[Tensor, Tensor, float], Tensor]
@@ -43,8 +44,8 @@ Combine = Callable[[Tensor, Tensor, float], Tensor]
 class FusionOptions:
     """How strong the fusion stage is, and where it acts.
 
-    repeats: m, the fusion steps at each noise level. eta: 0..1, how much noise is swapped; 1 swaps what an ancestral step
-    would. sigma_start, sigma_end: only levels with sigma_end <= sigma <= sigma_start have the stage.
+    repeats: m, the fusion steps at each noise level. eta: 0..1, how much noise is swapped; 1 swaps what an ancestral
+    step would. sigma_start, sigma_end: only levels with sigma_end <= sigma <= sigma_start have the stage.
     """
 
     repeats: int = 1
@@ -59,15 +60,16 @@ class FusionOptions:
             raise ValueError(f"eta={self.eta} must lie in [0, 1]: the share of the noise that may be swapped")
         if not self.sigma_end <= self.sigma_start:
             raise ValueError(
-                f"sigma_start={self.sigma_start} must not lie below sigma_end={self.sigma_end}: noise falls in a run, so the "
-                "fusion stage would end before it starts"
+                f"sigma_start={self.sigma_start} must not lie below sigma_end={self.sigma_end}: noise falls in a run, "
+                "so the fusion stage would end before it starts"
             )
 
     def repeats_at(self, sigma: float, sigma_next: float) -> int:
         """Fusion steps before the step from sigma to sigma_next.
 
-        None where no level is left, and none before the last step, to 0: it would swap eta^2 of what little noise there is
-        for noise that only one step can still take out. (The paper's code ends at alpha-bar of t = 0, where r is about 0.)
+        None where no level is left, and none before the last step, to 0: it would swap eta^2 of what little
+        noise there is for noise that only one step can still take out. (The paper's code ends at alpha-bar
+        of t = 0, where r is about 0.)
         """
         active = self.eta > 0 and self.sigma_end <= sigma <= self.sigma_start and 0 < sigma_next < sigma
         return self.repeats if active else 0
@@ -77,10 +79,11 @@ class FusionOptions:
 class Guidance:
     """How the conditions of a step are weighed: e0 + scale * sum_i w_i (e_i - e0) / sum_i w_i.
 
-    weights: of each condition. cfg: the scale in the refinement stage. fusion_cfg and gamma: the scale, and the factor of
-    S*'s rows in the context, in the fusion stage (the authors' code: 3 and 0.8). mode: "dependent" evaluates S* within its
-    prompt, e(S*, C); "independent" in a prompt of its own, e(S*), so that only the other conditions say the text.
-    refresh: of how many evaluations one asks all conditions, where there are several (see `KeptDifferences`); the paper: 1.
+    weights: of each condition. cfg: the scale in the refinement stage. fusion_cfg and gamma: the scale, and the
+    factor of S*'s rows in the context, in the fusion stage (the authors' code: 3 and 0.8). mode: "dependent"
+    evaluates S* within its prompt, e(S*, C); "independent" in a prompt of its own, e(S*), so that only the other
+    conditions say the text. refresh: of how many evaluations one asks all conditions, where there are several (see
+    `KeptDifferences`); the paper: 1.
     """
 
     weights: tuple[float, ...]
@@ -136,8 +139,8 @@ class KeptDifferences:
     def complete(self, predictions: Sequence[Tensor], unit: float = 1.0) -> list[Tensor]:
         """All predictions, from all or from the first alone; where all are due they come back as they are.
 
-        unit: what a prediction's difference is proportional to at equal difference of noise: 1 where noise is predicted,
-        sigma where denoised pictures are (x0 = x - sigma eps).
+        unit: what a prediction's difference is proportional to at equal difference of noise: 1 where noise is
+        predicted, sigma where denoised pictures are (x0 = x - sigma eps).
         """
         if self.due:
             self._kept = [(other - predictions[0]) / unit for other in predictions[1:]] if not self.always else []
@@ -151,8 +154,8 @@ class KeptDifferences:
 def swap_share(ratio: float | Tensor, eta: float) -> float | Tensor:
     """r = eta^2 (1 - ratio^2): the part of the predicted noise that a fusion step removes.
 
-    ratio: the next noise level over this one, 0..1, both as noise-to-signal ratios (k-diffusion's sigma; sigma / (1 - sigma)
-    of a flow model). arXiv 2305.13579, the update of the fusion stage, rewritten (see the module).
+    ratio: the next noise level over this one, 0..1, both as noise-to-signal ratios (k-diffusion's sigma; sigma / (1 -
+    sigma) of a flow model). arXiv 2305.13579, the update of the fusion stage, rewritten (see the module).
     """
     return eta**2 * (1 - ratio**2)
 
@@ -160,7 +163,8 @@ def swap_share(ratio: float | Tensor, eta: float) -> float | Tensor:
 def swap_noise(x: Tensor, eps: Tensor, fresh: Tensor, sigma: float | Tensor, share: float | Tensor) -> Tensor:
     """x - r sigma eps + sigma sqrt(r (2 - r)) z: one fusion step.
 
-    x, the predicted noise eps and the fresh noise z: (B, C, H, W). sigma: the noise's standard deviation in x. share: r, 0..1.
+    x, the predicted noise eps and the fresh noise z: (B, C, H, W). sigma: the noise's standard
+    deviation in x. share: r, 0..1.
     """
     return x - share * sigma * eps + sigma * (share * (2 - share)) ** 0.5 * fresh
 
@@ -169,8 +173,8 @@ def mean_prediction(predictions: Sequence[Tensor], weights: Sequence[float]) -> 
     """sum_i w_i e_i / sum_i w_i, the one prediction that stands for several conditions.
 
     Guided by a scale s, e0 + s (mean - e0) = e0 + sum_i (s w_i / sum w) (e_i - e0): the paper's sum over independent
-    conditions, and over (S*, C) and C where they are dependent (Eq. 7 and 8). A single prediction comes back to the bit.
-    Raises ValueError if there is nothing to average.
+    conditions, and over (S*, C) and C where they are dependent (Eq. 7 and 8). A single prediction comes back to the
+    bit. Raises ValueError if there is nothing to average.
     """
     total = total_weight(weights)
     if len(predictions) != len(weights):
@@ -189,7 +193,8 @@ def total_weight(weights: Sequence[float]) -> float:
         raise ValueError(f"weights {list(weights)} are not all finite numbers")
     if abs(total) < 1e-6:
         raise ValueError(
-            f"the weights {list(weights)} sum to {total:g}, so that their mean means nothing: raise one of them, or give fewer terms"
+            f"the weights {list(weights)} sum to {total:g}, so that their mean means nothing: raise one of them, or "
+            "give fewer terms"
         )
     return total
 
@@ -200,7 +205,8 @@ def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
 
 
 class RunGuidance:
-    """`Guidance` in one run of one latent: what an evaluation has to ask for, and the guided prediction from the answers.
+    """`Guidance` in one run of one latent: what an evaluation has to ask for, and the guided
+    prediction from the answers.
 
     Predictions are in the order (first condition, nothing, further conditions), of the conditions in `used` alone.
     """
@@ -213,7 +219,8 @@ class RunGuidance:
         self._kept = KeptDifferences(guidance.refresh if len(self.used) > 1 else 1)
 
     def needs_nothing(self, stage: Stage) -> bool:
-        """Whether the prediction under no condition matters: by this stage's scale, or by any where differences are kept."""
+        """Whether the prediction under no condition matters: by this stage's scale, or by any
+        where differences are kept."""
         scales = [self.guidance.scale(stage)] if self._kept.always else [self.guidance.cfg, self.guidance.fusion_cfg]
         return not all(math.isclose(scale, 1.0) for scale in scales)
 
@@ -237,7 +244,8 @@ class RunGuidance:
 
 
 def fresh_noise(generators: Sequence[torch.Generator]) -> FreshNoise:
-    """Unit noise from generators on the CPU: one for each row, so that a row is the same in any batch, or one for all."""
+    """Unit noise from generators on the CPU: one for each row, so that a row is the same in
+    any batch, or one for all."""
 
     def fresh(x: Tensor) -> Tensor:
         if len(generators) == 1:
@@ -280,8 +288,8 @@ def fusion_stage(
 def segments(sigmas: Sequence[float], options: FusionOptions) -> list[tuple[int, int, bool]]:
     """Cut a run into the stretches that the refinement's sampler does in one go: (first step, last step + 1, fused).
 
-    The fresh noise of a fusion stage makes earlier predictions stale, so a stretch begins at every level that has one; until
-    the next such level the sampler is left alone, and keeps its memory if it has one.
+    The fresh noise of a fusion stage makes earlier predictions stale, so a stretch begins at every level that has one;
+    until the next such level the sampler is left alone, and keeps its memory if it has one.
     """
     cuts: list[tuple[int, int, bool]] = []
     for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):

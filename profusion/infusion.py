@@ -32,6 +32,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from .devices import area_means, smoothly_resized
+from .problems import Explained
 
 _TO_VALUE = re.compile(
     r"(input|middle|output)_blocks?\.(\d+)\.(?:\d+\.)?transformer_blocks\.(\d+)\.attn2\.to_v\.weight"
@@ -46,7 +47,7 @@ Patches = dict[str, list[Callable]]
 QueryStore = MutableMapping[Hashable, Tensor]
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(Explained, ValueError):
     """A model on which Infusion has nothing to act."""
 
 
@@ -103,8 +104,8 @@ class Placement:
     sigma_start, sigma_end: the residual is added while sigma_end <= sigma <= sigma_start.
     region: (H, W) or (B, H, W) in [0, 1] and of any size, where the concept may appear; None is everywhere.
 
-    What a layer adds is made once and kept, so neither delta nor region may be written to; a delta that requires grad may,
-    since what is made of it is not kept.
+    What a layer adds is made once and kept, so neither delta nor region may be written to; a delta that requires grad
+    may, since what is made of it is not kept.
     """
 
     delta: Tensor
@@ -130,6 +131,8 @@ class Placement:
             )
         if not math.isfinite(self.strength):
             raise ValueError(f"strength={self.strength} is not a finite number")
+        if math.isnan(self.sigma_start) or math.isnan(self.sigma_end):
+            raise ValueError(f"sigma_start={self.sigma_start} and sigma_end={self.sigma_end} must be numbers")
         if self.region is not None and self.region.ndim not in (2, 3):
             raise ValueError(f"region has shape {tuple(self.region.shape)}; give (H, W) or (B, H, W)")
 
@@ -157,7 +160,8 @@ class Placement:
         return self._kept[key]
 
     def _index(self, value: Tensor) -> Tensor:
-        """The noun's rows in every repeat of the prompt in `value`, on its device: moved there once, since that waits."""
+        """The noun's rows in every repeat of the prompt in `value`, on its device: moved
+        there once, since that waits."""
         length = value.shape[-2]
         key = length, value.device
         if key not in self._kept:
@@ -335,7 +339,8 @@ CONCEPTS_KEY = "profusion_infusion"
 
 @dataclass(frozen=True)
 class PlacedConcept:
-    """A placement before the model is known that samples it: the shares of sampling in which it acts become sigmas then."""
+    """A placement before the model is known that samples it: the shares of sampling in which
+    it acts become sigmas then."""
 
     placement: Placement
     start_percent: float = 0.0

@@ -4,8 +4,8 @@ A step draws a batch from a generator that is seeded by the run's seed and the s
 its gradient in the parameters and lets AdamW move them. So a run that stopped after any whole step, and was restored
 from `TrainingLoop.state`, goes on bit for bit.
 
-The loss is multiplied by a scale before it is differentiated, and the gradient divided by it after, so that float16 models
-neither round small gradients to zero nor overflow.
+The loss is multiplied by a scale before it is differentiated, and the gradient divided by it after, so that float16
+models neither round small gradients to zero nor overflow.
 """
 
 from __future__ import annotations
@@ -19,15 +19,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .keeping import Partial
+from .problems import Explained
+
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by torch's names
 _SEED_STRIDE = 1_000_003
+_SAME_LOSS = 1e-3  # relative: GPUs do not round alike every time
 
 SCALE_FACTOR = 16.0  # a power of two: in float32 no scale changes a bit of the gradient
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-16, 2.0**32
 GROWTH_INTERVAL = 50  # steps
 
 
-class TrainingError(RuntimeError):
+class TrainingError(Explained, RuntimeError):
     """Training cannot start or go on. The message says why and what to do."""
 
 
@@ -47,14 +51,24 @@ class LoopOptions:
     usual_rates: ClassVar[str] = "1e-5 to 1e-3"
 
     def __post_init__(self) -> None:
+        check_whole(self, "steps", "batch_size", "seed")
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}: train at least one")
         if not 0 < self.learning_rate <= self.largest_rate:
             raise ValueError(
-                f"learning_rate={self.learning_rate} must lie in (0, {self.largest_rate:g}]; {self.usual_rates} is usual"
+                f"learning_rate={self.learning_rate} must lie in (0, {self.largest_rate:g}]; {self.usual_rates} is "
+                "usual"
             )
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+
+
+def check_whole(options: Any, *fields: str) -> None:
+    """Raise ValueError unless these fields are whole numbers: NaN is neither too small nor too large."""
+    for field in fields:
+        value = getattr(options, field)
+        if not isinstance(value, int):
+            raise ValueError(f"{field}={value} must be a whole number")
 
 
 @dataclass(frozen=True)
@@ -103,16 +117,21 @@ class TrainingLoop(ABC):
         return self.options.learning_rate
 
     def batch(self) -> Any:
-        """What this step trains on. It depends on the seed and the step only, so that a resumed training draws alike."""
-        return self.draw(seeded(self.options.seed * _SEED_STRIDE + self.step))
+        """What this step trains on. It depends on the seed and the step only, so that a resumed training draws
+        alike."""
+        return self.draw(generator_of(self.options.seed * _SEED_STRIDE + self.step))
 
-    def steps(self) -> Iterator[float]:
+    def steps(self, partial: Partial | None = None) -> Iterator[float]:
         """Train to the end, yielding each step's loss; stop asking and the training stops after the last whole step.
 
-        Raises TrainingError on a loss that is not finite; what was learned before it is kept.
+        partial: the file that is written now and then meanwhile. Raises TrainingError on a loss that is not finite;
+        what was learned before it is kept.
         """
         while self.step < self.options.steps:
-            yield self._one_step()
+            loss = self._one_step()
+            if partial is not None:
+                partial.after_step()
+            yield loss
 
     def mean_loss(self, last: int) -> float:
         """The mean of the last losses; 0 where there are none."""
@@ -141,6 +160,17 @@ class TrainingLoop(ABC):
                 if moments["exp_avg"] is not None:
                     moments = {kind: value.to(parameter, copy=True) for kind, value in moments.items()}
                     self._optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
+
+    def begins_like(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether the first step here has the loss that the first one of a state had; to be asked before any step.
+
+        Where it has not, something else is trained, or with something else, such as another patch on the model.
+        """
+        if self.step or "losses" not in state:
+            return True
+        with torch.inference_mode(False), torch.no_grad():
+            loss = self.loss(self.batch()).item()
+        return math.isclose(loss, state["losses"][0].item(), rel_tol=_SAME_LOSS)
 
     def _learned(self) -> dict[str, Tensor]:
         return {name: value for group in self.groups for name, value in group.parameters.items()}
@@ -211,8 +241,8 @@ class TrainingLoop(ABC):
 
 @dataclass(frozen=True)
 class _Gradient:
-    """What is known of a gradient: the loss it is of, whether all of it is finite, a group that has none, and whether the
-    loss depends on anything that learns."""
+    """What is known of a gradient: the loss it is of, whether all of it is finite, a group that has none, and whether
+    the loss depends on anything that learns."""
 
     loss: float
     finite: bool
@@ -236,6 +266,6 @@ def grown(scale: float, step: int, first: float) -> float:
     return min(scale * SCALE_FACTOR, first) if scale < first and step % GROWTH_INTERVAL == 0 else scale
 
 
-def seeded(number: int) -> torch.Generator:
+def generator_of(number: int) -> torch.Generator:
     """A CPU generator of a whole number of any size and sign."""
     return torch.Generator().manual_seed(number % 2**63)

@@ -1,10 +1,17 @@
-"""What a training step takes on a device, before it is tried: measured from shapes, see benchmarks/training_memory.py."""
+"""What a training step takes on a device, before it is tried: measured from shapes, see
+benchmarks/training_memory.py."""
 
 from __future__ import annotations
 
 # The most that a step takes beside the weights, in numbers of the model's type for each cell of the latents, without
 # and with gradient checkpointing. In an attention that keeps its map it would be more.
-_NUMBERS_A_CELL = {"SD 1.x": (90_800, 30_000), "SD 2.x": (85_800, 25_000), "SDXL": (153_300, 21_500)}
+_RESIDUAL = {"SD 1.x": (90_800, 30_000), "SD 2.x": (85_800, 25_000), "SDXL": (153_300, 21_500)}
+_FINETUNING = {"SD 1.x": (182_400, 41_500), "SD 2.x": (177_400, 38_700), "SDXL": (364_300, 56_000)}
+
+# Of a text encoder that autograd goes through, which computes in float32: the weights that are cast for it wait for
+# the way back, and what it computes, of 77 tokens, is this many bytes for each of its parameters
+# (CLIP's towers: 0.33, 0.41).
+_TEXT_BYTES = 0.5
 
 
 def step_bytes(
@@ -13,7 +20,25 @@ def step_bytes(
     """Bytes of a training step beside the model's weights; None for an architecture that was not measured.
 
     architecture: see `infusion.architecture_name`. cells: of each of the latents. element: bytes of a number.
+    finetuning: of PromptNet and attention layers, what they learn and the text encoder left out, and not of a
+    residual.
     """
-    if architecture not in _NUMBERS_A_CELL:
+    measured = _FINETUNING if finetuning else _RESIDUAL
+    if architecture not in measured:
         return None
-    return _NUMBERS_A_CELL[architecture][checkpointing] * batch * cells * element
+    return measured[architecture][checkpointing] * batch * cells * element
+
+
+def text_bytes(parameters: int, weights: int, batch: int) -> float:
+    """Bytes that a text encoder takes beside its weights while autograd goes through it.
+
+    parameters: how many it has. weights: their bytes.
+    """
+    cast = 0 if weights >= 4 * parameters else 4 * parameters
+    return cast + _TEXT_BYTES * parameters * batch
+
+
+def optimizer_bytes(learned: float) -> float:
+    """Bytes that AdamW's step takes for a moment; learned: those of what it moves, their gradient and moments
+    included."""
+    return learned / 4

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
+from .decoding import PictureError, decode
 from .devices import area_means, smoothly_resized
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MOST_LINES, LONGEST_LINE = 200, 256  # of a caption; a path has at most 4096 letters
 INK, PAPER, ACCENT, FAINT = (40, 40, 48), (250, 249, 246), (214, 86, 48), (214, 212, 206)
-
-
-class PictureError(ValueError):
-    """Pictures that cannot be used. The message says which, why and what to do."""
 
 
 def latent_masks(masks: Tensor, cells: Sequence[int]) -> Tensor:
@@ -47,15 +47,12 @@ def picture_paths(folder: Path) -> list[Path]:
 
 
 def read_picture(path: Path, size: int | None = None) -> tuple[Tensor, Tensor]:
-    """(H, W, 3) and its mask (H, W): of its own size, or the centre of it as a square of `size` pixels a side."""
-    try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGBA")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise PictureError(f"{path} cannot be read as a picture: {error}") from error
-    if size is not None:
-        picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
-    values = torch.from_numpy(np.asarray(picture).copy()).float() / 255
+    """(H, W, 3) and its mask (H, W): of its own size, or the centre of it as a square of `size` pixels a side.
+
+    One of more than two megapixels is reduced to them, in its proportions. Raises PictureError, also where it is too
+    large to be decoded at all.
+    """
+    values = torch.from_numpy(np.array(decode(path, size))).float().div_(255)
     mask = values[..., 3]
     if not mask.any():
         raise PictureError(f"{path} is wholly transparent, so there is no object to learn")
@@ -212,7 +209,10 @@ def caption(text: str, width: int = 640) -> Image.Image:
     """Text as a picture, `width` pixels wide and as high as it takes: lines that are longer go on below."""
     size, margin = width // 22, width // 32
     face, measure = font(size), ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    lines = [part for line in text.splitlines() for part in _fitted(measure, line, width - 2 * margin, face)]
+    every = (part for line in text.splitlines() for part in _fitted(measure, line, width - 2 * margin, face))
+    lines = list(itertools.islice(every, MOST_LINES))
+    if next(every, None) is not None:
+        lines.append("...")
     image = Image.new("RGB", (width, round(1.4 * size * len(lines)) + 2 * margin), PAPER)
     for index, line in enumerate(lines):
         ImageDraw.Draw(image).text((margin, margin + 1.4 * size * (index + 0.5)), line, INK, face, anchor="lm")
@@ -224,17 +224,17 @@ def captioned(image: Image.Image, text: str) -> Image.Image:
     return stacked([image, caption(text, image.width)]) if text else image
 
 
-def _fitted(draw: ImageDraw.ImageDraw, text: str, width: int, face: ImageFont.ImageFont) -> list[str]:
+def _fitted(draw: ImageDraw.ImageDraw, text: str, width: int, face: ImageFont.ImageFont) -> Iterator[str]:
     """A line of text as lines that are no wider: broken after a space or one of a path's
     separators, where there is one."""
-    lines = []
-    while draw.textlength(text, face) > width and len(text) > 1:
-        fits = max(count for count in range(1, len(text)) if count == 1 or draw.textlength(text[:count], face) <= width)
+    while len(text) > LONGEST_LINE or (len(text) > 1 and draw.textlength(text, face) > width):
+        counts = range(1, min(len(text), LONGEST_LINE))
+        fits = max(1, bisect.bisect_right(counts, width, key=lambda count: draw.textlength(text[:count], face)))  # noqa: B023
         separators = [index for index in range(1, fits + 1) if text[index - 1] in " /\\_-"]
         end = separators[-1] if separators else fits
-        lines.append(text[:end])
+        yield text[:end]
         text = text[end:]
-    return [*lines, text]
+    yield text
 
 
 def loss_plot(

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .problems import Explained
+
 OCCURRENCES = ("auto", "all", "first", "second", "third", "fourth", "last")
 
 Span = tuple[int, ...]
 Chunk = Sequence[tuple[Any, int]]
 
 
-class NounError(ValueError):
+class NounError(Explained, ValueError):
     """A prompt has no place for a concept."""
 
 
@@ -24,8 +26,9 @@ def find_noun(chunks: Sequence[Chunk], noun: Sequence[int], ends_word: Callable[
 
     chunks: the prompt as (token, word id) pairs, chunk by chunk as the text encoder takes them. Word id 0 marks the
     start token, the end token and padding. A token may be an embedding instead of an id.
-    noun: the noun's token ids. `ends_word(token)`: whether a token's text ends a word. Returns the context rows of
-    each occurrence, in order; a word may be split between chunks. Occurrences do not overlap.
+    noun: the noun's token ids. `ends_word(token)`: whether a token's text ends a word.
+
+    Returns the context rows of each occurrence, in order, none overlapping; a word may be split between chunks.
     """
     entries = [entry for chunk in chunks for entry in chunk]
     words = [(row, token) for row, (token, word) in enumerate(entries) if word != 0]

@@ -1,7 +1,7 @@
 """Where F's queries wait for C, and how much of the device's memory they take meanwhile.
 
-F leaves the input of every cross-attention (`infusion.foundation_patches`): for SDXL at 1024 pixels under guidance, 400 MiB
-a picture. `WaitingQueries` keeps some of them there and the rest in main memory, from where C has each back for the
+F leaves the input of every cross-attention (`infusion.foundation_patches`): for SDXL at 1024 pixels under guidance, 400
+MiB a picture. `WaitingQueries` keeps some of them there and the rest in main memory, from where C has each back for the
 time of its layer. A copy there and back changes no bit.
 """
 
@@ -103,4 +103,4 @@ def bytes_on_device(numbers: Sequence[float], cells: int, rows: int, element: in
     numbers: see `query_numbers`. cells: of the latent. rows: conditionings in a batch. element: bytes of a number.
     """
     waiting = min(kept, sum(numbers) * cells * rows * element)
-    return waiting + max(numbers) * cells * rows * element  # and one layer's, while C has it
+    return waiting + max(numbers, default=0) * cells * rows * element  # and one layer's, while C has it

@@ -13,7 +13,8 @@ SLOW = 20  # seconds, from which on a test is to be marked
 
 
 def devices() -> list[str]:
-    """The CPU, and the accelerators here; where there are none, a pretended one, which shows what is left on the CPU."""
+    """The CPU, and the accelerators here; where there are none, a pretended one, which shows what is left on the
+    CPU."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     accelerators = [name for name, is_there in there.items() if is_there]
     return ["cpu", *(accelerators or ([pretend.NAME] if pretend.is_possible() else []))]
@@ -52,8 +53,8 @@ def root():
 
 @pytest.fixture(scope="session")
 def packed():
-    """The files that `comfy node pack` puts into the Registry's archive: what git tracks and .comfyignore, which is read
-    by gitignore's rules, does not match."""
+    """The files that `comfy node pack` puts into the Registry's archive: what git tracks and .comfyignore, which is
+    read by gitignore's rules, does not match."""
 
     def listed(*options: str) -> set[str]:
         command = ["git", "ls-files", "-z", *options]
@@ -69,11 +70,13 @@ def packed():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out on the pretended device what it cannot do."""
+    """Leave out on the pretended device what it cannot do, and types in which it computes as the CPU does."""
 
     def is_impossible(item):
-        too_much = item.get_closest_marker("real_device") or "precise_device" in item.fixturenames
-        return is_pretended(item) and too_much
+        if not is_pretended(item):
+            return False
+        other_types = {str(value) for value in item.callspec.params.values()} & {"torch.bfloat16", "torch.float16"}
+        return item.get_closest_marker("real_device") or "precise_device" in item.fixturenames or other_types
 
     deselected = [item for item in items if is_impossible(item)]
     if deselected:

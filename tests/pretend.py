@@ -1,7 +1,7 @@
 """A second device on a machine with one: its tensors lie in main memory, and mix with others no more than a GPU's do.
 
-Like Apple's it has no float64, not even on the way to another device. Numbers are the CPU's. Registering it is for a whole
-process, so `install` is called only where a test wants it.
+Like Apple's it has no float64, not even on the way to another device. Numbers are the CPU's. Registering it is for a
+whole process, so `install` is called only where a test wants it.
 """
 
 from __future__ import annotations
@@ -60,6 +60,9 @@ class _Backend:
 
     def set_rng_state(self, state: Tensor, device: Any = None) -> None:
         pass
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:  # asked for by gradient checkpointing
+        return [torch.float16, torch.bfloat16]
 
 
 @lru_cache(maxsize=1)

@@ -23,7 +23,7 @@ def unpacked(root, packed, tmp_path_factory):
 
 def test_it_holds_the_pack_and_nothing_else(packed):
     top = {name.split("/")[0] for name in packed}
-    files = {"__init__.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "NOTICE"}
+    files = {"__init__.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "NOTICE", "SECURITY.md"}
     assert top == files | {"nodes", "profusion", "web", "workflows", "docs", "benchmarks"}
     assert all(name.startswith("benchmarks/results/") for name in packed if name.startswith("benchmarks/"))
     assert not [

@@ -79,7 +79,7 @@ def test_concepts_are_tuned_on_or_judged_never_both():
 
 def test_prompts_name_places_and_second_objects_of_the_world():
     nouns = {noun for noun, _ in world.CONCEPTS.values()}
-    for prompt in judging.PROMPTS:
+    for prompt in judging.PEER_PROMPTS:
         assert world.BACKGROUND_PHRASES[prompt.place] in prompt.text
         assert prompt.second is None or (prompt.second in world.FIXED_NOUNS and f" {prompt.second} " in prompt.text)
         assert prompt.second not in nouns
@@ -135,7 +135,7 @@ def test_no_document_was_left_behind(document):
     assert results.included(text) == text, "run `python -m benchmarks.results`"
 
 
-@pytest.mark.parametrize("prompt", judging.PROMPTS[:2], ids=["one object", "two objects"])
+@pytest.mark.parametrize("prompt", judging.PEER_PROMPTS[:2], ids=["one object", "two objects"])
 def test_what_moved_is_judged_where_the_concept_is_not(prompt):
     """Repainting the concept's half moves nothing where the concept fills it; repainting the other half does."""
     yardstick, concept = judging.Yardstick(Toybox.load(), Judge.load()), drawn_concept(run.TABLE[0])

@@ -1,4 +1,5 @@
-"""A network whose parts are computed twice has the gradients of one whose parts are kept, and is as before afterwards."""
+"""A network whose parts are computed twice has the gradients of one whose parts are kept,
+and is as before afterwards."""
 
 import pytest
 import torch
@@ -7,12 +8,13 @@ from torch import nn
 from benchmarks.training_memory import MODELS, numbers_a_cell
 from profusion.checkpointing import checkpointed
 from profusion.infusion import cross_attention_layers, name_of_unet
-from profusion.memory import step_bytes
+from profusion.memory import optimizer_bytes, step_bytes, text_bytes
 from profusion.models.configs import UNetConfig
 from profusion.models.unet import BasicTransformerBlock, ResBlock, UNet
 from profusion.queries import TakenOnce, WaitingQueries
 from profusion.residual.training import Reference, ResidualTraining, TrainingOptions
 
+SLOW = pytest.mark.slow
 TINY = UNetConfig(32, (1, 2), 1, (2, 1), 2, 16, num_heads=2)
 
 
@@ -126,15 +128,22 @@ def test_it_keeps_less(unet):
     assert kept[1] < kept[0] / 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["sd15", "sd2", "sdxl"])
+@pytest.mark.parametrize("model", ["sd15", pytest.param("sd2", marks=SLOW), pytest.param("sdxl", marks=SLOW)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_reckoning_is_what_was_measured(model, checkpointing):
+@pytest.mark.parametrize("finetuning", [False, True])
+def test_the_reckoning_is_what_was_measured(model, checkpointing, finetuning):
     """Not below it, and within a tenth."""
     config = MODELS[model]
-    reckoned = step_bytes(name_of_unet(config.cross_attentions, config.context_dim), 1, 1, 1, checkpointing)
-    measured = numbers_a_cell(config, checkpointing)
+    architecture = name_of_unet(config.cross_attentions, config.context_dim)
+    reckoned = step_bytes(architecture, 1, 1, 1, checkpointing, finetuning)
+    measured = numbers_a_cell(model, checkpointing, finetuning)
     assert measured <= reckoned <= 1.1 * measured
+
+
+def test_a_text_encoder_and_an_optimizer_are_reckoned_with():
+    assert text_bytes(100, 400, 2) == 100  # float32: nothing is cast
+    assert text_bytes(100, 200, 2) == 500
+    assert optimizer_bytes(16.0) == 4.0
 
 
 def test_an_unknown_architecture_is_not_guessed():

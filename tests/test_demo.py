@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from profusion import demo
-from profusion.residual.training import TrainingOptions
+from profusion import demo, keeping
+from profusion.residual import load_residual
+from profusion.residual.training import ResidualTraining, TrainingOptions
 from profusion.toybox.concepts import drawn_concept
 from profusion.toybox.fused import FusedToybox
 from profusion.toybox.judge import Judge
@@ -33,7 +34,7 @@ def concept():
 
 @pytest.fixture(scope="module")
 def drawing(fused, concept):
-    residual, _, _ = demo.train(fused.toybox, concept, TrainingOptions(steps=1), lambda _: None)
+    residual = demo.train(fused.toybox, concept, TrainingOptions(steps=1), lambda _: None).residual
     return demo.draw(fused, residual, concept.pictures[:1], "a photo of a {} on snow", SEEDS, STEPS)
 
 
@@ -46,6 +47,42 @@ def test_it_writes_its_report_and_a_grid_of_both_methods(tmp_path, concept):
     rows = 1 + 3 * len(SEEDS)  # the references, then plain, Infusion and ProFusion from each seed
     assert Image.open(tmp_path / "grid.png").height >= rows * 2 * 96
     assert {path.name for path in tmp_path.iterdir()} >= {"residual.safetensors", "loss.png"}
+    assert not list(tmp_path.glob("training_*")), "what it could go on from is removed once it is finished"
+
+
+def test_a_training_that_was_killed_goes_on_bit_for_bit_and_never_from_another_one(
+    fused, concept, tmp_path, monkeypatch
+):
+    """No step has time to clean up after the last one: what is there was written before."""
+    whole = demo.train(fused.toybox, concept, TrainingOptions(steps=5), lambda _: None)
+    monkeypatch.setattr(keeping, "SECONDS", 0.0)
+    monkeypatch.setattr(keeping, "SHARE", 1e9)
+    step = ResidualTraining._one_step
+
+    def killed(training):
+        if training.step == 3:
+            raise SystemExit
+        return step(training)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(ResidualTraining, "_one_step", killed)
+        demo.train(fused.toybox, concept, TrainingOptions(steps=5), lambda _: None, tmp_path)
+    (path,), said = tmp_path.iterdir(), []
+    assert load_residual(path).steps == 3
+    other = demo.train(fused.toybox, concept, TrainingOptions(steps=5, seed=1), said.append, tmp_path)
+    assert other.first == 0 and not any("going on" in text for text in said)
+    assert demo.train(fused.toybox, concept, TrainingOptions(steps=2), said.append, tmp_path / "elsewhere").first == 0
+    again = demo.train(fused.toybox, concept, TrainingOptions(steps=5), said.append, tmp_path)
+    assert again.first == 3 and f"going on from step 3 of {path}" in said
+    assert torch.equal(again.residual.delta, whole.residual.delta) and again.losses == whole.losses[3:]
+
+
+def test_a_damaged_file_of_an_unfinished_training_is_said_and_begun_anew(fused, concept, tmp_path):
+    demo.train(fused.toybox, concept, TrainingOptions(steps=1), lambda _: None, tmp_path)
+    (path,), said = tmp_path.iterdir(), []
+    path.write_bytes(path.read_bytes()[:-9])
+    assert demo.train(fused.toybox, concept, TrainingOptions(steps=1), said.append, tmp_path).first == 0
+    assert any("beginning anew" in text and str(path) in text for text in said)
 
 
 def test_infusions_pictures_are_those_of_its_seeds_alone(fused, drawing):
@@ -55,7 +92,7 @@ def test_infusions_pictures_are_those_of_its_seeds_alone(fused, drawing):
 
 
 def test_profusion_draws_what_its_one_picture_shows(fused, concept, drawing):
-    residual, _, _ = demo.train(fused.toybox, concept, TrainingOptions(steps=1), lambda _: None)
+    residual = demo.train(fused.toybox, concept, TrainingOptions(steps=1), lambda _: None).residual
     other = drawn_concept("gold and navy cup").pictures[:1]
     again = demo.draw(fused, residual, other, "a photo of a {} on snow", SEEDS, STEPS)
     assert torch.equal(again.customised, drawing.customised)

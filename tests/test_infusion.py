@@ -350,6 +350,8 @@ def test_the_window_of_noise_levels():
         ({"rows": (-1,)}, "at least one row"),
         ({"delta": torch.zeros(1, 2, 3), "rows": (1, 2, 3)}, "2 tokens for 3 rows"),
         ({"strength": math.nan}, "strength=nan"),
+        ({"sigma_start": math.nan}, "sigma_start=nan"),
+        ({"sigma_end": math.nan}, "sigma_end=nan"),
         ({"region": torch.zeros(3)}, r"give \(H, W\)"),
     ],
 )

@@ -1,11 +1,12 @@
 """The training loop by itself: one number that learns, through a backward pass of limited range."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from profusion.loop import GROWTH_INTERVAL, Group, LoopOptions, TrainingError, TrainingLoop, grown, seeded
+from profusion.loop import GROWTH_INTERVAL, Group, LoopOptions, TrainingError, TrainingLoop, generator_of, grown
 
 NUMBERS = 2**13  # the scale begins at batch_size times this, 2^14
 
@@ -158,6 +159,15 @@ def test_the_scale_never_grows_beyond_its_start_by_itself():
     assert grown(64.0, GROWTH_INTERVAL, 16.0) == 64.0 and grown(0.25, 0, 2.0**14) == 4.0
 
 
+def test_the_file_of_an_unfinished_run_has_every_step_that_was_reported():
+    """It is written before a step is handed out: whoever stops there has lost nothing."""
+    run, written = Line(lambda step: (1.0, 1.0)), []
+    partial = SimpleNamespace(after_step=lambda: written.append(run.step))
+    for _ in run.steps(partial):
+        assert written[-1] == run.step
+    assert written == [1, 2, 3, 4]
+
+
 # The rest of a step
 
 
@@ -171,6 +181,20 @@ def test_the_gradient_of_all_parts_is_clipped_together():
     assert gradients(small) == [3.0, 4.0]
 
 
+class Still(TrainingLoop):
+    """Any number of parameters, and nothing drawn."""
+
+    def __init__(self, weights, clip):
+        self.weights = weights
+        super().__init__(LoopOptions(1, 0.1, 1, 0), [Group("all", weights, "")], NUMBERS, clip)
+
+    def draw(self, generator):
+        return None
+
+    def loss(self, batch):
+        return sum((value * 2).sum() for value in self.weights.values())
+
+
 def test_the_device_is_waited_for_a_fixed_number_of_times(monkeypatch):
     """However many parameters there are: once to look at the gradient, once more to clip it."""
     waits = []
@@ -180,13 +204,9 @@ def test_the_device_is_waited_for_a_fixed_number_of_times(monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
 
     def counted(parameters, clip):
-        run = Line(lambda step: (1.0, 1.0), clip=clip)
-        more = {f"more{index}": torch.zeros(2) for index in range(parameters)}
-        run.groups.append(Group("more", more, ""))
-        run.loss = lambda batch: sum((value.requires_grad_() * 2).sum() for value in run._learned().values())
-        run.draw = lambda generator: None
+        run = Still({f"weight{index}": torch.zeros(2) for index in range(parameters)}, clip)
         waits.clear()
-        run._one_step()
+        next(run.steps())
         return len(waits)
 
     assert counted(1, math.inf) == counted(50, math.inf) == 1
@@ -203,4 +223,4 @@ def test_every_step_draws_from_its_seed_alone():
     again = Line(lambda step: (1.0, 1.0))
     again.restore({"step": torch.tensor([3])})
     assert again.batch() and again.drawn == run.drawn[3:]
-    assert torch.equal(torch.rand(2, generator=seeded(-1)), torch.rand(2, generator=seeded(2**63 - 1)))
+    assert torch.equal(torch.rand(2, generator=generator_of(-1)), torch.rand(2, generator=generator_of(2**63 - 1)))

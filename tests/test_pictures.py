@@ -1,9 +1,11 @@
 """Reading people's pictures, and drawing grids and plots."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from profusion.pictures import (
     PictureError,
@@ -14,6 +16,7 @@ from profusion.pictures import (
     grid,
     latent_masks,
     loss_plot,
+    read_picture,
     read_pictures,
     stacked,
     tiled,
@@ -51,6 +54,46 @@ def test_what_cannot_be_read_is_named(tmp_path):
     Image.new("RGBA", (4, 4), (1, 2, 3, 0)).save(tmp_path / "broken.png")
     with pytest.raises(PictureError, match="wholly transparent"):
         read_pictures(tmp_path, 16)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_a_picture_is_turned_as_its_camera_says(tmp_path, turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    values = np.random.default_rng(0).integers(0, 256, (20, 32, 3), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as file:
+        expected = from_image(ImageOps.exif_transpose(file))
+    assert torch.equal(read_picture(tmp_path / "a.png")[0], expected)
+
+
+def test_a_damaged_header_of_a_whole_picture_says_nothing(tmp_path):
+    exif = b"Exif\x00\x00II\x00\x00*\x00\x00\x00\x08\x00\x00\x00"
+    Image.new("RGB", (12, 9), "red").save(tmp_path / "a.webp", exif=exif, lossless=True)
+    with pytest.raises(SyntaxError), Image.open(tmp_path / "a.webp") as file:
+        ImageOps.exif_transpose(file)
+    assert read_picture(tmp_path / "a.webp")[0].shape == (9, 12, 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "I;16"])
+def test_a_large_picture_is_the_same_one_smaller(tmp_path, mode):
+    small = Image.effect_noise((33, 22), 90).resize((3300, 2200), Image.Resampling.BICUBIC)
+    if mode == "RGBA":
+        small = Image.merge("RGBA", [small, small.rotate(180), small, Image.new("L", small.size, 200)])
+    picture = small.convert("1", dither=0) if mode == "1" else small if mode == "RGBA" else small.convert(mode)
+    picture.save(tmp_path / "a.png")
+    values, mask = read_picture(tmp_path / "a.png")
+    assert 0.99 * 2**21 < mask.numel() <= 2**21 and abs(values.shape[1] / values.shape[0] - 1.5) < 0.01
+    expected = from_image(picture.convert("RGBA").convert("RGB").resize(values.shape[1::-1], Image.Resampling.BOX))
+    shown = (values - 0.5 * (1 - mask[..., None])) / mask[..., None]
+    assert (shown - expected).abs().mean() < (0.02 if mode == "1" else 0.004)
+
+
+def test_a_format_that_people_do_not_send_is_not_opened(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.tiff")
+    (tmp_path / "a.tiff").rename(tmp_path / "a.png")
+    with pytest.raises(PictureError, match="cannot identify"):
+        read_picture(tmp_path / "a.png")
 
 
 def test_image_round_trip():
@@ -169,6 +212,14 @@ def test_a_caption_holds_all_of_a_long_path_between_its_margins():
 @pytest.mark.parametrize("text", ["", "W", "W" * 200, "one two " * 40, "a\n\nb"])
 def test_any_text_has_a_caption(text):
     assert caption(text, 320).width == 320
+
+
+@pytest.mark.parametrize("text", ["/x" * 2000, "x" * 4000, "\u200b" * 4000, "W\n" * 4000, "\n" * 100_000], ids=ascii)
+def test_a_caption_is_no_work_however_long_its_text(text):
+    started = time.process_time()
+    drawn = caption(text)
+    assert time.process_time() - started < 2
+    assert drawn.width == 640 and drawn.height < 8500
 
 
 def test_pictures_are_tiled_in_their_order():

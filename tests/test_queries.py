@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.query_memory import measure
 from profusion import queries
 from profusion.infusion import Placement, cross_attention_layers, customised_patches, foundation_patches, on_conditional
 from profusion.models.configs import SD15, SDXL, UNetConfig
@@ -36,6 +37,10 @@ def test_what_fits_stays_and_the_rest_is_spilled(apart):
     assert store.on_device == 2048 and len(store) == 2
 
 
+def test_a_model_without_cross_attention_leaves_nothing():
+    assert bytes_on_device(query_numbers({}), 4096, 2, 2) == 0
+
+
 def test_a_kept_chunk_does_not_hold_its_batch(apart):
     store, batch = WaitingQueries(), rows(2)
     store["layer"] = batch.chunk(2)[0]
@@ -57,15 +62,18 @@ def test_main_memory_gets_the_same_bits():
 def evaluated(store, latents):
     """F and C of a small UNet, twice, in a batch of a conditional and an unconditional chunk."""
     torch.manual_seed(0)
-    unet = UNet(TINY).eval()
+    device = latents[0].device
+    unet = UNet(TINY).eval().to(device)
     names = tuple(layer.name for layer in cross_attention_layers(dict(unet.named_parameters())))
-    placed = Placement(torch.randn(len(names), 1, TINY.context_dim), names, (2,))
-    context, found = torch.randn(2, 5, TINY.context_dim), []
+    placed = Placement(torch.randn(len(names), 1, TINY.context_dim).to(device), names, (2,))
+    context, found = torch.randn(2, 5, TINY.context_dim).to(device), []
     for latent in latents:
         for patches in (foundation_patches(store), customised_patches(store, on_conditional([placed]))):
             options = {"patches": patches, "cond_or_uncond": [0, 1]}
             with torch.no_grad():
-                found.append(unet(latent, torch.tensor([500, 500]), context, transformer_options=options))
+                found.append(
+                    unet(latent, torch.tensor([500, 500], device=device), context, transformer_options=options)
+                )
     return found
 
 
@@ -75,6 +83,21 @@ def test_c_is_the_same_to_the_bit(apart, kept, generator):
     expected, store = evaluated({}, latents), WaitingQueries(kept=kept)
     assert all(map(torch.equal, evaluated(store, latents), expected))
     assert store.on_device <= kept
+
+
+def test_c_is_the_same_on_a_device_that_has_its_own_memory(device, monkeypatch, generator):
+    """Queries that came back from main memory are those that stayed."""
+    latent = torch.randn(1, 4, 8, 8, generator=generator).expand(2, -1, -1, -1).to(device)
+    monkeypatch.setattr(queries, "APART", (device.type,))
+    stayed, spilled = (evaluated(WaitingQueries(kept=kept), [latent]) for kept in (2**30, 0))
+    assert all(map(torch.equal, spilled, stayed)) and spilled[0].device.type == device.type
+
+
+@pytest.mark.parametrize(("model", "left", "most"), [("sd15", 705 * 2**18, 70e6), ("sdxl", 400 * 2**20, 60e6)])
+def test_the_host_is_told_no_less_than_what_waits(model, left, most):
+    found = measure(model, (128, 128), 2)
+    assert found.left == left and found.kept <= KEPT
+    assert found.kept + found.layer <= found.reckoned <= most
 
 
 def test_taken_once_is_empty_after_c(generator):

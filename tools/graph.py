@@ -15,12 +15,12 @@ WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 ROW, WIDGET, HEADER, TEXT_BOX = 22, 26, 40, 110
 TITLE, GROUP_TITLE, MARGIN = 30, 34, 16
 # What the frontend adds to a node that has run, for the picture under it: at least SHOWN, and more for it to be large.
-SHOWN, PLOT = 250, 380
+SHOWN, PLOT = 250, 500
 PICTURES = {
     "ProFusion_ConceptAugment": PLOT,
     "ProFusion_ConceptScores": SHOWN,
     "ProFusion_FusionKSampler": SHOWN,
-    "ProFusion_OverfitReport": SHOWN,
+    "ProFusion_OverfitReport": PLOT,
     "ProFusion_PromptNetFinetune": PLOT,
     "ProFusion_PromptNetLoader": SHOWN,
     "ProFusion_ResidualLoader": SHOWN,

@@ -156,7 +156,8 @@ def two_concepts(graph: Graph) -> None:
         (380, 160),
     )
     first = concept(graph, (420, 0), base, base["pictures"], base["masks"], base["noun"], 250, 0.01, 2.0)
-    second = concept(graph, (420, 1240), base, other["pictures"], other["masks"], other["noun"], 250, 0.01, 2.0)
+    lower = max(node.below[1] for node in graph.nodes)
+    second = concept(graph, (420, lower), base, other["pictures"], other["masks"], other["noun"], 250, 0.01, 2.0)
     generate(
         graph,
         1140,

@@ -18,7 +18,7 @@ from profusion.toybox.judge import JudgeNetwork, halves
 
 from .norm import with_quick_norms
 from .session import Session
-from .stages import Stage
+from .stages import TrainingStage
 
 TURN = 50
 UNKNOWN = -1  # no label: the nouns of a picture of two objects, the pattern of a lemon
@@ -98,7 +98,9 @@ def train_judge(session: Session, batch: int = 64) -> JudgeNetwork:
     torch.manual_seed(session.recipe.seed + 4)
     network = JudgeNetwork().to(session.device, memory_format=torch.channels_last)
     network = with_quick_norms(network) if session.device.type == "cpu" else network
-    stage = Stage("judge", nn.ModuleDict({"judge": network}), session, learning_rate=3e-3, ema_decay=0.99, seed=5)
+    stage = TrainingStage(
+        "judge", nn.ModuleDict({"judge": network}), session, learning_rate=3e-3, ema_decay=0.99, seed=5
+    )
 
     @lru_cache(maxsize=1)
     def scenes_of(turn: int) -> Drawn:

@@ -20,7 +20,7 @@ Loss = Callable[[int, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass
-class Stage:
+class TrainingStage:
     """A loop of optimiser steps over `modules`, which are on the session's device; it resumes bit for bit.
 
     All randomness of a step comes from the seed and the step's number, so a checkpoint holds none.

@@ -17,7 +17,7 @@ from profusion.toybox.configs import TOYBOX_TEXT
 
 from .data import Captions, DataSet
 from .session import Session
-from .stages import Stage
+from .stages import TrainingStage
 
 TABLE = "text_model.embeddings.token_embedding.weight"
 
@@ -81,7 +81,7 @@ def train_text(session: Session, data: DataSet) -> TextModel:
     heads = nn.ModuleList([nn.Linear(TOYBOX_TEXT.width, size) for size in sizes])
     place = nn.Linear(TOYBOX_TEXT.width, len(world.BACKGROUNDS))
     modules = nn.ModuleDict({"text": text, "heads": heads, "place": place}).to(session.device)
-    stage = Stage("text", modules, session, ema_decay=0.99, seed=1)
+    stage = TrainingStage("text", modules, session, ema_decay=0.99, seed=1)
 
     def loss_of(step: int, generator: torch.Generator):
         rng = np.random.default_rng((1, step))

@@ -19,7 +19,7 @@ from profusion.toybox.configs import TOYBOX
 from .data import Captions, DataSet, pooled
 from .norm import with_quick_norms
 from .session import Session
-from .stages import Stage
+from .stages import TrainingStage
 from .text import compact, encode_text
 
 
@@ -89,7 +89,7 @@ def train_unet(
     Appearances without a name leave nouns bare often enough, so that few captions need to keep quiet on purpose.
     """
     unet, recipe = new_unet(session), session.recipe
-    stage = Stage(
+    stage = TrainingStage(
         "unet",
         nn.ModuleDict({"unet": unet, "text": text}),
         session,

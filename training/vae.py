@@ -13,7 +13,7 @@ from profusion.toybox.drawing import SIZE
 from .data import DataSet
 from .norm import with_quick_norms
 from .session import Session, Stopped
-from .stages import Stage
+from .stages import TrainingStage
 
 CROP = 64  # pixels; the first three quarters of the training see crops, at a quarter of the cost
 WHOLE_SHARE = 0.25
@@ -31,7 +31,7 @@ def train_vae(session: Session, data: DataSet) -> VAE:
     """Squared and absolute error (flat colours have sharp edges), a light KL. Small crops first: a quarter of the
     cost."""
     vae = new_vae(session)
-    stage = Stage("vae", nn.ModuleDict({"vae": vae}), session, ema_decay=0.998)
+    stage = TrainingStage("vae", nn.ModuleDict({"vae": vae}), session, ema_decay=0.998)
 
     def loss_of(step: int, generator: torch.Generator):
         batch, crop = (8, CROP) if step < (1 - WHOLE_SHARE) * stage.steps else (3, SIZE)
@@ -127,7 +127,7 @@ def train_decoder(session: Session, data: DataSet, vae: VAE) -> VAE:
     both must be the same. A little noise on the latents, since the UNet's are not exact either.
     """
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
-    stage = Stage("decoder", decoder, session, matrix_rate=0.01, learning_rate=1e-3, ema_decay=0.998, seed=4)
+    stage = TrainingStage("decoder", decoder, session, matrix_rate=0.01, learning_rate=1e-3, ema_decay=0.998, seed=4)
     kernel = 2 * SPILL + 1
 
     def loss_of(step: int, generator: torch.Generator):

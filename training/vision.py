@@ -17,7 +17,7 @@ from profusion.toybox.configs import TOYBOX_VISION
 
 from .data import DataSet
 from .session import Session
-from .stages import Stage
+from .stages import TrainingStage
 from .text import encode_text
 
 
@@ -29,7 +29,7 @@ def train_vision(session: Session, data: DataSet, text: TextModel) -> VisionMode
     text.text_projection.requires_grad_(True)
     scale = nn.ParameterDict({"log": nn.Parameter(torch.tensor(2.7))})
     modules = nn.ModuleDict({"vision": vision, "projection": text.text_projection, "scale": scale}).to(session.device)
-    stage = Stage("vision", modules, session, ema_decay=0.99, seed=3)
+    stage = TrainingStage("vision", modules, session, ema_decay=0.99, seed=3)
 
     def loss_of(step: int, generator: torch.Generator):
         rng = np.random.default_rng((3, step))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from profusion.diffusion import noise_predictor, per_row, sample_euler, sampling_sigmas
 from profusion.infusion import Patches, Placement, customised_patches, on_conditional
-from profusion.residual.training import PROMPTS, TrainingOptions, masked_noise_error
+from profusion.losses import masked_noise_error
+from profusion.residual.training import NOUN_PROMPTS, TrainingOptions
 from profusion.toybox.concepts import Concept
 from profusion.toybox.pipeline import Toybox, initial_noise, seeded
 
@@ -88,7 +89,7 @@ class Peer:
         kept = self._class_pictures(recipe.seed) if self.prior else None
         while draws.step < recipe.steps:
             batch = draws.batch()
-            prompt = PROMPTS[batch.prompt]
+            prompt = NOUN_PROMPTS[batch.prompt]
             predicted = self.predict_noise(batch.noisy, batch.sigma, prompt.format(self.phrase))
             loss = masked_noise_error(predicted, batch.noise, batch.mask)
             if kept is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.host_cost import load_pack
 from benchmarks.peers.base import RARE_WORD, Peer
 from profusion.coroutine import Coroutine
-from profusion.residual.training import PROMPTS, TrainingOptions
+from profusion.residual.training import NOUN_PROMPTS, TrainingOptions
 from profusion.toybox.concepts import Concept
 from tools.hosts import SOUGHT, find_host, needed_host
 
@@ -79,7 +79,7 @@ class Lora(Peer):
         host = host_nodes()
         pictures = torch.cat([concept.pictures, concept.pictures.flip(2)]) if recipe.flip else concept.pictures
         latents = self.toybox.vae.encode(pictures.movedim(-1, 1) * 2 - 1)
-        captions = [PROMPTS[index % len(PROMPTS)].format(self.phrase) for index in range(len(latents))]
+        captions = [NOUN_PROMPTS[index % len(NOUN_PROMPTS)].format(self.phrase) for index in range(len(latents))]
         positive = [
             entry for text in captions for entry in host.clip.encode_from_tokens_scheduled(host.clip.tokenize(text))
         ]

@@ -1,4 +1,5 @@
-"""What a training takes of the device's memory, reckoned before it begins, and what to change where that is too much."""
+"""What a training takes of the device's memory, reckoned before it begins, and what to
+change where that is too much."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...profusion.infusion import QueryStore, architecture_name, cross_attention_layers
 from ...profusion.loop import TrainingError
-from ...profusion.memory import step_bytes
+from ...profusion.memory import optimizer_bytes, step_bytes, text_bytes
 from ...profusion.queries import TakenOnce, WaitingQueries
 
 CHECKPOINTING = ("auto", "on", "off")
@@ -24,7 +25,8 @@ _MULTIPLES = 12, 5
 
 @dataclass(frozen=True)
 class Budget:
-    """Of one training: the bytes of a step beside the models' weights, and whether gradient checkpointing makes it so."""
+    """Of one training: the bytes of a step beside the models' weights, and whether gradient
+    checkpointing makes it so."""
 
     step: float
     checkpointing: bool
@@ -44,17 +46,19 @@ def plan_training(
 ) -> Budget:
     """Decide on gradient checkpointing ("auto": where there is no room without) for latents (B, C, H, W) of this shape.
 
-    beside: other models that must be on the device. learned: bytes of what is trained, its optimizer included. finetuning:
-    whether PromptNet and the attention layers learn, and not a residual. Raises TrainingError, which names the input to
-    change, where a step does not fit.
+    beside: text encoders that must be on the device too. learned: bytes of what is trained, its optimizer included.
+    finetuning: whether PromptNet and the attention layers learn, and not a residual. Raises TrainingError, which names
+    the input to change, where a step does not fit.
     """
     if checkpointing not in CHECKPOINTING:
         raise ValueError(f"gradient_checkpointing={checkpointing!r}: choose one of {', '.join(CHECKPOINTING)}")
-    room = _memory_of(model.load_device)
-    weights = sum(map(_weight_bytes, (model, *beside)))
+    room, sizes = _memory_of(model.load_device), [_size_of(part) for part in (model, *beside)]
+    weights = sum(size for _, size in sizes)
 
     def step(shape: Sequence[int], twice: bool) -> float:
-        return _step_bytes(model, shape, twice, finetuning) + learned
+        texts = sum(text_bytes(*size, shape[0]) for size in sizes[1:]) if finetuning else 0.0
+        there_and_back = _step_bytes(model, shape, twice, finetuning) + texts
+        return max(there_and_back, optimizer_bytes(learned)) + learned
 
     def fits(shape: Sequence[int], twice: bool) -> bool:
         return weights + step(shape, twice) <= room
@@ -70,20 +74,21 @@ def plan_training(
 
 
 def _memory_of(device: torch.device) -> float:
-    """Bytes of a device that models may take; the main memory is not reckoned with."""
+    """Bytes of a device that models may take; not reckoned with: the main memory, and DirectML, which does not tell."""
     management = comfy.model_management
-    if management.is_device_cpu(device):
+    if management.is_device_cpu(device) or management.directml_enabled:
         return math.inf
     return management.get_total_memory(device) - management.extra_reserved_memory()
 
 
-def _weight_bytes(model: ModelPatcher) -> int:
-    """Of a model's weights as it computes with them, which may be in another type than their file."""
-    kept = 0
+def _size_of(model: ModelPatcher) -> tuple[int, int]:
+    """A model's parameters, and their bytes as it computes with them, which may be in another type than their file."""
+    count = kept = 0
     for part in model.model.modules():
         for name, weight in part.named_parameters(recurse=False):
+            count += weight.numel()
             kept += weight.numel() * (getattr(part, f"{name}_comfy_model_dtype", None) or weight.dtype).itemsize
-    return kept
+    return count, kept
 
 
 def _step_bytes(model: ModelPatcher, shape: Sequence[int], checkpointing: bool, finetuning: bool) -> float:

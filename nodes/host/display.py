@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from comfy_api.latest import io, ui
 
 from ...profusion.loop import TrainingError
 from ...profusion.pictures import caption, from_image
+from ...profusion.problems import inert, known, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,6 +30,7 @@ def show(node: type[io.ComfyNode], text: str, picture: Image.Image | None = None
     the cache; newer ones clear its text when the job ends. previewed: the node has shown previews, the last of which
     would hide the picture. The node must ask for the hidden unique_id.
     """
+    text = printable(text)
     picture = caption(text) if picture is None else picture
     tell(node, text, picture if previewed else None)
     return {**ui.PreviewText(text).as_dict(), **ui.PreviewImage(from_image(picture)[None]).as_dict()}
@@ -44,7 +47,7 @@ def _tell(node_id: str | None, text: str, preview: Image.Image | None) -> None:
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if node_id is None or server is None:
         return
-    server.send_progress_text(text, node_id)
+    server.send_progress_text(inert(text), node_id)  # which older frontends show as HTML
     if preview is not None:
         comfy.utils.ProgressBar(1, node_id).update_absolute(1, preview=("JPEG", preview, None))
 
@@ -64,16 +67,20 @@ def warn_under(node: type[io.ComfyNode]) -> Callable[[str], None]:
 def keeping(node: type[io.ComfyNode], keep: Callable[[], str]) -> Iterator[None]:
     """Whatever stops a training, Cancel included: `keep` saves what has been learned and says where. The node shows it.
 
-    Errors come out as TrainingError, with that text.
+    Errors come out as TrainingError, with that text. What fails in `keep`, or in showing it, hides nothing.
     """
     try:
         yield
     except BaseException as problem:
-        where = keep()
-        tell(node, where, caption(where))  # the host shows the `ui` of nodes that finish only
+        try:
+            where = keep()
+        except Exception as second:
+            where = f"What had been learned could not be kept: {type(second).__name__}: {second}"
+        with contextlib.suppress(Exception):
+            tell(node, where, caption(where))  # the host shows the `ui` of nodes that finish only
         if isinstance(problem, Interrupted) or not isinstance(problem, Exception):
             raise
-        raise TrainingError(f"{problem}\n{where}") from problem
+        raise TrainingError(f"{known(problem) or problem}\n{where}") from problem
 
 
 class Progress:

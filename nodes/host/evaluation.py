@@ -37,8 +37,8 @@ def noise_levels(model: ModelPatcher) -> Tensor:
     sampling = model.get_model_object("model_sampling")
     if isinstance(sampling, comfy.model_sampling.CONST) or not hasattr(sampling, "sigmas"):
         raise UnsupportedModelError(
-            f"{type(model.model).__name__} is a flow model, which predicts no noise: this takes models that predict noise or "
-            "velocity (v), as SD 1.x, SD 2.x and SDXL do"
+            f"{type(model.model).__name__} is a flow model, which predicts no noise: this takes models that predict "
+            "noise or velocity (v), as SD 1.x, SD 2.x and SDXL do"
         )
     return sampling.sigmas
 
@@ -46,8 +46,8 @@ def noise_levels(model: ModelPatcher) -> Tensor:
 def resident(model: ModelPatcher) -> ModelPatcher:
     """MODEL with weights that stay in their memory while it is loaded, which is what autograd takes them for.
 
-    Under dynamic VRAM they do not: layers compute with views of memory that the next layers use again. There, this is the
-    model loaded anew, with every patch and wrapper on it, for as long as it is held. Raises TrainingError.
+    Under dynamic VRAM they do not: layers compute with views of memory that the next layers use again. There, this is
+    the model loaded anew, with every patch and wrapper on it, for as long as it is held. Raises TrainingError.
     """
     if not is_dynamic(model):
         return model
@@ -94,8 +94,8 @@ def _check_resident(model: ModelPatcher) -> None:
         raise TrainingError(_dynamic("a patch on it computes with weights that come and go"))
     if getattr(model.model, "model_lowvram", False) and hasattr(comfy.model_management, "get_cast_buffer"):
         raise TrainingError(
-            f"{type(model.model).__name__} cannot be trained on while parts of it are in main memory. Start ComfyUI without "
-            "--novram"
+            f"{type(model.model).__name__} cannot be trained on while parts of it are in main memory. Start ComfyUI "
+            "without --novram"
         )
 
 
@@ -109,9 +109,9 @@ def _dynamic(problem: str) -> str:
 class TrainedModel:
     """A MODEL that a training evaluates: with every patch and wrapper on it, but without guidance.
 
-    conditionings: one for each prompt, in the order of their indices. beside: the host's handles of other models that the
-    training needs on their devices. memory: bytes that it needs itself. gradients: whether autograd goes through it.
-    `model` is the MODEL that is evaluated, `resident` where it is not so itself.
+    conditionings: one for each prompt, in the order of their indices. beside: the host's handles of other models that
+    the training needs on their devices. memory: bytes that it needs itself. gradients: whether autograd goes through
+    it. `model` is the MODEL that is evaluated, `resident` where it is not so itself.
     """
 
     def __init__(
@@ -174,8 +174,8 @@ class TrainedModel:
         except comfy.model_management.OOM_EXCEPTION as error:
             advice = "Lower" if self._checkpointing else "Set gradient_checkpointing to on, lower"
             raise TrainingError(
-                f"out of memory while training on {shape[0]} pictures of {shape[-1]}x{shape[-2]} latent cells at a time. "
-                f"{advice} batch_size, or give smaller pictures"
+                f"out of memory while training on {shape[0]} pictures of {shape[-1]}x{shape[-2]} latent cells at a "
+                f"time. {advice} batch_size, or give smaller pictures"
             ) from error
 
     def _work_in(self, guider: Any, model_options: dict, work: Callable[[], None]) -> None:

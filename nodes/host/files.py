@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Sequence
-from pathlib import Path, PurePath
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
 
 import folder_paths
 
+from ...profusion.files import try_writing, why_not_written, write_numbered
+from ...profusion.problems import hidden_character, printable, why, why_no_name
 from ...profusion.promptnet.network import PromptNetError
 from ...profusion.residual import PREVIEW_SUFFIX, SUFFIX, ResidualError
 from ...profusion.toybox.pipeline import WEIGHTS
@@ -15,6 +19,7 @@ from ...profusion.toybox.pipeline import WEIGHTS
 RESIDUALS = "profusion_residuals"
 PROMPTNETS = "profusion_promptnets"
 PATCHES = "loras"  # the host's own
+Saved = TypeVar("Saved")
 TOYBOX = "Toybox"  # as the loader lists the embedded PromptNet
 _TOYBOX_FILE = WEIGHTS / "toybox_promptnet.safetensors"
 
@@ -49,7 +54,7 @@ def _default_bases() -> set[Path]:
 
 def residual_names() -> list[str]:
     """The residuals on disk, as the loader lists them."""
-    return folder_paths.get_filename_list(RESIDUALS)
+    return _listed(RESIDUALS)
 
 
 def find_residual(name: str) -> Path:
@@ -60,7 +65,17 @@ def find_residual(name: str) -> Path:
 
 def promptnet_names() -> list[str]:
     """The embedded one, if it is there, and those in models/profusion_promptnets."""
-    return [*([TOYBOX] if _TOYBOX_FILE.is_file() else []), *folder_paths.get_filename_list(PROMPTNETS)]
+    return [*([TOYBOX] if _TOYBOX_FILE.is_file() else []), *_listed(PROMPTNETS)]
+
+
+def _listed(kind: str) -> list[str]:
+    """The files of a folder that a loader offers. Older frontends put a list's entries into their menu as HTML."""
+    return [name for name in folder_paths.get_filename_list(kind) if not _unfit(name)]
+
+
+def _unfit(name: str) -> str | None:
+    """What no name that comes from the outside may have."""
+    return hidden_character(name) or next((mark for mark in "<>\n\r\t" if mark in name), None)
 
 
 def find_promptnet(name: str) -> Path:
@@ -74,6 +89,10 @@ def find_promptnet(name: str) -> Path:
 def find(kind: str, name: str, names: Sequence[str], error: type[ValueError], what: str, advice: str) -> Path:
     """The path of a file in one of our folders. names: those that a loader lists, for the error, which also says where
     it was looked for."""
+    if not isinstance(name, str) or not name or _unfit(name):
+        raise error(
+            f"There can be no {what} {name!r:.80}: choose a file of the list, renamed without < and > if need be."
+        )
     path = folder_paths.get_full_path(kind, name)
     if path is not None:
         return Path(path)
@@ -91,8 +110,8 @@ def why_not_found(find: Callable[[str], Path], name: str | None) -> bool | str:
     try:
         if name is not None:
             find(name)
-    except ValueError as problem:
-        return str(problem)
+    except Exception as problem:  # it is logged and shown, whatever it is
+        return printable(str(problem)) if isinstance(problem, ValueError) else why(problem)
     return True
 
 
@@ -101,7 +120,7 @@ def fingerprint(find: Callable[[str], Path], name: str | None) -> str:
     try:
         path = find(name)
         return f"{path}:{path.stat().st_mtime_ns}:{path.stat().st_size}"
-    except (ValueError, OSError):
+    except Exception:  # the node itself will say what is wrong
         return "missing"
 
 
@@ -110,36 +129,87 @@ def next_residual_path(prefix: str, noun: str) -> Path:
 
     The prefix may hold subfolders, the host's %year% etc., and %noun%. Raises ResidualError where it leads elsewhere.
     """
-    prefix = prefix.replace("%noun%", re.sub(r"\W+", "_", noun))
-    return _next_path(RESIDUALS, prefix, ResidualError, PREVIEW_SUFFIX)
+    folder = folder_paths.get_folder_paths(RESIDUALS)[0]
+    return next(_free_paths(folder, with_noun(prefix, noun), ResidualError, PREVIEW_SUFFIX))
 
 
-def next_path(folder: str, prefix: str) -> Path:
+def save_residual_numbered(prefix: str, noun: str, save: Callable[[Path], Saved], everywhere: bool = False) -> Saved:
+    """`save(path)` under the next number, see `next_residual_path`. It must raise NameTaken where the name is taken
+    meanwhile, as it is where two servers share the folder: then the number after it is tried.
+
+    everywhere: where it fails, try every folder of residuals. Raises what it raised there.
+    """
+    return _save_numbered(RESIDUALS, with_noun(prefix, noun), save, everywhere, ResidualError, PREVIEW_SUFFIX)
+
+
+def save_numbered(folder: str, prefix: str, save: Callable[[Path], Saved], everywhere: bool = False) -> Saved:
     """The same for PROMPTNETS and PATCHES. Raises PromptNetError."""
-    return _next_path(folder, prefix, PromptNetError)
+    return _save_numbered(folder, prefix, save, everywhere, PromptNetError)
 
 
-def listed_name(folder: str, path: Path) -> str:
-    """How the host's loaders list a file of the first folder."""
-    return str(path.relative_to(folder_paths.get_folder_paths(folder)[0]))
+def check_writable(kind: str, prefix: str, size: int, error: type[ValueError]) -> None:
+    """Find out before a training whether so many bytes can be saved under this prefix. Raises `error`."""
+    path = next(_free_paths(folder_paths.get_folder_paths(kind)[0], prefix, error))
+    try:
+        try_writing(path, size)
+    except OSError as problem:
+        raise error(f"'{path}' could not be saved: {why_not_written(problem)}") from problem
 
 
-def _next_path(kind: str, prefix: str, error: type[ValueError], companion: str = SUFFIX) -> Path:
-    folder = folder_paths.get_folder_paths(kind)[0]
-    if not prefix.strip(" ./\\") or PurePath(prefix).is_absolute() or ".." in re.split(r"[/\\]", prefix):
-        raise error(f"filename_prefix '{prefix}' is no name within {folder}: use one such as 'pets/cat'.")
+def folders(kind: str) -> list[Path]:
+    """Every folder of a kind; files are saved in the first."""
+    return [Path(folder) for folder in folder_paths.get_folder_paths(kind)]
+
+
+def listed_name(kind: str, path: Path) -> str:
+    """How the host's loaders list a file of one of its folders."""
+    return next(str(path.relative_to(folder)) for folder in folders(kind) if path.is_relative_to(folder))
+
+
+def with_noun(prefix: str, noun: str) -> str:
+    """A prefix with the noun, as a file can have it, in place of %noun%."""
+    return prefix.replace("%noun%", re.sub(r"\W+", "_", noun))
+
+
+def _save_numbered(
+    kind: str,
+    prefix: str,
+    save: Callable[[Path], Saved],
+    everywhere: bool,
+    error: type[ValueError],
+    companion: str = SUFFIX,
+) -> Saved:
+    problems: list[Exception] = []
+    for folder in folder_paths.get_folder_paths(kind)[: None if everywhere else 1]:
+        try:
+            return write_numbered(_free_paths(folder, prefix, error, companion), save)
+        except Exception as problem:  # whatever it is, another folder may do
+            problems.append(problem)
+    if len(problems) == 1:
+        raise problems[0]
+    raise error(" ".join(str(problem) for problem in problems)) from problems[0]
+
+
+def _free_paths(folder: str, prefix: str, error: type[ValueError], companion: str = SUFFIX) -> Iterator[Path]:
+    """Paths that no file has, nor one beside it with the other suffix, by number."""
+    prefix = prefix.replace("\\", "/")  # as Windows has it
+    if not prefix.strip(" ./") or prefix.startswith("/") or ".." in prefix.split("/"):
+        raise error(f"filename_prefix {prefix!r} is no name within {folder}: use one such as 'pets/cat'.")
+    parts = [part for part in prefix.split("/") if part not in ("", ".")]
+    refused = next((reason for part in (*parts[:-1], f"{parts[-1]}_") if (reason := why_no_name(part))), None)
+    if refused:
+        raise error(f"filename_prefix {prefix!r} cannot be used: {refused}. Use one such as 'pets/cat'.")
     try:
         subfolder, stem, number, _, _ = folder_paths.get_save_image_path(prefix, folder)
-    except (OSError, ValueError) as problem:
-        reason = getattr(problem, "strerror", None) or problem
+    except Exception as problem:  # the host raises a bare one where a link leads out of the folder
         raise error(
-            f"The folder {folder} cannot be used for '{prefix}': {reason}. Check that it may be written to."
+            f"The folder {folder} cannot be used for {prefix!r}: {why(problem)}. Check that it may be written to, and "
+            "that no link leads out of it."
         ) from problem
-    while True:
-        path = Path(subfolder) / f"{stem}_{number:05}_{SUFFIX}"
+    for free in itertools.count(number):
+        path = Path(subfolder) / f"{stem}_{free:05}_{SUFFIX}"
         if not path.exists() and not path.with_suffix(companion).exists():
-            return path
-        number += 1
+            yield path
 
 
 register(RESIDUALS)

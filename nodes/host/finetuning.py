@@ -1,4 +1,4 @@
-"""Fine-tuning in the host: PromptNet through the host's text encoder and model, and the model's attention layers beside it."""
+"""Fine-tuning in the host: PromptNet through the host's text encoder and model, and the model's attention layers."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from torch import Tensor, nn
 
-from ...profusion import files
 from ...profusion.infusion import architecture_name, check_context_width
+from ...profusion.keeping import Partial, digest, seconds_to_write
+from ...profusion.loop import TrainingError
 from ...profusion.pictures import loss_plot
 from ...profusion.promptnet.changes import Change, attention_layers, changed, patch_tensors, save_patch, start_changes
-from ...profusion.promptnet.file import save_promptnet
+from ...profusion.promptnet.file import SUFFIX, save_promptnet
 from ...profusion.promptnet.finetune import FinetuneOptions, FinetunePictures, FinetuneTraining, trainable_copy
 from ...profusion.promptnet.network import PromptNetConfig, PromptNetError, check_fits
 from .budget import Budget, plan_training
 from .display import Progress
 from .encoding import encode_references, model_layers, shown
 from .evaluation import TrainedModel, differentiable, resident_clip
-from .files import PATCHES, PROMPTNETS, next_path
+from .files import PATCHES, PROMPTNETS, check_writable, folders, save_numbered
+from .identity import model_digest
 from .words import (
     LoadedPromptNet,
     encode_loaded,
@@ -34,8 +36,12 @@ from .words import (
     tokens_with_words,
 )
 
+TRAINING = "training"  # subfolder of PROMPTNETS
 PREVIEW_EVERY = 10
 ADAMW_BYTES = 16  # a trained float32 number, its gradient and the optimizer's two moments
+
+_unsaved: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+"""The last fine-tuning of which no file could be written: PromptNet and state by its identity, to go on from."""
 
 
 class WordEncoder:
@@ -66,7 +72,8 @@ class WordEncoder:
     def running(self) -> Iterator[None]:
         """For the time being autograd goes through the text encoder, which is loaded.
 
-        The host's CLIP adds to its hidden state in place, also after a norm has kept it for the way back: norms get copies.
+        The host's CLIP adds to its hidden state in place, also after a norm has kept it for the way back: norms get
+        copies.
         """
         encoder = self._clip.cond_stage_model
         with differentiable(encoder), ExitStack() as hooks:
@@ -92,8 +99,9 @@ class WordEncoder:
 
     def _name(self) -> str:
         return (
-            f"PromptNet cannot be fine-tuned through the text encoder {type(self._clip.cond_stage_model).__name__}, because "
-            "no gradient goes back through it to the pseudo-word. Load the CLIP of the checkpoint, unquantised and uncompiled"
+            f"PromptNet cannot be fine-tuned through the text encoder {type(self._clip.cond_stage_model).__name__}, "
+            "because no gradient goes back through it to the pseudo-word. Load the CLIP of the checkpoint, unquantised "
+            "and uncompiled"
         )
 
 
@@ -102,7 +110,7 @@ def _copied(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 class Finetuning:
-    """One fine-tuning in the host. Nothing that came in is altered: PromptNet is a copy, and the model's changes lie beside it."""
+    """One fine-tuning in the host. It alters nothing that came in: PromptNet is a copy, and changes lie beside."""
 
     def __init__(
         self,
@@ -117,7 +125,9 @@ class Finetuning:
         options: FinetuneOptions,
         checkpointing: str = "auto",
     ):
-        """pictures (M, H, W, 3), masks (M, H, W), as `concept_pictures` returns them. checkpointing: see `plan_training`."""
+        """pictures (M, H, W, 3) and masks (M, H, W) as `concept_pictures` returns them; checkpointing: see
+        `plan_training`.
+        """
         layers = model_layers(model)
         check_fits(promptnet.config, architecture=architecture_name(layers))
         self._model, self._promptnet = model, promptnet
@@ -165,17 +175,28 @@ class Finetuning:
     def _predict_noise(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
         return self._trained.predict_noise_with(x, sigma, self._words.prompt, context)
 
-    def run(self, after_step: Callable[[], None]) -> None:
-        """Train to the end, or until `after_step` raises."""
+    def run(
+        self,
+        after_step: Callable[[], None],
+        partial: Partial | None = None,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Train to the end, or until `after_step` raises. before: is called first, once the model can be evaluated."""
         shape = self.training.options.batch_size, *self.training.pictures.latents.shape[1:]
-        self.evaluating(lambda: self._train(after_step), shape)
 
-    def _train(self, after_step: Callable[[], None]) -> None:
-        for _ in self.training.steps():
-            after_step()
+        def train() -> None:
+            before()
+            for _ in self.training.steps(partial):
+                after_step()
+
+        self.evaluating(train, shape)
+
+    def identity(self) -> str:
+        """What must be the same for one fine-tuning to go on as another, also after a restart."""
+        return digest(self.training.identity, model_digest(self._model), model_digest(self._words.patcher))
 
     def evaluating(self, work: Callable[[], None], shape: Sequence[int]) -> None:
-        """Do `work()` while the model is loaded and computes with the changes, for latents (B, C, H, W) of this shape."""
+        """Do `work()` with the model loaded and computing with the changes, for latents (B, C, H, W) of this shape."""
 
         def changed_work() -> None:
             network = self._trained.model.get_model_object("diffusion_model")
@@ -234,7 +255,10 @@ def _first_word(network: nn.Module, given: FinetunePictures) -> Tensor:
 
 
 class FinetuningRun:
-    """One fine-tuning: the training, what is shown of it, and its files."""
+    """One fine-tuning: the training, what is shown of it, and its files.
+
+    While it runs, PROMPTNETS has training/finetune_<digits>.safetensors, from which the same inputs go on.
+    """
 
     def __init__(self, finetuning: Finetuning, prefix: str, keep_promptnet: bool):
         self.finetuning, self._prefix, self._keep_promptnet = finetuning, prefix, keep_promptnet
@@ -242,7 +266,13 @@ class FinetuningRun:
         self.patch_path: Path | None = None
         self._saved: dict[str, str] = {}  # by folder, what to say of it
         for folder in self._folders():
-            _check_writable(next_path(folder, prefix))
+            check_writable(folder, prefix, 1, PromptNetError)
+        self._identity = finetuning.identity()
+        groups = finetuning.training.groups
+        numbers = sum(value.numel() for group in groups for value in group.parameters.values())
+        size = 3 * 4 * numbers  # each in float32, and AdamW's two moments of it
+        self._partial = Partial(self._save_partial, seconds_to_write(self._partial_paths()[0], size))
+        self._begun = ""  # what to say of an earlier run's file
 
     def _folders(self) -> list[str]:
         wanted = ((PATCHES, self.finetuning.training.changes), (PROMPTNETS, self._keep_promptnet))
@@ -250,8 +280,13 @@ class FinetuningRun:
 
     def train(self) -> str:
         """Train, save, and say what was saved."""
-        self.finetuning.run(self._after_step)
-        return self._save(self._prefix)
+        self.finetuning.run(self._after_step, self._partial, self._go_on)
+        problems = self._save(self._prefix)
+        if problems:
+            raise PromptNetError(" ".join(problems))
+        self._partial.discard()
+        _unsaved.pop(self._identity, None)
+        return self._begun + ("\n".join(self._saved.values()) or "Nothing is saved.")
 
     def _after_step(self) -> None:
         training = self.finetuning.training
@@ -261,42 +296,110 @@ class FinetuningRun:
     def plot(self):
         return loss_plot(self.finetuning.training.losses, self.finetuning.training.options.steps)
 
-    def _save(self, prefix: str) -> str:
-        """Write what is not written yet, and say what there is."""
-        finetuning, options = self.finetuning, self.finetuning.training.options
-        notes = {"steps": str(finetuning.training.step), "seed": str(options.seed), "rank": str(options.rank)}
+    # What an earlier run of the same inputs left
+
+    def _go_on(self) -> None:
+        """Go on from what could not be saved, or else from the file of an unfinished training, if there is one.
+
+        What is not of this training is left alone, and said.
+        """
+        training = self.finetuning.training
+        path = next((path for path in self._partial_paths() if path.is_file()), None)
+        try:
+            if self._identity in _unsaved:
+                network, state = _unsaved[self._identity]
+                training.check_state(state)
+                training.go_on(network, state)
+                where = "memory"
+            elif path is not None:
+                training.resume(path, same_start=True)
+                where = str(path)
+            else:
+                return
+        except (PromptNetError, TrainingError) as problem:
+            self._begun = f"Begun anew. {problem}\n"
+            return
+        self._partial.path = path
+        self._begun = f"Gone on from step {training.step}, from {where}\n"
+
+    def _partial_paths(self) -> list[Path]:
+        return [folder / TRAINING / f"finetune_{self._identity}{SUFFIX}" for folder in folders(PROMPTNETS)]
+
+    def _save_partial(self) -> Path:
+        """Write the training so far where there is room."""
+        problems: list[Exception] = []
+        for path in self._partial_paths():
+            try:
+                self.finetuning.training.save(path)
+                return path
+            except Exception as problem:  # whatever it is, another folder may do
+                problems.append(problem)
+        raise PromptNetError(" ".join(str(problem) for problem in problems)) from problems[0]
+
+    # What comes out
+
+    def _save(self, prefix: str, everywhere: bool = False) -> list[str]:
+        """Write what is not written yet, each file whatever becomes of the others. Returns what went wrong."""
+        problems = []
         for folder in self._folders():
             if folder in self._saved:
                 continue
-            path = next_path(folder, prefix)
+            try:
+                path, size = save_numbered(
+                    folder, prefix, lambda path, kind=folder: self._write(kind, path), everywhere
+                )
+            except Exception as problem:  # whatever it is, such as no memory: the other file may still be saved
+                problems.append(str(problem) or type(problem).__name__)
+                continue
             if folder == PATCHES:
-                size = save_patch(finetuning.patch(), path, notes)
                 self.patch_path = path
-            else:
-                size = save_promptnet(finetuning.training.network, path, "float16", notes)
             self._saved[folder] = f"{path}\n{size:,} bytes"
-        return "\n".join(self._saved.values()) or "Nothing is saved."
+        return problems
+
+    def _write(self, folder: str, path: Path) -> tuple[Path, int]:
+        training = self.finetuning.training
+        notes = {
+            "steps": str(training.step),
+            "seed": str(training.options.seed),
+            "rank": str(training.options.rank),
+        }
+        if folder == PATCHES:
+            return path, save_patch(self.finetuning.patch(), path, notes, False)
+        return path, save_promptnet(training.network, path, "float16", notes, None, False)
 
     def keep(self) -> str:
-        """After a failure: keep what has been learned, and say where."""
-        done = self.finetuning.training.step
+        """After a failure: keep what has been learned, try everything, and say what is where."""
+        training = self.finetuning.training
+        done, last = training.step, training.options.steps
         if not done:
             return "Nothing had been learned yet."
-        if done == self.finetuning.training.options.steps:
-            prefix = self._prefix
-        else:
-            prefix = f"{self._prefix}_partial_{done}_steps"
-        try:
-            return f"What the {done} steps so far have learned:\n{self._save(prefix)}"
-        except (PromptNetError, OSError) as error:
+        prefix = self._prefix if done == last else f"{self._prefix}_partial_{done}_steps"
+        before = list(self._saved.values())
+        problems = self._save(prefix, everywhere=True)
+        if problems:
             kept = "".join(f"\nSaved before: {text}" for text in self._saved.values())
-            return f"The {done} steps so far could not all be saved: {error}{kept}"
+            said = f"The {done} steps so far could not all be saved: {' '.join(problems)}{kept}"
+        else:
+            saved = "\n".join([*before, *(text for text in self._saved.values() if text not in before)])
+            said = f"What the {done} steps so far have learned:\n{saved or 'No file was asked for.'}"
+        if done == last and not problems:
+            self._partial.discard()
+            return said
+        return f"{said}\n{self._keep_partial(done)}"
 
-
-def _check_writable(path: Path) -> None:
-    """Find out before the training, not after it. Raises PromptNetError."""
-    try:
-        files.write_atomically(path, b"")
-        path.unlink()
-    except OSError as problem:
-        raise PromptNetError(f"'{path}' could not be saved: {files.why_not_written(problem)}") from problem
+    def _keep_partial(self, done: int) -> str:
+        """Keep what the training can go on from, in a file or else in memory, and say so."""
+        try:
+            path = self._partial.save()
+        except Exception as problem:  # whatever it is, the work of hours must not be lost to it
+            training = self.finetuning.training
+            network = {name: value.detach().cpu() for name, value in training.network.state_dict().items()}
+            _unsaved.clear()
+            _unsaved[self._identity] = network, {name: value.cpu() for name, value in training.state().items()}
+            return (
+                "They are in memory until ComfyUI is closed or another training cannot be saved: queue the same inputs "
+                f"again to go on from there, or to save them. No file to go on from could be written: {problem}"
+            )
+        return (
+            f"Queue the same inputs again to go on from step {done}, or delete\n{path}\n{path.stat().st_size:,} bytes"
+        )

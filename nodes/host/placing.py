@@ -19,7 +19,7 @@ from ...profusion.infusion import (
 from ...profusion.prompt import NounError, Span, choose_spans, find_noun
 from ...profusion.promptnet.pseudo_word import WORD_KEY, with_stand_in
 from ...profusion.residual import Residual, check_architecture
-from ...profusion.residual.training import PROMPTS
+from ...profusion.residual.training import NOUN_PROMPTS
 
 if TYPE_CHECKING:
     from comfy.sd import CLIP
@@ -74,8 +74,8 @@ def carrying(conditioning: list, concepts: Sequence[PlacedConcept]) -> list:
 def placed_in(clip: CLIP, text: str, conditioning: list, concepts: Sequence[PlacedConcept]) -> list:
     """A CONDITIONING that is encoded already, with these concepts in each entry that is of this text.
 
-    An entry with S* knows its own prompt; any other one must be what this CLIP makes of the text. Raises ValueError where
-    none is: the concepts would be put on other words.
+    An entry with S* knows its own prompt; any other one must be what this CLIP makes of the text. Raises ValueError
+    where none is: the concepts would be put on other words.
     """
     own = encode_prompt(clip, text, ())
     fits = [WORD_KEY in entry[1] or _is_one_of(entry, own) for entry in conditioning]
@@ -83,8 +83,8 @@ def placed_in(clip: CLIP, text: str, conditioning: list, concepts: Sequence[Plac
         rows, expected = conditioning[0][0].shape[1], own[0][0].shape[1]
         lengths = f" It has {rows} rows, and the text makes {expected}." if rows != expected else ""
         raise ValueError(
-            f"conditioning is not of the prompt in text, {text!r}: nouns stand elsewhere in it.{lengths} Encode this text "
-            "with the same clip and connect that, or leave conditioning unconnected"
+            f"conditioning is not of the prompt in text, {text!r}: nouns stand elsewhere in it.{lengths} Encode this "
+            "text with the same clip and connect that, or leave conditioning unconnected"
         )
     return [carrying([entry], concepts)[0] if fit else entry for entry, fit in zip(conditioning, fits, strict=True)]
 
@@ -101,7 +101,7 @@ def encode_training_prompts(clip: CLIP, noun: str, layers: Sequence[Layer]) -> t
     """The training prompts of a noun: their CONDITIONINGs, and the noun's rows in each."""
     if not any(character.isalnum() for character in noun):
         raise NounError(f"noun={noun!r}: give the class of what the pictures show, such as cat")
-    prompts = [prompt.format(noun) for prompt in PROMPTS]
+    prompts = [prompt.format(noun) for prompt in NOUN_PROMPTS]
     spans = [noun_spans(clip, prompt, noun) for prompt in prompts]
     if not all(spans):
         raise NounError(f"noun={noun!r} is not found in the prompt {prompts[0]!r}: give a plain word, without brackets")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from comfy.sd import CLIP, VAE
 from torch import Tensor
 
 from ...profusion.infusion import CONCEPTS_KEY
+from ...profusion.keeping import Partial
 from ...profusion.pictures import concept_pictures, loss_plot, stacked, to_image
 from ...profusion.prompt import NounError
 from ...profusion.residual import Residual, ResidualError, SavedResidual, save_residual
@@ -22,7 +24,7 @@ from .display import Progress
 from .drawing import Sampling, draw
 from .encoding import check_connected, encode_references, model_layers
 from .evaluation import TrainedModel
-from .files import next_residual_path
+from .files import RESIDUALS, check_writable, save_residual_numbered, with_noun
 from .placing import ConceptInput, encode_prompt, encode_training_prompts, place_concepts
 from .streams import add_streams
 
@@ -95,6 +97,11 @@ class TrainingRun:
         self.pictures: list[Tensor] = []  # the newest first
         self.saved: SavedResidual | None = None
         self._progress = Progress(training.options.steps)
+        self._partial = Partial(self._save_partial)
+
+    def _save_partial(self) -> Path:
+        """Write what has been learned so far where there is room."""
+        return _save(self.training.residual(), f"partial_{self.training.step}_steps", everywhere=True).path
 
     def check(self) -> None:
         """Find out before the training, not after it, what would make it worthless."""
@@ -103,29 +110,29 @@ class TrainingRun:
             self._samples.place(residual)
         except NounError as error:
             raise NounError(f"sample_prompt: {error}") from None
-        trial = Residual(
-            torch.zeros_like(residual.delta),
-            residual.noun,
-            residual.layers,
-            residual.architecture,
-            training_state={name: torch.zeros_like(residual.delta) for name in ("exp_avg", "exp_avg_sq")},
-        )
-        _save(trial, "trial").path.unlink()
+        size = 4 * residual.delta.nbytes  # with the optimizer's two tensors, and the names
+        check_writable(RESIDUALS, with_noun(f"{FOLDER}/%noun%", residual.noun), size, ResidualError)
 
     def train(self) -> None:
-        """Train to the end, drawing a sample at every `sample_every`th step (0: none) and the last."""
+        """Train to the end, drawing a sample at every `sample_every`th step (0: none) and the last.
+
+        What has been learned is on the disk every so many seconds, and before each sample.
+        """
         options = self.training.options
         shape = options.batch_size, *self.training.latent_size
         for stop in _stops(self.training.step, options.steps, self._sample_every):
             self._model.run(lambda stop=stop: self._train_until(stop), shape)
             if stop == options.steps:
                 self.saved = _save(self.training.residual(), f"{stop}_steps")
+                self._partial.discard()
+            else:
+                self._partial.at_a_pause()
             self.pictures.insert(0, self._samples.draw(self.training.residual()))
             self._progress.report(stop, self._preview())
-        _unsaved.clear()
+        _unsaved.pop(self._identity, None)
 
     def _train_until(self, stop: int) -> None:
-        for _ in self.training.steps():
+        for _ in self.training.steps(self._partial):
             done = self.training.step
             worth_showing = done % PREVIEW_EVERY == 0 or done in (self.first_step + 1, stop)
             self._progress.report(done, self._preview() if worth_showing else None)
@@ -152,13 +159,15 @@ class TrainingRun:
         if done == self.first_step and self._identity not in _unsaved:
             return "Nothing had been learned yet."
         try:
-            path = _save(training.residual(), f"partial_{done}_steps").path
-        except (ResidualError, OSError) as error:
+            path = self._partial.save()
+        except Exception as error:  # whatever it is, the work of hours must not be lost to it
             _unsaved.clear()
             _unsaved[self._identity] = training.residual()
+            earlier = f" Fewer of them are saved as {self._partial.path}." if self._partial.path else ""
             return (
-                f"The {done} steps so far could not be saved: {error} Until ComfyUI is closed they are in memory: "
-                "queue the same inputs again to go on from there."
+                f"The {done} steps so far could not be saved: {error} They are in memory until ComfyUI is closed "
+                "or another training cannot be saved: queue the same inputs again to go on from there."
+                f"{earlier}"
             )
         return f"The {done} steps so far are saved as {path}; load it into resume to go on from there."
 
@@ -170,9 +179,14 @@ def _stops(first: int, last: int, every: int) -> Iterator[int]:
     yield last
 
 
-def _save(residual: Residual, name: str) -> SavedResidual:
+def _save(residual: Residual, name: str, everywhere: bool = False) -> SavedResidual:
     """Write a residual that can be resumed, as models/profusion_residuals/training/<noun>_<name>_<number>_."""
-    return save_residual(residual, next_residual_path(f"{FOLDER}/%noun%_{name}", residual.noun), "float32")
+    return save_residual_numbered(
+        f"{FOLDER}/%noun%_{name}",
+        residual.noun,
+        lambda path: save_residual(residual, path, "float32", overwrite=False),
+        everywhere,
+    )
 
 
 def _identity(model: ModelPatcher, pictures: Tensor, masks: Tensor, noun: str, options: TrainingOptions) -> str:

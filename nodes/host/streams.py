@@ -1,8 +1,8 @@
 """Infusion's two streams in the host's sampling run.
 
-Infusion is three wrappers on the MODEL, all under one key, and nothing else. PREPARE_SAMPLING asks for the memory of what
-F leaves for C; SAMPLER_SAMPLE runs the sampler for F and for C in step; CALC_COND_BATCH evaluates each stream with its
-patches. What a concept does, and where, travels in the CONDITIONING.
+Infusion is three wrappers on the MODEL, all under one key, and nothing else. PREPARE_SAMPLING asks for the memory of
+what F leaves for C; SAMPLER_SAMPLE runs the sampler for F and for C in step; CALC_COND_BATCH evaluates each stream with
+its patches. What a concept does, and where, travels in the CONDITIONING.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def add_streams(
 def _reserve_memory(executor, model: ModelPatcher, noise_shape: Sequence[int], conds: dict, *args, **kwargs):
     """PREPARE_SAMPLING: let the host keep memory free for F's queries too.
 
-    It reckons with the latent's size alone, so it is told of a latent that is larger by as many lines as need this memory.
+    It reckons with the latent's size alone, so it is told of a latent that is larger by as
+    many lines as need this memory.
     """
     count = sum(map(len, conds.values()))
     if any(cond.get(KEY) for group in conds.values() for cond in group):

@@ -52,7 +52,7 @@ def _unet_config() -> dict[str, Any]:
 
 
 def load_model(folder: Path | None = None, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """The UNet as a MODEL. Its weights never come and go, so disable_dynamic, which newer hosts pass, changes nothing."""
+    """The UNet as a MODEL. Its weights never come and go: disable_dynamic, which newer hosts pass, is ignored."""
     device = comfy.model_management.get_torch_device()
     config = Toybox(_unet_config())
     config.set_inference_dtype(torch.float32, None)

@@ -18,6 +18,7 @@ from comfy.sd import CLIP, VAE
 from torch import Tensor
 
 from ...profusion.diffusion import noised
+from ...profusion.problems import why
 from ...profusion.promptnet.file import SUFFIX, load_promptnet, official_promptnet
 from ...profusion.promptnet.network import (
     KNOTS,
@@ -29,10 +30,10 @@ from ...profusion.promptnet.network import (
     merged,
     parts,
 )
-from ...profusion.promptnet.pseudo_word import PLACEHOLDER, WORD_KEY, placed, with_stand_in, without_position
+from ...profusion.promptnet.pseudo_word import ALONE, WORD_KEY, placed, with_stand_in, without_position
+from ...profusion.promptnet.released import check_archive
 
 WORD = WORD_KEY
-ALONE = f"a photo of {PLACEHOLDER}"
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,20 @@ def load(path: Path) -> LoadedPromptNet:
     device = comfy.model_management.get_torch_device()
     half = comfy.model_management.should_use_fp16(device, prioritize_performance=False)
     dtype = torch.float16 if half else torch.float32
-    network = load_promptnet(path, dtype) if path.suffix == SUFFIX else _released(path, dtype)
+    poll = comfy.model_management.throw_exception_if_processing_interrupted
+    network = load_promptnet(path, dtype, poll=poll) if path.suffix == SUFFIX else _released(path, dtype)
     return handed_to_the_host(network, path.stem)
 
 
 def _released(path: Path, dtype: torch.dtype) -> PromptNet:
-    """The authors' checkpoint as they released it, a .bin of torch's, which the host reads as tensors and nothing else."""
+    """The authors' checkpoint as they released it: a .bin of torch's, which the host reads as tensors alone."""
     try:
+        check_archive(path)
         return official_promptnet(comfy.utils.load_torch_file(str(path), safe_load=True), dtype)
     except Exception as problem:  # torch raises whatever a damaged file makes of it
         raise PromptNetError(
-            f"The PromptNet file '{path}' cannot be loaded: {problem}. A {path.suffix} file must be the authors' released "
-            f"checkpoint; other PromptNets are {SUFFIX} files."
+            f"The PromptNet file '{path}' cannot be loaded: {why(problem)}. A {path.suffix} file must be the authors' "
+            f"released checkpoint; other PromptNets are {SUFFIX} files."
         ) from problem
 
 
@@ -87,7 +90,7 @@ class EncodedPictures:
 def encode_pictures(
     config: PromptNetConfig, vae: VAE, clip_vision: ClipVisionModel, pictures: Tensor
 ) -> EncodedPictures:
-    """Pictures (P, H, W, 3) in [0, 1]; H and W multiples of the VAE's. Raises PromptNetError where something does not fit."""
+    """Pictures (P, H, W, 3) in [0, 1]; H and W multiples of the VAE's. Raises PromptNetError for what does not fit."""
     tokens = clip_vision.encode_image(pictures)["last_hidden_state"]
     check_fits(config, image_width=tokens.shape[-1])
     scale = comfy.latent_formats.SDXL if config.architecture == "SDXL" else comfy.latent_formats.SD15
@@ -146,13 +149,15 @@ class WordInPrompt:
     ) -> Callable[[Tensor, float], Tensor]:
         """How the prompt's context with S* depends on the noise: (x, sigma) -> (1, L, D).
 
-        contexts (T, L, D): at the timesteps where S* was made; default: encoded now. index: of the range, see `conditioning`.
+        contexts (T, L, D): at the timesteps where S* was made; default: encoded now. index: of the range, see
+        `conditioning`.
         """
         made = self._encode(prompt, self._words)[0][index][0] if contexts is None else contexts
         return lambda x, sigma: interpolated(made, self._knots, model_sampling.timestep(torch.tensor([sigma])))
 
     def live_context(self, model_sampling: Any, prompt: str, index: int) -> Callable[[Tensor, float], Tensor]:
-        """The same with an S* for each row of the latent being denoised, x (B, C, H, W) in the sampler's units: (B, L, D).
+        """The same with an S* for each row of the latent being denoised, x (B, C, H, W) in the sampler's units: (B, L,
+        D).
 
         It loads nothing, since that might unload the model at work: `models` must be loaded.
         """
@@ -176,7 +181,10 @@ class WordInPrompt:
             part.to(device, network.start.dtype).split(1)
             for part in (self._reference.latents, self._reference.image_tokens)
         )
-        words = [network.embed_all(*pair, timesteps, noisy) for pair in zip(latents, tokens, strict=True)]
+        words = []
+        for pair in zip(latents, tokens, strict=True):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            words.append(network.embed_all(*pair, timesteps, noisy))
         return merged(words, self._reference.weights).float().cpu()
 
     def _encode(self, prompt: str, words: Tensor) -> tuple[list[tuple[Tensor, dict]], tuple[int, ...]]:
@@ -190,10 +198,10 @@ class WordInPrompt:
 
 
 class SpokenWord:
-    """What a CONDITIONING with S* carries, so that a FusionGuider can make S* anew for each noise level: `fusion.Word`."""
+    """What a CONDITIONING with S* carries so that FusionGuider can make S* anew at each level: a `fusion.Word`."""
 
     def __init__(self, word: WordInPrompt, index: int, rows: tuple[int, ...], contexts: Tensor):
-        """index: of the range, see `WordInPrompt.conditioning`. contexts (1 + T, L, D): the static one, and the others."""
+        """index: of the range, see `WordInPrompt.conditioning`. contexts (1 + T, L, D): the static one first."""
         self._word, self._index, self.prompt, self.rows = word, index, word.prompt, rows
         self.context, self._contexts = contexts[:1], contexts[1:]
 
@@ -225,7 +233,7 @@ def encode_loaded(clip: CLIP, tokenized: dict) -> Tensor:
 
 @contextmanager
 def _hooks_of_range(clip: CLIP, index: int) -> Iterator[None]:
-    """A loaded text encoder with its hooks as they are in a range of sampling: what encode_from_tokens_scheduled does."""
+    """A loaded text encoder with its hooks as in a range of sampling, as encode_from_tokens_scheduled sets them."""
     hooks = clip.patcher.forced_hooks
     if hooks is None or not clip.use_clip_schedule:
         yield
@@ -282,7 +290,8 @@ def text_widths(clip: CLIP, prompt: str) -> Sequence[int]:
     for encoder in _encoders(clip.tokenize(prompt)):
         if not hasattr(clip.cond_stage_model, f"clip_{encoder}"):
             raise PromptNetError(
-                f"text encoder {encoder!r} is no CLIP, and S* is a word of CLIP's: load the CLIP of SD 1.x, SD 2.x or SDXL"
+                f"text encoder {encoder!r} is no CLIP, and S* is a word of CLIP's: load the CLIP of SD 1.x, SD 2.x or "
+                "SDXL"
             )
         widths.append(_tower(clip, encoder).get_input_embeddings().weight.shape[-1])
     return widths

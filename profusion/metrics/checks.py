@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..problems import Explained
 
-class MetricError(ValueError):
+
+class MetricError(Explained, ValueError):
     """Something that cannot be measured. The message says what is wrong with which input, and what to do."""
 
 

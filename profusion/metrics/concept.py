@@ -1,4 +1,5 @@
-"""The similarities of generated pictures to a concept's references and to their prompts, all that can be measured of them."""
+"""The similarities of generated pictures to a concept's references and to their prompts, all
+that can be measured of them."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ GENERATED, REFERENCES = "generated", "references among themselves"
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures of any sizes, each (H, W, 3) in [0, 1], and where their objects are, (H, W) in [0, 1] each, if that is known."""
+    """Pictures of any sizes, each (H, W, 3) in [0, 1], and where their objects are, (H, W) in [0,
+    1] each, if that is known."""
 
     images: Sequence[Tensor]
     masks: Sequence[Tensor] | None = None
@@ -50,12 +52,12 @@ def concept_scores(
     prompts: Sequence[str],
     encoders: Sequence[ImageEncoder],
 ) -> Scores:
-    """CLIP-T by every encoder of pictures and texts, likeness to the references by all; also of objects and of backgrounds,
-    where there are masks.
+    """CLIP-T by every encoder of pictures and texts, likeness to the references by all; also of objects and of
+    backgrounds, where there are masks.
 
-    prompts: one for each generated picture, or one for all; not needed where no encoder takes texts. What the references score
-    among themselves stands below, as in the papers' tables: what a perfect copy would. Raises MetricError where pictures or
-    prompts are missing.
+    prompts: one for each generated picture, or one for all; not needed where no encoder takes texts. What the
+    references score among themselves stands below, as in the papers' tables: what a perfect copy would. Raises
+    MetricError where pictures or prompts are missing.
     """
     if not len(generated.images):
         raise MetricError("no generated pictures: give at least one")
@@ -64,8 +66,8 @@ def concept_scores(
     pairs = [encoder for encoder in encoders if isinstance(encoder, PairedEncoder)]
     if pairs and len(prompts) not in (1, len(generated.images)) or not all(prompt.strip() for prompt in prompts):
         raise MetricError(
-            f"{len(prompts)} prompts for {len(generated.images)} pictures: give one for each, in their order, or one for all, "
-            "none of them empty"
+            f"{len(prompts)} prompts for {len(generated.images)} pictures: give one for each, in their order, or one "
+            "for all, none of them empty"
         )
     views, notes = {"": None}, []
     if generated.masks is not None and references.masks is not None:
@@ -87,8 +89,8 @@ def _prompt_scores(features: Tensor, prompts: Sequence[str], pair: PairedEncoder
     colors = color_check(pair)
     if colors < LEAST_COLORS:
         notes.append(
-            f"No CLIP-T: {pair.name} finds {colors} of eight colours from their names, so its text and image encoder were not "
-            "trained together, or the text encoder came without its projection, as in SD 1.x checkpoints."
+            f"No CLIP-T: {pair.name} finds {colors} of eight colours from their names, so its text and image encoder "
+            "were not trained together, or the text encoder came without its projection, as in SD 1.x checkpoints."
         )
         return []
     samples = prompt_similarity(features, pair.texts(prompts))

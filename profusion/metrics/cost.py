@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 @dataclass
 class Cost:
-    """rows: latents that a network was evaluated on, each under one condition; calls: batches of them; seconds: wall clock."""
+    """rows: latents that a network was evaluated on, each under one condition; calls: batches of
+    them; seconds: wall clock."""
 
     rows: int = 0
     calls: int = 0
@@ -22,9 +23,11 @@ class Cost:
 
 @contextmanager
 def measured(network: nn.Module) -> Iterator[Cost]:
-    """Count what a UNet, the kernel's or the host's, evaluates in the block, and time the block: `with measured(unet) as cost`.
+    """Count what a UNet, the kernel's or the host's, evaluates in the block, and time the block:
+    `with measured(unet) as cost`.
 
-    Its first argument is x (B, C, H, W). Seconds are complete once the block is left, work that is queued on a GPU included.
+    Its first argument is x (B, C, H, W). Seconds are complete once the block is left, work that
+    is queued on a GPU included.
     """
     cost = Cost()
 

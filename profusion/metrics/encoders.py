@@ -1,7 +1,7 @@
 """Backbones that turn pictures and prompts into features, under one contract.
 
-Pictures are the host's IMAGE, (B, H, W, 3) in [0, 1]; an encoder crops and scales them as it was trained to. Every result
-names its backbone, because numbers of different ones do not compare.
+Pictures are the host's IMAGE, (B, H, W, 3) in [0, 1]; an encoder crops and scales them as it was trained to. Every
+result names its backbone, because numbers of different ones do not compare.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ class PairedEncoder(ImageEncoder, Protocol):
 def color_check(pair: PairedEncoder) -> int:
     """How many of eight coloured discs a pair finds for "a red ball", "a blue ball" and so on: 0 to 8, by chance 1.
 
-    Whether a text and an image tower belong together, or have their projections at all, cannot be seen from their sizes, and
-    cosines of those that do not belong together look like any others. Each tower's own preferences are taken out first.
+    Whether a text and an image tower belong together, or have their projections at all, cannot be seen from
+    their sizes, and cosines of those that do not belong together look like any others. Each tower's own
+    preferences are taken out first.
     """
     colors = torch.tensor(list(DISCS.values()), dtype=torch.float32) / 255
     grid = torch.linspace(-1, 1, _SIDE)

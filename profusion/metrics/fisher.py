@@ -2,9 +2,10 @@
 
     F = 1/2 E_{t, z_t} |eps(z_t, t, c) - eps'(z_t, t, c)|^2
 
-eps, eps' the noise predictions of the base and of the customised model, t uniform, c a prompt *without* the concept. |.|^2 is
-the squared Euclidean norm of a latent, the sum over its C H W elements, as the paper writes it: noise has E |eps|^2 = C H W,
-so F / (C H W), per element, is what compares between sizes of latents. 0 is a model that customisation left as it was.
+eps, eps' the noise predictions of the base and of the customised model, t uniform, c a prompt *without* the concept.
+|.|^2 is the squared Euclidean norm of a latent, the sum over its C H W elements, as the paper writes it: noise has E
+|eps|^2 = C H W, so F / (C H W), per element, is what compares between sizes of latents. 0 is a model that
+customisation left as it was.
 
 Latents are written x = z_0 + sigma eps (k-diffusion's units), (n, C, H, W); the model scales them itself.
 """
@@ -28,7 +29,8 @@ _OVERFLOW = "the model overflowed; evaluate it in float32 or bfloat16"
 
 @dataclass(frozen=True)
 class NoisyLatents:
-    """Where two models are compared: x (n, C, H, W), sigma (n,), and each row's prompt, rows of a prompt side by side."""
+    """Where two models are compared: x (n, C, H, W), sigma (n,), and each row's prompt, rows
+    of a prompt side by side."""
 
     x: Tensor
     sigma: Tensor
@@ -50,9 +52,9 @@ def noisy_latents(
 ) -> NoisyLatents:
     """Noise latents at uniformly drawn timesteps, `draws` times for each prompt.
 
-    latents: for each prompt a set (m, C, H, W), scaled as the model takes them, from which z_0 is drawn; the base model's own
-    pictures of the prompt follow the paper, `unit_latents` need no sampling. sigmas: the noise levels of the model's
-    timesteps (T,), default Stable Diffusion's. The same generator gives the same draws on every device.
+    latents: for each prompt a set (m, C, H, W), scaled as the model takes them, from which z_0 is drawn; the base
+    model's own pictures of the prompt follow the paper, `unit_latents` need no sampling. sigmas: the noise levels of
+    the model's timesteps (T,), default Stable Diffusion's. The same generator gives the same draws on every device.
     """
     if not latents:
         raise MetricError("no prompts: give at least one, without the concept")
@@ -93,7 +95,8 @@ def unit_latents(prompts: int, size: Sequence[int], count: int, generator: torch
 def predictions(
     predict: Predict, noisy: NoisyLatents, batch: int = 8, report: Callable[[int], None] | None = None
 ) -> Tensor:
-    """A model's noise predictions at all of them, (n, C, H, W), at most `batch` at a time; `report(done)` after each."""
+    """A model's noise predictions at all of them, (n, C, H, W), at most `batch` at a time;
+    `report(done)` after each."""
     parts = []
     for rows in noisy.batches(batch):
         parts.append(predict(noisy.x[rows], noisy.sigma[rows], noisy.prompts[rows.start]).float())
@@ -127,8 +130,8 @@ def fisher_divergence(base: Tensor, customised: Tensor) -> Fisher:
     """
     if base.shape != customised.shape or base.ndim != 4 or not len(base):
         raise MetricError(
-            f"predictions of shapes {tuple(base.shape)} and {tuple(customised.shape)}: give both models' (n, C, H, W) at the "
-            "same latents"
+            f"predictions of shapes {tuple(base.shape)} and {tuple(customised.shape)}: give both models' (n, C, H, W) "
+            "at the same latents"
         )
     check_finite(base, "the base model's prediction", _OVERFLOW)
     check_finite(customised, "the customised model's prediction", _OVERFLOW)

@@ -26,14 +26,16 @@ CLIP_MODELS = {
     "RN50x16": "RN50x16",
     "RN50x64": "RN50x64",
 }
-"""The nine models of the ProFusion paper's table (arXiv 2305.13579), all that OpenAI released: their names there -> in open_clip."""
+"""The nine models of the ProFusion paper's table (arXiv 2305.13579), all that OpenAI released: their
+names there -> in open_clip."""
 
 DINO = "vit_small_patch16_224.dino"
 """The backbone of the papers' DINO column (arXiv 2208.12242, section 4): timm's name for DINO's ViT-S/16."""
 
 
 class OpenClip:
-    """A CLIP model of open_clip. name: "ViT-B/32" and the like, or open_clip's own; weights: the tag of its training."""
+    """A CLIP model of open_clip. name: "ViT-B/32" and the like, or open_clip's own;
+    weights: the tag of its training."""
 
     measure = "CLIP-I"
 

@@ -27,7 +27,8 @@ def student_quantile(freedom: int) -> float:
 
 
 def mean_interval(samples: Tensor, least: float = -math.inf, most: float = math.inf) -> tuple[float, float, float]:
-    """Mean of independent samples (n,) and its 95 % interval (Student's): mean, low, high. Of one sample, no interval: NaN.
+    """Mean of independent samples (n,) and its 95 % interval (Student's): mean, low, high. Of
+    one sample, no interval: NaN.
 
     least, most: between which a sample can lie at all.
     """

@@ -1,13 +1,10 @@
 """How alike pictures are to their prompts and to the references, from features of a backbone.
 
-Every similarity is a cosine in [-1, 1], one number a picture; its mean over pictures is what papers print. Features are rows
-(N, D) of any length.
+Every similarity is a cosine in [-1, 1], one number a picture; its mean over pictures is what papers print. Features
+are rows (N, D) of any length.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,8 +25,8 @@ def cosine(features: Tensor, others: Tensor) -> Tensor:
             raise MetricError("a feature is all zeros and has no direction: the backbone's weights are missing")
     if features.shape[1] != others.shape[1]:
         raise MetricError(
-            f"features of width {features.shape[1]} and {others.shape[1]} do not compare: take both from one backbone, texts "
-            "from the text encoder that it was trained with"
+            f"features of width {features.shape[1]} and {others.shape[1]} do not compare: take both from one backbone, "
+            "texts from the text encoder that it was trained with"
         )
     unit, other = F.normalize(features.float(), dim=1), F.normalize(others.float(), dim=1).to(features.device)
     return unit @ other.T
@@ -46,7 +43,8 @@ def prompt_similarity(pictures: Tensor, texts: Tensor) -> Tensor:
 
 
 def image_similarity(pictures: Tensor, references: Tensor) -> Tensor:
-    """CLIP-I, or DINO, as the backbone has it (arXiv 2208.12242, section 4): each picture's mean cosine with all references.
+    """CLIP-I, or DINO, as the backbone has it (arXiv 2208.12242, section 4): each picture's mean cosine with all
+    references.
 
     (N, D), (M, D) -> (N,)
     """
@@ -59,31 +57,6 @@ def similarity_among(references: Tensor) -> Tensor:
         raise MetricError("one reference has none to be compared with: give at least two")
     cosines = cosine(references, references)
     return (cosines.sum(dim=1) - cosines.diagonal()) / (len(references) - 1)
-
-
-@dataclass(frozen=True)
-class Identity:
-    """samples: of the pictures with a face, (N - unseen,). unseen: pictures in which none was found."""
-
-    samples: Tensor
-    unseen: int
-
-
-def identity_similarity(embed: Callable[[Tensor], Tensor], pictures: Tensor, references: Tensor) -> Identity:
-    """Each face's mean cosine with the references' faces (arXiv 2305.13579, section 4).
-
-    embed: any face embedder, pictures (B, H, W, 3) in [0, 1] -> (B, D), a row of NaN where it finds no face.
-    """
-    found, known = (_with_faces(embed(rows)) for rows in (pictures, references))
-    if not len(known):
-        raise MetricError("no face was found in any reference: give pictures that show the face, large enough")
-    if not len(found):
-        return Identity(found.new_zeros(0), len(pictures))
-    return Identity(image_similarity(found, known), len(pictures) - len(found))
-
-
-def _with_faces(features: Tensor) -> Tensor:
-    return features[~features.isnan().any(dim=1)]
 
 
 def object_only(pictures: Tensor, masks: Tensor) -> Tensor:

@@ -2,15 +2,15 @@
 
     W^2 = |m - m'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2)
 
-m, S the mean and covariance of each set (arXiv 2404.14007, section 3; as FID, arXiv 1706.08500, but on latents of the VAE, of
-pictures of the super-class drawn before and after customisation, from the same seeds). W has the latents' unit; W^2 is what
-FID would report.
+m, S the mean and covariance of each set (arXiv 2404.14007, section 3; as FID, arXiv 1706.08500, but on latents of the
+VAE, of pictures of the super-class drawn before and after customisation, from the same seeds). W has the latents' unit;
+W^2 is what FID would report.
 
-A set that has no more pictures than a latent has elements d has a singular covariance, and its size alone would decide the
-distance. Both are then shrunk towards spheres as Ledoit and Wolf do, S <- (1 - l) S + l mu I with mu = tr(S) / d, by the l
-that suits Gaussians and few samples best (oracle approximating shrinkage, arXiv 0907.4698, without its terms in 2 / d; Ledoit
-and Wolf's own l is 0 for two pictures). Outside of the span of the pictures such covariances are multiples of I, so nothing of
-size d x d is ever made.
+A set that has no more pictures than a latent has elements d has a singular covariance, and its size alone would decide
+the distance. Both are then shrunk towards spheres as Ledoit and Wolf do, S <- (1 - l) S + l mu I with mu = tr(S) / d,
+by the l that suits Gaussians and few samples best (oracle approximating shrinkage, arXiv 0907.4698, without its terms
+in 2 / d; Ledoit and Wolf's own l is 0 for two pictures). Outside of the span of the pictures such covariances are
+multiples of I, so nothing of size d x d is ever made.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from .checks import MetricError, check_finite
 
 @dataclass(frozen=True)
 class Wasserstein:
-    """squared: W^2. pictures: of each set. elements: of a latent. shrinkage: l of each set, 0 where it was not needed."""
+    """squared: W^2. pictures: of each set. elements: of a latent. shrinkage: l of each set,
+    0 where it was not needed."""
 
     squared: float
     pictures: tuple[int, int]
@@ -43,12 +44,16 @@ class Wasserstein:
         if not any(self.shrinkage):
             return ""
         strongest = max(self.shrinkage)
-        return f"{min(self.pictures)} pictures for {self.elements} dimensions: covariances shrunk by {100 * strongest:.0f} %"
+        return (
+            f"{min(self.pictures)} pictures for {self.elements} dimensions: covariances shrunk by "
+            f"{100 * strongest:.0f} %"
+        )
 
 
 @dataclass(frozen=True)
 class _Gaussian:
-    """Mean (d,) and covariance Q M Q^T + floor (I - Q Q^T), for an orthonormal basis Q (d, r) that two of them share."""
+    """Mean (d,) and covariance Q M Q^T + floor (I - Q Q^T), for an orthonormal basis Q (d,
+    r) that two of them share."""
 
     mean: Tensor
     inner: Tensor
@@ -82,8 +87,8 @@ def _rows(latents: Tensor, name: str) -> Tensor:
     if latents.ndim < 2 or len(latents) < 2:
         count = len(latents) if latents.ndim else 0
         raise MetricError(
-            f"the {name} set has {count} latent{'' if count == 1 else 's'}, which have no covariance: draw at least two, better "
-            "sixteen or more"
+            f"the {name} set has {count} latent{'' if count == 1 else 's'}, which have no covariance: draw at least "
+            "two, better sixteen or more"
         )
     check_finite(
         latents, f"the {name} set's latent", "the model that drew it overflowed; run it in float32 or bfloat16"

@@ -24,8 +24,8 @@ SMALL_MAP = 512 * 512
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
     """softmax(Q K^T / sqrt(d) + mask) V, (B, Tq, C) x (B, Tk, C) x (B, Tk, C) -> (B, Tq, C).
 
-    Never holds the map, but for small ones that a CPU is training through: there the fused backward is two to five times
-    slower than the explicit one.
+    Never holds the map, but for small ones that a CPU is training through: there the fused backward is slower than the
+    explicit one.
     """
     small = query.shape[1] * key.shape[1] <= SMALL_MAP
     if mask is None and small and query.device.type == "cpu" and query.requires_grad:

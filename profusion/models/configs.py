@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+MAX_LEVELS = 8
+MAX_WIDTH = 65536
+
+# The least and the most of each field. The largest checkpoints that people have stay far below.
+_UNET_BOUNDS = {
+    "model_channels": (32, 8192),
+    "channel_mult": (1, 64),
+    "num_res_blocks": (1, 64),
+    "transformer_depth": (0, 64),
+    "middle_depth": (0, 64),
+    "context_dim": (1, MAX_WIDTH),
+    "num_heads": (1, 1024),
+    "head_channels": (1, 1024),
+    "adm_channels": (1, MAX_WIDTH),
+    "in_channels": (1, 1024),
+    "out_channels": (1, 1024),
+}
+
+
+def check_bounds(config: Any, bounds: Mapping[str, tuple[int, int]]) -> None:
+    """Raise ValueError, which names the field, unless each is a whole number, or a tuple of them, within its bounds.
+
+    A field that is None is not looked at.
+    """
+    for field, (least, most) in bounds.items():
+        value = getattr(config, field)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and (type(number) is not int or not least <= number <= most):
+                raise ValueError(f"{field}={value!r:.80} must be whole numbers from {least} to {most}")
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """A cross-attention UNet; the tuples have one entry per resolution level."""
+    """A cross-attention UNet; the tuples have one entry per resolution level.
+
+    Raises ValueError, which names the field, where a size makes no sense or is beyond every model's.
+    """
 
     model_channels: int
     channel_mult: tuple[int, ...]
@@ -25,13 +60,24 @@ class UNetConfig:
     def __post_init__(self) -> None:
         if len(self.channel_mult) != len(self.transformer_depth):
             raise ValueError(
-                f"channel_mult has {len(self.channel_mult)} levels and transformer_depth {len(self.transformer_depth)}; "
-                "give one entry per level in both"
+                f"channel_mult has {len(self.channel_mult)} levels and transformer_depth "
+                f"{len(self.transformer_depth)}; give one entry per level in both"
             )
+        if not 1 <= len(self.channel_mult) <= MAX_LEVELS:
+            raise ValueError(f"channel_mult has {len(self.channel_mult)} levels: give 1 to {MAX_LEVELS} levels")
+        check_bounds(self, _UNET_BOUNDS)
         if (self.num_heads is None) == (self.head_channels is None):
             raise ValueError("set exactly one of num_heads and head_channels")
         if self.model_channels % 32:
             raise ValueError(f"model_channels={self.model_channels} must be a multiple of 32 (GroupNorm has 32 groups)")
+        attending = [mult for mult, depth in zip(self.channel_mult, self.transformer_depth, strict=True) if depth]
+        for mult in {*attending, self.channel_mult[-1]}:
+            field = "head_channels" if self.num_heads is None else "num_heads"
+            if (mult * self.model_channels) % (self.num_heads or self.head_channels):
+                raise ValueError(
+                    f"{field}={getattr(self, field)} does not divide the {mult * self.model_channels} channels of a "
+                    "layer"
+                )
 
     def heads(self, channels: int) -> int:
         """Attention heads of a layer of this width."""

@@ -1,4 +1,5 @@
-"""CLIP's byte-pair tokenizer: transformers' own, with the vocabulary that ships with the pack (OpenAI CLIP, MIT licence).
+"""CLIP's byte-pair tokenizer: transformers' own, with the vocabulary that ships with the
+pack (OpenAI CLIP, MIT licence).
 
 transformers is imported once a text is tokenised, not with this module.
 """

@@ -172,7 +172,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
-class Stage(nn.Sequential):
+class UNetBlock(nn.Sequential):
     """One entry of input_blocks / output_blocks: its layers take what each of them needs."""
 
     def forward(self, x: Tensor, embedding: Tensor, context: Tensor, options: dict[str, Any], size=None) -> Tensor:
@@ -200,7 +200,7 @@ class UNetEncoder(nn.Module):
             adm = nn.Sequential(nn.Linear(adm_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
             self.label_emb = nn.Sequential(adm)
         self.input_blocks, self.skip_channels, channels = self._encoder(config, embedding)
-        self.middle_block = Stage(
+        self.middle_block = UNetBlock(
             ResBlock(channels, embedding, channels),
             self._transformer(config, channels, config.middle_depth),
             ResBlock(channels, embedding, channels),
@@ -212,17 +212,17 @@ class UNetEncoder(nn.Module):
 
     def _encoder(self, config: UNetConfig, embedding: int) -> tuple[nn.ModuleList, tuple[int, ...], int]:
         channels = config.model_channels
-        blocks, skips = [Stage(nn.Conv2d(config.in_channels, channels, 3, padding=1))], [channels]
+        blocks, skips = [UNetBlock(nn.Conv2d(config.in_channels, channels, 3, padding=1))], [channels]
         for level, mult in enumerate(config.channel_mult):
             for _ in range(config.num_res_blocks):
                 layers = [ResBlock(channels, embedding, mult * config.model_channels)]
                 channels = mult * config.model_channels
                 if config.transformer_depth[level]:
                     layers.append(self._transformer(config, channels, config.transformer_depth[level]))
-                blocks.append(Stage(*layers))
+                blocks.append(UNetBlock(*layers))
                 skips.append(channels)
             if level != len(config.channel_mult) - 1:
-                blocks.append(Stage(Downsample(channels)))
+                blocks.append(UNetBlock(Downsample(channels)))
                 skips.append(channels)
         return nn.ModuleList(blocks), tuple(skips), channels
 
@@ -271,7 +271,7 @@ class UNet(UNetEncoder):
                     layers.append(self._transformer(config, channels, config.transformer_depth[level]))
                 if level and index == config.num_res_blocks:
                     layers.append(Upsample(channels))
-                blocks.append(Stage(*layers))
+                blocks.append(UNetBlock(*layers))
         return nn.ModuleList(blocks)
 
     def forward(

@@ -1,5 +1,5 @@
-"""Changes of a UNet's attention layers that stay beside it, and the patch file they become (ProFusion, arXiv 2305.13579,
-section 3.1, fine-tunes "all attention layers"; low rank is arXiv 2106.09685).
+"""Changes of a UNet's attention layers that stay beside it, and the patch file they become (ProFusion, arXiv
+2305.13579, section 3.1, fine-tunes "all attention layers"; low rank is arXiv 2106.09685).
 
     W' = W + scale * up @ down        or, in full,        W' = W + difference
 
@@ -89,8 +89,8 @@ def attention_layers(parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, i
     found = {match[1]: tuple(weight.shape) for name, weight in parameters.items() if (match := _WEIGHT.fullmatch(name))}
     if not found:
         raise UnsupportedModelError(
-            "the model has no attention layers as SD 1.x, SD 2.x and SDXL have them (attn1, attn2): only PromptNet can be "
-            "fine-tuned for it. Turn train_attention off"
+            "the model has no attention layers as SD 1.x, SD 2.x and SDXL have them (attn1, attn2): only PromptNet can "
+            "be fine-tuned for it. Turn train_attention off"
         )
     return found
 
@@ -117,17 +117,13 @@ def start_changes(
     return changes
 
 
-def changed_weight(weight: Tensor, change: Change) -> Tensor:
-    """W' (out, in) in float32."""
-    return weight.float() + change.matrix().to(weight.device, torch.float32)
-
-
 @contextmanager
 def changed(network: nn.Module, changes: Mapping[str, Change]) -> Iterator[dict[str, int]]:
     """For the time being the network computes with W' in place of W; its weights are not touched.
 
-    Yields how often each layer was evaluated so. Whatever form the weights are kept in (half precision, 8 bits, on another
-    device), the changes stay in float32 and autograd reaches them. Raises KeyError for a layer that the network lacks.
+    Yields how often each layer was evaluated so. Whatever form the weights are kept in (half precision, 8 bits, on
+    another device), the changes stay in float32 and autograd reaches them. Raises KeyError for a layer that the
+    network lacks.
     """
     modules, counts = dict(network.named_modules()), dict.fromkeys(changes, 0)
 
@@ -145,8 +141,9 @@ def changed(network: nn.Module, changes: Mapping[str, Change]) -> Iterator[dict[
 
 
 def patch_tensors(changes: Mapping[str, Change]) -> dict[str, Tensor]:
-    """The contents of a patch file, in float16 on the CPU: lora_unet_<layer>.lora_up.weight, .lora_down.weight and .alpha,
-    or .diff, with _ for every dot of the layer's name. Raises PromptNetError where float16 cannot hold them."""
+    """The contents of a patch file, in float16 on the CPU: lora_unet_<layer>.lora_up.weight, .lora_down.weight and
+    .alpha, or .diff, with _ for every dot of the layer's name. Raises PromptNetError where float16 cannot hold
+    them."""
     tensors = {
         f"{PREFIX}{name.replace('.', '_')}.{kind}": value.detach().to("cpu", _FILE_TYPE)
         for name, change in changes.items()
@@ -160,11 +157,16 @@ def patch_tensors(changes: Mapping[str, Change]) -> dict[str, Tensor]:
     return tensors
 
 
-def save_patch(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> int:
-    """Write a patch file, whole or not at all, and return its bytes; missing folders are made. Raises PromptNetError."""
+def save_patch(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None, overwrite: bool = True
+) -> int:
+    """Write a patch file, whole or not at all, and return its bytes; missing folders are made.
+
+    overwrite: as `save_promptnet` has it. Raises PromptNetError.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(path, files.tensor_pieces(tensors, {"format": "pt", **(metadata or {})}))
+        files.write_atomically(path, files.tensor_pieces(tensors, {"format": "pt", **(metadata or {})}), overwrite)
     except (OSError, ValueError) as problem:
         raise PromptNetError(
             f"The patch file '{path}' could not be saved: {files.why_not_written(problem)}"

@@ -7,8 +7,9 @@ training.*  optimizer state, in the checkpoint of a training only
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -16,12 +17,16 @@ import torch
 from torch import Tensor
 
 from .. import files
-from ..models.configs import UNetConfig
+from ..models.configs import MAX_LEVELS, UNetConfig
+from ..problems import why
 from ..residual.concept import some
 from .network import ENCODER, PromptNet, PromptNetConfig, PromptNetError, feature_blocks
+from .released import check_stored
+from .shapes import promptnet_shapes
 
 PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
 SUFFIX = ".safetensors"
+MAX_FILE_BYTES = 32 << 30  # SDXL's in float32 with its optimizer's state has 15
 _READ = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _FORMAT = "profusion.promptnet"
@@ -32,6 +37,15 @@ _TRAINING = "training."
 _OFFICIAL = "region_prompt_output.weight"  # a name that only the authors' PromptNet has
 _UNUSED = ("residual_projections.", "residual_projections_2.", "mid_residual_projection.", "mid_residual_projection_2.")
 
+# Whatever a damaged file makes of a library; a `poll` stops with an exception that is none of these.
+_EXPECTED = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError)
+
+Poll = Callable[[], None]
+
+
+def _never() -> None:
+    """Nobody wants to stop."""
+
 
 def save_promptnet(
     network: PromptNet,
@@ -39,25 +53,27 @@ def save_promptnet(
     precision: str = "float16",
     notes: Mapping[str, str] | None = None,
     training: Mapping[str, Tensor] | None = None,
+    overwrite: bool = True,
 ) -> int:
     """Write a PromptNet and return the file's bytes; missing folders are made.
 
     precision: "float16" or "float32", which is exact. notes: texts for people, such as what it was trained on.
     training: an optimizer's tensors, to go on later. A file already at `path` is replaced as a whole, or untouched
-    where anything fails. Raises PromptNetError, which says what to do.
+    where anything fails; without `overwrite` it stays, and files.NameTaken is raised. Raises PromptNetError, which
+    says what to do.
     """
     path = Path(path)
     if precision not in PRECISIONS:
-        raise PromptNetError(f"There is no precision '{precision}': choose one of {', '.join(PRECISIONS)}.")
+        raise PromptNetError(f"There is no precision '{precision!s:.40}': choose one of {', '.join(PRECISIONS)}.")
     if path.suffix != SUFFIX:
         raise PromptNetError(f"The PromptNet cannot be saved as '{path}': give it a name that ends in {SUFFIX}.")
     tensors = {name: tensor.detach().to(PRECISIONS[precision]) for name, tensor in network.state_dict().items()}
+    tensors |= {_TRAINING + name: tensor.detach() for name, tensor in (training or {}).items()}
     bad = _not_finite(tensors)
     if bad:
         raise PromptNetError(
             f"The PromptNet cannot be saved as {precision}: {bad} has values that are not finite in it."
         )
-    tensors |= {_TRAINING + name: tensor.detach() for name, tensor in (training or {}).items()}
     metadata = {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
@@ -68,7 +84,7 @@ def save_promptnet(
     pieces = files.tensor_pieces(tensors, metadata, {_NOTES + name: text for name, text in (notes or {}).items()})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(path, pieces)
+        files.write_atomically(path, pieces, overwrite)
     except (OSError, ValueError) as problem:
         raise PromptNetError(
             f"The PromptNet could not be saved as '{path}': {files.why_not_written(problem)}"
@@ -81,28 +97,31 @@ def load_promptnet(
     dtype: torch.dtype | None = torch.float32,
     unet: UNetConfig | None = None,
     with_noise: bool = True,
+    poll: Poll = _never,
 ) -> PromptNet:
     """Read a PromptNet of either layout, in evaluation mode and frozen, on the CPU.
 
     dtype: of its parameters; None keeps the file's. The authors' layout does not say everything: `unet` is what it
     serves (default: told from the shapes, with the heads of Stable Diffusion 1 or 2), and `with_noise` whether its
     second latent is the one being denoised, as in their training, or the reference once more.
-    Raises PromptNetError, which names the file, what is wrong and what to do.
+    Sizes are compared before any value is read, and nothing is built that the file does not fill. poll: called before
+    each tensor; it stops by raising. Raises PromptNetError, which names the file, what is wrong and what to do.
     """
     path = Path(path)
     advice = "Choose a file that the PromptNet training wrote, copy it once more, or train it again."
     try:
         if path.exists() and not path.is_file():
             raise PromptNetError("it is a folder or a device, not a file")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise PromptNetError(f"it is larger than {MAX_FILE_BYTES >> 30} GiB, so it must be another kind of model")
         tensors, metadata = files.read_tensors(path)
         if _OFFICIAL in tensors:
-            return official_promptnet(tensors, dtype, unet, with_noise)
-        return _ours(tensors, metadata, dtype)
-    except (PromptNetError, files.FileFormatError) as problem:
-        raise PromptNetError(f"The PromptNet file '{path}' cannot be loaded: {problem}. {advice}") from problem
-    except (OSError, ValueError) as problem:  # ValueError: a name that no file can have
-        reason = f"{getattr(problem, 'strerror', None) or problem}. Check the name, the folder and its permissions."
-        raise PromptNetError(f"The PromptNet file '{path}' cannot be read: {reason}") from problem
+            return official_promptnet(tensors, dtype, unet, with_noise, poll)
+        return _ours(tensors, metadata, dtype, poll)
+    except OSError as problem:
+        raise PromptNetError(f"The PromptNet file '{path}' cannot be read: {files.why_not_read(problem)}") from problem
+    except _EXPECTED as problem:
+        raise PromptNetError(f"The PromptNet file '{path}' cannot be loaded: {why(problem)}. {advice}") from problem
 
 
 def load_training(path: str | Path) -> tuple[PromptNet, dict[str, Tensor], dict[str, str]]:
@@ -112,15 +131,16 @@ def load_training(path: str | Path) -> tuple[PromptNet, dict[str, Tensor], dict[
     state = {name.removeprefix(_TRAINING): value for name, value in tensors.items() if name.startswith(_TRAINING)}
     bad = _not_finite(state)
     if not state or bad:
+        why = f"has values in {bad} that are not finite" if bad else "keeps no training"
         raise PromptNetError(
-            f"The PromptNet file '{path}' {f'has values in {bad} that are not finite' if bad else 'keeps no training'}, "
-            "so its training cannot go on. Choose the checkpoint that the training wrote beside it."
+            f"The PromptNet file '{path}' {why}, so its training cannot go on. Choose the checkpoint that the training "
+            "wrote beside it."
         )
     notes = {name.removeprefix(_NOTES): text for name, text in metadata.items() if name.startswith(_NOTES)}
     return network, {name: value.clone() for name, value in state.items()}, notes
 
 
-def _ours(tensors: dict[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None) -> PromptNet:
+def _ours(tensors: dict[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None, poll: Poll) -> PromptNet:
     if metadata.get("format") != _FORMAT:
         raise PromptNetError(f"it holds something else than a PromptNet (its tensors: {some(tensors)})")
     version = metadata.get("format_version", "none")
@@ -129,9 +149,11 @@ def _ours(tensors: dict[str, Tensor], metadata: Mapping[str, str], dtype: torch.
             f"it has the format version {version:.20}, and this ProFusion reads {_FORMAT_VERSION}: either ProFusion "
             "needs an update, or the file is damaged"
         )
-    files.check_tensors(tensors, metadata, _FIELDS)
     state = {name: tensor for name, tensor in tensors.items() if not name.startswith(_TRAINING)}
-    return _built(_config(metadata.get("config", "")), state, dtype)
+    config = _config(metadata.get("config", ""))
+    _check_shapes(config, state)
+    files.check_tensors(tensors, metadata, _FIELDS, poll)
+    return _built(config, state, dtype, poll)
 
 
 def _config(text: str) -> PromptNetConfig:
@@ -156,39 +178,49 @@ def _tuples(entries: Mapping[str, object]) -> dict[str, object]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()}
 
 
-def _built(config: PromptNetConfig, state: Mapping[str, Tensor], dtype: torch.dtype | None) -> PromptNet:
-    """The network of a state dict in our names. Its tensors are copied: a file may be replaced while it is in use."""
+def _check_shapes(config: PromptNetConfig, state: Mapping[str, Tensor]) -> None:
+    """Raise PromptNetError unless the tensors, in our names, are those of this configuration: nothing is built yet."""
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    # One that asks for far more than there is need not be listed to its end.
+    expected = dict(itertools.islice(promptnet_shapes(config), len(found) + 1000))
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise PromptNetError(
+            f"{len(wrong)} of its tensors do not fit a PromptNet of {config.architecture}: {some(wrong)}; the first "
+            f"should be {expected.get(wrong[0], 'absent')} and is {found.get(wrong[0], 'absent')}"
+        )
     other = [name for name, value in state.items() if value.dtype not in _READ]
     if other:
         raise PromptNetError(f"{other[0]} is {state[other[0]].dtype}, and only {some(_READ)} can be read")
-    bad = _not_finite(state)
+
+
+def _built(config: PromptNetConfig, state: Mapping[str, Tensor], dtype: torch.dtype | None, poll: Poll) -> PromptNet:
+    """The network of a state dict in our names, which `_check_shapes` let pass.
+
+    Its tensors are copied: a file may be replaced while it is in use.
+    """
+    bad = _not_finite(state, poll)
     if bad:
         raise PromptNetError(
             f"{bad} has values that are not finite (NaN or infinity): it is damaged, or training failed"
         )
     with torch.inference_mode(False), torch.no_grad():
-        try:
-            with torch.device("meta"):
-                network = PromptNet(config)
-        except (TypeError, ValueError, RuntimeError, ArithmeticError) as problem:
-            raise PromptNetError(f"its configuration makes no sense ({problem!s:.200})") from problem
-        expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-        found = {name: tuple(value.shape) for name, value in state.items()}
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        if wrong:
-            raise PromptNetError(
-                f"{len(wrong)} of its tensors do not fit a PromptNet of {config.architecture}: {some(wrong)}; the first "
-                f"should be {expected.get(wrong[0], 'absent')} and is {found.get(wrong[0], 'absent')}"
-            )
+        with torch.device("meta"):
+            network = PromptNet(config)
         network = network.to(dtype or next(iter(state.values())).dtype).to_empty(device="cpu")
         for name, value in network.state_dict().items():
+            poll()
             value.copy_(state[name])
     return network.eval().requires_grad_(False)
 
 
-def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+def _not_finite(tensors: Mapping[str, Tensor], poll: Poll = _never) -> str | None:
     """The first tensor with a NaN or an infinity."""
-    return next((name for name, value in tensors.items() if not torch.isfinite(value).all()), None)
+    for name, value in tensors.items():
+        poll()
+        if not torch.isfinite(value).all():
+            return name
+    return None
 
 
 # The authors' layout
@@ -199,24 +231,29 @@ def official_promptnet(
     dtype: torch.dtype | None = torch.float32,
     unet: UNetConfig | None = None,
     with_noise: bool = True,
+    poll: Poll = _never,
 ) -> PromptNet:
-    """The PromptNet of the authors' state dict, whatever file it was in; see `load_promptnet`. Raises PromptNetError."""
+    """The PromptNet of the authors' state dict, whatever file it was in; see `load_promptnet`. Raises
+    PromptNetError."""
     if _OFFICIAL not in tensors:
         raise PromptNetError(f"it holds something else than the authors' PromptNet (its tensors: {some(tensors)})")
-    config = _told_from_shapes({name: tuple(value.shape) for name, value in tensors.items()})
-    config = replace(config, unet=unet or config.unet, second_latent="noisy" if with_noise else "reference")
-    with torch.device("meta"):
-        names = {name: diffusers_name(name, config.unet) for name in PromptNet(config).state_dict()}
+    check_stored(tensors)
+    config = _told_from_shapes({name: tuple(value.shape) for name, value in tensors.items()}, unet)
+    config = replace(config, second_latent="noisy" if with_noise else "reference")
+    listed = (name for name, _ in promptnet_shapes(config))
+    names = {name: diffusers_name(name, config.unet) for name in itertools.islice(listed, len(tensors) + 1000)}
     state = {name: tensors[theirs] for name, theirs in names.items() if theirs in tensors}
-    unknown = [name for name in tensors if name not in names.values() and not name.startswith(_UNUSED)]
+    theirs = set(names.values())
+    unknown = [name for name in tensors if name not in theirs and not name.startswith(_UNUSED)]
     if unknown:
         raise PromptNetError(f"it has the authors' layout, but also {some(unknown)}, which no PromptNet of theirs has")
     state["start"] = torch.zeros(config.tokens, config.text_width)
     state["spread"] = torch.ones(config.text_width)
-    return _built(config, state, dtype or tensors[_OFFICIAL].dtype)
+    _check_shapes(config, state)
+    return _built(config, state, dtype or tensors[_OFFICIAL].dtype, poll)
 
 
-def _told_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> PromptNetConfig:
+def _told_from_shapes(shapes: Mapping[str, tuple[int, ...]], unet: UNetConfig | None = None) -> PromptNetConfig:
     """The configuration of a released checkpoint; what it lacks is found when the tensors are compared."""
 
     def count(prefix: str) -> int:
@@ -227,11 +264,11 @@ def _told_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> PromptNetConfig:
 
     try:
         width, channels = shapes["conv_in.weight"][:2]
-        levels = range(count("down_blocks."))
+        levels = range(min(count("down_blocks."), MAX_LEVELS + 1))
         linear = len(shapes["mid_block.attentions.0.proj_in.weight"]) == 2
         context_dim, image_width = shapes["vision_embedding.weight"]
         text_width, _, grid, _ = shapes[_OFFICIAL]
-        unet = UNetConfig(
+        unet = unet or UNetConfig(
             model_channels=width,
             channel_mult=tuple(shapes[f"down_blocks.{level}.resnets.0.conv1.weight"][0] // width for level in levels),
             num_res_blocks=count("down_blocks.0.resnets."),
@@ -247,8 +284,8 @@ def _told_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> PromptNetConfig:
         return PromptNetConfig(
             unet, image_width, (text_width,), 1, grid, projection, "noisy", holds_position=True, normalise=False
         )
-    except (KeyError, ValueError, TypeError, ZeroDivisionError) as problem:
-        raise PromptNetError(f"it has the authors' layout, but not all of it ({problem})") from problem
+    except (KeyError, ValueError, TypeError, IndexError, ZeroDivisionError) as problem:
+        raise PromptNetError(f"it has the authors' layout, but not all of it ({problem!s:.200})") from problem
 
 
 _RES = {
@@ -272,7 +309,8 @@ _SINGLE = {
 
 
 def diffusers_name(name: str, unet: UNetConfig) -> str:
-    """The name of one of our parameters in the authors' checkpoint, which has diffusers' (its module is promptnet.py)."""
+    """The name of one of our parameters in the authors' checkpoint, which has diffusers'
+    (its module is promptnet.py)."""
     module, _, kind = name.rpartition(".")
     if module in _SINGLE:
         return f"{_SINGLE[module]}.{kind}"

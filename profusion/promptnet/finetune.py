@@ -1,8 +1,9 @@
 """Fine-tuning to one picture (ProFusion, arXiv 2305.13579, section 3.1): about 50 steps of PromptNet's own training, on
 that picture or on variants of it, in which the UNet's attention layers may learn too.
 
-The loop is `PromptNetTraining`'s. What the picture shows to PromptNet and what is to be drawn may differ (the first may be
-grey around the object), the loss may count the object only, and the attention layers have a learning rate of their own.
+The loop is `PromptNetTraining`'s. What the picture shows to PromptNet and what is to be drawn may differ (the first
+may be grey around the object), the loss may count the object only, and the attention layers have a learning rate of
+their own.
 """
 
 from __future__ import annotations
@@ -15,17 +16,27 @@ import torch
 from torch import Tensor
 
 from ..diffusion import timestep_of
-from ..loop import Group, TrainingError
+from ..loop import Group, TrainingError, check_whole
+from ..losses import masked_weighted_noise_error
 from .changes import Change
 from .network import PromptNet
-from .training import WITHOUT_GRADIENT, Batch, EncodeWord, PictureSet, PredictNoise, PromptNetOptions, PromptNetTraining
+from .training import (
+    WITHOUT_GRADIENT,
+    EncodeWord,
+    PictureBatch,
+    PictureSet,
+    PredictWithContext,
+    PromptNetOptions,
+    PromptNetTraining,
+)
 
 
 @dataclass(frozen=True)
 class FinetuneOptions(PromptNetOptions):
     """How a PromptNet is fine-tuned; see `PromptNetOptions`.
 
-    attention_learning_rate: AdamW's, of the attention layers' changes. rank: of these changes; 0 is the full difference.
+    attention_learning_rate: AdamW's, of the attention layers' changes. rank: of these changes; 0 is the full
+    difference.
     """
 
     steps: int = 50
@@ -39,6 +50,7 @@ class FinetuneOptions(PromptNetOptions):
             raise ValueError(
                 f"attention_learning_rate={self.attention_learning_rate} must lie in (0, 1]; 1e-5 to 1e-3 is usual"
             )
+        check_whole(self, "rank")
         if self.rank < 0:
             raise ValueError(f"rank={self.rank} must not be negative: 0 is the full difference, 4 to 16 is usual")
 
@@ -47,8 +59,8 @@ class FinetuneOptions(PromptNetOptions):
 class FinetunePictures(PictureSet):
     """Pictures of one thing: `latents` and `image_tokens` as PromptNet sees them.
 
-    targets: latents (N, C, H, W) of what is to be drawn; default: the same. masks: weights of their cells (N, H, W), 1 at
-    the object, and only there is anything learned; default: everywhere.
+    targets: latents (N, C, H, W) of what is to be drawn; default: the same. masks: weights of their cells (N, H, W), 1
+    at the object, and only there is anything learned; default: everywhere.
     """
 
     targets: Tensor | None = None
@@ -60,7 +72,8 @@ class FinetunePictures(PictureSet):
             object.__setattr__(self, "targets", self.latents)
         if self.targets.shape != self.latents.shape:
             raise ValueError(
-                f"targets {tuple(self.targets.shape)} and latents {tuple(self.latents.shape)} must be of the same pictures"
+                f"targets {tuple(self.targets.shape)} and latents {tuple(self.latents.shape)} must be of the same "
+                "pictures"
             )
         if not torch.isfinite(self.targets).all():
             raise TrainingError("a picture's latent is not finite: the VAE overflowed; run it in float32")
@@ -71,7 +84,8 @@ class FinetunePictures(PictureSet):
             raise ValueError(f"masks {tuple(self.masks.shape)} must be (N, H, W) of the latents' cells, {cells}")
         if not (self.masks.flatten(1).sum(dim=1) > 0).all():
             raise TrainingError(
-                "a mask is empty, so nothing of its picture would be learned. Paint the object white, or leave masks out"
+                "a mask is empty, so nothing of its picture would be learned. Paint the object white, or leave masks "
+                "out"
             )
 
     def fingerprint(self) -> str:
@@ -81,16 +95,6 @@ class FinetunePictures(PictureSet):
             if tensor is not None:
                 digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes())
         return f"{super().fingerprint()} {digest.hexdigest()[:16]}"
-
-
-def masked_weighted_noise_error(predicted: Tensor, noise: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-    """Mean over rows of weight * the mean of |eps_theta - eps|^2 over the row's mask: scalar, float32.
-
-    predicted and noise (B, C, H, W), weight (B,), mask (B, H, W).
-    """
-    error = ((predicted.float() - noise.float()) ** 2).mean(dim=1)  # (B, H, W)
-    mask = mask.float()
-    return (weight * (error * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2))).mean()
 
 
 def trainable_copy(
@@ -117,7 +121,7 @@ class FinetuneTraining(PromptNetTraining):
     def __init__(
         self,
         network: PromptNet,
-        predict_noise: PredictNoise,
+        predict_noise: PredictWithContext,
         encode_word: EncodeWord,
         pictures: FinetunePictures,
         options: FinetuneOptions,
@@ -141,7 +145,7 @@ class FinetuneTraining(PromptNetTraining):
         """See PromptNetTraining."""
         return pictures.targets
 
-    def _error(self, predicted: Tensor, pictures: FinetunePictures, batch: Batch, weight: Tensor) -> Tensor:
+    def _error(self, predicted: Tensor, pictures: FinetunePictures, batch: PictureBatch, weight: Tensor) -> Tensor:
         """Inside the masks, where there are any."""
         mask = (
             torch.ones_like(predicted[:, 0]) if pictures.masks is None else pictures.masks[batch.rows].to(self._device)

@@ -27,21 +27,25 @@ from torch.nn import functional as F
 
 from ..devices import area_means
 from ..infusion import name_of_unet
-from ..models.configs import SD15, SD21, SDXL, UNetConfig
+from ..models.configs import MAX_WIDTH, SD15, SD21, SDXL, UNetConfig, check_bounds
 from ..models.unet import UNetEncoder
+from ..problems import Explained
 
 SECOND_LATENTS = ("none", "noisy", "reference")
-KNOTS = (
-    0,
-    249,
-    499,
-    749,
-    999,
-)  # the timesteps at which a run's S*, and the context with it, are made; see `interpolated`
+# The timesteps at which a run's S*, and the context with it, are made; see `interpolated`.
+KNOTS = (0, 249, 499, 749, 999)
+MAX_ENCODERS = 8
+_BOUNDS = {
+    "image_width": (1, MAX_WIDTH),
+    "text_widths": (1, MAX_WIDTH),
+    "tokens": (1, 256),
+    "grid": (1, 64),
+    "projection": (1, 4096),
+}
 ENCODER = ("time_embed.", "input_blocks.", "middle_block.")  # what PromptNet has from the UNet it serves
 
 
-class PromptNetError(ValueError):
+class PromptNetError(Explained, ValueError):
     """A PromptNet does not fit, or its file cannot be used. The message says why and what to do."""
 
 
@@ -52,10 +56,10 @@ class PromptNetConfig:
     unet: of the model it serves. image_width: hidden width of the CLIP image tower. text_widths: width of the token
     embeddings of each text encoder, in the order of the UNet's context (SDXL has two; S* is cut between them).
     tokens: pseudo-words in S*. grid: side of the grid that everything is brought to. projection: channels of each
-    part of it. second_latent: "none"; "noisy", the latent being denoised, so that S* must be made afresh at every
-    step; or "reference", the reference latent once more. holds_position: S* already
-    contains its position (the authors add it after the position embeddings), so the text encoder must not add one, and
-    S* is the same word anywhere in a prompt. normalise: whether there is a `norm`.
+    part of it. second_latent: "none"; "noisy", the latent being denoised, so that S* must be made anew at every step;
+    or "reference", the reference latent once more. holds_position: S* already contains its position (the authors add it
+    after the position embeddings), so the text encoder must not add one: S* is the same word anywhere in a prompt.
+    normalise: whether there is a `norm`.
     """
 
     unet: UNetConfig
@@ -69,11 +73,12 @@ class PromptNetConfig:
     normalise: bool = True
 
     def __post_init__(self) -> None:
-        if not self.text_widths or min(self.text_widths) < 1:
-            raise ValueError(f"text_widths={self.text_widths}: give the width of each text encoder, at least one")
-        for field in ("image_width", "tokens", "grid", "projection"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
+        if not 1 <= len(self.text_widths) <= MAX_ENCODERS:
+            raise ValueError(f"text_widths={self.text_widths!r:.80}: give the width of each of 1 to 8 text encoders")
+        check_bounds(self, _BOUNDS)
+        for field in ("holds_position", "normalise"):
+            if type(getattr(self, field)) is not bool:
+                raise ValueError(f"{field}={getattr(self, field)!r:.80} must be true or false")
         if self.second_latent not in SECOND_LATENTS:
             raise ValueError(f"second_latent={self.second_latent!r}; choose one of {', '.join(SECOND_LATENTS)}")
 
@@ -173,12 +178,12 @@ class PromptNet(UNetEncoder):
         """S* of each row: (B, tokens, text_width).
 
         latent (B, C, H, W) of the reference, scaled as the UNet takes it; timesteps (B,); image_tokens
-        (B, L, image_width), the CLIP image tower's last hidden state. noisy: the latent being denoised, (B, C, H, W) and
-        scaled as the UNet takes it, where the configuration has `with_noise`.
+        (B, L, image_width), the CLIP image tower's last hidden state. noisy: the latent being denoised, (B, C, H, W)
+        and scaled as the UNet takes it, where the configuration has `with_noise`.
         """
         self._check(latent, image_tokens)
         features = self.encoder_features(latent, timesteps, self.image_projection(image_tokens), noisy)
-        grid = [self._to_grid(h, projection) for h, projection in zip(features, self.projections, strict=True)]
+        grid = [self.to_grid(h, projection) for h, projection in zip(features, self.projections, strict=True)]
         joined = torch.cat(grid, dim=1)
         joined = F.group_norm(joined, len(grid)) if self.config.normalise else joined
         word = rearrange(self.output(joined), "b (tokens d) 1 1 -> b tokens d", tokens=self.config.tokens)
@@ -200,8 +205,8 @@ class PromptNet(UNetEncoder):
     ) -> Tensor:
         """S* of one picture at several timesteps at once: (T, tokens, text_width).
 
-        reference_latent (1, C, H, W), image_tokens (1, L, image_width), timesteps (T,) in any order, noisy (T, C, H, W) as
-        in `forward`.
+        reference_latent (1, C, H, W), image_tokens (1, L, image_width), timesteps (T,) in any order, noisy
+        (T, C, H, W) as in `forward`.
         """
         count = len(timesteps)
         latents, tokens = reference_latent.expand(count, -1, -1, -1), image_tokens.expand(count, -1, -1)
@@ -211,13 +216,13 @@ class PromptNet(UNetEncoder):
         channels, width = self.config.unet.in_channels, self.config.image_width
         if latent.ndim != 4 or latent.shape[1] != channels or not latent.numel():
             raise PromptNetError(
-                f"a reference latent of shape {tuple(latent.shape)}: this PromptNet takes (pictures, {channels}, height, "
-                "width) of at least one cell"
+                f"a reference latent of shape {tuple(latent.shape)}: this PromptNet takes (pictures, {channels}, "
+                "height, width) of at least one cell"
             )
         if image_tokens.ndim != 3 or image_tokens.shape[-1] != width:
             raise PromptNetError(
-                f"image tokens of shape {tuple(image_tokens.shape)}: this PromptNet was trained with a CLIP image tower "
-                f"of width {width}. Load the CLIP vision model that goes with it"
+                f"image tokens of shape {tuple(image_tokens.shape)}: this PromptNet was trained with a CLIP image "
+                f"tower of width {width}. Load the CLIP vision model that goes with it"
             )
 
     def _embedded_second(self, latent: Tensor, noisy: Tensor | None) -> Tensor | None:
@@ -232,7 +237,7 @@ class PromptNet(UNetEncoder):
             return None
         return self.second_latent(noisy if self.config.with_noise else latent)
 
-    def _to_grid(self, h: Tensor, projection: nn.Conv2d) -> Tensor:
+    def to_grid(self, h: Tensor, projection: nn.Conv2d) -> Tensor:
         """One feature on the grid, (B, projection, grid, grid), whatever the size and proportions of the latent.
 
         The authors' code convolves as is, so that a larger picture has more pseudo-words or loses its edges. Here the
@@ -274,7 +279,8 @@ def typical_embedding(table: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merged(words: Sequence[Tensor] | Tensor, weights: Sequence[float] | None = None) -> Tensor:
-    """One S* from those of several pictures of the same thing: their mean, P times (..., tokens, D) -> (..., tokens, D).
+    """One S* from those of several pictures of the same thing: their mean, P times (..., tokens, D) ->
+    (..., tokens, D).
 
     weights: of each picture, not negative; only their proportions count. Raises PromptNetError for no pictures, S* of
     different shapes, or weights that sum to nothing.
@@ -328,8 +334,8 @@ def check_fits(
         )
     if architecture is not None and architecture != config.architecture:
         raise PromptNetError(
-            f"the PromptNet was trained for {config.architecture}, but the model is {architecture}. Load a PromptNet of "
-            "that architecture, or a model of the kind it was trained for"
+            f"the PromptNet was trained for {config.architecture}, but the model is {architecture}. Load a PromptNet "
+            "of that architecture, or a model of the kind it was trained for"
         )
 
 

@@ -15,17 +15,19 @@ import torch
 from torch import Tensor
 
 from ..models.tokenizer import LENGTH, tokenize, words_to_ids
+from ..problems import Explained
 
 if TYPE_CHECKING:
     from ..models.clip import TextModel
 
 PLACEHOLDER = "S*"
+ALONE = f"a photo of {PLACEHOLDER}"  # the prompt that has S* and says nothing else
 WORD_KEY = "profusion_word"  # under which a host's conditioning carries the S* it was made with
 _PLACE = re.compile(r"(?<!\w)S\*")
 _STAND_INS = ("zebra", "accordion", "volcano", "tulip", "saxophone", "lantern", "giraffe", "cactus")  # one token each
 
 
-class PlaceholderError(ValueError):
+class PlaceholderError(Explained, ValueError):
     """A prompt does not have exactly one place for S*. The message quotes it."""
 
 
@@ -34,13 +36,13 @@ def split_prompt(prompt: str) -> tuple[str, str]:
     found = list(_PLACE.finditer(prompt))
     if not found:
         raise PlaceholderError(
-            f"there is no {PLACEHOLDER} in the prompt {_quoted(prompt)}: write it where the thing from the picture belongs, "
-            f'as in "a photo of {PLACEHOLDER} on a beach"'
+            f"there is no {PLACEHOLDER} in the prompt {_quoted(prompt)}: write it where the thing from the picture "
+            f'belongs, as in "a photo of {PLACEHOLDER} on a beach"'
         )
     if len(found) > 1:
         raise PlaceholderError(
-            f"{PLACEHOLDER} is {len(found)} times in the prompt {_quoted(prompt)}: write it once. A second thing needs a "
-            "conditioning of its own"
+            f"{PLACEHOLDER} is {len(found)} times in the prompt {_quoted(prompt)}: write it once. A second thing needs "
+            "a conditioning of its own"
         )
     return prompt[: found[0].start()], prompt[found[0].end() :]
 
@@ -101,7 +103,8 @@ def prompt_tokens(prompt: str, tokens: int = 1) -> tuple[Tensor, tuple[int, ...]
     rows = tuple((ids == stand_in).nonzero().flatten().tolist())
     if len(rows) != tokens:
         raise PlaceholderError(
-            f"{PLACEHOLDER} is too far back in the prompt {_quoted(prompt)}: it must be among the first {LENGTH - 2} tokens"
+            f"{PLACEHOLDER} is too far back in the prompt {_quoted(prompt)}: it must be among the first {LENGTH - 2} "
+            "tokens"
         )
     return ids, rows
 
@@ -127,9 +130,10 @@ def encode_tokens(
 ) -> Tensor:
     """`encode` for what `prompt_tokens` returned: ids (77,), rows of S*."""
     table = text.text_model.embeddings
-    if pseudo_word.shape[-1] != table.token_embedding.weight.shape[1]:
+    width = table.token_embedding.weight.shape[1]
+    if pseudo_word.shape[-1] != width:
         raise ValueError(
-            f"S* has the width {pseudo_word.shape[-1]} and the text encoder's words {table.token_embedding.weight.shape[1]}: "
+            f"S* has the width {pseudo_word.shape[-1]} and the text encoder's words {width}: "
             "load the CLIP of the model that the PromptNet was trained on"
         )
     positions = table.position_embedding.weight

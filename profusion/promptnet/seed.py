@@ -1,13 +1,15 @@
 """From S* (ProFusion, arXiv 2305.13579) to an Infusion residual (arXiv 2404.14007) that a training can start from.
 
-In cross-attention layer i, head h and cell t, let o_ht be what is read from a prompt, and a_ht the noun's share of the plain
-prompt's map. A residual delta_i adds a_ht W_V_ih delta_i there, since Infusion keeps the map. It is chosen so that the plain
-prompt then gives what the prompt with S* gives in its place, for the same hidden states; outside the mask m nothing:
+In cross-attention layer i, head h and cell t, let o_ht be what is read from a prompt, and a_ht the noun's share of the
+plain prompt's map. A residual delta_i adds a_ht W_V_ih delta_i there, since Infusion keeps the map. It is chosen so
+that the plain prompt then gives what the prompt with S* gives in its place, for the same hidden states; outside the
+mask m nothing:
 
     delta_i = argmin  sum_ht m_t |o_ht(S*) - o_ht(noun) - a_ht W_V_ih delta|^2 + (1 - m_t) |a_ht W_V_ih delta|^2
 
-which takes one evaluation of the plain model and no gradient. The plain difference of the two words' rows in their contexts is
-simpler and no start: S* is read from other rows, too (its own several, and those behind it), and its map is not the noun's.
+which takes one evaluation of the plain model and no gradient. The plain difference of the two words' rows in their
+contexts is simpler and no start: S* is read from other rows, too (its own several, and those behind it), and its map
+is not the noun's.
 """
 
 from __future__ import annotations
@@ -32,13 +34,11 @@ from ..infusion import (
 from ..loop import TrainingError
 from ..models.attention import attention_map, split_heads
 from ..residual import Residual
-from ..residual.training import PROMPTS as NOUN_PROMPTS
-from ..residual.training import PredictNoise, Reference
-from .training import PROMPTS as WORD_PROMPTS
+from ..residual.training import NOUN_PROMPTS, PredictWithPatches, Reference
+from .training import WORD_PROMPTS
 
-PROMPTS = tuple(
-    zip(NOUN_PROMPTS, WORD_PROMPTS, strict=True)
-)  # what both were trained in: "a photo of a {}", "a photo of S*"
+# What both were trained in: "a photo of a {}", "a photo of S*".
+PROMPT_PAIRS = tuple(zip(NOUN_PROMPTS, WORD_PROMPTS, strict=True))
 RIDGE = 0.03  # of the mean of the least squares' diagonal; from 0.01 to 0.1 it makes no difference
 
 
@@ -67,8 +67,8 @@ def demand(
     """How much each head of a layer reads from the noun, sum_t a_ht^2 (h,), and what it should read more there,
     sum_t m_t a_ht (o_ht(S*) - o_ht(noun)) (h, d), both float32.
 
-    n (N, T, C), the layer's input; noun (N, L, D), the plain context, and the noun's rows in it; word (1, L, D), the context
-    with S*; mask (N, T, 1) in [0, 1].
+    n (N, T, C), the layer's input; noun (N, L, D), the plain context, and the noun's rows in it; word (1, L, D), the
+    context with S*; mask (N, T, 1) in [0, 1].
     """
     query, heads = attention.to_q(n), attention.heads
 
@@ -99,14 +99,14 @@ def least_squares(to_value: Tensor, energy: Tensor, wanted: Tensor) -> Tensor:
 class ResidualSeed:
     """The residual that does what S* does: `steps()` does the work, `residual()` is the result.
 
-    predict_noise, references, sigmas: as `ResidualTraining` takes them. prompt_rows: for each prompt that `predict_noise`
-    knows, the noun's rows in its context. words: the context (1, L, D) with S* of each of these prompts. modules: see
-    `attention_modules`; they are called while `predict_noise` evaluates the model.
+    predict_noise, references, sigmas: as `ResidualTraining` takes them. prompt_rows: for each prompt that
+    `predict_noise` knows, the noun's rows in its context. words: the context (1, L, D) with S* of each of these
+    prompts. modules: see `attention_modules`; they are called while `predict_noise` evaluates the model.
     """
 
     def __init__(
         self,
-        predict_noise: PredictNoise,
+        predict_noise: PredictWithPatches,
         references: Sequence[Reference],
         prompt_rows: Sequence[tuple[int, ...]],
         words: Sequence[Tensor],

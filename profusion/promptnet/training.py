@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from ..diffusion import per_row, timestep_of, training_sigmas, variance_preserving
-from ..loop import Group, LoopOptions, TrainingError, TrainingLoop, seeded
+from ..keeping import digest
+from ..loop import Group, LoopOptions, TrainingError, TrainingLoop, check_whole, generator_of
+from ..losses import weighted_noise_error
 from .file import load_training, save_promptnet
 from .network import PromptNet
 from .pseudo_word import PLACEHOLDER, split_prompt
@@ -28,30 +30,33 @@ WITHOUT_GRADIENT = (
     "something on the model or in the text encoder computes without one, as compiled models and kernels made for "
     "inference do. Use the model as it was before that"
 )
-PROMPTS = (f"a photo of {PLACEHOLDER}", f"a picture of {PLACEHOLDER}", PLACEHOLDER)
+_ADVICE = "Give what it was trained with, or begin anew in another file"
+WORD_PROMPTS = (f"a photo of {PLACEHOLDER}", f"a picture of {PLACEHOLDER}", PLACEHOLDER)
 
-PredictNoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+PredictWithContext = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`predict_noise(x, sigma, context) -> eps`: x = x0 + sigma * eps of (B, C, H, W), sigma (B,), context (B, L, D)."""
 
 EncodeWord = Callable[[int, Tensor], Tensor]
-"""`encode_word(prompt, pseudo_word) -> context` (B, L, D) of the prompt of this index with S* (B, tokens, width) in it."""
+"""`encode_word(prompt, pseudo_word) -> context` (B, L, D) of the prompt of this index with S* (B, tokens, width) in
+it."""
 
 
 @dataclass(frozen=True)
 class PromptNetOptions(LoopOptions):
     """How a PromptNet is trained; see `LoopOptions`. The learning rate is the paper's by default.
 
-    prompts: each with S* in it. warmup: steps over which it rises. cosine: whether it then falls to
-    nothing at the last step. clip: largest norm of the gradient. weight_cap: rows weigh min(1 + sigma^2, this), which
-    is min(1 / alpha_bar, this); 1 is the paper's loss, and more of it attends to the noise at which a word matters most.
-    level_bias: noise level k of n is drawn with a probability in proportion to k^this; 0 draws all alike, as the paper does.
+    prompts: each with S* in it. warmup: steps over which it rises. cosine: whether it then falls to nothing at the
+    last step. clip: largest norm of the gradient. weight_cap: rows weigh min(1 + sigma^2, this), which is
+    min(1 / alpha_bar, this); 1 is the paper's loss, and more of it attends to the noise at which a word matters most.
+    level_bias: noise level k of n is drawn with a probability in proportion to k^this; 0 draws all alike, as the paper
+    does.
     """
 
     steps: int = 2000
     learning_rate: float = 2e-5
     batch_size: int = 8
     seed: int = 0
-    prompts: tuple[str, ...] = PROMPTS
+    prompts: tuple[str, ...] = WORD_PROMPTS
     warmup: int = 0
     cosine: bool = False
     clip: float = 1.0
@@ -60,6 +65,7 @@ class PromptNetOptions(LoopOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_whole(self, "warmup")
         if self.warmup < 0 or not self.clip > 0 or not self.weight_cap >= 1:
             raise ValueError(
                 f"warmup={self.warmup} must not be negative, clip={self.clip} must be above 0 and "
@@ -103,7 +109,7 @@ class PictureSet:
 
 
 @dataclass(frozen=True)
-class Batch:
+class PictureBatch:
     """Row indices of the pictures (B,), noise (B, C, H, W), sigma (B,), and the prompt of all rows."""
 
     rows: Tensor
@@ -115,11 +121,6 @@ class Batch:
 def noise_weight(sigma: Tensor, cap: float) -> Tensor:
     """min(1 / alpha_bar, cap) = min(1 + sigma^2, cap) of each row: (B,) -> (B,)."""
     return (1 + sigma.float() ** 2).clamp_max(cap)
-
-
-def weighted_noise_error(predicted: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
-    """Mean over rows of weight * mean|eps_theta - eps|^2: (B, C, H, W) twice, (B,) -> scalar, float32."""
-    return (weight * ((predicted.float() - noise.float()) ** 2).mean(dim=(1, 2, 3))).mean()
 
 
 def learning_rate_at(step: int, options: PromptNetOptions) -> float:
@@ -136,13 +137,13 @@ class PromptNetTraining(TrainingLoop):
 
     pictures: each is its own reference. timesteps: the model's timestep of a sigma (B,) -> (B,); sigmas: its noise
     levels (n,), each as likely to be drawn; both default to Stable Diffusion's. groups: what learns; default all of the
-    network.
+    network. identity: says whether two trainings of one model are the same, from their beginning on.
     """
 
     def __init__(
         self,
         network: PromptNet,
-        predict_noise: PredictNoise,
+        predict_noise: PredictWithContext,
         encode_word: EncodeWord,
         pictures: PictureSet,
         options: PromptNetOptions,
@@ -157,12 +158,15 @@ class PromptNetTraining(TrainingLoop):
             self._sigmas = (training_sigmas() if sigmas is None else sigmas).to("cpu", torch.float32, copy=True)
         groups = groups or [Group("PromptNet", dict(network.named_parameters()), WITHOUT_GRADIENT)]
         super().__init__(options, groups, pictures.latents[0].numel(), options.clip)
+        compared = {name: value for name, value in asdict(options).items() if name not in self._free()}
+        start = {**network.state_dict(), **self._learned()}
+        self.identity = digest(compared, pictures.fingerprint(), pictures.image_tokens, start)
 
     def learning_rate(self) -> float:
         """See `learning_rate_at`."""
         return learning_rate_at(self.step, self.options)
 
-    def draw(self, generator: torch.Generator, pictures: int | None = None) -> Batch:
+    def draw(self, generator: torch.Generator, pictures: int | None = None) -> PictureBatch:
         """Rows of so many pictures (default: all), noise of a level each, and one prompt for all rows."""
         count = self.options.batch_size
         rows = torch.randint(len(self.pictures) if pictures is None else pictures, (count,), generator=generator)
@@ -170,13 +174,13 @@ class PromptNetTraining(TrainingLoop):
         share = torch.rand(count, generator=generator) ** (1 / (1 + self.options.level_bias))
         sigma = self._sigmas[(share * len(self._sigmas)).long().clamp_max(len(self._sigmas) - 1)]
         noise = torch.randn((count, *self.pictures.latents.shape[1:]), generator=generator)
-        return Batch(rows, noise.to(self._device), sigma.to(self._device), prompt)
+        return PictureBatch(rows, noise.to(self._device), sigma.to(self._device), prompt)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: PictureBatch) -> Tensor:
         """The loss of a batch of the pictures."""
         return self.loss_of(self.pictures, batch)
 
-    def loss_of(self, pictures: PictureSet, batch: Batch, word: Tensor | None = None) -> Tensor:
+    def loss_of(self, pictures: PictureSet, batch: PictureBatch, word: Tensor | None = None) -> Tensor:
         """The loss of a batch of any pictures; `word` (tokens, width) takes the place of every S*."""
         target = self._on_device(self._targets(pictures)[batch.rows])
         noisy = target + per_row(batch.sigma, target) * batch.noise
@@ -198,43 +202,74 @@ class PromptNetTraining(TrainingLoop):
         """Latents (N, C, H, W) of what is to be drawn: here, what PromptNet is shown."""
         return pictures.latents
 
-    def _error(self, predicted: Tensor, pictures: PictureSet, batch: Batch, weight: Tensor) -> Tensor:
+    def _error(self, predicted: Tensor, pictures: PictureSet, batch: PictureBatch, weight: Tensor) -> Tensor:
         """The loss of a prediction (B, C, H, W) with these weights of its rows (B,)."""
         return weighted_noise_error(predicted, batch.noise, weight)
 
     @torch.no_grad()
     def loss_on(self, pictures: PictureSet, batches: int = 4, word: Tensor | None = None) -> float:
         """The mean loss on pictures, kept from training perhaps, always at the same noise; with `word` for every S*."""
-        draws = [self.draw(seeded(-1 - index), len(pictures)) for index in range(batches)]
+        draws = [self.draw(generator_of(-1 - index), len(pictures)) for index in range(batches)]
         return sum(self.loss_of(pictures, draw, word).item() for draw in draws) / batches
 
-    def save(self, path: str | Path) -> int:
+    def save(self, path: str | Path, overwrite: bool = True) -> int:
         """Write a checkpoint, from which `resume` goes on bit for bit; returns its bytes. Raises PromptNetError."""
-        notes = {"options": json.dumps(asdict(self.options)), "pictures": self.pictures.fingerprint()}
-        return save_promptnet(self.network, path, "float32", notes, self.state())
+        options, pictures = json.dumps(asdict(self.options)), self.pictures.fingerprint()
+        notes = {"options": options, "pictures": pictures, "identity": self.identity}
+        return save_promptnet(self.network, path, "float32", notes, self.state(), overwrite)
 
-    def resume(self, path: str | Path) -> None:
-        """Go on from a checkpoint of the same training. Raises PromptNetError for its file, TrainingError for another's."""
+    def resume(self, path: str | Path, same_start: bool = False) -> None:
+        """Go on from a checkpoint of the same training. Raises PromptNetError, and TrainingError for another
+        training's.
+
+        same_start: refuse also one that began otherwise or went further; to be asked before the first step.
+        """
         network, state, notes = load_training(path)
         self._check_same_training(network, notes)
+        if same_start:
+            if notes.get("identity", self.identity) != self.identity:
+                raise TrainingError(
+                    f"the checkpoint's training began with another PromptNet or image encoder. {_ADVICE}"
+                )
+            self.check_state(state)
+        self.go_on(network.state_dict(), state)
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raise TrainingError unless a `state()` can be of this training, before its first step."""
+        if int(state["step"]) > self.options.steps:
+            raise TrainingError(
+                f"the checkpoint has {int(state['step'])} steps already, and {self.options.steps} are wanted. {_ADVICE}"
+            )
+        if not self.begins_like(state):
+            raise TrainingError(
+                "the first step gives another loss than the checkpoint's did: another model, or something on it. "
+                f"{_ADVICE}"
+            )
+
+    def go_on(self, network: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """Go on where the network had these values and the training this `state()`."""
         with torch.inference_mode(False), torch.no_grad():
             for name, value in self.network.state_dict().items():
-                value.copy_(network.state_dict()[name])
+                value.copy_(network[name])
         self.restore(state)
+
+    def _free(self) -> tuple[str, ...]:
+        """The options that may differ: more steps of a constant rate are the same training."""
+        return () if self.options.cosine else ("steps",)
 
     def _check_same_training(self, network: PromptNet, notes: Mapping[str, str]) -> None:
         here = json.loads(json.dumps(asdict(self.options)))
         there = json.loads(notes.get("options", "{}"))
-        free = () if self.options.cosine else ("steps",)  # more steps of a constant rate are the same training
-        differing = [name for name in here if name not in free and here[name] != there.get(name)]
-        advice = "Give what it was trained with, or begin anew in another file"
+        differing = [name for name in here if name not in self._free() and here[name] != there.get(name)]
         if differing:
             name = differing[0]
-            raise TrainingError(f"the checkpoint was trained with {name}={there.get(name)}, not {here[name]}. {advice}")
+            raise TrainingError(
+                f"the checkpoint was trained with {name}={there.get(name)}, not {here[name]}. {_ADVICE}"
+            )
         if notes.get("pictures") != self.pictures.fingerprint():
             raise TrainingError(
                 f"the checkpoint was trained on other pictures ({notes.get('pictures')}, here "
-                f"{self.pictures.fingerprint()}). {advice}"
+                f"{self.pictures.fingerprint()}). {_ADVICE}"
             )
         if network.config != self.network.config:
-            raise TrainingError(f"the checkpoint is of a PromptNet of another size ({network.config}). {advice}")
+            raise TrainingError(f"the checkpoint is of a PromptNet of another size ({network.config}). {_ADVICE}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,8 +18,11 @@ from torch import Tensor
 
 from ..files import DTYPES
 from ..infusion import architecture_name
+from ..problems import Explained
 
 MAX_TEXT = 64
+MAX_LAYERS = 1024  # SDXL has 70
+MAX_WIDTH = 65536  # SDXL has 2048
 MAX_STEPS = 2**63 - 1
 MAX_SEED = 2**64 - 1
 
@@ -26,7 +30,7 @@ _LAYER_NAME = re.compile(r"(input|middle|output)\.[0-9]{1,4}\.[0-9]{1,4}")
 _TRAINING_NAME = re.compile(r"[A-Za-z0-9_.]{1,80}")
 
 
-class ResidualError(ValueError):
+class ResidualError(Explained, ValueError):
     """A residual, or the file of one, that cannot be used. The message says why and what to do."""
 
 
@@ -96,12 +100,14 @@ def check_architecture(residual: Residual, layers: Iterable[LayerLike]) -> None:
 def checked_layers(layers: Iterable[str]) -> tuple[str, ...]:
     """Layer names as a tuple; raises ResidualError unless they are different names, at least one."""
     layers = tuple(layers)
+    if len(layers) > MAX_LAYERS:
+        raise ResidualError(f"layers must be at most {MAX_LAYERS}; found {len(layers)}")
     wrong = [name for name in layers if not isinstance(name, str) or not _LAYER_NAME.fullmatch(name)]
     if wrong or not layers:
         raise ResidualError(f"layers must be names such as 'input.1.0', at least one; found {some(wrong)}")
-    twice = {name for name in layers if layers.count(name) > 1}
-    if twice:
-        raise ResidualError(f"layers must all differ; found twice: {some(sorted(twice))}")
+    if len(set(layers)) < len(layers):
+        twice = sorted(name for name, count in Counter(layers).items() if count > 1)
+        raise ResidualError(f"layers must all differ; found twice: {some(twice)}")
     return layers
 
 
@@ -111,6 +117,8 @@ def checked_delta(delta: Tensor, layers: tuple[str, ...]) -> Tensor:
         raise ResidualError(f"delta must be a floating-point tensor; found {getattr(delta, 'dtype', type(delta))}")
     if delta.ndim != 3 or delta.shape[:2] != (len(layers), 1) or delta.shape[2] < 1:
         raise ResidualError(f"delta must have the shape ({len(layers)}, 1, context_dim); found {tuple(delta.shape)}")
+    if delta.shape[2] > MAX_WIDTH:
+        raise ResidualError(f"context_dim must be at most {MAX_WIDTH}; found {delta.shape[2]}")
     delta = _copy(delta, torch.float32)
     bad = [name for name, row in zip(layers, delta, strict=True) if not torch.isfinite(row).all()]
     if bad:
@@ -141,6 +149,8 @@ def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _checked_text(field: str, text: str) -> str:
     if not isinstance(text, str) or text != text.strip() or not 0 < len(text) <= MAX_TEXT or not text.isprintable():
         raise ResidualError(f"{field} must be 1 to {MAX_TEXT} printable characters, trimmed; found {text!r:.80}")
+    if "<" in text or ">" in text:  # no word has them, and a page could take them for a tag
+        raise ResidualError(f"{field} must be a text without < or >; found {text!r:.80}")
     return text
 
 

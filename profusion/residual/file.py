@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from .. import files
+from ..problems import why
 from . import packing
-from .concept import Residual, ResidualError, checked_delta, checked_training_state, some
+from .concept import Residual, ResidualError, checked_delta, checked_layers, checked_training_state, some
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,11 +55,13 @@ def save_residual(
     precision: str = "int6",
     preview: Image | None = None,
     keep_training_state: bool = True,
+    overwrite: bool = True,
 ) -> SavedResidual:
     """Write a residual, and beside it `<stem>.png` where a preview is given; missing folders are made.
 
     precision: "int6" (the smallest), "float16", or "float32", which is exact and alone keeps the training state, unless
-    keep_training_state is false. A file already at `path` is replaced as a whole, or untouched where anything fails.
+    keep_training_state is false. A file already at `path` is replaced as a whole, or untouched where anything fails;
+    without `overwrite` it and a picture beside it stay, and files.NameTaken is raised.
     The preview is written last and cannot cost the residual: where it fails, the result carries a warning.
     Raises ResidualError, which says what to do.
     """
@@ -68,7 +71,7 @@ def save_residual(
     data = _encode(residual, precision, keep_training_state)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(path, data)
+        files.write_atomically(path, data, overwrite)
     except (OSError, ValueError) as problem:
         raise ResidualError(
             f"The residual could not be saved as '{path}': {files.why_not_written(problem)}"
@@ -76,7 +79,11 @@ def save_residual(
     if preview is None:
         return SavedResidual(path, len(data))
     try:
-        return SavedResidual(path, len(data), preview=_write_preview(preview, path.with_suffix(PREVIEW_SUFFIX)))
+        return SavedResidual(
+            path, len(data), preview=_write_preview(preview, path.with_suffix(PREVIEW_SUFFIX), overwrite)
+        )
+    except files.NameTaken as problem:
+        return SavedResidual(path, len(data), warning=f"No preview picture could be saved: {problem}")
     except (OSError, ValueError) as problem:
         return SavedResidual(
             path, len(data), warning=f"No preview picture could be saved: {files.why_not_written(problem)}"
@@ -88,12 +95,11 @@ def load_residual(path: str | Path) -> Residual:
     path = Path(path)
     try:
         return _decode(_read(path))
-    except (ResidualError, files.FileFormatError) as problem:
+    except OSError as problem:
+        raise ResidualError(f"The residual file '{path}' cannot be read: {files.why_not_read(problem)}") from problem
+    except Exception as problem:  # whatever a damaged file makes of a library
         advice = "Choose a file that the residual saver wrote, copy it once more, or train the residual again."
-        raise ResidualError(f"The residual file '{path}' cannot be loaded: {problem}. {advice}") from problem
-    except (OSError, ValueError) as problem:  # ValueError: a name that no file can have
-        reason = f"{getattr(problem, 'strerror', None) or problem}. Check the name, the folder and its permissions."
-        raise ResidualError(f"The residual file '{path}' cannot be read: {reason}") from problem
+        raise ResidualError(f"The residual file '{path}' cannot be loaded: {why(problem)}. {advice}") from problem
 
 
 def _encode(residual: Residual, precision: str, keep_training_state: bool) -> bytes:
@@ -165,7 +171,7 @@ def _decode(data: bytes) -> Residual:
         raise ResidualError(f"it lacks the metadata {some(missing)}")
     tensors = files.to_tensors(contents)
     state = {name.removeprefix(_TRAINING): tensors.pop(name) for name in list(tensors) if name.startswith(_TRAINING)}
-    layers = tuple(metadata["layers"].split(" "))
+    layers = checked_layers(metadata["layers"].split(" "))  # before anything is made of the tensors
     return Residual(
         delta=_decode_delta(tensors, metadata["precision"], len(layers), _number(metadata, "width")),
         noun=metadata["noun"],
@@ -203,11 +209,11 @@ def _number(metadata: Mapping[str, str], field: str) -> int:
     return int(metadata[field])
 
 
-def _write_preview(preview: Image, path: Path) -> Path:
+def _write_preview(preview: Image, path: Path, overwrite: bool) -> Path:
     """Write a picture of at most PREVIEW_SIDE pixels a side where the host's model browser looks for it."""
     small = preview.convert("RGB")
     small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
     png = io.BytesIO()
     small.save(png, format="PNG", optimize=True)
-    files.write_atomically(path, png.getvalue())
+    files.write_atomically(path, png.getvalue(), overwrite)
     return path

@@ -2,14 +2,14 @@
 
 Each step noises the concept's latents, evaluates F without autograd and C with it on the same noisy latent, and
 minimises the eps-prediction error of C inside the concept's mask, and its distance from F outside. Who evaluates the
-model is the caller's affair: the kernel's UNet and the host's model are trained by the same code and, from the same seed,
-to the same residual.
+model is the caller's affair: the kernel's UNet and the host's model are trained by the same code and, from the same
+seed, to the same residual.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
@@ -25,7 +25,9 @@ from ..infusion import (
     customised_patches,
     foundation_patches,
 )
+from ..keeping import digest
 from ..loop import Group, LoopOptions, TrainingError, TrainingLoop
+from ..losses import masked_noise_error
 from ..queries import TakenOnce
 from .concept import Residual, ResidualError, check_architecture
 
@@ -34,9 +36,9 @@ _WITHOUT_GRADIENT = (
     "something on the model computes its attention without one, as SageAttention and other kernels made for inference "
     "do. Connect the model as it was before that"
 )
-PROMPTS = ("a photo of a {}", "a picture of a {}", "a {}")
+NOUN_PROMPTS = ("a photo of a {}", "a picture of a {}", "a {}")
 
-PredictNoise = Callable[[Tensor, Tensor, int, Patches], Tensor]
+PredictWithPatches = Callable[[Tensor, Tensor, int, Patches], Tensor]
 """`predict_noise(x, sigma, prompt, patches) -> eps`: x = x0 + sigma * eps of (B, C, H, W), sigma (B,), the index of the
 prompt whose context all B rows take, and the attention patches to evaluate with."""
 
@@ -84,16 +86,18 @@ class Reference:
             raise TrainingError("a reference picture's latent is not finite: the VAE overflowed; run it in float32")
         if not self.mask.sum() > 0:
             raise TrainingError(
-                "a mask is empty, so nothing of its picture would be learned. Paint the object white, or leave masks out"
+                "a mask is empty, so nothing of its picture would be learned. Paint the object white, or leave masks "
+                "out"
             )
 
 
 def residual_loss(predicted: Tensor, noise: Tensor, plain: Tensor, mask: Tensor, preserve: float) -> Tensor:
     """Inside the mask the noise that was added, outside it what F predicts: scalar, float32.
 
-    predicted (C's), noise and plain (F's prediction): (B, C, H, W); mask (B, H, W). The paper's loss (arXiv 2404.14007,
-    section 5.1) is the first part alone. It leaves a residual free to do anything around the concept, and some of every map
-    falls there. What should stay as it was is known, F has just been evaluated, so the second part costs nothing.
+    predicted (C's), noise and plain (F's prediction): (B, C, H, W); mask (B, H, W). The paper's loss
+    (arXiv 2404.14007, section 5.1) is the first part alone. It leaves a residual free to do anything around the
+    concept, and some of every map falls there. What should stay as it was is known, F has just been evaluated, so the
+    second part costs nothing.
     """
     loss = masked_noise_error(predicted, noise, mask)
     outside = 1 - mask
@@ -102,15 +106,8 @@ def residual_loss(predicted: Tensor, noise: Tensor, plain: Tensor, mask: Tensor,
     return loss
 
 
-def masked_noise_error(predicted: Tensor, noise: Tensor, mask: Tensor) -> Tensor:
-    """Mean of |eps_theta - eps|^2 over the mask: (B, C, H, W) twice, weights (B, H, W) -> scalar, float32."""
-    error = (predicted.float() - noise.float()) ** 2
-    weights = mask.float()[:, None].expand_as(error)
-    return (error * weights).sum() / weights.sum()
-
-
 @dataclass(frozen=True)
-class Batch:
+class ResidualBatch:
     """noisy = clean + sigma * noise and noise (B, C, H, W), sigma (B,), mask (B, H, W), and the prompt of all rows."""
 
     noisy: Tensor
@@ -128,11 +125,12 @@ class ResidualTraining(TrainingLoop):
     `training_state` is kept, to go on from bit for bit, or one of no steps, to start from. sigmas: the noise levels of
     the model's timesteps (n,), each as likely to be drawn; default Stable Diffusion's.
     queries: where F's queries wait in a step. A model that recomputes C on the way back asks for each twice.
+    identity: says whether two trainings of one model from nothing are the same.
     """
 
     def __init__(
         self,
-        predict_noise: PredictNoise,
+        predict_noise: PredictWithPatches,
         references: Sequence[Reference],
         prompt_rows: Sequence[tuple[int, ...]],
         layers: Sequence[Layer],
@@ -156,6 +154,8 @@ class ResidualTraining(TrainingLoop):
             self._sigmas = (training_sigmas() if sigmas is None else sigmas).to("cpu", torch.float32, copy=True)
             self.delta = torch.zeros(len(layers), 1, layers[0].context_dim, device=device)
         self._placements = [Placement(self.delta, self._names, rows) for rows in prompt_rows]
+        compared = {name: value for name, value in asdict(options).items() if name != "steps"}
+        self.identity = digest(compared, noun, self._names, prompt_rows, self._latents, self._masks)
         learned = Group("the residual", {"delta": self.delta}, _WITHOUT_GRADIENT)
         super().__init__(options, [learned], self._latents[0, 0].numel())
         if resume is not None:
@@ -169,13 +169,13 @@ class ResidualTraining(TrainingLoop):
             )
         if residual.steps and residual.seed != self.options.seed:
             raise ResidualError(
-                f"the residual to resume was trained with seed {residual.seed}, not {self.options.seed}: set that seed, "
-                "or it would not be the same training"
+                f"the residual to resume was trained with seed {residual.seed}, not {self.options.seed}: set that "
+                "seed, or it would not be the same training"
             )
         if residual.steps > self.options.steps:
             raise ResidualError(
-                f"the residual to resume has {residual.steps} steps already, and steps={self.options.steps} counts from "
-                "the first: raise steps to train it further"
+                f"the residual to resume has {residual.steps} steps already, and steps={self.options.steps} counts "
+                "from the first: raise steps to train it further"
             )
         state = dict(residual.training_state or {})
         if residual.steps and set(_MOMENTS) - set(state):
@@ -193,7 +193,7 @@ class ResidualTraining(TrainingLoop):
         """(C, H, W) of the references."""
         return tuple(self._latents.shape[2:])
 
-    def draw(self, generator: torch.Generator) -> Batch:
+    def draw(self, generator: torch.Generator) -> ResidualBatch:
         """Pictures, mirrored or not, noise of levels that are all as likely, and one prompt for all rows."""
         count, device = self.options.batch_size, self._latents.device
         picture = torch.randint(self._latents.shape[1], (count,), generator=generator)
@@ -202,9 +202,9 @@ class ResidualTraining(TrainingLoop):
         sigma = self._sigmas[torch.randint(len(self._sigmas), (count,), generator=generator)].to(device)
         clean = self._latents[side, picture]
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        return Batch(clean + per_row(sigma, clean) * noise, noise, sigma, self._masks[side, picture], prompt)
+        return ResidualBatch(clean + per_row(sigma, clean) * noise, noise, sigma, self._masks[side, picture], prompt)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: ResidualBatch) -> Tensor:
         """See `residual_loss`; F is evaluated first, and leaves its queries."""
         queries = self._queries()
         with torch.no_grad():  # F needs no gradient: its queries are constants of the loss

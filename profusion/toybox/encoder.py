@@ -27,8 +27,9 @@ class ToyboxEncoder:
     def images(self, pictures: Tensor) -> Tensor:
         if tuple(pictures.shape[1:3]) != (SIZE, SIZE):
             raise MetricError(
-                f"pictures of {pictures.shape[2]}x{pictures.shape[1]} pixels: {self.name} knows Toybox's, of {SIZE}x{SIZE}, and "
-                "nothing else. Take a real CLIP: connect clip_vision (Load CLIP Vision), or --clip open_clip:ViT-L/14"
+                f"pictures of {pictures.shape[2]}x{pictures.shape[1]} pixels: {self.name} knows Toybox's, of "
+                f"{SIZE}x{SIZE}, and nothing else. Take a real CLIP: connect clip_vision (Load CLIP Vision), or "
+                "--clip open_clip:ViT-L/14"
             )
         vision = self._toybox.vision
         return vision.embed(vision.preprocess(pictures))

@@ -16,12 +16,11 @@ from ..fusion import FusionOptions, Guidance, Mode, RunGuidance, Stage, fresh_no
 from ..infusion import cross_attention_layers
 from ..promptnet.file import load_promptnet
 from ..promptnet.network import KNOTS, PromptNet, interpolated, merged
-from ..promptnet.pseudo_word import PLACEHOLDER, encode_tokens, prompt_tokens, scaled, with_noun
-from ..promptnet.seed import PROMPTS, ResidualSeed, attention_modules
+from ..promptnet.pseudo_word import ALONE, encode_tokens, prompt_tokens, scaled, with_noun
+from ..promptnet.seed import PROMPT_PAIRS, ResidualSeed, attention_modules
 from ..residual import Residual
 from .pipeline import STEPS, Toybox, initial_noise, noun_rows, weight_file
 
-ALONE = f"a photo of {PLACEHOLDER}"
 # As Fusion KSampler comes, with the cfg that Toybox takes: S* and the plain text, a fusion stage in the first fifth of
 # a run.
 GUIDED = Guidance((1.0, 0.5), cfg=4.0, refresh=2)
@@ -75,9 +74,9 @@ class FusedToybox:
         """A residual from which a training on these pictures (P, SIZE, SIZE, 3) of one thing, masks (P, SIZE, SIZE),
         may start."""
         word = self.words(pictures, torch.tensor(KNOTS)).mean(dim=0, keepdim=True)  # (1, tokens, width)
-        plain = [prompt.format(noun) for prompt, _ in PROMPTS]
+        plain = [prompt.format(noun) for prompt, _ in PROMPT_PAIRS]
         with torch.no_grad():
-            spoken = [self._encoded(prompt, word)[0] for _, prompt in PROMPTS]
+            spoken = [self._encoded(prompt, word)[0] for _, prompt in PROMPT_PAIRS]
         unet, predict_noise = self.toybox.unet, self.toybox.noise_predictor(plain)
         layers = cross_attention_layers(dict(unet.named_parameters()))
         rows = [noun_rows(prompt, noun) for prompt in plain]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..problems import Explained
 from .drawing import BACKGROUNDS, PATTERNS, SIZE
 from .pipeline import load_network
 from .world import NOUNS
@@ -20,7 +21,7 @@ from .world import NOUNS
 _BATCH = 64  # pictures judged at once; more only take more memory
 
 
-class JudgeError(ValueError):
+class JudgeError(Explained, ValueError):
     """Something that is not a batch of Toybox pictures."""
 
 

@@ -20,7 +20,7 @@ from ..models.vae import VAE
 from ..pictures import latent_masks
 from ..prompt import NounError, find_noun
 from ..residual import Residual
-from ..residual.training import PROMPTS, PredictNoise, Reference, ResidualTraining, TrainingOptions
+from ..residual.training import NOUN_PROMPTS, PredictWithPatches, Reference, ResidualTraining, TrainingOptions
 from ..streams import Evaluate, two_stream_denoiser
 from .configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE, TOYBOX_VISION
 from .drawing import SIZE
@@ -176,7 +176,7 @@ class Toybox:
         plain, customised = sample_euler(denoise, torch.cat([noise, noise]), sampling_sigmas(steps), callback).chunk(2)
         return plain, customised
 
-    def noise_predictor(self, prompts: Sequence[str]) -> PredictNoise:
+    def noise_predictor(self, prompts: Sequence[str]) -> PredictWithPatches:
         """How `ResidualTraining` evaluates Toybox with these prompts, whose contexts are made once."""
         contexts = self.context(prompts)
 
@@ -197,7 +197,7 @@ class Toybox:
         resume: Residual | None = None,
     ) -> ResidualTraining:
         """A residual's training on pictures (M, H, W, 3) in [0, 1] and masks (M, H, W); H and W multiples of 8."""
-        prompts = [prompt.format(noun) for prompt in PROMPTS]
+        prompts = [prompt.format(noun) for prompt in NOUN_PROMPTS]
         sides = [self.references(pictures, masks)]
         if options.flip:
             sides.append(self.references(pictures.flip(2), masks.flip(2)))

@@ -11,7 +11,14 @@ from ..promptnet.changes import attention_layers, start_changes
 from ..promptnet.finetune import FinetuneOptions, FinetunePictures, FinetuneTraining
 from ..promptnet.network import PromptNet, PromptNetConfig, PromptNetError, typical_embedding
 from ..promptnet.pseudo_word import encode_tokens, prompt_tokens
-from ..promptnet.training import PROMPTS, EncodeWord, PictureSet, PredictNoise, PromptNetOptions, PromptNetTraining
+from ..promptnet.training import (
+    WORD_PROMPTS,
+    EncodeWord,
+    PictureSet,
+    PredictWithContext,
+    PromptNetOptions,
+    PromptNetTraining,
+)
 from .configs import TOYBOX_PROMPTNET
 from .pipeline import Toybox
 
@@ -36,7 +43,7 @@ def starting_word(toybox: Toybox, config: PromptNetConfig, noun: str | None = No
         if not start.any():
             raise PromptNetError(f"Toybox was never taught the word {noun!r}: start from a noun it knows, or from none")
     if config.holds_position:
-        start = start + embeddings.position_embedding.weight[list(prompt_tokens(PROMPTS[0], config.tokens)[1])]
+        start = start + embeddings.position_embedding.weight[list(prompt_tokens(WORD_PROMPTS[0], config.tokens)[1])]
     return start
 
 
@@ -50,14 +57,14 @@ def toybox_training(
 def toybox_finetuning(
     toybox: Toybox, network: PromptNet, pictures: FinetunePictures, options: FinetuneOptions, attention: bool = True
 ) -> FinetuneTraining:
-    """A PromptNet's fine-tuning and, if asked for, that of Toybox's attention layers, whose `changes` are to be put on it by
-    `changes.changed` while it trains and while it draws. network: a `trainable_copy`."""
+    """A PromptNet's fine-tuning and, if asked for, that of Toybox's attention layers, whose `changes` are to be put on
+    it by `changes.changed` while it trains and while it draws. network: a `trainable_copy`."""
     layers = attention_layers(dict(toybox.unet.named_parameters())) if attention else {}
     changes = start_changes(layers, options.rank, torch.Generator().manual_seed(options.seed))
     return FinetuneTraining(network, *_evaluation(toybox, network, options), pictures, options, changes)
 
 
-def _evaluation(toybox: Toybox, network: PromptNet, options: PromptNetOptions) -> tuple[PredictNoise, EncodeWord]:
+def _evaluation(toybox: Toybox, network: PromptNet, options: PromptNetOptions) -> tuple[PredictWithContext, EncodeWord]:
     """How a training evaluates Toybox's UNet, and its text encoder with S*."""
     prompts = [prompt_tokens(prompt, network.config.tokens) for prompt in options.prompts]
 

@@ -28,8 +28,10 @@ def add_to(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
             f"--{name}",
             type=Path,
             metavar="DIR",
-            help=f"pictures that are white where the object is in the {whose}, in the order of their names; with both folders of "
-            "masks, objects and backgrounds are compared apart",
+            help=(
+                f"pictures that are white where the object is in the {whose}, in the order of their names; with both "
+                "folders of masks, objects and backgrounds are compared apart"
+            ),
         )
     prompt = one.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="what all pictures should show")
@@ -40,8 +42,10 @@ def add_to(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--clip",
         action="append",
         metavar="CLIP",
-        help="toybox (default; for Toybox's own pictures), or open_clip:NAME[:WEIGHTS]; may be given several times. NAME: "
-        f"{', '.join(CLIP_MODELS)}, or one of open_clip's own; WEIGHTS: {OPENAI}, or a tag of open_clip's",
+        help=(
+            "toybox (default; for Toybox's own pictures), or open_clip:NAME[:WEIGHTS]; may be given several times. "
+            f"NAME: {', '.join(CLIP_MODELS)}, or one of open_clip's own; WEIGHTS: {OPENAI}, or a tag of open_clip's"
+        ),
     )
     one.add_argument(
         "--dino", nargs="?", const=DINO, metavar="NAME", help="a model of timm as a further judge (default: %(const)s)"

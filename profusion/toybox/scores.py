@@ -1,4 +1,5 @@
-"""What is said of a method's pictures: is the concept there, is the rest as the plain picture has it, is the noun right."""
+"""What is said of a method's pictures: is the concept there, is the rest as the plain picture
+has it, is the noun right."""
 
 from __future__ import annotations
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..decoding import PictureError
+
 STEP = 11 / 128  # from one colour of a pair to the other, as a share of the picture's side: half a stripe's period
 BANDWIDTH = 0.07  # s, in Oklab: a clearly visible difference of colour
 LIGHTNESS = 0.5  # what a difference in lightness counts: objects are shaded
@@ -91,7 +93,7 @@ def concept_similarity(pictures: Tensor, masks: Tensor, reference_pictures: Tens
     The geometric mean of the likeness of colours and of pairs of colours, side by side and one above the other. About 1
     for the same thing at another place, turned a little or mirrored; the shape of the object does not matter.
     pictures (B, H, W, 3) and reference_pictures (R, H, W, 3) of one size; 0 where a mask is too small to hold a pair.
-    Raises ValueError if the reference masks are.
+    Raises PictureError if the reference masks are.
     """
     if pictures.shape[1:] != reference_pictures.shape[1:]:
         raise ValueError(
@@ -102,7 +104,7 @@ def concept_similarity(pictures: Tensor, masks: Tensor, reference_pictures: Tens
         torch.cat(samples) for samples in zip(*appearance_points(reference_pictures, reference_masks), strict=True)
     ]
     if not all(len(samples) for samples in references):
-        raise ValueError("the reference masks hold no object, or too small a one")
+        raise PictureError("the reference masks hold no object, or too small a one: paint it white, and larger")
     own = [_inner(samples, samples) for samples in references]
     scores = []
     for appearance in appearance_points(pictures, masks):

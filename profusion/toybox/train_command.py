@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ..keeping import Partial
 from ..promptnet.file import SUFFIX, load_promptnet, save_promptnet
 from ..promptnet.network import PromptNet, PromptNetConfig, PromptNetError
 from ..promptnet.training import PictureSet, PromptNetOptions, PromptNetTraining
@@ -122,7 +123,8 @@ def from_arguments(given: argparse.Namespace) -> Command:
 
 
 def run(command: Command, toybox: Toybox | None = None, say: Say = print) -> dict[str, object]:
-    """Train, saving a checkpoint now and then, and at an interrupt; where there is one already, go on from it.
+    """Train, saving a checkpoint every so many steps and seconds, and at Ctrl-C or SIGTERM; where there is one already,
+    go on from it.
 
     Writes the PromptNet in float16 at the end, and returns what to report of it.
     """
@@ -139,7 +141,7 @@ def run(command: Command, toybox: Toybox | None = None, say: Say = print) -> dic
         module.to(command.device)
     training = toybox_training(toybox, network, pictures, command.options)
     if command.checkpoint.is_file():
-        training.resume(command.checkpoint)
+        training.resume(command.checkpoint, same_start=True)
         say(f"going on from step {training.step} of {command.checkpoint}")
     seconds = _train(command, training, kept, say)
     notes = {"data": command.data, "pictures": pictures.fingerprint(), "steps": str(training.step), "seed": str(seed)}
@@ -173,16 +175,17 @@ def _split(pictures: PictureSet) -> tuple[PictureSet, PictureSet | None]:
 
 
 def _train(command: Command, training: PromptNetTraining, kept: PictureSet | None, say: Say) -> float:
-    """The seconds that the rest of a training took. Raises KeyboardInterrupt after an interrupted step, when it is saved."""
+    """The seconds that the rest of a training took. Raises KeyboardInterrupt after an interrupted step, when it is
+    saved."""
     started, first = time.monotonic(), training.step
+    partial = Partial(lambda: _checkpoint(command, training))
     with _interrupts() as interrupts:
-        for _ in training.steps():
+        for _ in training.steps(partial):
             last = training.step == training.options.steps
             if training.step % REPORT_EVERY == 0 or last:
                 say(_progress(training, (time.monotonic() - started) / (training.step - first)))
             if training.step % command.save_every == 0 or last or interrupts:
-                training.save(command.checkpoint)
-                say(f"saved {command.checkpoint} at step {training.step}")
+                say(f"saved {partial.save()} at step {training.step}")
             if interrupts and not last:
                 raise KeyboardInterrupt
             if training.step % command.save_every == 0 or last:
@@ -190,18 +193,25 @@ def _train(command: Command, training: PromptNetTraining, kept: PictureSet | Non
     return time.monotonic() - started
 
 
+def _checkpoint(command: Command, training: PromptNetTraining) -> Path:
+    training.save(command.checkpoint)
+    return command.checkpoint
+
+
 @contextlib.contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Gathers Ctrl-C instead of stopping in the middle of a step, half of whose parameters would have moved."""
+    """Gathers Ctrl-C and SIGTERM: in the middle of a step, half of the parameters would have moved."""
     gathered: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield gathered
         return
-    before = signal.signal(signal.SIGINT, lambda number, _: gathered.append(number))
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: gathered.append(number)) for number in numbers]
     try:
         yield gathered
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _progress(training: PromptNetTraining, pace: float) -> str:

@@ -347,13 +347,3 @@ def concept_pictures(name: str, n: int, rng: np.random.Generator) -> list[Pictur
         scene = Scene((replace(item, flip=False),), BACKGROUNDS[int(index)], int(rng.integers(2**31)))
         pictures.append(render(scene))
     return pictures
-
-
-def nearest_color(pixels: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """For RGB pixels (..., 3), the index of the nearest of `colors` (n, 3); all 0..255.
-
-    Half of any difference in brightness is forgiven, because objects are shaded.
-    """
-    difference = np.asarray(pixels, np.float32)[..., None, :] - np.asarray(colors, np.float32)
-    brightness = difference.mean(axis=-1, keepdims=True)
-    return ((difference - 0.5 * brightness) ** 2).sum(axis=-1).argmin(axis=-1)

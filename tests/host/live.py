@@ -133,7 +133,9 @@ def to_prompt(workflow: dict, object_info: dict) -> dict:
             (n, *_kind(d)) for part in ("required", "optional") for n, d in definition.get(part, {}).items()
         ):
             if kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO") and not options.get("forceInput"):
-                inputs[name] = next(values)
+                inputs[name] = next(
+                    values, options.get("default")
+                )  # a graph that was saved before there was this widget
                 if options.get("control_after_generate", kind == "INT" and name in ("seed", "noise_seed")):
                     assert next(values) in ("fixed", "randomize", "increment", "decrement")
                 if options.get("image_upload"):

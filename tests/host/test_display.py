@@ -69,3 +69,26 @@ def test_what_a_failure_left_is_readable_on_the_node(display, node, frontend):
     assert frontend.texts == [("12", "saved as cat")]
     ((_, picture, _),) = frontend.previews
     assert picture.tobytes() == display.caption("saved as cat").tobytes()
+
+
+@pytest.mark.parametrize("problem", [RuntimeError("no memory"), MemoryError(), KeyError("odd")])
+def test_what_fails_while_it_is_kept_hides_nothing(display, node, frontend, problem):
+    def keep():
+        raise problem
+
+    failed = pytest.raises(display.TrainingError, match="(?s)a kernel failed.*could not be kept")
+    with failed as caught, display.keeping(node, keep):
+        raise ValueError("a kernel failed")
+    assert type(problem).__name__ in str(caught.value)
+    with pytest.raises(display.Interrupted), display.keeping(node, keep):
+        raise display.Interrupted
+
+
+def test_a_frontend_that_cannot_be_told_hides_nothing(display, node, monkeypatch):
+    def broken(*_):
+        raise OSError("gone")
+
+    monkeypatch.setattr(display, "tell", broken)
+    failed = pytest.raises(display.TrainingError, match="a kernel failed\nsaved as cat")
+    with failed, display.keeping(node, lambda: "saved as cat"):
+        raise ValueError("a kernel failed")

@@ -46,6 +46,7 @@ def host(pack):
         "models.configs",
         "models.clip",
         "loop",
+        "keeping",
     )
     kernel = {
         name.split(".")[-1] + "_kernel": importlib.import_module(f"{pack.__name__}.profusion.{name}") for name in names
@@ -106,7 +107,8 @@ def finetune(host, clip, folders):
             given |= {"clip": clip, "clip_vision": PooledVision(), "vae": PooledVae()}
             return host.finetune.PromptNetFinetune.execute(**{**given, **defaults(), **inputs}).args
 
-    return run
+    yield run
+    host.finetuning._unsaved.clear()
 
 
 def make_finetuning(host, clip, model, masks=None, options=None, **kwargs):
@@ -175,6 +177,7 @@ def test_the_schema_is_frozen_and_explained(host):
         "filename_prefix:STRING",
         "save_promptnet:BOOLEAN",
         "masks:MASK",
+        "gradient_checkpointing:COMBO",
     ]
     assert [output.io_type for output in schema.outputs] == ["PROMPTNET", "MODEL", "STRING", "IMAGE"]
     assert all(entry.tooltip for entry in [*schema.inputs, *schema.outputs]) and schema.description
@@ -391,6 +394,204 @@ def test_what_is_saved_before_another_file_fails_is_saved_once_and_named(host, f
         finetune(steps=1, save_promptnet=True)
     (path,) = (folders / "loras").rglob("*.safetensors")
     assert f"Saved before: {path}" in str(caught.value)
+
+
+# What is on the disk at any moment, and what goes on from it
+
+
+def partials(folders):
+    return list((folders / "profusion_promptnets").rglob("training/*"))
+
+
+def trained_steps():
+    """The steps that are reported from now on."""
+    steps = []
+    on_report(lambda done, *_: steps.append(done))
+    return steps
+
+
+def cancelled(finetune, step, **inputs):
+    cancel_at(step)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        finetune(**inputs)
+    stop_listening()
+
+
+def shown_text(host, monkeypatch):
+    """What is said under the node, from now on."""
+    said = []
+    show = host.finetune.show
+    monkeypatch.setattr(host.finetune, "show", lambda cls, text, *more, **named: said.append(text) or show(cls, text))
+    return said
+
+
+def test_a_kill_at_any_step_leaves_a_file_from_which_the_same_inputs_go_on(host, finetune, folders, monkeypatch):
+    whole, _, name, _ = finetune(steps=4)
+    patch = comfy.utils.load_torch_file(str(folders / "loras" / name))
+    assert not partials(folders)
+    monkeypatch.setattr(host.keeping_kernel, "SECONDS", 0.0)
+    monkeypatch.setattr(host.keeping_kernel, "SHARE", 1e9)
+    found = {}
+
+    def note(done, *_):
+        paths = partials(folders)
+        found.setdefault(done, {path.name: path.read_bytes() for path in paths})
+
+    on_report(note)
+    finetune(steps=4)
+    stop_listening()
+    assert sorted(found) == [1, 2, 3, 4] and all(len(files) == 1 for files in found.values()) and not partials(folders)
+    said = shown_text(host, monkeypatch)
+    for done in (1, 2, 3):
+        ((name, content),) = found[done].items()
+        (folders / "profusion_promptnets" / "training" / name).write_bytes(content)
+        steps = trained_steps()
+        again, _, file, plot = finetune(steps=4)
+        stop_listening()
+        assert sorted(set(steps)) == list(range(done + 1, 5)) and f"Gone on from step {done}, from " in said[-1]
+        assert same(values(again.network), values(whole.network)) and not partials(folders)
+        assert same(comfy.utils.load_torch_file(str(folders / "loras" / file)), patch)
+
+
+def test_cancel_leaves_what_the_same_inputs_go_on_from(host, finetune, folders, monkeypatch):
+    whole = finetune(steps=4)[0]
+    cancelled(finetune, 3, steps=4)
+    (path,), said, steps = partials(folders), shown_text(host, monkeypatch), trained_steps()
+    again = finetune(steps=4)[0]
+    assert set(steps) == {4} and str(path) in said[-1] and same(values(again.network), values(whole.network))
+    assert not path.exists()
+
+
+def other_pictures():
+    return pictures(1).flip(2)
+
+
+def patched_model():
+    model = tiny.model()
+    model.add_patches({VALUES: ("diff", (0.01 * torch.ones(32, tiny.CONTEXT),))})
+    return model
+
+
+def hooked_model():
+    """A model whose weights are the same, but not what it computes."""
+    model = tiny.model()
+    model.set_model_attn1_patch(lambda q, k, v, extra_options: (0.5 * q, k, v))
+    return model
+
+
+def other_clip():
+    clip = tiny.clip()
+    tiny.randomise(clip.cond_stage_model, seed=9)
+    return clip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        lambda host: {"seed": 1},
+        lambda host: {"learning_rate": 2e-3},
+        lambda host: {"rank": 3},
+        lambda host: {"batch_size": 1},
+        lambda host: {"train_attention": False},
+        lambda host: {"images": other_pictures()},
+        lambda host: {"masks": torch.ones(1, 64, 64).triu()},
+        lambda host: {"promptnet": promptnet(host, seed=5)},
+        lambda host: {"model": patched_model()},
+        lambda host: {"model": hooked_model()},
+        lambda host: {"clip": other_clip()},
+        lambda host: {"steps": 1},
+    ],
+)
+def test_another_training_never_goes_on_from_it(host, finetune, folders, changes):
+    cancelled(finetune, 2, steps=3)
+    (path,) = partials(folders)
+    before, inputs = path.read_bytes(), {"steps": 3, **changes(host)}
+    steps = trained_steps()
+    finetune(**inputs)
+    assert set(steps) == set(range(1, inputs["steps"] + 1))
+    assert not path.exists() or path.read_bytes() == before
+
+
+def test_a_damaged_file_is_said_and_begun_anew(host, finetune, folders, monkeypatch):
+    cancelled(finetune, 2, steps=3)
+    (path,), said = partials(folders), shown_text(host, monkeypatch)
+    path.write_bytes(path.read_bytes()[:-100])
+    steps = trained_steps()
+    finetune(steps=3)
+    assert set(steps) == {1, 2, 3} and "Begun anew." in said[-1] and str(path) in said[-1]
+
+
+@pytest.mark.parametrize(
+    "problem", [OSError(28, "the disk is full"), RuntimeError("can't allocate"), MemoryError("full")]
+)
+def test_a_disk_that_is_full_at_the_end_costs_neither_file(host, finetune, folders, monkeypatch, problem):
+    """The folder of patches is full: PromptNet is saved in the other, and the patch at the second try."""
+    whole, _, name, _ = finetune(steps=3, save_promptnet=True)
+    patch = comfy.utils.load_torch_file(str(folders / "loras" / name))
+
+    def full(*_, **__):
+        raise problem
+
+    with monkeypatch.context() as broken:
+        broken.setattr(host.finetuning, "save_patch", full)
+        with pytest.raises(host.loop_kernel.TrainingError, match="could not all be saved") as caught:
+            finetune(steps=3, save_promptnet=True)
+    saved = folders / "profusion_promptnets" / "me" / "cat_00002_.safetensors"
+    assert f"Saved before: {saved}" in str(caught.value) and "Queue the same inputs again" in str(caught.value)
+    loaded = host.file_kernel.load_promptnet(saved, torch.float16)
+    assert same(values(loaded), values(whole.network.half()))
+    steps = trained_steps()
+    name = finetune(steps=3, save_promptnet=True)[2]
+    assert not steps and same(comfy.utils.load_torch_file(str(folders / "loras" / name)), patch)
+
+
+def test_where_nothing_at_all_can_be_written_it_is_kept_in_memory(host, finetune, folders, monkeypatch):
+    whole = finetune(steps=3)[0]
+
+    def full(*_, **__):
+        raise OSError(28, "the disk is full")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(host.finetuning, "save_patch", full)
+        broken.setattr(host.finetuning.FinetuneTraining, "save", full)
+        cancelled(finetune, 2, steps=3)
+    assert not partials(folders) and len(host.finetuning._unsaved) == 1
+    finetune(steps=1, seed=9)
+    assert len(host.finetuning._unsaved) == 1, "another training's success is no reason to forget it"
+    said, steps = shown_text(host, monkeypatch), trained_steps()
+    assert same(values(finetune(steps=3)[0].network), values(whole.network))
+    assert set(steps) == {3} and "from memory" in said[-1] and not host.finetuning._unsaved
+
+
+def test_a_copy_that_cannot_be_written_stops_no_training(host, finetune, folders, monkeypatch):
+    monkeypatch.setattr(host.keeping_kernel, "SECONDS", 0.0)
+    monkeypatch.setattr(host.keeping_kernel, "SHARE", 1e9)
+
+    def full(*_, **__):
+        raise RuntimeError("can't allocate")
+
+    monkeypatch.setattr(host.finetuning.FinetuneTraining, "save", full)
+    name = finetune(steps=3)[2]
+    assert (folders / "loras" / name).is_file() and not partials(folders)
+
+
+def test_where_the_first_folder_fails_another_one_is_tried(host, finetune, folders, tmp_path, monkeypatch):
+    import folder_paths
+
+    entry = ([str(folders / "loras"), str(tmp_path / "other")], {".safetensors"})
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", entry)
+    saving = host.finetuning.save_patch
+
+    def fail(tensors, path, *more):
+        if path.is_relative_to(folders / "loras"):
+            raise OSError(28, "full")
+        return saving(tensors, path, *more)
+
+    monkeypatch.setattr(host.finetuning, "save_patch", fail)
+    with pytest.raises(host.loop_kernel.TrainingError, match="have learned") as caught:
+        finetune(steps=2)
+    (path,) = (tmp_path / "other").rglob("*.safetensors")
+    assert str(path) in str(caught.value)
 
 
 def test_an_overflow_names_the_way_out_and_writes_nothing(host, finetune, folders):

@@ -5,24 +5,20 @@ The host's own frontend is tested, and the newest where it has been put into .ve
 """
 
 import json
-import shutil
 import time
 
 import pytest
 
 pytest.importorskip("comfy.samplers", reason="no ComfyUI found: the workflows are not opened in its frontend")
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: the frontend is not tested")
-BROWSER = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
-DRIVER = shutil.which("chromedriver")
+pytest.importorskip("selenium.webdriver", reason="selenium is not installed: the frontend is not tested")
+
+from browsing import BROWSER, DRIVER, browsing, open_page
+
 if not (BROWSER and DRIVER):
     pytest.skip("no Chromium with chromedriver: the frontend is not tested", allow_module_level=True)
 
 from conftest import HOST
 from live import REPOSITORY, Server, to_prompt
-from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.support.ui import WebDriverWait
 
 from tools.graph import PICTURES
 
@@ -33,10 +29,6 @@ FRONTENDS = {"own frontend": None, **({"newest frontend": NEWEST} if NEWEST.is_d
 NODES_2 = "Comfy.VueNodes.Enabled"  # nodes as elements of the page, which the frontend calls Nodes 2.0
 WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
 ON_TOYBOX = [path for path in WORKFLOWS if "sd15" not in path.stem]
-READY = """
-return !!(window.app && window.app.graph && window.LiteGraph
-  && window.LiteGraph.registered_node_types['ProFusion_ToyboxLoader']);
-"""
 LOAD = """
 const done = arguments[arguments.length - 1];
 const workflow = JSON.parse(arguments[0]);
@@ -93,35 +85,9 @@ def server(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser(server, tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--window-size=3600,2200",
-        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):
-        options.add_argument(flag)
-    browser = webdriver.Chrome(options, Service(DRIVER))
-    browser.set_script_timeout(120)
-    try:
+    with browsing(tmp_path_factory.mktemp("profile")) as browser:
         open_page(browser, server)
         yield browser
-    finally:
-        browser.quit()
-
-
-def open_page(browser, server, **settings):
-    for name, value in settings.items():
-        server.post(f"/settings/{name}", value)
-    browser.get(f"http://127.0.0.1:{server.port}/")
-    WebDriverWait(browser, 180).until(lambda b: b.execute_script(READY))
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -150,8 +116,8 @@ def test_after_a_run_its_nodes_stand_apart_and_show_what_they_say(path, browser,
         for nodes_2, expected in ((False, speaking), (True, cached)):
             open_page(browser, server, **{NODES_2: nodes_2})
             browser.execute_async_script(LOAD, json.dumps(workflow))
-            if nodes_2 and not _has_elements(browser):
-                continue  # the frontend is older than Nodes 2.0
+            if nodes_2 and not _has_nodes_2(browser, workflow):
+                continue
             _run(browser, server)
             _wait_until_shown(browser, expected)
             _no_two_overlap(browser.execute_script(BOXES))
@@ -183,13 +149,16 @@ def _has_control(name, definition):
     return entry[0] == "INT" and entry[1].get("control_after_generate", name in ("seed", "noise_seed"))
 
 
-def _has_elements(browser, seconds=5):
+def _has_nodes_2(browser, workflow, seconds=10):
+    """Whether the frontend has Nodes 2.0. Older ones have none, or early ones that give nodes widths of their own."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if browser.execute_script("return !!document.querySelector('[data-node-id]')"):
-            return True
+    while not browser.execute_script("return !!document.querySelector('[data-node-id]')"):
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.5)
-    return False
+    wide = {node["id"]: node["size"][0] for node in workflow["nodes"]}
+    kept = [abs(wide[number] - width) < 2 for number, _, _, width, _ in browser.execute_script(BOXES)]
+    return sum(kept) > len(kept) / 2
 
 
 def _run(browser, server, seconds=600):
@@ -204,7 +173,7 @@ def _run(browser, server, seconds=600):
     assert newest["status"]["status_str"] == "success", newest["status"]["messages"][-1]
 
 
-def _wait_until_shown(browser, kinds, seconds=30):
+def _wait_until_shown(browser, kinds, seconds=180):
     """Pictures are fetched, and nodes grow around them."""
     deadline = time.monotonic() + seconds
     while missing := kinds - {kind for kind, pictures in browser.execute_script(SHOWN) if pictures}:

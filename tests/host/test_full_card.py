@@ -90,3 +90,23 @@ def test_the_host_reckons_with_the_models_that_are_asked(studio, monkeypatch):
     assert asked[-1] == set(map(id, used))
     tiny.sample(studio.model, positive, plain, size=(12, 12))
     assert asked[-1] == {id(studio.model.model)}
+
+
+def test_training_says_that_it_needs_the_whole_model(pack, monkeypatch):
+    """With --novram, where newer hosts cast weights through buffers that the next layers use again."""
+    management, evaluation = comfy.model_management, pack.nodes.host.evaluation
+    monkeypatch.setattr(management, "vram_state", management.VRAMState.NO_VRAM)
+    monkeypatch.setattr(management, "is_device_cpu", lambda device: device == torch.device("cpu"))
+    model = tiny.model()
+    model.load_device = CARD
+    trained, done = evaluation.TrainedModel(model, [tiny.encode(tiny.clip(), "a ball")]), []
+    try:
+        if hasattr(management, "get_cast_buffer"):
+            with pytest.raises(Exception, match="Start ComfyUI without --novram") as raised:
+                trained.run(lambda: done.append(1), (1, 4, 8, 8))
+            assert type(raised.value).__name__ == "TrainingError" and not done
+        else:
+            trained.run(lambda: done.append(1), (1, 4, 8, 8))
+            assert done
+    finally:
+        management.current_loaded_models.clear()

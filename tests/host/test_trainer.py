@@ -4,6 +4,7 @@ cancelled, resumed, and broken."""
 import asyncio
 import errno
 import importlib
+import os
 import sys
 import types
 import uuid
@@ -29,7 +30,7 @@ def host(pack):
         name.rpartition(".")[2]: importlib.import_module(f"{pack.__name__}.nodes.{name}")
         for name in ("trainer", "host.evaluation", "host.residual_training")
     }
-    names = ("residual.training", "residual", "pictures", "loop")
+    names = ("residual.training", "residual", "pictures", "loop", "keeping")
     kernel = {name.split(".")[-1]: sys.modules[f"{pack.__name__}.profusion.{name}"] for name in names}
     return types.SimpleNamespace(pack=pack, **nodes, **kernel)
 
@@ -121,6 +122,7 @@ def test_the_schema_is_frozen_and_explained(host):
         "sample_cfg:FLOAT",
         "masks:MASK",
         "resume:RESIDUAL",
+        "gradient_checkpointing:COMBO",
     ]
     assert [output.io_type for output in schema.outputs] == ["RESIDUAL", "IMAGE", "IMAGE"]
     assert all(entry.tooltip for entry in [*schema.inputs, *schema.outputs]) and schema.description
@@ -210,7 +212,7 @@ def toybox_folder(host, folder):
     }
     for seed, network in enumerate(networks.values()):
         tiny.randomise(network, seed)
-    tokens = models["tokenizer"].tokenize([prompt.format("ball") for prompt in host.training.PROMPTS]).unique()
+    tokens = models["tokenizer"].tokenize([prompt.format("ball") for prompt in host.training.NOUN_PROMPTS]).unique()
     pipeline.save_weights(folder, tokens=tokens, **networks)
     return folder
 
@@ -449,7 +451,7 @@ def full_disk(*_, **__):
 
 
 def test_a_disk_that_is_full_stops_it_before_the_training(train, host, folder, monkeypatch):
-    monkeypatch.setattr(Path, "replace", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     seen = []
     on_report(lambda done, *_: seen.append(done))
     with pytest.raises(host.residual.ResidualError, match="the disk is full"):
@@ -481,8 +483,128 @@ def test_a_disk_that_fills_up_meanwhile_loses_nothing(train, host, folder, monke
     trained = []
     on_report(lambda done, *_: trained.append(done))
     same(train(model, steps=4)[0], whole)
-    assert set(trained) == {4} and not host.residual_training._unsaved
+    assert set(trained) == {4}
     assert len(list(folder.rglob("ball_4_steps_*.safetensors"))) == 2
+    trained.clear()
+    train(model, steps=4)
+    assert set(trained) == {1, 2, 3, 4}, "what has been saved is not kept in memory"
+
+
+# What is on the disk at any moment
+
+
+@pytest.fixture
+def every_step(host, monkeypatch):
+    """What has been learned is written after every step, however little time went by."""
+    monkeypatch.setattr(host.keeping, "SECONDS", 0.0)
+    monkeypatch.setattr(host.keeping, "SHARE", 1e9)
+
+
+def test_a_kill_at_any_step_leaves_a_file_that_goes_on_bit_for_bit(train, host, folder, every_step):
+    found = {}
+
+    def note(done, *_):
+        paths = list(folder.rglob("ball_partial_*.safetensors"))
+        found.setdefault(done, (len(paths), host.residual.load_residual(paths[0])) if paths else None)
+
+    on_report(note)
+    whole = train(steps=4, sample_every=2)[0]
+    stop_listening()
+    assert sorted(found) == [1, 2, 3, 4] and all(count == 1 for count, _ in found.values()), (
+        "the older ones are removed"
+    )
+    for done in (1, 2, 3):
+        assert found[done][1].steps == done
+        same(train(steps=4, resume=found[done][1])[0], whole)
+    assert not list(folder.rglob("ball_partial_*"))
+    assert not [path for path in folder.rglob("*") if path.suffix == ".tmp"]
+
+
+def test_before_a_sample_is_drawn_what_it_shows_is_on_the_disk(train, host, folder):
+    """Without waiting for the seconds to go by: drawing may be what kills it."""
+    drawn, drawing = [], host.residual_training.SamplePictures.draw
+
+    def note(samples, residual):
+        drawn.append([host.residual.load_residual(path).steps for path in folder.rglob("*.safetensors")])
+        return drawing(samples, residual)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host.residual_training.SamplePictures, "draw", note)
+        patch.setattr(host.keeping, "SHARE", 1e9)
+        train(steps=3, sample_every=1)
+    assert drawn == [[1], [2], [3]]
+
+
+@pytest.mark.parametrize("problem", [OSError(errno.ENOSPC, "full"), RuntimeError("can't allocate"), MemoryError()])
+def test_a_copy_that_cannot_be_written_stops_no_training(train, host, folder, every_step, monkeypatch, problem):
+    saving = host.residual_training.save_residual
+
+    def fail(residual, path, *arguments, **named):
+        if "partial" in path.name:
+            raise problem
+        return saving(residual, path, *arguments, **named)
+
+    monkeypatch.setattr(host.residual_training, "save_residual", fail)
+    assert train(steps=3)[0].steps == 3
+    assert [path.name for path in folder.rglob("*.safetensors")] == ["ball_3_steps_00001_.safetensors"]
+
+
+@pytest.mark.parametrize("problem", [RuntimeError("can't allocate memory"), MemoryError("no memory"), KeyError("odd")])
+def test_whatever_keeps_it_from_being_saved_it_is_kept_in_memory(train, host, folder, monkeypatch, problem):
+    model = tiny.model()
+    whole = train(model, steps=4)[0]
+
+    def fail(*_, **__):
+        raise problem
+
+    monkeypatch.setattr(host.residual_training, "save_residual", fail)
+    cancel_at(3)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train(model, steps=4)
+    stop_listening()
+    assert len(host.residual_training._unsaved) == 1
+    monkeypatch.undo()
+    import folder_paths
+
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "profusion_residuals", ([str(folder)], {".safetensors"}))
+    trained = []
+    on_report(lambda done, *_: trained.append(done))
+    same(train(model, steps=4)[0], whole)
+    assert set(trained) == {4} and not host.residual_training._unsaved
+
+
+def test_where_the_first_folder_fails_another_one_is_tried(train, host, tmp_path, folder, monkeypatch):
+    import folder_paths
+
+    other = tmp_path / "other disk"
+    entry = ([str(folder), str(other)], {".safetensors"})
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "profusion_residuals", entry)
+    saving = host.residual_training.save_residual
+
+    def fail(residual, path, *arguments, **named):
+        if path.is_relative_to(folder):
+            raise OSError(errno.ENOSPC, "full")
+        return saving(residual, path, *arguments, **named)
+
+    monkeypatch.setattr(host.residual_training, "save_residual", fail)
+    with pytest.raises(host.loop.TrainingError, match="2 steps so far are saved as") as caught:
+        train(failing_after(2, RuntimeError("a kernel failed")), steps=4)
+    (path,) = other.rglob("ball_partial_2_steps_*.safetensors")
+    assert str(path) in str(caught.value) and not list(folder.rglob("*.safetensors"))
+
+
+def test_checking_that_a_folder_can_be_written_to_touches_no_other_file(train, host, folder, monkeypatch):
+    """Somebody else may take the very name in between."""
+    writing = host.residual_training.check_writable
+
+    def meanwhile(kind, prefix, *arguments):
+        writing(kind, prefix, *arguments)
+        seen.append(sorted(path.name for path in folder.rglob("*") if path.is_file()))
+
+    seen = []
+    monkeypatch.setattr(host.residual_training, "check_writable", meanwhile)
+    train()
+    assert seen == [[]]
 
 
 # Bad input

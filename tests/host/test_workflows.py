@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,13 @@ def test_every_node_is_there_with_a_tooltip_on_every_input_and_output(names, obj
         assert all(definition["output_tooltips"]) and definition["description"]
 
 
-def test_every_node_has_a_help_page(names, server):
+def test_every_node_has_a_help_page_with_each_of_its_inputs(names, server, object_info):
     for name in names:
-        assert b"#" in server.fetch(f"/extensions/profusion/docs/{name}.md")
+        page = server.fetch(f"/extensions/profusion/docs/{name}.md").decode()
+        for part in ("required", "optional"):
+            for field in object_info[name]["input"].get(part, {}):
+                first = re.sub(r"_[2-9]$", "", field)  # weight, of weight_2
+                assert re.search(rf"\b({field}|{first})\b", page), f"{name}'s help page says nothing of {field}"
 
 
 def test_the_template_browser_lists_them(server):

@@ -11,7 +11,6 @@ from profusion.metrics import MetricError
 from profusion.metrics.similarity import (
     background_only,
     cosine,
-    identity_similarity,
     image_similarity,
     object_only,
     prompt_similarity,
@@ -59,21 +58,6 @@ def test_similarities_are_the_same_on_every_device(device):
     torch.testing.assert_close(similarity_among(there[1]).cpu(), similarity_among(references))
     picture, mask = torch.rand(1, 4, 4, 3), torch.ones(1, 4, 4).tril()
     assert torch.equal(object_only(picture.to(device), mask).cpu(), object_only(picture, mask))
-
-
-def test_identity_counts_the_pictures_without_a_face():
-    """The embedder here takes a picture's mean colour; black ones show no face."""
-
-    def embed(pictures):
-        means = pictures.mean(dim=(1, 2))
-        return torch.where(means.any(dim=1, keepdim=True), means, math.nan)
-
-    red, green, black = (torch.tensor(color).expand(2, 2, 3) for color in ([1.0, 0, 0], [0, 1.0, 0], [0.0, 0, 0]))
-    found = identity_similarity(embed, torch.stack([red, black, green]), torch.stack([red, red, black]))
-    assert found.samples.tolist() == [1.0, 0.0] and found.unseen == 1
-    assert identity_similarity(embed, black[None], red[None]).unseen == 1
-    with pytest.raises(MetricError, match="no face was found in any reference"):
-        identity_similarity(embed, red[None], black[None])
 
 
 def test_object_and_background_are_halves_of_a_picture():

@@ -145,7 +145,7 @@ def test_a_constant_picture_has_the_same_grid_at_any_size(small):
     network = small.stirred()
     h = torch.arange(32.0).view(1, 32, 1, 1).to(network.start.device)
     grids = [
-        network._to_grid(h.expand(1, 32, *size), network.projections[0]) for size in ((4, 4), (1, 1), (9, 5), (64, 3))
+        network.to_grid(h.expand(1, 32, *size), network.projections[0]) for size in ((4, 4), (1, 1), (9, 5), (64, 3))
     ]
     assert all(torch.allclose(grid, grids[0], atol=1e-5) for grid in grids)
 

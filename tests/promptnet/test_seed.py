@@ -7,10 +7,11 @@ from torch.nn import functional as F
 
 from profusion.infusion import Placement, cross_attention_layers, customised_patches, foundation_patches
 from profusion.loop import TrainingError
+from profusion.losses import masked_noise_error
 from profusion.models.unet import CrossAttention
 from profusion.promptnet import seed
-from profusion.promptnet.seed import PROMPTS, ResidualSeed, attention_modules, demand, least_squares
-from profusion.residual.training import Reference, masked_noise_error
+from profusion.promptnet.seed import PROMPT_PAIRS, ResidualSeed, attention_modules, demand, least_squares
+from profusion.residual.training import Reference
 from profusion.toybox.pipeline import NETWORKS, WEIGHTS, Toybox, noun_rows
 
 ROWS = (2, 3)
@@ -128,8 +129,8 @@ def test_with_a_residual_made_of_another_word_the_noun_is_drawn_more_like_it():
     """On noise and in places that it was not made from: the prediction of "cat" comes nearer to that of "ladybird"."""
     toybox = Toybox.load()
     nouns, others = (
-        [prompt.format("cat") for prompt, _ in PROMPTS],
-        toybox.context([prompt.format("ladybird") for prompt, _ in PROMPTS]),
+        [prompt.format("cat") for prompt, _ in PROMPT_PAIRS],
+        toybox.context([prompt.format("ladybird") for prompt, _ in PROMPT_PAIRS]),
     )
     rows, predict = [noun_rows(prompt, "cat") for prompt in nouns], toybox.noise_predictor(nouns)
     latent, noise = (drawn(4, 12, 12, seed=number) for number in (1, 2))
@@ -150,5 +151,5 @@ def test_with_a_residual_made_of_another_word_the_noun_is_drawn_more_like_it():
         plain = predict(noisy, sigma, 0, foundation_patches(queries))
         placement = Placement(residual.delta, residual.layers, rows[0])
         changed = predict(noisy, sigma, 0, customised_patches(queries, lambda options, chunk: (placement,)))
-        wanted = toybox.noise_predictor([PROMPTS[0][0].format("ladybird")])(noisy, sigma, 0, {})
+        wanted = toybox.noise_predictor([PROMPT_PAIRS[0][0].format("ladybird")])(noisy, sigma, 0, {})
     assert masked_noise_error(changed, wanted, mask) < 0.7 * masked_noise_error(plain, wanted, mask)

@@ -6,17 +6,11 @@ import pytest
 import torch
 
 from profusion.diffusion import noise_predictor, timestep_of, training_sigmas
-from profusion.loop import Group, TrainingError, seeded
+from profusion.loop import Group, TrainingError, generator_of
+from profusion.losses import weighted_noise_error
 from profusion.promptnet import PromptNetError
 from profusion.promptnet.pseudo_word import PlaceholderError, encode_tokens, prompt_tokens
-from profusion.promptnet.training import (
-    PictureSet,
-    PromptNetOptions,
-    PromptNetTraining,
-    learning_rate_at,
-    noise_weight,
-    weighted_noise_error,
-)
+from profusion.promptnet.training import PictureSet, PromptNetOptions, PromptNetTraining, learning_rate_at, noise_weight
 
 
 def pictures(count=4, seed=5):
@@ -66,7 +60,7 @@ def test_the_learning_rate_rises_and_falls():
 
 @pytest.mark.parametrize(("bias", "lower_half"), [(0.0, 0.5), (1.0, 0.25), (2.0, 0.125)])
 def test_noisier_levels_are_drawn_more_often(small, bias, lower_half):
-    sigma = training(small, batch_size=20_000, level_bias=bias).draw(seeded(1)).sigma
+    sigma = training(small, batch_size=20_000, level_bias=bias).draw(generator_of(1)).sigma
     assert (sigma < training_sigmas()[500]).float().mean().item() == pytest.approx(lower_half, abs=0.02)
     assert sigma.min() >= training_sigmas()[0] and sigma.max() > training_sigmas()[990]
 
@@ -158,11 +152,58 @@ def test_only_what_is_named_learns(small):
     assert [name for name, value in parameters(run).items() if not torch.equal(value, before[name])] == ["output.bias"]
 
 
+def test_every_prompt_is_drawn_and_is_the_one_that_s_is_put_into(small):
+    drawn, encoded = [], []
+    run = training(small, steps=12, batch_size=1, prompts=("S*", "a S*", "the S*"))
+    for seed in range(12):
+        batch = run.draw(generator_of(seed))
+        drawn.append(batch.prompt)
+        run.loss(batch)
+    assert set(drawn) == {0, 1, 2}
+
+    def encode(prompt, word):
+        encoded.append(prompt)
+        return encode_tokens(small.text, *prompt_tokens("S*"), word)
+
+    options = PromptNetOptions(steps=12, batch_size=1, prompts=("S*", "a S*", "the S*"))
+    list(PromptNetTraining(small.promptnet(), guess, encode, pictures(), options).steps())
+    assert set(encoded) == {0, 1, 2}
+
+
 def test_large_gradients_are_clipped(small):
     run = training(small, clip=1e-6)
     next(run.steps())
     total = math.hypot(*(p.grad.norm().item() for p in run.network.parameters() if p.grad is not None))
     assert total == pytest.approx(1e-6, rel=1e-3)
+
+
+def test_a_checkpoint_of_another_beginning_is_refused_where_that_matters(small, tmp_path):
+    path, other = tmp_path / "one.safetensors", pictures()
+    run = training(small)
+    run.save(path)
+    for again in (
+        training(small, network=small.stirred()),
+        training(small, given=PictureSet(other.latents, other.image_tokens + 1)),
+    ):
+        assert again.identity != run.identity
+        with pytest.raises(TrainingError, match="began with another PromptNet or image encoder"):
+            again.resume(path, same_start=True)
+    same = training(small, steps=9)
+    same.resume(path, same_start=True)
+    assert same.identity == run.identity != training(small, steps=9, cosine=True).identity
+
+
+def test_a_first_loss_tells_whether_a_training_began_alike(small):
+    run = training(small)
+    assert run.begins_like({}) and not run.losses
+    list(run.steps())
+    assert training(small).begins_like(run.state())
+    assert not training(small, predict=guess).begins_like(run.state())
+    fresh = training(small)
+    before = parameters(fresh)
+    fresh.begins_like(run.state())
+    assert fresh.step == 0 and all(torch.equal(value, before[name]) for name, value in parameters(fresh).items())
+    assert list(fresh.steps()) == run.losses, "asking leaves nothing behind"
 
 
 def test_another_trainings_checkpoint_is_refused(small, tmp_path):

@@ -15,16 +15,11 @@ from profusion.infusion import (
     on_conditional,
 )
 from profusion.loop import TrainingError
+from profusion.losses import masked_noise_error
 from profusion.models.configs import UNetConfig
 from profusion.models.unet import UNet
 from profusion.residual import Residual, ResidualError, load_residual, save_residual
-from profusion.residual.training import (
-    Reference,
-    ResidualTraining,
-    TrainingOptions,
-    masked_noise_error,
-    residual_loss,
-)
+from profusion.residual.training import Reference, ResidualTraining, TrainingOptions, residual_loss
 
 SMALL = UNetConfig(32, (1, 2), 1, (1, 1), 1, 24, num_heads=2)
 LENGTH, ROWS = 11, ((4,), (5, 6))
@@ -124,7 +119,8 @@ def test_preserving_keeps_the_prediction_outside_the_mask_nearer_to_the_plain_on
         plain, batch = predictor(unet), run.batch()
         queries = {}
         foundation = plain(batch.noisy, batch.sigma, batch.prompt, foundation_patches(queries))
-        placement = Placement(run.delta.detach(), run._names, ROWS[batch.prompt])
+        names = tuple(layer.name for layer in cross_attention_layers(dict(unet.named_parameters())))
+        placement = Placement(run.delta.detach(), names, ROWS[batch.prompt])
         customised = plain(
             batch.noisy, batch.sigma, batch.prompt, customised_patches(queries, on_conditional([placement]))
         )
@@ -184,6 +180,40 @@ def test_masks_and_flips_decide_what_is_learned(unet):
     assert not torch.equal(everything, delta(references=masked, flip=False))
     assert not torch.equal(everything, delta())
     assert torch.equal(everything, delta(flipped=())), "without mirrored pictures there is nothing to flip"
+
+
+def test_a_mirrored_picture_has_its_mirrored_mask(unet):
+    """Each row of a batch is one picture, on one side, with that very mask."""
+    sides = []
+    for seed in (2, 3):  # the pictures, and what stands for them mirrored
+        masks = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(seed))
+        sides.append([Reference(item.latent, mask) for item, mask in zip(references(seed=seed), masks, strict=True)])
+    run = training(unet, TrainingOptions(steps=9, batch_size=4), references=sides[0], flipped=sides[1])
+    known, seen = [item for side in sides for item in side], set()
+    for seed in range(9):
+        batch = run.draw(torch.Generator().manual_seed(seed))
+        clean = (batch.noisy - batch.sigma.view(-1, 1, 1, 1) * batch.noise).cpu()
+        for latent, mask in zip(clean, batch.mask.cpu(), strict=True):
+            nearest = min(range(4), key=lambda index: (known[index].latent - latent).abs().max())
+            assert (known[nearest].latent - latent).abs().max() < 1e-4
+            assert torch.equal(mask, known[nearest].mask)
+            seen.add(nearest)
+    assert seen == {0, 1, 2, 3}
+
+
+def test_every_prompt_is_used_and_the_residual_is_at_its_own_noun(unet):
+    rows = {}
+
+    def note(x, sigma, prompt, patches):
+        if len(patches["attn2_patch"]) > 1:  # C
+            value = torch.zeros(len(x), LENGTH, SMALL.context_dim, device=x.device)
+            options = {"block": ("middle", 0), "block_index": 0, "cond_or_uncond": [0]}
+            moved = patches["attn2_patch"][-1](value, value, value, options)[2]
+            rows.setdefault(prompt, set()).update(moved.abs().sum(dim=(0, 2)).nonzero().flatten().tolist())
+
+    run = training(unet, TrainingOptions(steps=8, batch_size=1), predict=predictor(unet, note))
+    list(run.steps())
+    assert rows == {0: set(ROWS[0]), 1: set(ROWS[1])}
 
 
 def test_noise_levels_are_the_model_s_own(unet):

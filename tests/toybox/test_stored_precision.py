@@ -24,7 +24,7 @@ pytestmark = [
 def test_six_bits_cost_no_likeness(tmp_path):
     toybox, judge, concept = Toybox.load(), Judge.load(), drawn_concept()
     options = TrainingOptions(steps=80, learning_rate=0.02)
-    residual, _, _ = train(toybox, concept, options, lambda _: None)
+    residual = train(toybox, concept, options, lambda _: None).residual
     likeness = {}
     for precision in ("float32", "int6"):
         saved = save_residual(residual, tmp_path / f"{precision}.safetensors", precision)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from profusion import __main__ as program
+from profusion import keeping
+from profusion.loop import TrainingError
 from profusion.models.tokenizer import words_to_ids
 from profusion.pictures import to_image
 from profusion.promptnet import PromptNetError, load_promptnet
@@ -32,7 +34,8 @@ def command(out, *more):
     return commands.from_arguments(program.parser().parse_args(arguments(out, *more)))
 
 
-def test_an_interrupted_run_goes_on_and_ends_as_one_that_was_not(toybox, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_and_ends_as_one_that_was_not(toybox, tmp_path, number):
     said = []
     whole = commands.run(command(tmp_path / "whole.safetensors", "--steps", "3"), toybox, said.append)
     assert whole["steps"] == 3 and whole["pictures"] == 9 and whole["bytes"] <= 7_300_000
@@ -40,15 +43,14 @@ def test_an_interrupted_run_goes_on_and_ends_as_one_that_was_not(toybox, tmp_pat
 
     def interrupt(text):
         if text.startswith("encoding"):
-            real = commands.PromptNetTraining._one_step
+            real = commands.PromptNetTraining.loss
 
-            def once(training):
-                monkeypatch.setattr(commands.PromptNetTraining, "_one_step", real)
-                value = real(training)
-                os.kill(os.getpid(), signal.SIGINT)
-                return value
+            def once(training, batch):
+                monkeypatch.setattr(commands.PromptNetTraining, "loss", real)
+                os.kill(os.getpid(), number)
+                return real(training, batch)
 
-            monkeypatch.setattr(commands.PromptNetTraining, "_one_step", once)
+            monkeypatch.setattr(commands.PromptNetTraining, "loss", once)
 
     halved = command(tmp_path / "halved.safetensors", "--steps", "3")
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(KeyboardInterrupt):
@@ -61,6 +63,25 @@ def test_an_interrupted_run_goes_on_and_ends_as_one_that_was_not(toybox, tmp_pat
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
     with pytest.raises(Exception, match="seed=0, not 1"):
         commands.run(command(tmp_path / "halved.safetensors", "--steps", "3", "--seed", "1"), toybox, said.append)
+
+
+def test_it_is_saved_every_so_many_seconds_too_and_never_goes_on_from_another_start(toybox, tmp_path, monkeypatch):
+    monkeypatch.setattr(keeping, "SECONDS", 0.0)
+    monkeypatch.setattr(keeping, "SHARE", 1e9)
+    one, step = command(tmp_path / "one.safetensors", "--steps", "3"), commands.PromptNetTraining._one_step
+
+    def killed(training):
+        if training.step == 2:
+            raise SystemExit
+        return step(training)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(commands.PromptNetTraining, "_one_step", killed)
+        commands.run(one, toybox, lambda text: None)
+    assert load_training(one.checkpoint)[1]["step"].item() == 2
+    with pytest.raises(TrainingError, match="began with another PromptNet"):
+        commands.run(command(one.out, "--steps", "3", "--noun", "ball"), toybox, lambda text: None)
+    assert commands.run(one, toybox, lambda text: None)["steps"] == 3
 
 
 def test_it_begins_from_another_of_the_same_sizes(toybox, tmp_path):

@@ -13,7 +13,7 @@ from training.muon import orthogonalise
 from training.norm import GroupNorm, with_quick_norms
 from training.recipe import STAGES, Recipe
 from training.session import Session, Stopped
-from training.stages import Stage
+from training.stages import TrainingStage
 
 
 class Sliced(Session):
@@ -35,7 +35,7 @@ def stage(at, watch=None, warmup=30):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.GroupNorm(32, 64), nn.SiLU(), nn.Conv2d(64, 3, 1))
     modules = nn.ModuleDict({"network": with_quick_norms(network).to(memory_format=torch.channels_last)})
-    return Stage("text", modules, at, seed=3, watch=watch, warmup=warmup)
+    return TrainingStage("text", modules, at, seed=3, watch=watch, warmup=warmup)
 
 
 def loss_of(trained):

@@ -1,0 +1,94 @@
+"""What every node has around it: its inputs are what they should be, and its errors can be shown and logged.
+
+A message goes to the host's log, over a socket and into a page. One that cannot be encoded ends the host's worker
+thread, and with it every later prompt; so no node lets one out.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.model_management
+from comfy_api.latest import io
+
+from ...profusion.problems import hidden_character, known, printable
+
+MOST_LETTERS = 100_000  # of a text
+_PARTS = ("CLIP", "VAE", "CLIP_VISION")  # a checkpoint may lack these: the nodes say so themselves
+_PLAIN = str | int | float | bool
+
+_PASSED_ON = (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION)
+
+
+class InputError(ValueError):
+    """An input that no node can use, or a failure put into words. The message names it and says what to do."""
+
+
+def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
+    """The node, whose `execute` checks its inputs first and lets no exception out whose text cannot be shown."""
+    run = node.execute.__func__
+    signature = inspect.signature(run)
+    rest = next((name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD), None)
+
+    @functools.wraps(run)
+    def execute(cls, *values, **named):
+        try:
+            given = signature.bind(cls, *values, **named).arguments
+            check_inputs(node.define_schema().inputs, {**given, **given.get(rest, {})})
+            return run(cls, *values, **named)
+        except _PASSED_ON:
+            raise
+        except Exception as problem:
+            said = told(problem)
+            if said is None:
+                raise
+            raise said.with_traceback(problem.__traceback__) from None
+
+    node.execute = classmethod(execute)
+    return node
+
+
+def told(problem: Exception) -> InputError | None:
+    """The same failure in words that can be shown; None where it can be shown as it is."""
+    words = known(problem)
+    if words is not None and not isinstance(problem, InputError):
+        return InputError(f"{words[0].upper()}{words[1:]}.")
+    chain, texts = problem, []
+    while chain is not None:  # the log prints what caused it too
+        texts.append(str(chain))
+        chain = chain.__cause__ or chain.__context__
+    if any(printable(text) != text for text in texts):
+        return InputError(printable(str(problem)))
+    return None
+
+
+def check_inputs(inputs: list, values: Mapping[str, Any]) -> None:
+    """Raise InputError, which names it, for an input that is nothing of its kind. They may come from anywhere: a
+    workflow's file, another node, or a program that talks to the server."""
+    for one in inputs:
+        if one.id not in values or (one.optional and values[one.id] is None):
+            continue
+        value, kind = values[one.id], one.get_io_type()
+        if kind in ("STRING", "COMBO"):
+            _check_text(one.id, value)
+        elif kind in ("INT", "FLOAT", "BOOLEAN"):
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise InputError(f"{one.id} is {value!r:.80}: give a number")
+        elif isinstance(value, _PLAIN) or (value is None and kind not in _PARTS):
+            raise InputError(f"{one.id} is {value!r:.80}: connect a node that gives {kind}")
+        elif kind == "LATENT" and not hasattr(value.get("samples") if isinstance(value, dict) else None, "shape"):
+            raise InputError(f"{one.id} has no latents in it: connect a node that gives {kind}")
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise InputError(f"{name} is {value!r:.80}: give a text")
+    hidden = hidden_character(value)
+    if hidden is not None:
+        raise InputError(f"{name} has the character {hidden} in it, which is no text: remove it")
+    if len(value) > MOST_LETTERS:
+        raise InputError(f"{name} has {len(value):,} characters: give at most {MOST_LETTERS:,}")
