@@ -12,7 +12,7 @@ from . import inputs
 from .host.display import show
 from .host.drawing import Sampling, empty_latents
 from .host.encoding import check_connected
-from .host.overfit import NOUN, Pictures, report, shown_pictures, subjects
+from .host.overfit import NOUN, PicturePlan, report, shown_pictures, subjects
 from .host.placing import MORE_CONCEPTS
 
 OTHER_SUBJECTS = "a photo of a house\na photo of a tree in a field\na street at night\na bowl of fruit on a table"
@@ -124,7 +124,7 @@ class OverfitReport(io.ComfyNode):
         )
         empty = empty_latents(model, latent)
         sampling = Sampling(steps, cfg, sampler_name, scheduler)
-        pictures = Pictures(tuple(empty.shape[1:]), len(empty), seed, sampling)
+        pictures = PicturePlan(tuple(empty.shape[1:]), len(empty), seed, sampling)
         scores, drawn = report(model, clip, customisations, prompts, class_prompt, draws, pictures)
         image = captioned(chart(scores), "\n".join(scores.notes))
         if vae is not None:

@@ -193,7 +193,7 @@ class TrainingLoop(ABC):
         A loss scale that is too large for this step, or too small, is changed and the same batch evaluated again.
         """
         batch, overflowed_at, raised = self.batch(), math.inf, False
-        scale = grown(self.loss_scale, self.step, self._first_scale)
+        scale = grown_scale(self.loss_scale, self.step, self._first_scale)
         while True:
             gradient = self._gradient(self.loss(batch), scale)
             if not math.isfinite(gradient.loss):
@@ -261,7 +261,7 @@ def _total(parameters: Iterable[Tensor], like: Tensor) -> Tensor:
     return torch.stack(torch._foreach_norm(gradients, 1)).sum().to(like.device)
 
 
-def grown(scale: float, step: int, first: float) -> float:
+def grown_scale(scale: float, step: int, first: float) -> float:
     """The loss scale to begin a step with: one that fell tries to grow back, now and then.
 
     As torch's GradScaler, but on a grid of steps: so what the scale will be needs no counter in a file.

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from profusion.loop import GROWTH_INTERVAL, Group, LoopOptions, TrainingError, TrainingLoop, generator_of, grown
+from profusion.loop import GROWTH_INTERVAL, Group, LoopOptions, TrainingError, TrainingLoop, generator_of, grown_scale
 
 NUMBERS = 2**13  # the scale begins at batch_size times this, 2^14
 
@@ -155,8 +155,8 @@ def test_a_state_without_a_scale_or_losses_is_read():
 
 
 def test_the_scale_never_grows_beyond_its_start_by_itself():
-    assert grown(4.0, GROWTH_INTERVAL, 16.0) == 16.0 and grown(4.0, GROWTH_INTERVAL + 1, 16.0) == 4.0
-    assert grown(64.0, GROWTH_INTERVAL, 16.0) == 64.0 and grown(0.25, 0, 2.0**14) == 4.0
+    assert grown_scale(4.0, GROWTH_INTERVAL, 16.0) == 16.0 and grown_scale(4.0, GROWTH_INTERVAL + 1, 16.0) == 4.0
+    assert grown_scale(64.0, GROWTH_INTERVAL, 16.0) == 64.0 and grown_scale(0.25, 0, 2.0**14) == 4.0
 
 
 def test_the_file_of_an_unfinished_run_has_every_step_that_was_reported():

@@ -102,7 +102,7 @@ def _other_prompts(text: str, clip: CLIP, nouns: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class PicturePlan:
     """What pictures a report draws: `count` latents of size (C, H, W), from `seed` on."""
 
     size: tuple[int, int, int]
@@ -114,7 +114,7 @@ class Pictures:
 class _Report:
     """One report: what is drawn and evaluated, and the scores it comes to."""
 
-    def __init__(self, model: ModelPatcher, clip: CLIP, pictures: Pictures, tell: Tell):
+    def __init__(self, model: ModelPatcher, clip: CLIP, pictures: PicturePlan, tell: Tell):
         self._model, self._clip, self._pictures, self._count, self._tell = model, clip, pictures, pictures.count, tell
         self._negative = encode_prompt(clip, "", ())
         self._scores: list[Score] = []
@@ -180,7 +180,7 @@ def report(
     prompts: str,
     class_prompt: str,
     draws: int,
-    pictures: Pictures,
+    pictures: PicturePlan,
 ) -> tuple[Scores, dict[str, Tensor]]:
     """The scores, and the latents that were drawn for them. prompts: those without the concept, one a line."""
     nouns = list(dict.fromkeys(one.noun for one in customised))
