@@ -190,16 +190,18 @@ def _save(residual: Residual, name: str, everywhere: bool = False) -> SavedResid
 
 def _identity(
     model: ModelPatcher,
-    clip: CLIP,
+    conditionings: Sequence[list],
     references: Sequence[Reference],
     noun: str,
     options: TrainingOptions,
     resume: Residual | None,
 ) -> str:
     """What must be the same for one training to go on as another."""
-    parts = [(id(part.model), str(part.patches_uuid)) for part in (model, clip.patcher)]
+    evaluated = id(model.model), str(model.patches_uuid)
+    contexts = [context for entries in conditionings for context, _ in entries]
     learned = [(reference.latent, reference.mask) for reference in references]
-    return digest(parts, learned, noun, options, None if resume is None else (resume.steps, resume.delta))
+    begun = None if resume is None else (resume.steps, resume.delta)
+    return digest(evaluated, contexts, learned, noun, options, begun)
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,7 @@ def prepare_training(
     pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
     conditionings, rows = encode_training_prompts(clip, noun, layers)
     references = encode_references(model, vae, pictures, weights)
-    identity = _identity(model, clip, references, noun, options, resume)
+    identity = _identity(model, conditionings, references, noun, options, resume)
     budget = plan_training(model, (options.batch_size, *references[0].latent.shape), checkpointing)
     trained = TrainedModel(model, conditionings, memory=budget.step, checkpointing=budget.checkpointing)
     flipped = encode_references(model, vae, pictures.flip(2), weights.flip(2)) if options.flip else ()
