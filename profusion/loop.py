@@ -23,7 +23,7 @@ from torch import Tensor
 from .keeping import Partial
 from .problems import Explained
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by torch's names
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by torch's names
 _SEED_STRIDE = 1_000_003
 _SAME_LOSS = 1e-3  # relative: GPUs do not round alike every time
 
@@ -146,7 +146,7 @@ class TrainingLoop(ABC):
             kept["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         for name, parameter in self._learned().items():
             moments = self._optimizer.state.get(parameter, {})
-            kept |= {f"{kind}.{name}": moments[kind].detach().cpu() for kind in _MOMENTS if moments}
+            kept |= {f"{kind}.{name}": moments[kind].detach().cpu() for kind in MOMENTS if moments}
         return kept
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -157,7 +157,7 @@ class TrainingLoop(ABC):
             self.loss_scale = state["loss_scale"].item()
         with torch.inference_mode(False):
             for name, parameter in self._learned().items():
-                moments = {kind: state.get(f"{kind}.{name}") for kind in _MOMENTS}
+                moments = {kind: state.get(f"{kind}.{name}") for kind in MOMENTS}
                 if moments["exp_avg"] is not None:
                     moments = {kind: value.to(parameter, copy=True) for kind, value in moments.items()}
                     self._optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}

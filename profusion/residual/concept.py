@@ -18,11 +18,11 @@ from torch import Tensor
 
 from ..files import DTYPES
 from ..infusion import architecture_name
+from ..models.configs import MAX_WIDTH
 from ..problems import Explained
 
 MAX_TEXT = 64
 MAX_LAYERS = 1024  # SDXL has 70
-MAX_WIDTH = 65536  # SDXL has 2048
 MAX_STEPS = 2**63 - 1
 MAX_SEED = 2**64 - 1
 

@@ -26,12 +26,11 @@ from ..infusion import (
     foundation_patches,
 )
 from ..keeping import digest
-from ..loop import Group, LoopOptions, TrainingError, TrainingLoop
+from ..loop import MOMENTS, Group, LoopOptions, TrainingError, TrainingLoop
 from ..losses import masked_noise_error
 from ..queries import TakenOnce
 from .concept import Residual, ResidualError, check_architecture
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # names of the optimizer's tensors in a residual's file
 _WITHOUT_GRADIENT = (
     "something on the model computes its attention without one, as SageAttention and other kernels made for inference "
     "do. Connect the model as it was before that"
@@ -178,12 +177,12 @@ class ResidualTraining(TrainingLoop):
                 "from the first: raise steps to train it further"
             )
         state = dict(residual.training_state or {})
-        if residual.steps and set(_MOMENTS) - set(state):
+        if residual.steps and set(MOMENTS) - set(state):
             raise ResidualError(
                 "the residual to resume was saved without its training state; save it in float32 with the training "
                 "state to go on later"
             )
-        moments = {f"{kind}.delta": state.pop(kind, None) for kind in _MOMENTS} if residual.steps else {}
+        moments = {f"{kind}.delta": state.pop(kind, None) for kind in MOMENTS} if residual.steps else {}
         with torch.inference_mode(False), torch.no_grad():
             self.delta.copy_(residual.delta)
         self.restore({**state, **moments, "step": torch.tensor(residual.steps)})
@@ -217,7 +216,7 @@ class ResidualTraining(TrainingLoop):
     def residual(self) -> Residual:
         """What has been learned so far, with the optimizer's state, so that it can be resumed."""
         state = self.state()
-        moments = {kind: state[f"{kind}.delta"].clone() for kind in _MOMENTS if f"{kind}.delta" in state}
+        moments = {kind: state[f"{kind}.delta"].clone() for kind in MOMENTS if f"{kind}.delta" in state}
         return Residual(
             delta=self.delta.detach().clone(),
             noun=self._noun,
