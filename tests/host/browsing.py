@@ -48,5 +48,9 @@ def open_page(browser, server, **settings):
 
     for name, value in settings.items():
         server.post(f"/settings/{name}", value)
+    if browser.current_url.startswith("http"):
+        # A page that is loaded again goes on under its id, and the host, which may notice only then that the socket of
+        # the page before is closed, forgets the new one with it: nothing that runs is shown any more.
+        browser.execute_script("sessionStorage.clear(); window.name = ''")
     browser.get(f"http://127.0.0.1:{server.port}/")
     WebDriverWait(browser, 180).until(lambda b: b.execute_script(READY))
