@@ -17,6 +17,7 @@ from ...profusion.infusion import architecture_name, check_context_width
 from ...profusion.keeping import Partial, digest, seconds_to_write
 from ...profusion.loop import TrainingError
 from ...profusion.pictures import loss_plot
+from ...profusion.problems import known
 from ...profusion.promptnet.changes import Change, attention_layers, changed, patch_tensors, save_patch, start_changes
 from ...profusion.promptnet.file import SUFFIX, save_promptnet
 from ...profusion.promptnet.finetune import FinetuneOptions, FinetunePictures, FinetuneTraining, trainable_copy
@@ -92,6 +93,8 @@ class WordEncoder:
                 target = torch.randn(context.shape, generator=torch.Generator().manual_seed(0))
                 (gradient,) = torch.autograd.grad((context * target.to(context.device)).sum(), word)
             except RuntimeError as problem:
+                if known(problem) is not None:
+                    raise  # no memory, and nothing about gradients
                 raise PromptNetError(f"{self._name()}: {problem}") from problem
         parts = gradient.split(list(self._config.text_widths), dim=-1)
         if not all(part.isfinite().all() and part.any() for part in parts):

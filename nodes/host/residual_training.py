@@ -108,7 +108,7 @@ class TrainingRun:
         try:
             self._samples.place(residual)
         except NounError as error:
-            raise NounError(f"sample_prompt: {error}") from None
+            raise NounError(f"sample_prompt: {error}") from error
         size = 4 * residual.delta.nbytes  # with the optimizer's two tensors, and the names
         check_writable(RESIDUALS, with_noun(f"{FOLDER}/%noun%", residual.noun), size, ResidualError)
 
