@@ -73,6 +73,12 @@ def plan_training(
     return Budget(step(shape, twice), twice)
 
 
+def make_room(size: float, device: torch.device) -> None:
+    """Have the host unload models until so many bytes of a device are free, as it does before it loads one."""
+    if not comfy.model_management.is_device_cpu(device):
+        comfy.model_management.free_memory(size, device)
+
+
 def _memory_of(device: torch.device) -> float:
     """Bytes of a device that models may take; not reckoned with: the main memory, and DirectML, which does not tell."""
     management = comfy.model_management
