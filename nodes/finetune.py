@@ -129,7 +129,7 @@ class PromptNetFinetune(io.ComfyNode):
             rank=rank,
         )
         pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
-        weights = weights if torch.any(weights < 1) else None
+        weights, warn = weights if torch.any(weights < 1) else None, warn_under(cls)
         finetuning = Finetuning(
             promptnet,
             model,
@@ -141,8 +141,9 @@ class PromptNetFinetune(io.ComfyNode):
             train_attention,
             options,
             gradient_checkpointing,
+            warn,
         )
-        run = FinetuningRun(finetuning, filename_prefix, save_promptnet, warn_under(cls))
+        run = FinetuningRun(finetuning, filename_prefix, save_promptnet, warn)
         with keeping(cls, run.keep):
             saved = run.train()
         name = listed_name(PATCHES, run.patch_path) if run.patch_path else ""
