@@ -32,6 +32,7 @@ from ...profusion.infusion import (
     foundation_patches,
     with_patches,
 )
+from ...profusion.memory import element_bytes
 from ...profusion.queries import APART, KEPT, WaitingQueries, bytes_on_device, query_numbers
 from ...profusion.threads import state_of_this_thread
 
@@ -74,16 +75,11 @@ def _reserve_memory(executor, model: ModelPatcher, noise_shape: Sequence[int], c
     if any(cond.get(KEY) for group in conds.values() for cond in group):
         kept = KEPT if model.load_device.type in APART else math.inf
         numbers = query_numbers(dict(model.get_model_object("diffusion_model").named_parameters()))
-        cells, element = math.prod(noise_shape[-2:]), _element_size(model)
+        cells, element = math.prod(noise_shape[-2:]), element_bytes(model.model)
         left = noise_shape[0] * bytes_on_device(numbers, cells, count, element, kept)
         line = model.model.memory_required([*noise_shape[:-2], 1, noise_shape[-1]])
         noise_shape = [*noise_shape[:-2], noise_shape[-2] + math.ceil(left / line), noise_shape[-1]]
     return executor(model, noise_shape, conds, *args, **kwargs)
-
-
-def _element_size(model: ModelPatcher) -> int:
-    """Bytes of a number that the model computes with."""
-    return (getattr(model.model, "manual_cast_dtype", None) or model.model.get_dtype()).itemsize
 
 
 def _sampler_wrapper(

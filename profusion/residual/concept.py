@@ -160,8 +160,8 @@ def _checked_text(field: str, text: str) -> str:
 def _checked_integer(field: str, value: int, largest: int) -> int:
     try:
         number = operator.index(value)
-    except TypeError:
-        raise ResidualError(f"{field} must be a whole number; found {value!r:.80}") from None
+    except TypeError as problem:
+        raise ResidualError(f"{field} must be a whole number; found {value!r:.80}") from problem
     if not 0 <= number <= largest:
         raise ResidualError(f"{field} must be from 0 to {largest}; found {number}")
     return number
