@@ -407,6 +407,58 @@ def test_a_conditioning_with_s_of_another_text_is_refused(studio, infused_toybox
         infused_toybox.patch(infused_toybox.residual(noun="snow"), text="a S* on snow", conditioning=positive)
 
 
+# Pictures and latents of any size
+
+
+def shown_under(studio, pictures, **inputs):
+    """What PromptNet Encode shows: its text, and the size of its picture."""
+    node = studio.modules["nodes.promptnet"].PromptNetEncode
+    parts = {"promptnet": studio.promptnet, "clip": studio.clip, "clip_vision": studio.clip_vision, "vae": studio.vae}
+    with torch.inference_mode():
+        made = node.execute(**parts, images=pictures, text=TEXT, noun="cat", **inputs)
+    return made.ui["text"][0], made.ui["images"]
+
+
+def test_a_reference_of_any_shape_is_brought_to_the_native_frame_as_in_training(studio):
+    from PIL import Image
+
+    pictures_of = sys.modules[f"{studio.pack.__name__}.profusion.pictures"]
+    wide = torch.rand(1, 200, 300, 3, generator=torch.Generator().manual_seed(1)).mul(255).round() / 255
+    square = pictures_of.to_image(wide[0]).crop((50, 0, 250, 200)).resize((96, 96), Image.Resampling.LANCZOS)
+    framed = pictures_of.from_image(square)[None]
+    assert torch.equal(studio.encode(pictures=wide)[0][0][0], studio.encode(pictures=framed)[0][0][0])
+    text, images = shown_under(studio, wide)
+    assert text == "PromptNet sees 1 picture of 96x96 pixels, cropped and resized from 300x200" and len(images) == 1
+    assert shown_under(studio, framed)[0] == "PromptNet sees 1 picture of 96x96 pixels"
+    mixed, _ = studio.encode(pictures=[wide, framed, torch.rand(40, 40, 4)])
+    assert mixed[0][0].isfinite().all()
+
+
+def test_a_mask_says_where_to_crop(studio):
+    wide = studio.pictures(size=96).repeat(1, 1, 3, 1)
+    mask = torch.zeros(1, 96, 288)
+    mask[:, 20:60, 210:250] = 1
+    seen = sys.modules[f"{studio.pack.__name__}.profusion.references"].framed
+    gathered = sys.modules[f"{studio.pack.__name__}.profusion.references"].gather(wide, mask)
+    pictures, weights, _ = seen(gathered, 96)
+    assert torch.equal(pictures[0], wide[0, :, 182:278]) and weights.sum() == 1600
+    alone = studio.encode(pictures=wide[:, :, 182:278], masks=mask[:, :, 182:278])
+    assert torch.equal(studio.encode(pictures=wide, masks=mask)[0][0][0], alone[0][0][0])
+
+
+@pytest.mark.parametrize("size", [(10, 16), (24, 12), (12, 12), (6, 9)], ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_promptnet_that_sees_the_noise_draws_at_any_size(pack, size, batch):
+    noisy = Studio(pack, "noisy")
+    positive, plain = noisy.encode(pictures=noisy.pictures(size=128)[:, :100])
+    latent = {"samples": torch.zeros(batch, 4, *size)}
+    for more in ({}, {"text": plain}, {"mode": "independent"}):
+        drawn = noisy.draw(positive, latent_image=latent, steps=2, **more)
+        assert drawn.shape == (batch, 4, *size) and drawn.isfinite().all()
+    drawn = tiny.sample(noisy.model, positive, tiny.encode(noisy.clip, ""), size=size, batch=batch)
+    assert drawn.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
