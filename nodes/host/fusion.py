@@ -63,9 +63,15 @@ class FusionGuider(comfy.samplers.CFGGuider):
     latent under one conditioning each; `calls` the batches.
     """
 
-    def set_terms(self, terms: Sequence[list], negative: list, guidance: Guidance) -> None:
+    def set_terms(
+        self, terms: Sequence[list], negative: list, guidance: Guidance, text_in_fusion: bool = False
+    ) -> None:
+        """What guides a run. text_in_fusion: whether terms without S* guide the fusion stage too, where others have
+        it."""
         if len(terms) != len(guidance.weights):
             raise ValueError(f"{len(terms)} conditionings and {len(guidance.weights)} weights: give each a weight")
+        if not text_in_fusion:
+            guidance = replace(guidance, fusion_weights=_weights_of_words(terms, guidance.weights))
         self.guidance = guidance
         self.set_cfg(guidance.cfg)
         # The host's own names: packs look for "positive", which is 0 in cond_or_uncond, and "negative", which is 1.
@@ -119,7 +125,7 @@ class FusionGuider(comfy.samplers.CFGGuider):
         stage = model_options.get("transformer_options", {}).get(STAGE, "refinement")
         run, sigma = self._run_of(model_options), float(timestep.flatten()[0])
         gamma = self.guidance.word_scale(stage)
-        terms = [self._at(self.conds[self._names[index]], x, sigma, gamma) for index in run.used]
+        terms = [self._at(self.conds[self._names[index]], x, sigma, gamma) for index in run.used(stage)]
         wanted = run.needs_nothing(stage) or model_options.get("disable_cfg1_optimization", False)
         negative = self.conds.get("negative") if wanted else None
         conds = [terms[0], negative, *terms[1:]]
@@ -178,6 +184,15 @@ class FusionGuider(comfy.samplers.CFGGuider):
             context[:, list(word.rows)] *= gamma
         model_conds = {**cond["model_conds"], "c_crossattn": comfy.conds.CONDCrossAttn(context)}
         return {**cond, "cross_attn": context, "model_conds": model_conds}
+
+
+def _weights_of_words(terms: Sequence[list], weights: Sequence[float]) -> tuple[float, ...] | None:
+    """The weights of the terms with S*, and 0 for the others; None where none of them counts."""
+    own = tuple(
+        weight if any(WORD in extras for _, extras in term) else 0.0
+        for term, weight in zip(terms, weights, strict=True)
+    )
+    return own if any(own) else None
 
 
 def _calc_conds(model: Any, conds: list, x: Tensor, timestep: Tensor, model_options: dict) -> list[Tensor]:
