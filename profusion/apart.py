@@ -149,6 +149,8 @@ class Apart:
         if isinstance(value, type | types.ModuleType | nn.Module | enum.Enum):
             return False
         package = type(value).__module__.partition(".")[0]
+        if isinstance(value, types.SimpleNamespace):
+            return True
         return package not in self._shared and not _is_library(package)
 
     def _object(self, value: Any) -> Any:

@@ -35,21 +35,22 @@ class Call:
     """One call of the UNet within an evaluation.
 
     owners: whose its rows are, (conditioning, how many times it was there before); each has as many. size: of the
-    latents, which are tiles where a pack cuts them.
+    latents, which are tiles where a pack cuts them. options: with which the model is evaluated.
     """
 
     owners: tuple[tuple[Hashable, int], ...]
     rows: int
     size: tuple[int, ...]
+    options: Mapping[str, Any]
 
 
 def owners(extra_options: ExtraOptions, rows: int) -> Sequence[tuple[Hashable, int]]:
     """The kernel's `Owners`: whose the rows are that an attention layer sees."""
-    call = extra_options.get(ROWS)
-    if call is None or call.rows != rows:
+    call = extra_options[ROWS]
+    if call.rows != rows:
         raise UnknownRowsError(
-            f"attention sees {rows} rows and the UNet was given {call.rows if call else 'none that are known'}, so "
-            f"that nobody can tell which are the concept's: remove {suspects(extra_options)} from the model"
+            f"the UNet is given {call.rows} rows and its attention {rows}, so that nobody can tell which are the "
+            f"concept's: remove {_suspects(call.options)} from the model"
         )
     return call.owners
 
@@ -79,10 +80,11 @@ class Evaluation:
     def _wrapper(self, model_options: Mapping[str, Any], patches: Patches) -> Callable:
         def call(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **others):
             labels, given = others.pop(ROWS, None), transformer_options or {}
-            whose, size = self._owners(labels, x, {**model_options, "transformer_options": given})
-            noted = {**given, ROWS: Call(self._in_turn(whose), len(whose) * size, tuple(x.shape[2:]))}
-            noted = with_patches({"transformer_options": noted}, patches)["transformer_options"]
-            return executor(x, t, c_concat, c_crossattn, control, noted, **others)
+            options = {**model_options, "transformer_options": given}
+            whose, size = self._owners(labels, x, options)
+            noted = Call(self._in_turn(whose), len(whose) * size, tuple(x.shape[2:]), options)
+            patched = with_patches({"transformer_options": {**given, ROWS: noted}}, patches)
+            return executor(x, t, c_concat, c_crossattn, control, patched["transformer_options"], **others)
 
         return call
 
@@ -97,7 +99,7 @@ class Evaluation:
         if len(x) != len(chunks) * self._batch or None in chunks:
             raise UnknownRowsError(
                 f"the UNet is given {len(x)} rows for {len(chunks)} conditionings of {self._batch} pictures, so that "
-                f"nobody can tell which are the concept's: remove {suspects(model_options)} from the model"
+                f"nobody can tell which are the concept's: remove {_suspects(model_options)} from the model"
             )
         return chunks, self._batch
 
@@ -136,22 +138,23 @@ def check_turns(foundation: Counter, customised: Counter, model_options: Mapping
             raise UnknownRowsError(
                 f"the UNet was called {foundation[name]} times for a conditioning in the foundation stream and "
                 f"{customised[name]} times in the customised one, so that their queries do not belong together: remove "
-                f"{suspects(model_options)} from the model"
+                f"{_suspects(model_options)} from the model"
             )
 
 
 def check_size(extra_options: ExtraOptions, size: Sequence[int], matters: bool) -> None:
     """Raise UnknownRowsError where latents are not of this size, as tiles are not, and it matters."""
-    if matters and tuple(extra_options[ROWS].size) != tuple(size):
+    call = extra_options[ROWS]
+    if matters and call.size != tuple(size):
         raise UnknownRowsError(
             f"a region is of the whole picture, and the UNet is given parts of it: leave region unconnected, or remove "
-            f"{suspects(extra_options)} from the model"
+            f"{_suspects(call.options)} from the model"
         )
 
 
-def suspects(options: Mapping[str, Any]) -> str:
+def _suspects(options: Mapping[str, Any]) -> str:
     """What on the model may regroup rows, by name."""
-    inner = options.get("transformer_options", options)
+    inner = options.get("transformer_options", {})
     found = [options["model_function_wrapper"]] if "model_function_wrapper" in options else []
     for kind in (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL):
         for key, wrappers in inner.get("wrappers", {}).get(kind, {}).items():
@@ -162,4 +165,4 @@ def suspects(options: Mapping[str, Any]) -> str:
 def _name(function: Any) -> str:
     named = function if hasattr(function, "__qualname__") else type(function)
     pack = named.__module__.replace("\\", "/").rpartition("/")[2].removeprefix("custom_nodes.").partition(".")[0]
-    return f"{named.__qualname__.partition('.')[0]} ({pack})"
+    return f"{named.__qualname__.rpartition('<locals>.')[2].partition('.')[0]} ({pack})"

@@ -186,12 +186,12 @@ COMPOSITIONS = [
     Composition("memory in a closure, of the attention", attention_that_remembers, {"steps": 4}),
     *[
         Composition(
-            f"TiledDiffusion, {method}, {at_once} at once", tiled_diffusion(method, at_once), {"size": (12, 16)}
+            f"TiledDiffusion, {method}, {at_once} at once", tiled_diffusion(method, at_once), {"size": (12, 16), "steps": 2}
         )
         for method, at_once in product(("MultiDiffusion", "Mixture of Diffusers"), (1, 4))
     ],
     Composition(
-        "TiledDiffusion, 4 at once, batch 2", tiled_diffusion("MultiDiffusion", 4), {"size": (16, 12), "batch": 2}
+        "TiledDiffusion, 4 at once, batch 2", tiled_diffusion("MultiDiffusion", 4), {"size": (16, 12), "batch": 2, "steps": 2}
     ),
     *[
         Composition(
@@ -260,3 +260,89 @@ def test_a_composition(infused, composition, ours_first):
     assert torch.equal(infused.run(model, positive, **options), customised)
     moved = {call for call in seen.calls if len(call) > 1}
     assert moved == {(PROMPT, NOUN_ROW)}
+
+
+AREAS = [{"area": (8, 5, 0, 0)}, {"area": (8, 4, 0, 4)}, {"area": (5, 8, 3, 0)}, {}]
+
+
+@pytest.mark.parametrize("areas", [False, True], ids=["whole", "areas"])
+@pytest.mark.parametrize("terms", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "line", [line for line in COMPOSITIONS if line.name in ("IPAdapter", "PAG")], ids=lambda line: line.name
+)
+def test_the_fusion_guider_beside_it(infused, pack, monkeypatch, line, terms, areas):
+    """Packs see a positive or a negative at every term, and the terms are weighed as if each had been asked alone."""
+    seen = seen_by_both()
+    texts = [PROMPT, STAR, CUP, LEAF][:terms]
+    entries = [
+        [[context, {**extras, **(area if areas else {})}] for context, extras in infused.encode(text)]
+        for text, area in zip(texts, AREAS, strict=False)
+    ]
+    more = {f"conditioning_{number}": entry for number, entry in enumerate(entries[1:], 2)}
+    weights = {f"weight_{number}": 0.5 for number in range(2, terms + 1)}
+    model = line.build(infused, infused.model)
+
+    def note(n, context, value, extra_options):
+        seen.calls.extend(extra_options["cond_or_uncond"])
+        return n, context, value
+
+    model.set_model_attn2_patch(note)
+
+    def run():
+        guider = pack.nodes.fusion.FusionGuiderNode.execute(
+            model, entries[0], 1.0, infused.negative, 5.0, 3.0, 0.8, "dependent", **more, **weights
+        ).args[0]
+        zeros = torch.zeros(2, 4, 8, 8)
+        noise = torch.randn(zeros.shape, generator=torch.Generator().manual_seed(3))
+        sampler, sigmas = samplers.sampler_object("euler"), torch.tensor([9.0, 4.0, 0.0])
+        with torch.inference_mode():
+            return guider.sample(noise, zeros, sampler, sigmas, disable_pbar=True, seed=7)
+
+    together = run()
+    assert set(seen.calls) == {0, 1} and together.isfinite().all()
+    monkeypatch.setattr(infused.model.model, "memory_required", lambda *args, **kwargs: 1e30)  # each in its own batch
+    torch.testing.assert_close(run(), together, rtol=1e-3, atol=1e-3 * together.std().item())
+
+
+COUPLED = [line for line in COMPOSITIONS if line.name.startswith("AttentionCouple") and "cfg 4" in line.name]
+
+
+@pytest.mark.parametrize("ours_first", [False, True], ids=["after it", "before it"])
+@pytest.mark.parametrize("line", COUPLED, ids=lambda line: line.name)
+def test_a_region_beside_attention_couple(infused, line, ours_first):
+    """Everywhere is nowhere in particular; a half is another picture, at the same prompt's rows."""
+    half = torch.zeros(1, 64, 64)
+    half[..., 32:] = 1
+    drawn = {}
+    for name, region in {"none": None, "white": torch.ones(1, 64, 64), "half": half}.items():
+        model, positive = composed(infused, line, ours_first, region=region)
+        looked_at, seen = watched(infused, model)
+        drawn[name] = infused.run(looked_at, positive, **line.options)
+        assert {call for call in seen.calls if len(call) > 1} == {(PROMPT, NOUN_ROW)}
+    scale = drawn["none"].std().item()
+    torch.testing.assert_close(drawn["white"], drawn["none"], rtol=1e-3, atol=1e-3 * scale)
+    assert not torch.allclose(drawn["half"], drawn["none"], atol=1e-2 * scale)
+
+
+def test_a_region_under_tiles_is_refused_by_name(infused):
+    line = next(line for line in COMPOSITIONS if line.name.startswith("TiledDiffusion"))
+    model, positive = composed(infused, line, ours_first=False, region=torch.ones(1, 64, 64))
+    with pytest.raises(RuntimeError, match=r"leave region unconnected, or remove MultiDiffusion \("):
+        infused.run(model, positive, **line.options)
+
+
+@pytest.mark.slow  # tracing takes its time
+@pytest.mark.parametrize("order", ["plain first", "infused first"])
+@pytest.mark.parametrize("ours_first", [False, True], ids=["after it", "before it"])
+def test_compiled_runs_do_not_meet(infused, order, ours_first):
+    """A compiled network keeps the patches of its first call: ours must be in no plain run, and a plain run's not in
+    ours."""
+    model, positive = composed(infused, Composition("torch.compile", compiled), ours_first)
+    plain_model = compiled(infused, infused.model)
+    uncompiled = infused.run(infused.model, infused.positive)
+    expected = infused.run(*infused.patch(infused.residual()))
+    for run in ("plain", "infused", "plain") if order == "plain first" else ("infused", "plain", "infused"):
+        if run == "plain":
+            torch.testing.assert_close(infused.run(plain_model, infused.positive), uncompiled)
+        else:
+            assert torch.equal(infused.run(model, positive), expected)
