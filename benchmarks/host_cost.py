@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.results import table, write
 from benchmarks.timing import against, interleaved
+from profusion.references import gather
 from profusion.toybox.pipeline import Toybox
 from profusion.toybox.promptnet import new_promptnet
 from tools.hosts import needed_host
@@ -101,7 +102,9 @@ class Studio:
     def word(self) -> Callable[[], list]:
         """S* of a picture in a prompt, as a CONDITIONING: PromptNet and text encoder."""
         glue, models = self.nodes.host.words, self.nodes.host.toybox
-        reference = glue.encode_pictures(self.promptnet.config, models.load_vae(), models.load_clip_vision(), PICTURE)
+        reference = glue.encode_pictures(
+            self.promptnet.config, models.load_vae(), models.load_clip_vision(), gather(PICTURE)
+        )
         return lambda: glue.WordInPrompt(self.promptnet, self.clip, reference, "a photo of S* on grass").conditioning()
 
     def finetune(self) -> None:
@@ -110,7 +113,7 @@ class Studio:
         vision, vae = models.load_clip_vision(), models.load_vae()
         with torch.inference_mode():
             finetuning = self.nodes.host.finetuning.Finetuning(
-                self.promptnet, self.model, self.clip, vision, vae, PICTURE, None, True, options
+                self.promptnet, self.model, self.clip, vision, vae, gather(PICTURE), False, True, options
             )
             finetuning.run(lambda: None)
 

@@ -2,6 +2,7 @@
 
 from . import augment, finetune, fusion, infusion, overfit, promptnet, residual, scores, toybox, trainer
 from .host.guarding import guarded
+from .host.sets import taking_sets
 
 _NODES = [
     *toybox.NODES,
@@ -15,4 +16,4 @@ _NODES = [
     *scores.NODES,
     *overfit.NODES,
 ]
-NODES = [guarded(node) for node in _NODES]
+NODES = [taking_sets(guarded(node)) for node in _NODES]

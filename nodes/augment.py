@@ -6,12 +6,13 @@ import torch
 from comfy_api.latest import io
 
 from ..profusion.augment import NOUN, variant_prompts
-from ..profusion.pictures import PictureError, captioned, concept_pictures, tiled
+from ..profusion.pictures import captioned, tiled
+from ..profusion.references import concept_pictures
 from . import inputs
-from .host.augmenting import variants
+from .host.augmenting import PLACES, STAY, variants
 from .host.display import show
 from .host.drawing import Sampling
-from .host.encoding import check_connected
+from .host.encoding import check_connected, native_size
 
 BACKGROUND_PROMPTS = "\n".join(
     f"a photo of a {NOUN} {place}" for place in ("on grass", "on snow", "on sand", "in a room")
@@ -19,6 +20,8 @@ BACKGROUND_PROMPTS = "\n".join(
 
 
 class ConceptAugment(io.ComfyNode):
+    SETS = ("image", "mask")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -26,7 +29,7 @@ class ConceptAugment(io.ComfyNode):
             display_name="Concept Augment",
             category="ProFusion",
             description=(
-                "Draws variants of a picture. The object inside the mask stays exactly as it is, and the model paints "
+                "Draws variants of a picture. The object inside the mask stays as it is, and the model paints "
                 "everything around it anew (ProFusion, arXiv 2305.13579). Train PromptNet Finetune or Residual Trainer "
                 "on the variants: they learn the object and not its background."
             ),
@@ -36,8 +39,10 @@ class ConceptAugment(io.ComfyNode):
                 ),
                 inputs.clip(),
                 inputs.vae(),
-                io.Image.Input("image", tooltip="The picture of the object."),
-                io.Mask.Input("mask", tooltip="White where the object is."),
+                io.Image.Input(
+                    "image", tooltip="The picture of the object, or several, of which variants are drawn in turn."
+                ),
+                io.Mask.Input("mask", tooltip="White where the object is, one for each picture or one for all."),
                 io.String.Input(
                     "noun", default="", tooltip=f"What the object is, such as cat. It replaces {NOUN} in the prompts."
                 ),
@@ -65,10 +70,18 @@ class ConceptAugment(io.ComfyNode):
                 io.Boolean.Input(
                     "include_picture", default=True, tooltip="Put the original picture before its variants."
                 ),
+                io.Combo.Input(
+                    "object_place",
+                    options=list(PLACES),
+                    default=STAY,
+                    optional=True,
+                    tooltip="stay: every pixel of the object is the photo's. move and turn: it is elsewhere in each "
+                    "variant, turned a little and smaller, so that its place is not learned. Mirror: not for writing.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="The original, if it is included, and its variants."),
-                io.Mask.Output(display_name="masks", tooltip="The object's mask, once for each picture."),
+                io.Mask.Output(display_name="masks", tooltip="The object's mask in each picture."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -91,19 +104,21 @@ class ConceptAugment(io.ComfyNode):
         scheduler,
         feather,
         include_picture,
+        object_place=STAY,
     ) -> io.NodeOutput:
         check_connected(clip=clip, vae=vae)
         texts = variant_prompts(prompts, noun)
-        pictures, masks = concept_pictures(image, mask, vae.spacial_compression_encode())
-        if len(pictures) > 1:
-            raise PictureError(f"{len(pictures)} pictures: give one, of which variants are drawn")
-        picture, mask = pictures[0].cpu(), masks[0].cpu()
+        compression = vae.spacial_compression_encode()
+        pictures, masks, note = concept_pictures(image, mask, compression, native_size(model))
+        pictures, masks = list(pictures.cpu()), list(masks.cpu())
         sampling = Sampling(steps, cfg, sampler_name, scheduler)
-        drawn = variants(model, clip, vae, picture, mask, texts, count, seed, sampling, feather)
-        images = torch.stack([picture] * include_picture + drawn)
-        text = f"{count} variants of a picture of {picture.shape[1]}x{picture.shape[0]} pixels"
+        drawn, drawn_masks = variants(
+            model, clip, vae, pictures, masks, texts, count, seed, sampling, feather, object_place
+        )
+        images = torch.stack(pictures * include_picture + drawn)
+        text = f"{count} variants of {note}"
         shown = show(cls, text, captioned(tiled(images), text), previewed=True)
-        return io.NodeOutput(images, mask.expand(len(images), -1, -1).clone(), ui=shown)
+        return io.NodeOutput(images, torch.stack(masks * include_picture + drawn_masks), ui=shown)
 
 
 NODES = [ConceptAugment]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from comfy_api.latest import io
 
-from ..profusion.pictures import captioned, concept_pictures, from_image
+from ..profusion.pictures import captioned, from_image
 from ..profusion.promptnet.finetune import FinetuneOptions
+from ..profusion.references import gather
 from . import inputs
 from .host.display import keeping, show, warn_under
 from .host.encoding import check_connected
@@ -15,6 +15,8 @@ from .host.finetuning import Finetuning, FinetuningRun
 
 
 class PromptNetFinetune(io.ComfyNode):
+    SETS = ("images", "masks")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -35,7 +37,7 @@ class PromptNetFinetune(io.ComfyNode):
                 inputs.clip(),
                 inputs.clip_vision(),
                 inputs.vae(),
-                io.Image.Input("images", tooltip="The picture, or variants of it, all one size."),
+                io.Image.Input("images", tooltip="The picture, or variants of it, as a batch or a list, of any sizes."),
                 inputs.steps(50, "Training steps. The paper takes about 50."),
                 io.Float.Input(
                     "learning_rate",
@@ -128,16 +130,16 @@ class PromptNetFinetune(io.ComfyNode):
             attention_learning_rate=attention_learning_rate,
             rank=rank,
         )
-        pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
-        weights, warn = weights if torch.any(weights < 1) else None, warn_under(cls)
+        given = gather(images, masks)
+        warn = warn_under(cls)
         finetuning = Finetuning(
             promptnet,
             model,
             clip,
             clip_vision,
             vae,
-            pictures,
-            weights,
+            given,
+            any(bool((one.weight < 1).any()) for one in given),
             train_attention,
             options,
             gradient_checkpointing,
@@ -147,7 +149,7 @@ class PromptNetFinetune(io.ComfyNode):
         with keeping(cls, run.keep):
             saved = run.train()
         name = listed_name(PATCHES, run.patch_path) if run.patch_path else ""
-        plot, text = run.plot(), f"{steps} steps\n{saved}"
+        plot, text = run.plot(), f"{steps} steps\n{finetuning.about}\n{saved}"
         shown = show(cls, text, captioned(plot, text), previewed=True)
         return io.NodeOutput(finetuning.promptnet(), finetuning.patched_model(), name, from_image(plot)[None], ui=shown)
 

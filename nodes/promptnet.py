@@ -5,13 +5,14 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..profusion.infusion import architecture_name
-from ..profusion.pictures import concept_pictures
+from ..profusion.pictures import captioned, tiled
 from ..profusion.promptnet.network import check_fits
 from ..profusion.promptnet.pseudo_word import PLACEHOLDER, with_noun
 from ..profusion.promptnet.seed import PROMPT_PAIRS, ResidualSeed, attention_modules
+from ..profusion.references import gather, together
 from . import inputs
 from .host.display import Progress, show
-from .host.encoding import check_connected, encode_references, model_layers, shown
+from .host.encoding import check_connected, encode_references, model_layers, native_size
 from .host.evaluation import TrainedModel
 from .host.files import find_promptnet, fingerprint, promptnet_names, why_not_found
 from .host.placing import encode_training_prompts
@@ -57,6 +58,8 @@ class PromptNetLoader(io.ComfyNode):
 
 
 class PromptNetEncode(io.ComfyNode):
+    SETS = ("images", "masks")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -74,8 +77,8 @@ class PromptNetEncode(io.ComfyNode):
                 inputs.vae(),
                 io.Image.Input(
                     "images",
-                    tooltip="The picture, or several pictures of the same thing, whose mean counts. Transparent parts "
-                    "turn grey.",
+                    tooltip="The picture, or several of the same thing, whose mean counts: a batch or a list, of any "
+                    "sizes. Transparent parts turn grey.",
                 ),
                 io.String.Input(
                     "text",
@@ -97,20 +100,26 @@ class PromptNetEncode(io.ComfyNode):
                     display_name="plain_text", tooltip="The prompt in plain words, for Fusion KSampler's text."
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, promptnet, clip, clip_vision, vae, images, text, noun, masks=None) -> io.NodeOutput:
         check_connected(clip=clip, clip_vision=clip_vision, vae=vae)
         plain = with_noun(text, noun)
-        pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
-        if masks is not None:
-            pictures = shown(pictures, weights)
-        word = WordInPrompt(promptnet, clip, encode_pictures(promptnet.config, vae, clip_vision, pictures), text)
-        return io.NodeOutput(word.conditioning(), clip.encode_from_tokens_scheduled(clip.tokenize(plain)))
+        seen = encode_pictures(promptnet.config, vae, clip_vision, gather(images, masks), masks is not None)
+        word = WordInPrompt(promptnet, clip, seen, text)
+        note = f"PromptNet sees {seen.note}"
+        return io.NodeOutput(
+            word.conditioning(),
+            clip.encode_from_tokens_scheduled(clip.tokenize(plain)),
+            ui=show(cls, note, captioned(tiled(seen.pictures), note)),
+        )
 
 
 class ResidualFromPromptNet(io.ComfyNode):
+    SETS = ("images", "masks")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -132,8 +141,8 @@ class ResidualFromPromptNet(io.ComfyNode):
                 ),
                 io.Image.Input(
                     "images",
-                    tooltip="The picture, or several pictures of the same thing, whose mean counts. Take those that "
-                    "you train on.",
+                    tooltip="The picture, or several of the same thing, whose mean counts: a batch or a list, of any "
+                    "sizes. Take those that you train on.",
                 ),
                 io.String.Input(
                     "noun", default="", tooltip="The class noun, such as cat. Give Residual Trainer the same one."
@@ -145,6 +154,7 @@ class ResidualFromPromptNet(io.ComfyNode):
                     tooltip="For Residual Trainer's resume, Infusion Attention Patch or Residual Saver."
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -153,11 +163,11 @@ class ResidualFromPromptNet(io.ComfyNode):
         noun, layers = noun.strip(), model_layers(model)
         check_fits(promptnet.config, architecture=architecture_name(layers))
         conditionings, rows = encode_training_prompts(clip, noun, layers)
-        pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
+        given = gather(images, masks)
+        pictures, weights, note = together(given, vae.spacial_compression_encode(), native_size(model))
         references = encode_references(model, vae, pictures, weights)
-        word = WordInPrompt(
-            promptnet, clip, encode_pictures(promptnet.config, vae, clip_vision, pictures), PROMPT_PAIRS[0][1]
-        )
+        seen = encode_pictures(promptnet.config, vae, clip_vision, given)
+        word = WordInPrompt(promptnet, clip, seen, PROMPT_PAIRS[0][1])
         spoken = [word.in_prompt(prompt) for _, prompt in PROMPT_PAIRS]
         trained, modules = (
             TrainedModel(model, conditionings, gradients=False),
@@ -171,7 +181,8 @@ class ResidualFromPromptNet(io.ComfyNode):
                 progress.report(done)
 
         trained.run(work, (seeding.batch_size, *references[0].latent.shape))
-        return io.NodeOutput(seeding.residual())
+        said = f"{note}\nPromptNet sees {seen.note}"
+        return io.NodeOutput(seeding.residual(), ui=show(cls, said, captioned(tiled(seen.pictures), said)))
 
 
 NODES = [PromptNetLoader, PromptNetEncode, ResidualFromPromptNet]

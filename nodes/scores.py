@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import io
@@ -11,16 +12,19 @@ from torch import Tensor
 from ..profusion.metrics import Pictures, concept_scores
 from ..profusion.metrics.chart import chart
 from ..profusion.metrics.encoders import ImageEncoder, PairedEncoder
-from ..profusion.pictures import captioned, concept_pictures, from_image
+from ..profusion.pictures import captioned, from_image
+from ..profusion.references import gather
 from ..profusion.toybox.encoder import ToyboxEncoder
 from .host.backbones import ClipPair, VisionEncoder, watched
 from .host.display import Progress, show
 
 
-def _pictures(images: Tensor, masks: Tensor | None) -> Pictures:
+def _pictures(images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor] | None) -> Pictures:
     """A host's IMAGE and MASK; what is transparent is grey, and so has no background that could be compared."""
-    colours, weights = concept_pictures(images, masks, multiple=1)
-    return Pictures(list(colours.cpu()), None if masks is None else list(weights.cpu()))
+    shown = gather(images, masks)
+    return Pictures(
+        [one.colours.cpu() for one in shown], None if masks is None else [one.weight.cpu() for one in shown]
+    )
 
 
 def _backbones(clip: Any, vision: Any, second: Any) -> list[ImageEncoder]:
@@ -32,6 +36,8 @@ def _backbones(clip: Any, vision: Any, second: Any) -> list[ImageEncoder]:
 
 
 class ConceptScores(io.ComfyNode):
+    SETS = ("images", "references", "prompt", "masks", "reference_masks")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

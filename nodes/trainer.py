@@ -13,6 +13,8 @@ from .host.residual_training import Samples, prepare_training
 
 
 class ResidualTrainer(io.ComfyNode):
+    SETS = ("images", "masks")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -33,7 +35,8 @@ class ResidualTrainer(io.ComfyNode):
                 inputs.vae(),
                 io.Image.Input(
                     "images",
-                    tooltip="One to five pictures of the concept, all one size. Transparent parts are ignored.",
+                    tooltip="One to five pictures of the concept: a batch or a list, of any sizes. Transparent parts "
+                    "are ignored.",
                 ),
                 io.String.Input(
                     "noun",
@@ -140,7 +143,7 @@ class ResidualTrainer(io.ComfyNode):
         )
         with keeping(cls, run.keep):
             run.train()
-        text = f"{noun}: {steps} steps\n{run.saved.path}\n{run.saved.size:,} bytes"
+        text = f"{noun}: {steps} steps\n{run.about}\n{run.saved.path}\n{run.saved.size:,} bytes"
         plot = run.plot()
         shown = show(cls, text, captioned(plot, text), previewed=True)
         return io.NodeOutput(run.training.residual(), from_image(plot)[None], run.samples(), ui=shown)

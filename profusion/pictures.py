@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .decoding import PictureError, decode
-from .devices import area_means, smoothly_resized
+from .devices import area_means
+from .references import over_grey
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MOST_LINES, LONGEST_LINE = 200, 256  # of a caption; a path has at most 4096 letters
@@ -56,90 +57,7 @@ def read_picture(path: Path, size: int | None = None) -> tuple[Tensor, Tensor]:
     mask = values[..., 3]
     if not mask.any():
         raise PictureError(f"{path} is wholly transparent, so there is no object to learn")
-    return _over_grey(values[..., :3], mask), mask
-
-
-def _over_grey(colours: Tensor, alpha: Tensor) -> Tensor:
-    """Grey under what is transparent: whatever colour hides there is not part of the picture."""
-    return colours * alpha[..., None] + 0.5 * (1 - alpha[..., None])
-
-
-def concept_pictures(images: Tensor, masks: Tensor | None = None, multiple: int = 8) -> tuple[Tensor, Tensor]:
-    """A host's IMAGE (M, H, W, C) and MASK as training takes them: pictures (M, h, w, 3), object masks (M, h, w).
-
-    C is 1 (grey), 2 (grey, alpha), 3 or 4 (RGB, alpha); alpha is a mask too. `masks`, (N, H, W) or (H, W), are white at
-    the object: one for each picture or one for all, of any size with the pictures' proportions. Both are cropped at the
-    centre to multiples of `multiple` pixels, as encoders do. Raises PictureError, which says what is wrong with which.
-    """
-    images = _checked_images(images, multiple)
-    channels = images.shape[-1]
-    colours = images[..., : channels - (channels % 2 == 0)].expand(*images.shape[:3], 3)
-    weights = torch.ones_like(images[..., 0]) if channels % 2 else images[..., -1]
-    colours = _over_grey(colours, weights)
-    if masks is not None:
-        weights = weights * _fitting_masks(masks, images.shape[:3], multiple).to(weights)
-    colours, weights = _cropped(colours, multiple), _cropped(weights, multiple)
-    empty = [index for index, weight in enumerate(weights, start=1) if not weight.any()]
-    if empty:
-        raise PictureError(
-            f"picture {empty[0]} has nothing to learn: no pixel of it is both opaque and inside its mask"
-        )
-    return colours, weights
-
-
-def _checked_images(images: Tensor, multiple: int) -> Tensor:
-    """IMAGE (M, H, W, C) in [0, 1], float32."""
-    images = images[None] if images.ndim == 3 else images
-    if images.ndim != 4 or not 1 <= images.shape[-1] <= 4:
-        raise PictureError(f"pictures of shape {tuple(images.shape)}: give (pictures, height, width, 1 to 4 channels)")
-    if not len(images):
-        raise PictureError("no pictures: connect one to five pictures of the concept")
-    if min(images.shape[1:3]) < multiple:
-        height, width = images.shape[1:3]
-        raise PictureError(
-            f"pictures of {width}x{height} pixels are too small to encode; give at least {multiple}x{multiple}"
-        )
-    bad = [index for index, image in enumerate(images, start=1) if not torch.isfinite(image).all()]
-    if bad:
-        raise PictureError(f"picture {bad[0]} has values that are not numbers: the node that made it overflowed")
-    return images.float().clamp(0, 1)
-
-
-def _fitting_masks(masks: Tensor, shape: Sequence[int], multiple: int) -> Tensor:
-    """Masks in [0, 1] of pictures of this shape (M, H, W): one for each, or one for all."""
-    count, height, width = shape
-    masks = masks.reshape(-1, *masks.shape[-2:]).float()
-    if len(masks) not in (1, count):
-        raise PictureError(f"{len(masks)} masks for {count} pictures: give one for each, or one for all")
-    if not torch.isfinite(masks).all():
-        raise PictureError("a mask has values that are not numbers: the node that made it overflowed")
-    masks = masks.clamp(0, 1)
-    black = [index for index, mask in enumerate(masks, start=1) if not mask.any()]
-    if black:
-        raise PictureError(
-            f"mask {black[0]} is all black, so nothing of its picture would be learned. Paint the object white in it, "
-            "or connect no mask"
-        )
-    masks = masks.expand(count, -1, -1)
-    high, wide = masks.shape[1:]
-    if (high, wide) == (height, width):
-        return masks
-    same_proportions = abs(high * width - wide * height) <= 0.05 * max(high * width, wide * height)
-    if high < height // multiple or wide < width // multiple or not same_proportions:
-        raise PictureError(
-            f"a mask of {wide}x{high} pixels does not fit pictures of {width}x{height}: give one of their size"
-        )
-    resized = smoothly_resized(masks[:, None], (height, width))[:, 0].clamp(0, 1)
-    # White stays white: what rounding leaves would count as the concept's surroundings, and as all of them.
-    return torch.where(resized > 1 - 1e-5, torch.ones_like(resized), resized)
-
-
-def _cropped(pictures: Tensor, multiple: int) -> Tensor:
-    """The centre of (M, H, W, ...) whose sides are multiples of this."""
-    for axis in (1, 2):
-        excess = pictures.shape[axis] % multiple
-        pictures = pictures.narrow(axis, excess // 2, pictures.shape[axis] - excess)
-    return pictures
+    return over_grey(values[..., :3], mask), mask
 
 
 def to_image(picture: Tensor) -> Image.Image:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from profusion.augment import composite, redrawn_cells, soft_edge, variant_prompts
+from profusion.augment import LEAST_SCALE, composite, moved, redrawn_cells, soft_edge, variant_prompts
 from profusion.pictures import PictureError
 
 
@@ -51,3 +51,48 @@ def test_inside_the_mask_every_pixel_is_the_pictures(seed, feather):
     assert torch.equal(result[inside], picture[inside]) and torch.equal(result[edge == 0], drawn[edge == 0])
     low, high = torch.minimum(picture, drawn), torch.maximum(picture, drawn)
     assert ((result >= low - 1e-6) & (result <= high + 1e-6)).all()
+
+
+def blob(height, width, top, left, side):
+    """A picture that shows its own mask, an L without any symmetry."""
+    mask = torch.zeros(height, width)
+    mask[top : top + side, left : left + side // 3] = 1
+    mask[top + 2 * side // 3 : top + side, left : left + side] = 1
+    return mask[..., None].expand(-1, -1, 3), mask
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("shape", [(96, 96, 30, 30, 36), (64, 128, 10, 80, 40)])
+def test_a_moved_object_keeps_its_mask_and_is_never_cut_off(shape, mirror):
+    picture, mask = blob(*shape)
+    centres = set()
+    for seed in range(40):
+        there, where = moved(picture, mask, torch.Generator().manual_seed(seed), mirror)
+        assert there.shape == picture.shape and where.shape == mask.shape
+        assert (there[..., 0] - where).abs().max() < 1e-5, f"{seed}: the mask went elsewhere"
+        assert LEAST_SCALE**2 * 0.95 < where.sum() / mask.sum() < 1.02
+        rows, columns = torch.arange(mask.shape[0]), torch.arange(mask.shape[1])
+        centres.add(
+            (int((where.sum(1) @ rows.float()) / where.sum()), int((where.sum(0) @ columns.float()) / where.sum()))
+        )
+    assert len(centres) > 25
+
+
+def test_half_of_the_moved_objects_are_mirrored_where_they_may_be():
+    """Left is where an L has its stem: there are more of its pixels left of its middle than right of it."""
+    picture, mask = blob(96, 96, 30, 30, 36)
+
+    def stands_left(seed, mirror):
+        _, where = moved(picture, mask, torch.Generator().manual_seed(seed), mirror)
+        columns = torch.nonzero(where.sum(0) > 0.5)[:, 0]
+        middle = int(columns.min() + columns.max()) // 2
+        return bool(where[:, :middle].sum() > where[:, middle:].sum())
+
+    assert all(stands_left(seed, False) for seed in range(30))
+    assert 8 < sum(stands_left(seed, True) for seed in range(30)) < 22
+
+
+def test_an_object_that_fits_nowhere_is_as_far_inside_as_any():
+    picture, mask = torch.rand(64, 64, 3), torch.ones(64, 64)
+    there, where = moved(picture, mask, torch.Generator().manual_seed(0), True)
+    assert there.isfinite().all() and where.mean() > 0.3

@@ -11,7 +11,6 @@ from profusion.pictures import (
     PictureError,
     caption,
     captioned,
-    concept_pictures,
     from_image,
     grid,
     latent_masks,
@@ -22,6 +21,7 @@ from profusion.pictures import (
     tiled,
     to_image,
 )
+from profusion.references import concept_pictures
 
 
 def test_pictures_are_read_by_name_with_alpha_as_mask(tmp_path):
@@ -133,7 +133,7 @@ def test_pictures_of_any_channels_become_rgb_and_a_mask(channels):
     images = torch.rand(2, 16, 24, channels)
     alpha = images[..., -1] if channels in (2, 4) else torch.ones(2, 16, 24)
     colours = images[..., :1].expand(2, 16, 24, 3) if channels < 3 else images[..., :3]
-    pictures, masks = concept_pictures(images)
+    pictures, masks, _ = concept_pictures(images)
     torch.testing.assert_close(masks, alpha)
     torch.testing.assert_close(pictures, colours * alpha[..., None] + 0.5 * (1 - alpha[..., None]))
 
@@ -144,14 +144,14 @@ def test_one_picture_without_a_batch_is_one_picture():
 
 def test_pictures_and_masks_lose_the_same_pixels_at_their_edges():
     images, masks = torch.rand(1, 21, 19, 3), torch.rand(1, 21, 19)
-    pictures, weights = concept_pictures(images, masks)
+    pictures, weights, _ = concept_pictures(images, masks)
     assert torch.equal(pictures, images[:, 2:18, 1:17]) and torch.equal(weights, masks[:, 2:18, 1:17])
 
 
 def test_one_mask_serves_all_pictures_and_any_size_is_fitted():
     images, mask = torch.rand(3, 32, 48, 3), torch.zeros(1, 64, 96)
     mask[:, :32] = 1
-    _, weights = concept_pictures(images, mask)
+    _, weights, _ = concept_pictures(images, mask)
     assert weights.shape == (3, 32, 48)
     assert weights[:, :15].min() > 0.99 and weights[:, 17:].max() < 0.01
     assert torch.equal(concept_pictures(images, mask[0])[1], weights)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from comfy.model_base import ModelType
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 from torch import Tensor
 
-from ...profusion.infusion import Layer, UnsupportedModelError, cross_attention_layers
+from ...profusion.infusion import Layer, UnsupportedModelError, architecture_name, cross_attention_layers
 from ...profusion.pictures import latent_masks
+from ...profusion.references import NATIVE
 from ...profusion.residual.training import Reference
 
 _PARTS = {"clip": "text encoder", "vae": "VAE", "clip_vision": "image encoder"}
@@ -34,6 +35,16 @@ def model_layers(model: ModelPatcher) -> list[Layer]:
         ) from error
 
 
+def native_size(model: ModelPatcher) -> int | None:
+    """Pixels a side of the pictures that a MODEL was trained on; None where that is not known."""
+    try:
+        name = architecture_name(model_layers(model))
+    except UnsupportedModelError:
+        return None
+    wide = name == "SD 2.x" and model.model.model_type == ModelType.V_PREDICTION
+    return 768 if wide else NATIVE.get(name)
+
+
 def encode_references(model: ModelPatcher, vae: VAE, pictures: Tensor, masks: Tensor) -> list[Reference]:
     """Pictures (M, H, W, 3) and masks (M, H, W) as latents on the model's device, scaled as it takes them."""
     latents = vae.encode(pictures)
@@ -46,8 +57,3 @@ def encode_references(model: ModelPatcher, vae: VAE, pictures: Tensor, masks: Te
     latents = latent_format.process_in(latents.float()).to(model.load_device)
     weights = latent_masks(masks, latents.shape[-2:]).to(model.load_device)
     return [Reference(latent, weight) for latent, weight in zip(latents, weights, strict=True)]
-
-
-def shown(pictures: Tensor, weights: Tensor) -> Tensor:
-    """Pictures (P, H, W, 3) as a PromptNet sees them: grey where their mask (P, H, W) is black."""
-    return torch.lerp(torch.full_like(pictures, 0.5), pictures, weights[..., None])

@@ -24,9 +24,10 @@ from ...profusion.promptnet.changes import attention_layers, changed, patch_tens
 from ...profusion.promptnet.file import SUFFIX, save_promptnet
 from ...profusion.promptnet.finetune import FinetuneOptions, FinetunePictures, FinetuneTraining, trainable_copy
 from ...profusion.promptnet.network import PromptNetConfig, PromptNetError, check_fits
+from ...profusion.references import Shown, together
 from .budget import make_room, plan_training
 from .display import Progress
-from .encoding import encode_references, model_layers, shown
+from .encoding import encode_references, model_layers, native_size
 from .evaluation import TrainedModel, differentiable, resident_clip
 from .files import PATCHES, PROMPTNETS, check_writable, folders, save_in_one, save_numbered
 from .identity import model_digest
@@ -126,21 +127,21 @@ class Finetuning:
         clip: CLIP,
         clip_vision: ClipVisionModel,
         vae: VAE,
-        pictures: Tensor,
-        masks: Tensor | None,
+        given: Sequence[Shown],
+        only_object: bool,
         train_attention: bool,
         options: FinetuneOptions,
         checkpointing: str = "auto",
         warn: Callable[[str], None] | None = None,
     ):
-        """pictures (M, H, W, 3) and masks (M, H, W) as `concept_pictures` returns them; checkpointing: see
-        `plan_training`; warn: told what takes no part, default the log.
+        """given: the pictures, of any sizes. only_object: nothing is learned around their objects. checkpointing: see
+        `plan_training`. warn: told what takes no part; default the log.
         """
         layers = model_layers(model)
         check_fits(promptnet.config, architecture=architecture_name(layers))
         self._model, self._promptnet = model, promptnet
         self._words = WordEncoder(clip, promptnet.config, options.prompts)
-        given = _pictures(promptnet, model, clip_vision, vae, pictures, masks)
+        given, self.about = _pictures(promptnet, model, clip_vision, vae, given, only_object)
         device, attention = model.load_device, {}
         if train_attention:
             attention = attention_layers(dict(model.get_model_object("diffusion_model").named_parameters()))
@@ -195,7 +196,7 @@ class Finetuning:
         before: Callable[[], None] = lambda: None,
     ) -> None:
         """Train to the end, or until `after_step` raises. before: is called first, once the model can be evaluated."""
-        shape = self.training.options.batch_size, *self.training.pictures.latents.shape[1:]
+        shape = self.training.options.batch_size, *self.training.pictures.targets.shape[1:]
 
         def train() -> None:
             before()
@@ -241,18 +242,18 @@ def _pictures(
     model: ModelPatcher,
     clip_vision: ClipVisionModel,
     vae: VAE,
-    pictures: Tensor,
-    masks: Tensor | None,
-) -> FinetunePictures:
-    """The pictures as PromptNet sees them (grey outside the masks) and as they are to be drawn."""
-    seen = encode_pictures(promptnet.config, vae, clip_vision, pictures if masks is None else shown(pictures, masks))
-    everywhere = torch.ones_like(pictures[..., 0]) if masks is None else masks
-    references = encode_references(model, vae, pictures, everywhere)
+    given: Sequence[Shown],
+    only_object: bool,
+) -> tuple[FinetunePictures, str]:
+    """The pictures as PromptNet sees them (grey outside the masks) and as they are to be drawn, and both in words."""
+    seen = encode_pictures(promptnet.config, vae, clip_vision, given, only_object)
+    drawn = together(given, vae.spacial_compression_encode(), native_size(model))
+    references = encode_references(model, vae, drawn.pictures, drawn.masks)
     with torch.inference_mode(False):
         targets = torch.stack([reference.latent for reference in references])
-        weights = None if masks is None else torch.stack([reference.mask for reference in references])
+        weights = torch.stack([reference.mask for reference in references]) if only_object else None
         latents, tokens = (tensor.float().to(targets.device, copy=True) for tensor in (seen.latents, seen.image_tokens))
-        return FinetunePictures(latents, tokens, targets, weights)
+        return FinetunePictures(latents, tokens, targets, weights), f"{drawn.note}\nPromptNet sees {seen.note}"
 
 
 @torch.no_grad()

@@ -96,6 +96,10 @@ def check_inputs(inputs: list, values: Mapping[str, Any]) -> None:
         elif kind in ("INT", "FLOAT", "BOOLEAN"):
             if not isinstance(value, numbers.Real) or value != value or abs(value) == math.inf:
                 raise InputError(f"{one.id} is {value!r:.80}: give a number")
+        elif kind in ("IMAGE", "MASK") and isinstance(value, list):  # see `sets`
+            bad = [item for item in value if not hasattr(item, "shape")]
+            if bad:
+                raise InputError(f"{one.id} has {bad[0]!r:.80} in it: connect a node that gives {kind}")
         elif not _may_be(kind, value):
             raise InputError(f"{one.id} is {value!r:.80}: connect a node that gives {kind}")
         elif kind == "CONDITIONING" and isinstance(value, (list, tuple)) and not all(map(_is_prompt, value)):

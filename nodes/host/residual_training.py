@@ -14,14 +14,15 @@ from torch import Tensor
 
 from ...profusion.infusion import CONCEPTS_KEY
 from ...profusion.keeping import Partial, digest
-from ...profusion.pictures import concept_pictures, loss_plot, stacked, to_image
+from ...profusion.pictures import loss_plot, stacked, to_image
 from ...profusion.prompt import NounError
+from ...profusion.references import concept_pictures
 from ...profusion.residual import Residual, ResidualError, SavedResidual, save_residual
 from ...profusion.residual.training import Reference, ResidualTraining, TrainingOptions
 from .budget import plan_training
 from .display import Progress
 from .drawing import Sampling, draw
-from .encoding import check_connected, encode_references, model_layers
+from .encoding import check_connected, encode_references, model_layers, native_size
 from .evaluation import TrainedModel
 from .files import RESIDUALS, check_writable, save_residual_numbered, with_noun
 from .placing import ConceptInput, encode_prompt, encode_training_prompts, place_concepts
@@ -90,9 +91,12 @@ class TrainingRun:
         samples: SamplePictures,
         sample_every: int,
         identity: str,
+        pictures: str,
         warn: Callable[[str], None],
     ):
-        """warn: told where what has been learned so far cannot be written while it runs."""
+        """pictures: what they are, and what was done to them, for people. warn: told where what has been learned so far
+        cannot be written while it runs."""
+        self.about = pictures
         self.training, self._model, self._samples, self._identity = training, model, samples, identity
         self._sample_every, self.first_step = sample_every, training.step
         self.pictures: list[Tensor] = []  # the newest first
@@ -225,8 +229,8 @@ def prepare_training(
     model: ModelPatcher,
     clip: CLIP,
     vae: VAE,
-    images: Tensor,
-    masks: Tensor | None,
+    images: Tensor | Sequence[Tensor],
+    masks: Tensor | Sequence[Tensor] | None,
     noun: str,
     options: TrainingOptions,
     resume: Residual | None,
@@ -240,7 +244,7 @@ def prepare_training(
     """
     layers = model_layers(model)
     check_connected(clip=clip, vae=vae)
-    pictures, weights = concept_pictures(images, masks, vae.spacial_compression_encode())
+    pictures, weights, about = concept_pictures(images, masks, vae.spacial_compression_encode(), native_size(model))
     conditionings, rows = encode_training_prompts(clip, noun, layers)
     references = encode_references(model, vae, pictures, weights)
     identity = _identity(model, conditionings, references, noun, options, resume)
@@ -258,6 +262,6 @@ def prepare_training(
     )
     text = samples.prompt.replace("%noun%", noun)
     drawn = SamplePictures(model, clip, vae, text, training.latent_size, options.seed, samples.sampling)
-    run = TrainingRun(training, trained, drawn, samples.every, identity, warn)
+    run = TrainingRun(training, trained, drawn, samples.every, identity, about, warn)
     run.check()
     return run

@@ -18,6 +18,7 @@ from comfy.sd import CLIP, VAE
 from torch import Tensor
 
 from ...profusion.diffusion import noised
+from ...profusion.kinds import PROMPTNET, another_kind
 from ...profusion.problems import why
 from ...profusion.promptnet.file import SUFFIX, load_promptnet, official_promptnet
 from ...profusion.promptnet.network import (
@@ -32,6 +33,7 @@ from ...profusion.promptnet.network import (
 )
 from ...profusion.promptnet.pseudo_word import ALONE, WORD_KEY, placed, with_stand_in, without_position
 from ...profusion.promptnet.released import check_archive
+from ...profusion.references import Shown, framed, grey_around
 
 WORD = WORD_KEY
 
@@ -65,10 +67,9 @@ def _released(path: Path, dtype: torch.dtype) -> PromptNet:
         check_archive(path)
         return official_promptnet(comfy.utils.load_torch_file(str(path), safe_load=True), dtype)
     except Exception as problem:  # torch raises whatever a damaged file makes of it
-        raise PromptNetError(
-            f"The PromptNet file '{path}' cannot be loaded: {why(problem)}. A {path.suffix} file must be the authors' "
-            f"released checkpoint; other PromptNets are {SUFFIX} files."
-        ) from problem
+        advice = f"A {path.suffix} file must be the authors' released checkpoint; other PromptNets are {SUFFIX} files."
+        reason = another_kind(path, PROMPTNET) or f"{why(problem)}. {advice}"
+        raise PromptNetError(f"The PromptNet file '{path}' cannot be loaded: {reason}") from problem
 
 
 def handed_to_the_host(network: PromptNet, name: str) -> LoadedPromptNet:
@@ -80,17 +81,28 @@ def handed_to_the_host(network: PromptNet, name: str) -> LoadedPromptNet:
 @dataclass(frozen=True)
 class EncodedPictures:
     """Pictures of one thing as a PromptNet takes them: latents (P, C, h, w), image tokens (P, L, width) and, where some
-    pictures count more, weights."""
+    pictures count more, weights. pictures: what it sees, (P, H, W, 3); note: what was done to them, in words."""
 
     latents: Tensor
     image_tokens: Tensor
     weights: tuple[float, ...] | None = None
+    pictures: Tensor | None = None
+    note: str = ""
 
 
 def encode_pictures(
-    config: PromptNetConfig, vae: VAE, clip_vision: ClipVisionModel, pictures: Tensor
+    config: PromptNetConfig,
+    vae: VAE,
+    clip_vision: ClipVisionModel,
+    given: Sequence[Shown],
+    only_object: bool = False,
 ) -> EncodedPictures:
-    """Pictures (P, H, W, 3) in [0, 1]; H and W multiples of the VAE's. Raises PromptNetError for what does not fit."""
+    """Pictures of any sizes, each brought to the square that the PromptNet was trained on.
+
+    only_object: turn grey what is around the object. Raises PromptNetError for what does not fit.
+    """
+    pictures, weights, note = framed(given, config.frame * vae.spacial_compression_encode())
+    pictures = grey_around(pictures, weights) if only_object else pictures
     tokens = clip_vision.encode_image(pictures)["last_hidden_state"]
     check_fits(config, image_width=tokens.shape[-1])
     scale = comfy.latent_formats.SDXL if config.architecture == "SDXL" else comfy.latent_formats.SD15
@@ -100,7 +112,7 @@ def encode_pictures(
             f"the VAE makes latents of shape {tuple(latents.shape[1:])} and the PromptNet, of {config.architecture}, "
             f"takes {config.unet.in_channels} channels: load the VAE of the model that it was trained for"
         )
-    return EncodedPictures(latents, tokens)
+    return EncodedPictures(latents, tokens, None, pictures, note)
 
 
 class WordInPrompt:

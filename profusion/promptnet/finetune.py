@@ -59,8 +59,8 @@ class FinetuneOptions(PromptNetOptions):
 class FinetunePictures(PictureSet):
     """Pictures of one thing: `latents` and `image_tokens` as PromptNet sees them.
 
-    targets: latents (N, C, H, W) of what is to be drawn; default: the same. masks: weights of their cells (N, H, W), 1
-    at the object, and only there is anything learned; default: everywhere.
+    targets: latents (N, C, H, W) of what is to be drawn, of any size; default: the same. masks: weights of their cells
+    (N, H, W), 1 at the object, and only there is anything learned; default: everywhere.
     """
 
     targets: Tensor | None = None
@@ -70,7 +70,7 @@ class FinetunePictures(PictureSet):
         super().__post_init__()
         if self.targets is None:
             object.__setattr__(self, "targets", self.latents)
-        if self.targets.shape != self.latents.shape:
+        if self.targets.shape[:2] != self.latents.shape[:2] or self.targets.ndim != 4:
             raise ValueError(
                 f"targets {tuple(self.targets.shape)} and latents {tuple(self.latents.shape)} must be of the same "
                 "pictures"
@@ -79,9 +79,9 @@ class FinetunePictures(PictureSet):
             raise TrainingError("a picture's latent is not finite: the VAE overflowed; run it in float32")
         if self.masks is None:
             return
-        cells = self.latents.shape[0], *self.latents.shape[-2:]
+        cells = len(self.targets), *self.targets.shape[-2:]
         if self.masks.shape != cells:
-            raise ValueError(f"masks {tuple(self.masks.shape)} must be (N, H, W) of the latents' cells, {cells}")
+            raise ValueError(f"masks {tuple(self.masks.shape)} must be (N, H, W) of the targets' cells, {cells}")
         if not (self.masks.flatten(1).sum(dim=1) > 0).all():
             raise TrainingError(
                 "a mask is empty, so nothing of its picture would be learned. Paint the object white, or leave masks "

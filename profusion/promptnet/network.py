@@ -30,11 +30,13 @@ from ..infusion import name_of_unet
 from ..models.configs import MAX_WIDTH, SD15, SD21, SDXL, UNetConfig, check_bounds
 from ..models.unet import UNetEncoder
 from ..problems import Explained
+from ..references import NATIVE
 
 SECOND_LATENTS = ("none", "noisy", "reference")
 # The timesteps at which a run's S*, and the context with it, are made; see `interpolated`.
 KNOTS = (0, 249, 499, 749, 999)
 MAX_ENCODERS = 8
+CELL = 8  # pixels a side of a latent cell
 _BOUNDS = {
     "image_width": (1, MAX_WIDTH),
     "text_widths": (1, MAX_WIDTH),
@@ -96,6 +98,15 @@ class PromptNetConfig:
     def architecture(self) -> str:
         """What people call the model it serves."""
         return name_of_unet(self.unet.cross_attentions, self.unet.context_dim)
+
+    @property
+    def frame(self) -> int:
+        """Side in latent cells of the square that a reference is brought to, as in training: its model's own size.
+
+        For a model that is not known it is the size at which every feature fits the grid as it is.
+        """
+        pixels = NATIVE.get(self.architecture)
+        return pixels // CELL if pixels else self.grid * feature_blocks(self.unet)[1][0]
 
 
 SD15_PROMPTNET = PromptNetConfig(SD15, 1024, (768,))  # CLIP ViT-L's image tower
@@ -178,8 +189,8 @@ class PromptNet(UNetEncoder):
         """S* of each row: (B, tokens, text_width).
 
         latent (B, C, H, W) of the reference, scaled as the UNet takes it; timesteps (B,); image_tokens
-        (B, L, image_width), the CLIP image tower's last hidden state. noisy: the latent being denoised, (B, C, H, W)
-        and scaled as the UNet takes it, where the configuration has `with_noise`.
+        (B, L, image_width), the CLIP image tower's last hidden state. noisy: the latent being denoised, (B, C, h, w)
+        of any size and scaled as the UNet takes it, where the configuration has `with_noise`; see `in_cells`.
         """
         self._check(latent, image_tokens)
         features = self.encoder_features(latent, timesteps, self.image_projection(image_tokens), noisy)
@@ -235,7 +246,7 @@ class PromptNet(UNetEncoder):
             raise PromptNetError("this PromptNet was trained without the latent being denoised: give it none")
         if self.config.second_latent == "none":
             return None
-        return self.second_latent(noisy if self.config.with_noise else latent)
+        return self.second_latent(in_cells(noisy, latent.shape[-2:]) if self.config.with_noise else latent)
 
     def to_grid(self, h: Tensor, projection: nn.Conv2d) -> Tensor:
         """One feature on the grid, (B, projection, grid, grid), whatever the size and proportions of the latent.
@@ -247,6 +258,21 @@ class PromptNet(UNetEncoder):
         if h.shape[-2:] != (side, side):
             h = area_means(h, (side, side))
         return projection(h)
+
+
+def in_cells(noisy: Tensor, cells: Sequence[int]) -> Tensor:
+    """A noisy latent (B, C, H, W) of a picture of any size as one of the reference's: (B, C, h, w).
+
+    In training both have one size. Others are cropped to the reference's proportions, as references are, and of what is
+    left each cell becomes the nearest one's: the mean of several would have less noise than the timestep says.
+    """
+    (high, wide), (height, width) = noisy.shape[-2:], cells
+    if (high, wide) == (height, width):
+        return noisy
+    scale = min(high / height, wide / width)
+    tall, broad = (max(1, min(whole, round(side * scale))) for whole, side in ((high, height), (wide, width)))
+    cropped = noisy.narrow(-2, (high - tall) // 2, tall).narrow(-1, (wide - broad) // 2, broad)
+    return F.interpolate(cropped, size=(height, width), mode="nearest-exact")
 
 
 def feature_blocks(unet: UNetConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:

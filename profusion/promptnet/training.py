@@ -110,12 +110,14 @@ class PictureSet:
 
 @dataclass(frozen=True)
 class PictureBatch:
-    """Row indices of the pictures (B,), noise (B, C, H, W), sigma (B,), and the prompt of all rows."""
+    """Rows of the pictures to be drawn (B,), noise (B, C, H, W), sigma (B,), the prompt of all rows, and rows of the
+    pictures that PromptNet is shown (B,); default: the same."""
 
     rows: Tensor
     noise: Tensor
     sigma: Tensor
     prompt: int
+    shown: Tensor | None = None
 
 
 def noise_weight(sigma: Tensor, cap: float) -> Tensor:
@@ -157,7 +159,7 @@ class PromptNetTraining(TrainingLoop):
         with torch.inference_mode(False):  # a host may call in inference mode, whose tensors autograd does not take
             self._sigmas = (training_sigmas() if sigmas is None else sigmas).to("cpu", torch.float32, copy=True)
         groups = groups or [Group("PromptNet", dict(network.named_parameters()), WITHOUT_GRADIENT)]
-        super().__init__(options, groups, pictures.latents[0].numel(), options.clip)
+        super().__init__(options, groups, self._targets(pictures)[0].numel(), options.clip)
         compared = {name: value for name, value in asdict(options).items() if name not in self._free()}
         start = {**network.state_dict(), **self._learned()}
         self.identity = digest(compared, pictures.fingerprint(), pictures.image_tokens, start)
@@ -173,7 +175,7 @@ class PromptNetTraining(TrainingLoop):
         prompt = int(torch.randint(len(self.options.prompts), (), generator=generator))
         share = torch.rand(count, generator=generator) ** (1 / (1 + self.options.level_bias))
         sigma = self._sigmas[(share * len(self._sigmas)).long().clamp_max(len(self._sigmas) - 1)]
-        noise = torch.randn((count, *self.pictures.latents.shape[1:]), generator=generator)
+        noise = torch.randn((count, *self._targets(self.pictures).shape[1:]), generator=generator)
         return PictureBatch(rows, noise.to(self._device), sigma.to(self._device), prompt)
 
     def loss(self, batch: PictureBatch) -> Tensor:
@@ -185,10 +187,13 @@ class PromptNetTraining(TrainingLoop):
         target = self._on_device(self._targets(pictures)[batch.rows])
         noisy = target + per_row(batch.sigma, target) * batch.noise
         if word is None:
-            shown = self._on_device(pictures.latents[batch.rows])
-            image_tokens = self._on_device(pictures.image_tokens[batch.rows])
+            rows = batch.rows if batch.shown is None else batch.shown
+            reference, image_tokens = (
+                self._on_device(pictures.latents[rows]),
+                self._on_device(pictures.image_tokens[rows]),
+            )
             seen = variance_preserving(noisy, batch.sigma) if self.network.config.with_noise else None
-            pseudo_word = self.network(shown, self._timesteps(batch.sigma), image_tokens, seen)
+            pseudo_word = self.network(reference, self._timesteps(batch.sigma), image_tokens, seen)
         else:
             pseudo_word = word.to(self._device).expand(len(noisy), -1, -1)
         predicted = self._predict_noise(noisy, batch.sigma, self._encode_word(batch.prompt, pseudo_word))

@@ -78,6 +78,7 @@ def test_the_schema_is_frozen_and_explained(host):
         "scheduler:COMBO",
         "feather:INT",
         "include_picture:BOOLEAN",
+        "object_place:COMBO",
     ]
     assert [output.io_type for output in schema.outputs] == ["IMAGE", "MASK"]
     assert all(entry.tooltip for entry in [*schema.inputs, *schema.outputs]) and schema.description
@@ -146,6 +147,26 @@ def test_an_inpainting_model_is_shown_what_to_keep(augment):
     torch.testing.assert_close(seen[0][0, 1:], kept * (1 - redrawn), rtol=0, atol=1e-6)  # grey around it is zero
 
 
+@pytest.mark.parametrize("place", ["move and turn", "move, turn and mirror"])
+def test_the_object_may_be_elsewhere_in_each_variant(augment, place):
+    images, masks = augment(count=4, include_picture=True, object_place=place, feather=0)
+    assert images.shape == (5, 64, 64, 3) and masks.shape == (5, 64, 64) and images.isfinite().all()
+    assert torch.equal(images[0], pictures(1)[0]) and torch.equal(masks[0], mask()[0])
+    areas = masks.sum(dim=(1, 2)) / mask().sum()
+    assert (areas[1:] < 1.01).all() and (areas[1:] > 0.3).all() and len({round(float(area), 4) for area in areas}) == 5
+    assert torch.equal(augment(count=2, object_place=place, feather=0)[0], images[1:3])
+
+
+def test_variants_of_several_pictures_are_drawn_in_turn(augment):
+    two = [pictures(2)[:1], pictures(2)[1]]
+    images, masks = augment(image=two, count=3, include_picture=True)
+    assert images.shape == (5, 64, 64, 3) and masks.shape == (5, 64, 64)
+    inside = mask()[0] == 1
+    for index, which in enumerate((0, 1, 0, 1, 0)):
+        assert torch.equal(images[index][inside], pictures(2)[which][inside])
+    assert torch.equal(augment(count=1, image=pictures(2)[:1])[0], images[2:3])
+
+
 def test_cancel_stops_within_a_step(augment):
     def cancel(done, *_):
         steps.append(done)
@@ -170,7 +191,8 @@ def test_soft_masks_and_transparent_and_odd_pictures_are_taken(augment):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"image": pictures(2)}, "2 pictures: give one"),
+        ({"image": pictures(2), "mask": mask().expand(3, -1, -1)}, "3 masks for 2 pictures"),
+        ({"object_place": "anywhere"}, "object_place is 'anywhere': choose stay, move and turn"),
         ({"mask": torch.zeros(1, 64, 64)}, "mask 1 is all black"),
         ({"mask": torch.ones(1, 64, 64)}, "covers the whole picture"),
         ({"prompts": " \n"}, "one a line"),

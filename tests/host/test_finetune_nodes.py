@@ -112,20 +112,24 @@ def finetune(host, clip, folders):
     host.finetuning._unsaved.clear()
 
 
+def references(host):
+    return importlib.import_module(f"{host.pack.__name__}.profusion.references")
+
+
 def make_finetuning(host, clip, model, masks=None, options=None, **kwargs):
     options = host.finetune_kernel.FinetuneOptions(
         **{"steps": 2, "batch_size": 2, "rank": 2, **RATES, **(options or {})}
     )
-    given = pictures(1) if masks is None else pictures(len(masks))
+    given = references(host).gather(pictures(1) if masks is None else pictures(len(masks)), masks)
     with torch.inference_mode():
         return host.finetuning.Finetuning(
-            promptnet(host),
+            promptnet(host, **kwargs.get("sizes", {})),
             model,
             clip,
             PooledVision(),
             PooledVae(),
             given,
-            masks,
+            masks is not None,
             kwargs.get("attention", True),
             options,
         )
@@ -363,7 +367,7 @@ def test_half_precision_models_train_float32_changes(host, finetune, rank):
 def test_masks_grey_what_is_shown_and_weigh_what_is_drawn(host, clip):
     masks = torch.zeros(2, 64, 64)
     masks[:, 16:48, 8:40] = 1
-    given = make_finetuning(host, clip, tiny.model(), masks).training.pictures
+    given = make_finetuning(host, clip, tiny.model(), masks, sizes={"grid": 4}).training.pictures
     drawn = PooledVae().encode(pictures(2)) * 0.18215
     torch.testing.assert_close(given.targets, drawn)
     inside = given.masks.bool()
@@ -371,6 +375,33 @@ def test_masks_grey_what_is_shown_and_weigh_what_is_drawn(host, clip):
     cells = inside[:, None].expand_as(drawn)
     torch.testing.assert_close(given.latents[cells], drawn[cells])
     assert not given.latents[~cells].any()  # grey
+
+
+def test_pictures_of_any_size_are_shown_in_the_native_frame_and_drawn_as_one_size(host, finetune, clip):
+    """A PromptNet of 32x32 pixels, which also sees the noisy latents of what is drawn."""
+    given = [pictures(1, 64, 96), pictures(1, 80, 64)]
+    with torch.inference_mode():
+        network = promptnet(host, second_latent="noisy")
+    tuned, patched, _, _ = finetune(promptnet=network, images=given, steps=2)
+    assert patched.patches and any(
+        not torch.equal(value, network.network.state_dict()[name]) for name, value in tuned.network.state_dict().items()
+    )
+    options = host.finetune_kernel.FinetuneOptions(steps=2, batch_size=2, rank=2, **RATES)
+    with torch.inference_mode():
+        made = host.finetuning.Finetuning(
+            network,
+            tiny.model(),
+            clip,
+            PooledVision(),
+            PooledVae(),
+            references(host).gather(given),
+            False,
+            True,
+            options,
+        )
+    assert made.training.pictures.latents.shape == (2, 4, 4, 4) and made.training.pictures.targets.shape == (2, 4, 9, 9)
+    assert "2 pictures of 72x72 pixels, cropped and resized from 96x64, 64x80" in made.about
+    assert "PromptNet sees 2 pictures of 32x32 pixels, cropped and resized from 96x64, 64x80" in made.about
 
 
 def test_a_promptnet_that_looks_at_the_noisy_latent_learns(host, finetune):
@@ -408,7 +439,7 @@ def test_an_error_keeps_what_was_learned_says_where_and_leaves_nothing_behind(ho
 
     model.set_model_unet_function_wrapper(wrapper)
     untouched = fingerprint(model, clip)
-    with pytest.raises(host.loop_kernel.TrainingError, match="a kernel failed\nWhat the 1 steps") as caught:
+    with pytest.raises(host.loop_kernel.TrainingError, match=r"a kernel failed.*\nWhat the 1 steps") as caught:
         finetune(model=model)
     assert fingerprint(model, clip) == untouched
     (path,) = (folders / "loras").rglob("*.safetensors")

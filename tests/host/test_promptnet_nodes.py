@@ -28,6 +28,7 @@ def modules(pack):
             "nodes.host.fusion",
             "nodes.fusion",
             "profusion.diffusion",
+            "profusion.fusion",
             "profusion.promptnet.network",
             "profusion.promptnet.pseudo_word",
             "profusion.toybox.configs",
@@ -141,10 +142,11 @@ def test_the_conditioning_works_in_any_sampler(studio):
     assert drawn[0].isfinite().all() and not torch.equal(*drawn)
 
 
-def test_s_is_made_anew_for_each_level_and_scaled_in_the_fusion_stage(studio):
+@pytest.mark.parametrize("both", [False, True])
+def test_s_is_made_anew_for_each_level_and_scaled_in_the_fusion_stage(studio, both):
     positive, plain = studio.encode()
     seen = []
-    studio.draw(positive, studio.watched(seen), text=plain, gamma=0.5)
+    studio.draw(positive, studio.watched(seen), text=plain, gamma=0.5, text_in_fusion=both)
     word = positive[0][1][studio.modules["nodes.host.words"].WORD]
     at = word.contexts(studio.model.get_model_object("model_sampling"), False)
     rows = list(word.rows)
@@ -153,8 +155,26 @@ def test_s_is_made_anew_for_each_level_and_scaled_in_the_fusion_stage(studio):
         expected = at(None, sigma).clone()
         expected[:, rows] *= 0.5 if stage == "fusion" else 1.0
         assert torch.equal(contexts[0], expected)
-        assert torch.equal(contexts[2], plain[0][0])  # the plain text stays what it is
+        assert set(contexts) == ({0, 1} if stage == "fusion" and not both else {0, 1, 2})
+        if 2 in contexts:
+            assert torch.equal(contexts[2], plain[0][0])  # the plain text stays what it is
     assert not torch.equal(seen[1][2][0], seen[3][2][0])
+
+
+def test_what_guides_the_fusion_stage(studio):
+    """The conditionings with S*, by their weights; where none of them counts, all that is connected."""
+    positive, plain = studio.encode()
+    for terms, weights, expected in (
+        ([positive, plain], (1.0, 0.5), (1.0, 0.0)),
+        ([plain, positive, positive], (0.5, 4.0, 2.0), (0.0, 4.0, 2.0)),
+        ([plain, plain], (1.0, 0.5), None),
+        ([positive, plain], (0.0, 1.0), None),
+    ):
+        for both in (False, True):
+            guider = studio.modules["nodes.host.fusion"].FusionGuider(studio.model)
+            guidance = studio.modules["profusion.fusion"].Guidance(weights)
+            guider.set_terms(terms, tiny.encode(studio.clip, ""), guidance, both)
+            assert guider.guidance.fusion_weights == (None if both else expected)
 
 
 def test_s_at_every_level_is_the_kernels_and_made_before_the_run(studio):
@@ -385,6 +405,58 @@ def test_a_conditioning_with_s_of_another_text_is_refused(studio, infused_toybox
     positive, _ = studio.encode()
     with pytest.raises(ValueError, match=r"of the prompt 'a photo of S\* on snow', and text is 'a S\* on snow'"):
         infused_toybox.patch(infused_toybox.residual(noun="snow"), text="a S* on snow", conditioning=positive)
+
+
+# Pictures and latents of any size
+
+
+def shown_under(studio, pictures, **inputs):
+    """What PromptNet Encode shows: its text, and the size of its picture."""
+    node = studio.modules["nodes.promptnet"].PromptNetEncode
+    parts = {"promptnet": studio.promptnet, "clip": studio.clip, "clip_vision": studio.clip_vision, "vae": studio.vae}
+    with torch.inference_mode():
+        made = node.execute(**parts, images=pictures, text=TEXT, noun="cat", **inputs)
+    return made.ui["text"][0], made.ui["images"]
+
+
+def test_a_reference_of_any_shape_is_brought_to_the_native_frame_as_in_training(studio):
+    from PIL import Image
+
+    pictures_of = sys.modules[f"{studio.pack.__name__}.profusion.pictures"]
+    wide = torch.rand(1, 200, 300, 3, generator=torch.Generator().manual_seed(1)).mul(255).round() / 255
+    square = pictures_of.to_image(wide[0]).crop((50, 0, 250, 200)).resize((96, 96), Image.Resampling.LANCZOS)
+    framed = pictures_of.from_image(square)[None]
+    assert torch.equal(studio.encode(pictures=wide)[0][0][0], studio.encode(pictures=framed)[0][0][0])
+    text, images = shown_under(studio, wide)
+    assert text == "PromptNet sees 1 picture of 96x96 pixels, cropped and resized from 300x200" and len(images) == 1
+    assert shown_under(studio, framed)[0] == "PromptNet sees 1 picture of 96x96 pixels"
+    mixed, _ = studio.encode(pictures=[wide, framed, torch.rand(40, 40, 4)])
+    assert mixed[0][0].isfinite().all()
+
+
+def test_a_mask_says_where_to_crop(studio):
+    wide = studio.pictures(size=96).repeat(1, 1, 3, 1)
+    mask = torch.zeros(1, 96, 288)
+    mask[:, 20:60, 210:250] = 1
+    seen = sys.modules[f"{studio.pack.__name__}.profusion.references"].framed
+    gathered = sys.modules[f"{studio.pack.__name__}.profusion.references"].gather(wide, mask)
+    pictures, weights, _ = seen(gathered, 96)
+    assert torch.equal(pictures[0], wide[0, :, 182:278]) and weights.sum() == 1600
+    alone = studio.encode(pictures=wide[:, :, 182:278], masks=mask[:, :, 182:278])
+    assert torch.equal(studio.encode(pictures=wide, masks=mask)[0][0][0], alone[0][0][0])
+
+
+@pytest.mark.parametrize("size", [(10, 16), (24, 12), (12, 12), (6, 9)], ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_promptnet_that_sees_the_noise_draws_at_any_size(pack, size, batch):
+    noisy = Studio(pack, "noisy")
+    positive, plain = noisy.encode(pictures=noisy.pictures(size=128)[:, :100])
+    latent = {"samples": torch.zeros(batch, 4, *size)}
+    for more in ({}, {"text": plain}, {"mode": "independent"}):
+        drawn = noisy.draw(positive, latent_image=latent, steps=2, **more)
+        assert drawn.shape == (batch, 4, *size) and drawn.isfinite().all()
+    drawn = tiny.sample(noisy.model, positive, tiny.encode(noisy.clip, ""), size=size, batch=batch)
+    assert drawn.isfinite().all()
 
 
 @pytest.mark.parametrize(

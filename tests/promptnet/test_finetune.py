@@ -284,7 +284,7 @@ def test_pictures_are_validated():
     good = SimpleNamespace(latents=random(2, 4, 8, 8), tokens=random(2, 5, 20))
     with pytest.raises(ValueError, match="same pictures"):
         FinetunePictures(good.latents, good.tokens, good.latents[:1])
-    with pytest.raises(ValueError, match="must be .N, H, W. of the latents' cells"):
+    with pytest.raises(ValueError, match="must be .N, H, W. of the targets' cells"):
         FinetunePictures(good.latents, good.tokens, masks=torch.ones(2, 4, 4))
     with pytest.raises(TrainingError, match="a mask is empty"):
         FinetunePictures(good.latents, good.tokens, masks=torch.stack([torch.ones(8, 8), torch.zeros(8, 8)]))

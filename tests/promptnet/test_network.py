@@ -1,6 +1,7 @@
 """PromptNet: what it starts from, what S* depends on, sizes and odd shapes, and what it refuses."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,15 @@ from profusion.models.configs import UNetConfig
 from profusion.models.unet import UNet
 from profusion.promptnet import network as networks
 from profusion.promptnet.network import (
+    SD15_PROMPTNET,
+    SD21_PROMPTNET,
+    SDXL_PROMPTNET,
     PromptNet,
     PromptNetConfig,
     PromptNetError,
     check_fits,
     feature_blocks,
+    in_cells,
     interpolated,
     merged,
     parts,
@@ -323,3 +328,25 @@ def test_a_misfit_names_both_sides(small):
         check_fits(config, image_width=1024)
     with pytest.raises(PromptNetError, match="7 cross-attentions of 24, but the model is SD 1.x"):
         check_fits(config, architecture="SD 1.x")
+
+
+# Latents being denoised that are no reference's size
+
+
+def test_a_noisy_latent_of_any_size_keeps_its_noise_and_its_middle():
+    noise = torch.randn(50, 4, 40, 24, generator=torch.Generator().manual_seed(0))
+    for cells in ((8, 8), (24, 24), (6, 10), (64, 64)):
+        there = in_cells(noise, cells)
+        assert there.shape == (50, 4, *cells) and abs(there.std() - 1) < 0.03
+        assert set(there.flatten().tolist()) <= set(noise.flatten().tolist()), "cells were mixed"
+    assert in_cells(noise, (40, 24)) is noise
+    assert torch.equal(in_cells(noise, (24, 24)), noise[:, :, 8:32])
+    places = torch.arange(40.0).view(1, 1, 40, 1).expand(1, 1, 40, 24)
+    assert in_cells(places, (4, 4))[0, 0, :, 0].tolist() == [11, 17, 23, 29]
+
+
+def test_a_promptnet_s_frame_is_its_models_own_size():
+    assert SD15_PROMPTNET.frame == SD21_PROMPTNET.frame == 64 and SDXL_PROMPTNET.frame == 128
+    assert TOYBOX_PROMPTNET.frame == 12
+    unet = replace(SD15_PROMPTNET.unet, context_dim=40)
+    assert PromptNetConfig(unet, 20, (40,), grid=4).frame == 32
