@@ -34,7 +34,7 @@ class Apart:
     """
 
     def __init__(self, shared: Collection[str] = ()):
-        self._shared = frozenset(shared)
+        self._shared = tuple(shared)
         self._copies: dict[int, tuple[Any, Any]] = {}  # the original too, so that its id stays its own
         self._unfilled: list[Callable[[], None]] = []
 
@@ -148,10 +148,12 @@ class Apart:
     def _is_memory(self, value: Any) -> bool:
         if isinstance(value, type | types.ModuleType | nn.Module | enum.Enum):
             return False
-        package = type(value).__module__.partition(".")[0]
         if isinstance(value, types.SimpleNamespace):
             return True
-        return package not in self._shared and not _is_library(package)
+        module = type(value).__module__
+        if any(module == name or module.startswith(f"{name}.") for name in self._shared):
+            return False
+        return not _is_library(module.partition(".")[0])
 
     def _object(self, value: Any) -> Any:
         try:

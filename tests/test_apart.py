@@ -118,8 +118,8 @@ def test_what_is_no_memory_stays_one():
     ]
     assert all(Apart()(value) is value for value in shared)
     it = Remembering()
-    assert Apart([Remembering.__module__.partition(".")[0]])(it) is it
-    assert Apart([Remembering.__module__.partition(".")[0]]).object(it) is not it
+    assert Apart([Remembering.__module__])(it) is it
+    assert Apart([Remembering.__module__]).object(it) is not it
 
 
 def test_circles_end():

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from ...profusion.fusion import FusionOptions, Guidance, RunGuidance, fresh_noise, sample_fusion
 from .drawing import Sampling, drawn_latent, empty_latents
-from .streams import KEY as STREAM
 from .words import WORD
 
 STAGE = "profusion_stage"
@@ -90,7 +89,7 @@ class FusionGuider(comfy.samplers.CFGGuider):
 
     def _begin(self) -> None:
         self._counted: Counter = Counter()
-        self._runs: dict[Any, RunGuidance] = {}
+        self._run: RunGuidance | None = None  # Infusion's streams each sample with a guider of their own
 
     @property
     def rows(self) -> int:
@@ -100,12 +99,10 @@ class FusionGuider(comfy.samplers.CFGGuider):
     def calls(self) -> int:
         return self._counted["calls"]
 
-    def _run_of(self, model_options: dict) -> RunGuidance:
-        """Infusion samples two streams in step, on latents of their own: what one keeps is nothing to the other."""
-        stream = model_options.get("transformer_options", {}).get(STREAM)
-        if stream not in self._runs:
-            self._runs[stream] = RunGuidance(replace(self.guidance, cfg=self.cfg))  # others may have set it anew
-        return self._runs[stream]
+    def _guidance(self) -> RunGuidance:
+        if self._run is None:
+            self._run = RunGuidance(replace(self.guidance, cfg=self.cfg))  # others may have set it anew
+        return self._run
 
     def sample(self, noise, latent_image, sampler, sigmas, *args, **kwargs):
         self._begin()
@@ -119,11 +116,11 @@ class FusionGuider(comfy.samplers.CFGGuider):
         try:
             return super().sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
-            self._contexts, self._own, self._runs = {}, {}, {}
+            self._contexts, self._own, self._run = {}, {}, None
 
     def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006 (the host's own signature)
         stage = model_options.get("transformer_options", {}).get(STAGE, "refinement")
-        run, sigma = self._run_of(model_options), float(timestep.flatten()[0])
+        run, sigma = self._guidance(), float(timestep.flatten()[0])
         gamma = self.guidance.word_scale(stage)
         terms = [self._at(self.conds[self._names[index]], x, sigma, gamma) for index in run.used(stage)]
         wanted = run.needs_nothing(stage) or model_options.get("disable_cfg1_optimization", False)

@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from comfy.conds import CONDRegular
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -37,11 +38,12 @@ from ...profusion.infusion import (
 )
 from ...profusion.memory import element_bytes
 from ...profusion.queries import APART, KEPT, WaitingQueries, bytes_on_device, query_numbers
+from ...profusion.rows import Evaluation, check_size, check_turns, customised, identity, owners
 from ...profusion.threads import state_of_this_thread
-from .rows import Evaluation, check_size, check_turns, customised, identity, owners
 
 # Packages whose objects are the host's, not a run's memory: its core and whoever runs it, and this pack.
-_SHARED = ("comfy", "comfy_api", "comfy_execution", "execution", "server", "nodes", __name__.partition(".")[0])
+_PACK = __name__.removesuffix(".nodes.host.streams")
+_SHARED = ("comfy", "comfy_api", "comfy_execution", "execution", "server", "nodes", _PACK)
 KEY = CONCEPTS_KEY  # of the wrappers, and of the stream that is being evaluated in transformer_options
 
 
@@ -181,7 +183,7 @@ class _Streams:
         return self._customised(evaluate, model, conds, x, sigma, options)
 
     def _foundation(self, evaluate, conds, x, options):
-        evaluation = Evaluation(conds, len(x))
+        evaluation = Evaluation(conds, len(x), CONDRegular)
         predicted = evaluate(evaluation, foundation_patches(self._queries, owners), options)
         self._turns = evaluation.turns
         return predicted
@@ -198,7 +200,7 @@ class _Streams:
             check_size(extra_options, size, any(placement.region is not None for placement in found))
             return found
 
-        evaluation = Evaluation(customised(conds), len(x))
+        evaluation = Evaluation(customised(conds), len(x), CONDRegular)
         predicted = evaluate(evaluation, customised_patches(self._queries, placements_for, owners), options)
         check_turns(self._turns, evaluation.turns, options)
         return predicted

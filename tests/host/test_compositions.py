@@ -19,6 +19,7 @@ import packs  # noqa: E402
 from infused import NEGATIVE, PROMPT, seen_by_both  # noqa: E402
 
 NOUN_ROW = 5
+TILES = {"size": (12, 16), "steps": 2}
 STAR, CUP, LEAF = "a star on snow", "a cup on sand", "a leaf"
 
 
@@ -185,18 +186,10 @@ COMPOSITIONS = [
     Composition("memory in an object, written in place", momentum_in_place, {"steps": 4}),
     Composition("memory in a closure, of the attention", attention_that_remembers, {"steps": 4}),
     *[
-        Composition(
-            f"TiledDiffusion, {method}, {at_once} at once",
-            tiled_diffusion(method, at_once),
-            {"size": (12, 16), "steps": 2},
-        )
+        Composition(f"TiledDiffusion, {method}, {at_once} at once", tiled_diffusion(method, at_once), TILES)
         for method, at_once in product(("MultiDiffusion", "Mixture of Diffusers"), (1, 4))
     ],
-    Composition(
-        "TiledDiffusion, 4 at once, batch 2",
-        tiled_diffusion("MultiDiffusion", 4),
-        {"size": (16, 12), "batch": 2, "steps": 2},
-    ),
+    Composition("TiledDiffusion, 4 at once, batch 2", tiled_diffusion("MultiDiffusion", 4), {**TILES, "batch": 2}),
     *[
         Composition(
             f"AttentionCouple, {1 + len(others)} prompts, batch {batch}, cfg {cfg}",

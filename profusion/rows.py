@@ -14,15 +14,13 @@ from itertools import groupby
 from math import gcd
 from typing import Any
 
-import comfy.conds
 import torch
-from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
-from ...profusion.infusion import ExtraOptions, Patches, with_patches
-from ...profusion.problems import Explained
+from .infusion import ExtraOptions, Patches, with_patches
+from .problems import Explained
 
-_CUSTOMISED = "customised"
+_CUSTOMISED, _APPLY_MODEL = "customised", "apply_model"
 ROWS = "profusion_rows"  # among what goes with the rows, and of a call among the attention's options
 
 
@@ -56,25 +54,29 @@ def owners(extra_options: ExtraOptions, rows: int) -> Sequence[tuple[Hashable, i
 
 
 class Evaluation:
-    """The conditionings that the host is to evaluate at once, labelled. `turns`: the calls that each was part of."""
+    """The conditionings that a host is to evaluate at once, labelled. `turns`: the calls that each was part of.
 
-    def __init__(self, conds: Sequence[Sequence[dict] | None], batch: int):
-        self._batch, self.turns = batch, Counter()
+    batch: pictures. entry: makes of a tensor what the host batches with its rows.
+    """
+
+    def __init__(self, conds: Sequence[Sequence[dict] | None], batch: int, entry: Callable[[Tensor], Any]):
+        self._batch, self._entry, self.turns = batch, entry, Counter()
         self._numbers: dict[Hashable, int] = {}
         self.conds = [group and [self._labelled(index, cond) for cond in group] for index, group in enumerate(conds)]
         self._names = list(self._numbers)
 
     def _labelled(self, index: int, cond: dict) -> dict:
         number = self._numbers.setdefault(identity(index, cond), len(self._numbers))
-        label = comfy.conds.CONDRegular(torch.tensor([[number]], dtype=torch.int))
+        label = self._entry(torch.tensor([[number]], dtype=torch.int))
         return {**cond, "model_conds": {**cond["model_conds"], ROWS: label}}
 
     def options(self, model_options: Mapping[str, Any], patches: Patches) -> dict[str, Any]:
         """Model options with which the UNet has these patches, and its attention a `Call`."""
         options = {**model_options, "transformer_options": {**model_options.get("transformer_options", {})}}
         inner = options["transformer_options"]
-        inner["wrappers"] = {kind: {**wrappers} for kind, wrappers in inner.get("wrappers", {}).items()}
-        add_wrapper_with_key(WrappersMP.APPLY_MODEL, ROWS, self._wrapper(model_options, patches), inner)
+        wrappers = inner.get("wrappers", {})
+        ours = {ROWS: [self._wrapper(model_options, patches)]}  # the innermost: it sees the rows as the UNet does
+        inner["wrappers"] = {**wrappers, _APPLY_MODEL: {**wrappers.get(_APPLY_MODEL, {}), **ours}}
         return options
 
     def _wrapper(self, model_options: Mapping[str, Any], patches: Patches) -> Callable:
@@ -156,7 +158,7 @@ def _suspects(options: Mapping[str, Any]) -> str:
     """What on the model may regroup rows, by name."""
     inner = options.get("transformer_options", {})
     found = [options["model_function_wrapper"]] if "model_function_wrapper" in options else []
-    for kind in (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL):
+    for kind in (_APPLY_MODEL, "diffusion_model"):
         for key, wrappers in inner.get("wrappers", {}).get(kind, {}).items():
             found += wrappers if key != ROWS else []
     return " or ".join(dict.fromkeys(map(_name, found))) or "what another pack has put"
