@@ -6,12 +6,26 @@ CLIP's tokenizer lower-cases, splits a text into words and a word into sub-token
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from .problems import Explained
 
 OCCURRENCES = ("auto", "all", "first", "second", "third", "fourth", "last")
+
+_IRREGULAR = (
+    ("man", "men"),
+    ("woman", "women"),
+    ("person", "people"),
+    ("child", "children"),
+    ("mouse", "mice"),
+    ("goose", "geese"),
+    ("foot", "feet"),
+    ("tooth", "teeth"),
+    ("ox", "oxen"),
+    ("cactus", "cacti"),
+)
 
 Span = tuple[int, ...]
 Chunk = Sequence[tuple[Any, int]]
@@ -43,6 +57,32 @@ def find_noun(chunks: Sequence[Chunk], noun: Sequence[int], ends_word: Callable[
             spans.append(tuple(row for row, _ in words[index:end]))
         index = end if found else index + 1
     return spans
+
+
+def form_to_write(text: str, noun: str) -> str:
+    """What to change in a prompt that lacks a noun as a word of its own, where it has another form of it; else "".
+
+    Found are plurals, the singular of a plural, words that are joined, hyphenated or apart, and longer words.
+    """
+    words = re.split(r"[-_\s]+", noun.strip())
+    *first, last = map(re.escape, words)
+    forms = "|".join(re.escape(form) for form in sorted(_numbers(words[-1]), key=len, reverse=True))
+    pattern = "[-_\\s]*".join([*first, f"(?:{forms})"])
+    found = re.search(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE)
+    if found and found[0].lower() != noun.lower():
+        return f"Write {noun!r} where it has {found[0]!r}."
+    inside = re.search(rf"\S*{'[-_ ]*'.join([*first, last])}\S*", text, re.IGNORECASE)
+    return f"Write {noun!r} as a word of its own: it is only a part of {inside[0]!r}." if inside else ""
+
+
+def _numbers(word: str) -> set[str]:
+    """A noun, and what its plural or its singular may be: English, and roughly."""
+    word = word.lower()
+    forms = {word, f"{word}s", f"{word}es", word.removesuffix("s"), word.removesuffix("es")}
+    forms |= {re.sub("y$", "ies", word), re.sub("ies$", "y", word), re.sub("fe?$", "ves", word)}
+    forms |= {re.sub("ves$", end, word) for end in ("f", "fe")}
+    forms |= {other for pair in _IRREGULAR if word in pair for other in pair}
+    return {form for form in forms if form}
 
 
 def choose_spans(spans: Sequence[Span], occurrence: str, turn: int = 0, sharing: int = 1) -> list[Span]:

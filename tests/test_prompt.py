@@ -1,7 +1,7 @@
 import pytest
 
 from profusion.models.tokenizer import END, START, id_to_text, words_to_ids
-from profusion.prompt import NounError, choose_spans, find_noun
+from profusion.prompt import NounError, choose_spans, find_noun, form_to_write
 
 
 def ends_word(token):
@@ -100,3 +100,44 @@ def test_a_missing_occurrence_is_an_error():
         choose_spans(SPANS, "auto", 3, 4)
     with pytest.raises(ValueError, match="choose one of auto, all"):
         choose_spans(SPANS, "fifth")
+
+
+@pytest.mark.parametrize(
+    ("text", "noun", "form"),
+    [
+        ("a photo of two balls on grass", "ball", "balls"),
+        ("a photo of a ball on grass", "balls", "ball"),
+        ("two foxes", "fox", "foxes"),
+        ("Two Puppies", "puppy", "Puppies"),
+        ("three knives", "knife", "knives"),
+        ("grey wolves", "wolf", "wolves"),
+        ("five mice", "mouse", "mice"),
+        ("a crowd of people", "person", "people"),
+        ("a teddy-bear on a chair", "teddy bear", "teddy-bear"),
+        ("a teddybear on a chair", "teddy bear", "teddybear"),
+        ("two teddy-bears", "teddy bear", "teddy-bears"),
+        ("a teddy bear", "teddy-bear", "teddy bear"),
+        ("a teddy_bear", "teddy bear", "teddy_bear"),
+    ],
+)
+def test_another_form_of_a_noun_is_named_with_the_one_to_write(text, noun, form):
+    assert form_to_write(text, noun) == f"Write {noun!r} where it has {form!r}."
+
+
+@pytest.mark.parametrize(
+    ("text", "noun", "within"),
+    [
+        ("a football on grass", "ball", "football"),
+        ("a photo of embedding:ball", "ball", "embedding:ball"),
+        ("一只猫在草地上", "猫", "一只猫在草地上"),
+    ],
+)
+def test_a_noun_that_is_part_of_a_longer_word_is_shown_there(text, noun, within):
+    assert form_to_write(text, noun) == f"Write {noun!r} as a word of its own: it is only a part of {within!r}."
+
+
+@pytest.mark.parametrize(
+    ("text", "noun"), [("a dog", "cat"), ("", "cat"), ("a (b", "a (c"), ("grass", "glass"), ("x" * 9000, "cat")]
+)
+def test_where_nothing_is_like_it_nothing_is_advised(text, noun):
+    assert form_to_write(text, noun) == ""

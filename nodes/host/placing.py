@@ -16,7 +16,7 @@ from ...profusion.infusion import (
     UnsupportedModelError,
     check_context_width,
 )
-from ...profusion.prompt import NounError, Span, choose_spans, find_noun
+from ...profusion.prompt import NounError, Span, choose_spans, find_noun, form_to_write
 from ...profusion.promptnet.pseudo_word import WORD_KEY, with_stand_in
 from ...profusion.residual import Residual, check_architecture
 from ...profusion.residual.training import NOUN_PROMPTS
@@ -47,6 +47,12 @@ def noun_spans(clip: CLIP, text: str, noun: str, pseudo_words: int = 0) -> list[
         if not noun_tokens:
             raise NounError(
                 f"noun={noun!r} has no word in it that the text encoder {encoder!r} reads: give one such as cat"
+                + (", and no embedding" if "embedding:" in noun else "")
+            )
+        if not all(isinstance(token, int) for token in noun_tokens):
+            raise NounError(
+                f"noun={noun!r} is an embedding, and Infusion acts at a word. Give the class of what it shows, "
+                f"such as cat, and put {noun!r} into the prompt beside it"
             )
         if not ends_word(noun_tokens[-1]):
             raise UnsupportedModelError(
@@ -162,7 +168,11 @@ def _rows(clip: CLIP, text: str, pseudo_words: int, concept: ConceptInput, turn:
     noun = concept.residual.noun
     spans = noun_spans(clip, text, noun, pseudo_words)
     if not spans:
-        raise NounError(f"residual{concept.slot} is of the noun {noun!r}, which is not a word of the prompt {text!r}")
+        advice = form_to_write(text, noun)
+        raise NounError(
+            f"residual{concept.slot} is of the noun {noun!r}, which is not a word of the prompt {text!r}"
+            + (f". {advice}" if advice else "")
+        )
     try:
         chosen = choose_spans(spans, concept.occurrence, turn, sharing)
     except NounError as error:

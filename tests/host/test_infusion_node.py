@@ -73,6 +73,8 @@ def test_two_concepts_of_one_noun(infused):
     [
         ({"text": "a photo of a cat"}, "noun 'ball', which is not a word of the prompt 'a photo of a cat'"),
         ({"text": "footballs, a ballroom"}, "not a word of the prompt 'footballs, a ballroom'"),
+        ({"text": "two balls on grass"}, "of the prompt 'two balls on grass'. Write 'ball' where it has 'balls'"),
+        ({"text": "a football"}, "Write 'ball' as a word of its own: it is only a part of 'football'"),
         ({"text": ""}, "the prompt is empty"),
         ({"text": " \n"}, "the prompt is empty"),
         (

@@ -616,6 +616,24 @@ def test_checking_that_a_folder_can_be_written_to_touches_no_other_file(train, h
 # Bad input
 
 
+@pytest.mark.parametrize("there", [True, False], ids=["there", "missing"])
+def test_a_noun_that_is_an_embedding_is_refused_with_what_to_write(train, folder, tmp_path, there):
+    from safetensors.torch import save_file
+
+    (tmp_path / "embeddings").mkdir()
+    if there:
+        save_file({"emb_params": torch.ones(1, tiny.CONTEXT)}, tmp_path / "embeddings" / "foo.safetensors")
+    clip = tiny.clip()
+    tokenizer = clip.tokenizer.clip_l
+    tokenizer.embedding_directory, tokenizer.embedding_size = str(tmp_path / "embeddings"), tiny.CONTEXT
+    message = (
+        "is an embedding.*Give the class of what it shows, such as cat" if there else "one such as cat, and no emb"
+    )
+    with pytest.raises(ValueError, match=f"^noun='embedding:foo' .*{message}"):
+        train(clip=clip, noun="embedding:foo")
+    assert not list(folder.rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
@@ -628,6 +646,7 @@ def test_checking_that_a_folder_can_be_written_to_touches_no_other_file(train, h
         ({"noun": "!"}, "give the class"),
         ({"noun": "(ball:1.2)"}, "is not found in the prompt"),
         ({"sample_prompt": "a cat"}, "sample_prompt: .*'ball', which is not a word of the prompt 'a cat'"),
+        ({"sample_prompt": "two balls"}, "sample_prompt: .*Write 'ball' where it has 'balls'"),
         ({"sample_prompt": " "}, "sample_prompt: the prompt is empty"),
         ({"clip": None}, "clip is None"),
         ({"vae": None}, "vae is None"),
