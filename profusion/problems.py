@@ -133,6 +133,7 @@ def inert(text: str) -> str:
 
 # Names of files. What one system refuses is refused on all: files travel.
 
+MOST_BYTES = 255
 _FORBIDDEN = '<>:"|?*'
 _DEVICES = re.compile(r"(?i)(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3])\s*(\.|$)")
 
@@ -145,6 +146,9 @@ def why_no_name(name: str) -> str | None:
     marks = sorted({mark for mark in name if mark in _FORBIDDEN})
     if marks:
         return f"{' '.join(marks)} {'is' if len(marks) == 1 else 'are'} not allowed in a name"
+    length = len(name.encode())
+    if length > MOST_BYTES:
+        return f"with what is added to it, the name takes {length} bytes, and it may take {MOST_BYTES}"
     if name != name.rstrip(" ."):
         return "a name may not end in a space or a dot"
     if _DEVICES.match(name):

@@ -125,6 +125,11 @@ def test_other_names_are_not(name):
     assert why_no_name(name) is None
 
 
+def test_a_name_is_as_long_as_every_system_takes():
+    assert why_no_name("a" * 255) is None is why_no_name("猫" * 85)
+    assert "takes 256 bytes, and it may take 255" in why_no_name("a" * 256) and "258" in why_no_name("猫" * 86)
+
+
 def test_a_device_that_ran_out_of_memory_is_known_by_what_raised_it():
     shortage, other = torch.cuda.OutOfMemoryError("Allocation on device"), RuntimeError("can't allocate memory")
     for first, found in ((shortage, shortage), (other, None)):

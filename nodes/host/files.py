@@ -19,6 +19,7 @@ from ...profusion.toybox.pipeline import WEIGHTS
 RESIDUALS = "profusion_residuals"
 PROMPTNETS = "profusion_promptnets"
 PATCHES = "loras"  # the host's own
+_LONGEST_END = f"_partial_100000_steps_00001_{SUFFIX}"  # of a file's name, after the prefix
 Saved = TypeVar("Saved")
 TOYBOX = "Toybox"  # as the loader lists the embedded PromptNet
 _TOYBOX_FILE = WEIGHTS / "toybox_promptnet.safetensors"
@@ -204,7 +205,8 @@ def _free_paths(folder: str, prefix: str, error: type[ValueError], companion: st
     if not prefix.strip(" ./") or prefix.startswith("/") or ".." in prefix.split("/"):
         raise error(f"filename_prefix {prefix!r} is no name within {folder}: use one such as 'pets/cat'.")
     parts = [part for part in prefix.split("/") if part not in ("", ".")]
-    refused = next((reason for part in (*parts[:-1], f"{parts[-1]}_") if (reason := why_no_name(part))), None)
+    names = *parts[:-1], f"{parts[-1]}{_LONGEST_END}"
+    refused = next((reason for name in names if (reason := why_no_name(name))), None)
     if refused:
         raise error(f"filename_prefix {prefix!r} cannot be used: {refused}. Use one such as 'pets/cat'.")
     try:

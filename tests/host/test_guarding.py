@@ -351,13 +351,19 @@ def test_a_file_whose_name_is_markup_is_not_listed_nor_loaded(files):
         "a\\..\\..\\x",
         "aux\\b",
         "\u202egpj",
+        "a" * 300,
+        "猫" * 100,
+        "a/" + "b" * 260,
+        "b" * 260 + "/a",
+        "a" * 220,  # a partial file's name would be too long
     ],
+    ids=lambda prefix: ascii(prefix)[:20],
 )
 def test_a_prefix_that_some_system_refuses_is_refused_on_all(files, prefix):
     for next_path in (lambda: files.next_residual_path(prefix, "cat"), lambda: free_path(files, "loras", prefix)):
         with pytest.raises(ValueError, match="^filename_prefix ") as caught:
             next_path()
-        assert str(caught.value).isprintable()
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
     assert not any((files.folder / "loras").rglob("*.safetensors"))
 
 

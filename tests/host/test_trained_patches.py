@@ -179,8 +179,8 @@ def test_what_only_a_whole_sampling_can_use_is_left_out_and_said(train, told, ca
     untouched = repr((model.model_options, model.wrappers))
     told.clear()
     assert equal(train(model), plain)
-    (line,) = [text for text in told if "takes no part" in text]
-    assert line.startswith(f"{name} on the model takes no part in the training") and line in caplog.text
+    (line,) = [text for text in told if "left out" in text]
+    assert line.startswith(f"{name} on the model: left out of the training") and line in caplog.text
     assert repr((model.model_options, model.wrappers)) == untouched
 
 
