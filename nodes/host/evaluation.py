@@ -267,8 +267,8 @@ class TrainedModel:
         if left_out and not self._warned:
             self._warned = True
             self._warn(
-                f"{' and '.join(left_out)} on the model: left out of the training, where every evaluation is one of its "
-                "own."
+                f"{' and '.join(left_out)} on the model: left out of the training, where every evaluation stands for "
+                "itself."
             )
 
     @contextmanager

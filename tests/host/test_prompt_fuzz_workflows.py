@@ -64,9 +64,10 @@ def mutated(random, workflow, info):
 
 
 def stops_the_host(prompt):
-    """Whether 0.3.64's own worker would end, before any node is asked: it lets a node pass whose inputs are no dict."""
+    """Whether the host's own worker would end, before any node is asked: it lets nodes pass that lack a dict of inputs,
+    where another one needs them."""
     nodes = prompt.values() if isinstance(prompt, dict) else ()
-    return any(isinstance(node, dict) and not isinstance(node.get("inputs", {}), dict) for node in nodes)
+    return any(isinstance(node, dict) and not isinstance(node.get("inputs"), dict) for node in nodes)
 
 
 def answer(server, prompt):
