@@ -40,12 +40,13 @@ class Variant:
 
 def variants(cfg: float, text_weight: float, options: FusionOptions) -> list[Variant]:
     """The paper's rows. With fusion_cfg in both stages, nothing is refined."""
-    both = Guidance((1.0, text_weight), cfg)
+    both = Guidance((1.0, text_weight), cfg, fusion_weights=(1.0, 0.0))
     return [
         Variant("plain guidance by S*, C", Guidance((1.0,), cfg), NO_FUSION),
         Variant("no fusion stage", both, NO_FUSION),
         Variant("no refinement stage", replace(both, cfg=both.fusion_cfg), options),
         Variant("full", both, options),
+        Variant("full, the plain text in the fusion stage too", replace(both, fusion_weights=None), options),
     ]
 
 

@@ -33,17 +33,20 @@ from profusion.toybox.pipeline import Toybox, seeded
 @dataclass(frozen=True)
 class Scheme:
     """A way to sample. end: the share of the run that has a fusion stage. refresh: `Guidance.refresh`. text: whether
-    the plain text is one of the terms."""
+    the plain text is one of the terms. both: whether it guides the fusion stage too."""
 
     name: str
     end: float = 0.0
     refresh: int = 1
     text: bool = True
+    both: bool = False
 
     def variant(self, given: Guidance, steps: int) -> Variant:
         """With a fusion stage at the first levels, as many as the share says."""
         weights = given.weights if self.text else given.weights[:1]
-        return Variant(self.name, replace(given, weights=weights, refresh=self.refresh), first_levels(self.end, steps))
+        fusion_weights = given.fusion_weights if self.text and not self.both else None
+        guidance = replace(given, weights=weights, refresh=self.refresh, fusion_weights=fusion_weights)
+        return Variant(self.name, guidance, first_levels(self.end, steps))
 
 
 def _schemes() -> tuple[Scheme, ...]:
@@ -58,6 +61,10 @@ def _schemes() -> tuple[Scheme, ...]:
             Scheme(name if refresh == 1 else f"{name}, refresh {refresh}", end, refresh)
             for end, name in windows.items()
             for refresh in (1, 2, 3)
+        ),
+        *(
+            Scheme(f"{windows[end]}, the text in it too{after}", end, refresh, both=True)
+            for end, refresh, after in ((0.2, 2, ", refresh 2"), (1.0, 1, ""))
         ),
     )
 
@@ -194,7 +201,7 @@ def main() -> None:
     )
     given = parser.parse_args()
     fused, judge = FusedToybox(Toybox.load(), load_promptnet(given.promptnet)), Judge.load()
-    guidance = Guidance((1.0, given.text_weight), given.cfg)
+    guidance = Guidance((1.0, given.text_weight), given.cfg, fusion_weights=(1.0, 0.0))
     cost = costs(fused, guidance, given.steps, given.timed_batch, given.rounds)
     known = references(given.count, given.seed)
     found = judged(fused, judge, known, FUSION_PROMPTS[: given.prompts], guidance, given.steps, given.batch)

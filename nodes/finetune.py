@@ -8,7 +8,7 @@ from ..profusion.pictures import captioned, from_image
 from ..profusion.promptnet.finetune import FinetuneOptions
 from ..profusion.references import gather
 from . import inputs
-from .host.display import keeping, show
+from .host.display import keeping, show, warn_under
 from .host.encoding import check_connected
 from .host.files import PATCHES, listed_name
 from .host.finetuning import Finetuning, FinetuningRun
@@ -143,7 +143,7 @@ class PromptNetFinetune(io.ComfyNode):
             options,
             gradient_checkpointing,
         )
-        run = FinetuningRun(finetuning, filename_prefix, save_promptnet)
+        run = FinetuningRun(finetuning, filename_prefix, save_promptnet, warn_under(cls))
         with keeping(cls, run.keep):
             saved = run.train()
         name = listed_name(PATCHES, run.patch_path) if run.patch_path else ""

@@ -18,15 +18,21 @@ MODES = ["dependent", "independent"]
 
 def _guidance_inputs() -> list:
     return [
-        inputs.cfg("Guidance of the refinement stage, as in KSampler. The paper's code takes 5 to 7."),
-        inputs.cfg("Guidance of the fusion stage. The paper's code takes 3.", "fusion_cfg", default=3.0),
+        inputs.cfg(
+            "Guidance of the refinement stage, as in KSampler: of S* and the other conditionings together. The "
+            "authors' notebook has 7 for S* and 5 for the plain text, 12 in all; their code 5 for S* alone."
+        ),
+        inputs.cfg(
+            "Guidance of the fusion stage. The authors' code has 3, their notebook 7.", "fusion_cfg", default=3.0
+        ),
         io.Float.Input(
             "gamma",
             default=0.8,
             min=0.0,
             max=2.0,
             step=0.05,
-            tooltip="Strength of S* in the fusion stage. Lower leaves more to the text.",
+            tooltip="Strength of S* in the fusion stage. Lower leaves more to the text. The authors' code has 0.8, "
+            "their notebook 0.6.",
         ),
         io.Combo.Input(
             "mode",
@@ -47,6 +53,16 @@ def _refresh_input() -> io.Int.Input:
         optional=True,
         tooltip="Evaluate all conditionings only every N-th call; in between, evaluate the first and reuse the others' "
         "last difference. 2 costs about as much as plain CFG. 1 is the paper's.",
+    )
+
+
+def _text_in_fusion_input() -> io.Boolean.Input:
+    return io.Boolean.Input(
+        "text_in_fusion",
+        default=False,
+        optional=True,
+        tooltip="Off: S* in its prompt alone guides the fusion stage, as in the authors' code. On: conditionings "
+        "without S*, such as the plain text, guide it too.",
     )
 
 
@@ -111,17 +127,30 @@ class FusionGuiderNode(io.ComfyNode):
                 *_guidance_inputs(),
                 *[entry for suffix in MORE_TERMS for entry in _term_inputs(suffix)],
                 _refresh_input(),
+                _text_in_fusion_input(),
             ],
             outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced.")],
         )
 
     @classmethod
     def execute(
-        cls, model, conditioning, weight, negative, cfg, fusion_cfg, gamma, mode, refresh=2, **more
+        cls,
+        model,
+        conditioning,
+        weight,
+        negative,
+        cfg,
+        fusion_cfg,
+        gamma,
+        mode,
+        refresh=2,
+        text_in_fusion=False,
+        **more,
     ) -> io.NodeOutput:
         conditionings, weights = _terms((conditioning, weight), more)
         guider = FusionGuider(model)
-        guider.set_terms(conditionings, negative, Guidance(weights, cfg, fusion_cfg, gamma, mode, refresh))
+        guidance = Guidance(weights, cfg, fusion_cfg, gamma, mode, refresh)
+        guider.set_terms(conditionings, negative, guidance, text_in_fusion)
         return io.NodeOutput(guider)
 
 
@@ -190,6 +219,7 @@ class FusionKSampler(io.ComfyNode):
                 ),
                 inputs.weight("text_weight", "Weight of the plain text. S* has weight 1.", default=0.5, optional=True),
                 _refresh_input(),
+                _text_in_fusion_input(),
             ],
             outputs=[io.Latent.Output(tooltip="The drawn latent.")],
             hidden=[io.Hidden.unique_id],
@@ -218,10 +248,11 @@ class FusionKSampler(io.ComfyNode):
         text=None,
         text_weight=0.5,
         refresh=2,
+        text_in_fusion=False,
     ) -> io.NodeOutput:
         terms, weights = ([positive], (1.0,)) if text is None else ([positive, text], (1.0, text_weight))
         guider = FusionGuider(model)
-        guider.set_terms(terms, negative, Guidance(weights, cfg, fusion_cfg, gamma, mode, refresh))
+        guider.set_terms(terms, negative, Guidance(weights, cfg, fusion_cfg, gamma, mode, refresh), text_in_fusion)
         drawn = sample_latent(
             guider,
             latent_image,

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..profusion.pictures import captioned, from_image
 from ..profusion.residual.training import TrainingOptions
 from . import inputs
-from .host.display import keeping, show
+from .host.display import keeping, show, warn_under
 from .host.drawing import Sampling
 from .host.residual_training import Samples, prepare_training
 
@@ -138,7 +138,9 @@ class ResidualTrainer(io.ComfyNode):
         options = TrainingOptions(steps, learning_rate, batch_size, seed, flip, preserve)
         samples = Samples(sample_prompt, sample_every, Sampling(sample_steps, sample_cfg))
         noun = noun.strip()
-        run = prepare_training(model, clip, vae, images, masks, noun, options, resume, samples, gradient_checkpointing)
+        run = prepare_training(
+            model, clip, vae, images, masks, noun, options, resume, samples, gradient_checkpointing, warn_under(cls)
+        )
         with keeping(cls, run.keep):
             run.train()
         text = f"{noun}: {steps} steps\n{run.about}\n{run.saved.path}\n{run.saved.size:,} bytes"

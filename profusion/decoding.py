@@ -67,7 +67,7 @@ def decode(path: Path, side: int | None = None) -> Image.Image:
     try:
         picture = _decoded(path, side)
     except PictureError as problem:
-        raise PictureError(f"{path} is {problem}") from None
+        raise PictureError(f"{path} is {problem}") from problem
     except Image.DecompressionBombError as problem:
         raise PictureError(f"{path} is too large: it has hundreds of megapixels") from problem
     except Exception as problem:  # whatever a damaged file makes of the library

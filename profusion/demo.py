@@ -57,7 +57,8 @@ def train(toybox: Toybox, concept: Concept, options: TrainingOptions, say: Say, 
         if begun is not None:
             training = toybox.training(concept.pictures, concept.masks, concept.noun, options, begun)
         partial = Partial(lambda: save_residual(training.residual(), path, "float32").path)
-        partial.path = path if begun is not None else None
+        if begun is not None:
+            partial.take(path)
     first = training.step
     for loss in training.steps(partial):
         if training.step % 25 == 0 or training.step == options.steps:

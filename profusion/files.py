@@ -47,6 +47,7 @@ Contents = dict[str, tuple[str, list[int], bytes]]
 CHECKSUM = "checksum"
 MAX_HEADER_BYTES = 1 << 20
 MAX_DIMENSIONS = 8
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EINVAL}
 
 LEFT_BEHIND = 600.0  # seconds without a write, after which a temporary that nobody holds was left by a kill
@@ -126,8 +127,7 @@ def opened_temporary(path: Path) -> Iterator[BinaryIO]:
     """A new file to write to, locked as long as this process has it open."""
     with path.open("xb") as file:
         if fcntl is not None:
-            with contextlib.suppress(OSError):  # a folder without locks: the age of the file must do
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _locked(file)  # in a folder without locks, the age of the file must do
         yield file
 
 
@@ -170,18 +170,40 @@ def _remove_leftovers(own: Path) -> None:
                         path.unlink()
 
 
+def hold(path: Path) -> Callable[[], None] | None:
+    """Keep every other process from holding this file, until what is returned is called or this process ends.
+
+    None where another one holds it, or it cannot be opened. Where the system has no locks, as Windows and some network
+    folders, everybody gets it.
+    """
+    if fcntl is None:
+        return lambda: None
+    try:
+        file = path.open("r+b")  # for writing: network folders lock no other
+    except OSError:
+        return None
+    if _locked(file):
+        return file.close
+    file.close()
+    return None
+
+
 def _is_held(path: Path) -> bool:
     """Whether a live process has this temporary open, as far as the system can tell."""
-    if fcntl is None:
-        return False
-    with path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-    return False
+    release = hold(path)
+    if release is not None:
+        release()
+    return release is None
+
+
+def _locked(file: BinaryIO) -> bool:
+    """Lock a file, which must be open for writing. False where another process has; True also where there are no
+    locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as problem:
+        return problem.errno in _NO_LOCKS
+    return True
 
 
 def why_not_written(problem: Exception) -> str:

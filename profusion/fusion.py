@@ -69,8 +69,9 @@ class FusionOptions:
         """Fusion steps before the step from sigma to sigma_next.
 
         None where no level is left, and none before the last step, to 0: it would swap eta^2 of what little
-        noise there is for noise that only one step can still take out. (The paper's code ends at alpha-bar
-        of t = 0, where r is about 0.)
+        noise there is for noise that only one step can still take out. (The authors' code stops short of 0, at
+        sigma = 0.029, and has a stage before that step too: r = 0.50 of a noise of sigma = 0.041. It changes the
+        picture by 0.2 % to 2 %.)
         """
         active = self.eta > 0 and self.sigma_end <= sigma <= self.sigma_start and 0 < sigma_next < sigma
         return self.repeats if active else 0
@@ -81,10 +82,12 @@ class Guidance:
     """How the conditions of a step are weighed: e0 + scale * sum_i w_i (e_i - e0) / sum_i w_i.
 
     weights: of each condition. cfg: the scale in the refinement stage. fusion_cfg and gamma: the scale, and the
-    factor of S*'s rows in the context, in the fusion stage (the authors' code: 3 and 0.8). mode: "dependent"
-    evaluates S* within its prompt, e(S*, C); "independent" in a prompt of its own, e(S*), so that only the other
-    conditions say the text. refresh: of how many evaluations one asks all conditions, where there are several (see
-    `KeptDifferences`); the paper: 1.
+    factor of S*'s rows in the context, in the fusion stage (the authors' code: 3 and 0.8; their notebook: 7 and 0.6).
+    mode: "dependent" evaluates S* within its prompt, e(S*, C); "independent" in a prompt of its own, e(S*), so that
+    only the other conditions say the text. refresh: of how many evaluations of a stage one asks all conditions, where
+    there are several (see `KeptDifferences`); the paper: 1. fusion_weights: of each condition in the fusion stage, None
+    for the same as in the refinement stage. The authors' code guides that stage by S* in its prompt alone, which is a
+    weight of 0 for the plain text.
     """
 
     weights: tuple[float, ...]
@@ -93,11 +96,16 @@ class Guidance:
     gamma: float = 0.8
     mode: Mode = "dependent"
     refresh: int = 1
+    fusion_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.weights:
             raise ValueError("no conditioning: connect at least one")
         total_weight(self.weights)
+        if self.fusion_weights is not None:
+            if len(self.fusion_weights) != len(self.weights):
+                raise ValueError(f"{len(self.fusion_weights)} fusion_weights for {len(self.weights)} conditionings")
+            total_weight(self.fusion_weights)
         if self.mode not in ("dependent", "independent"):
             raise ValueError(f"mode={self.mode!r}: choose dependent or independent")
         for name in ("cfg", "fusion_cfg", "gamma"):
@@ -109,6 +117,10 @@ class Guidance:
     def scale(self, stage: Stage) -> float:
         """The guidance scale of a stage."""
         return self.fusion_cfg if stage == "fusion" else self.cfg
+
+    def weights_in(self, stage: Stage) -> tuple[float, ...]:
+        """The weight of each condition in a stage."""
+        return self.weights if stage == "refinement" or self.fusion_weights is None else self.fusion_weights
 
     def word_scale(self, stage: Stage) -> float:
         """The factor of S*'s rows in the context in a stage."""
@@ -209,21 +221,27 @@ class RunGuidance:
     """`Guidance` in one run of one latent: what an evaluation has to ask for, and the guided
     prediction from the answers.
 
-    Predictions are in the order (first condition, nothing, further conditions), of the conditions in `used` alone.
+    Predictions are in the order (first condition, nothing, further conditions), of the conditions that `used` names
+    for their stage. What is kept between refreshes is each stage's own: S* is scaled in the one and not in the other.
     """
 
     def __init__(self, guidance: Guidance):
         self.guidance = guidance
-        self.used = tuple(index for index, weight in enumerate(guidance.weights) if weight)
-        self._weights = [guidance.weights[index] for index in self.used]
-        # One condition alone is plain guidance, to the bit.
-        self._kept = KeptDifferences(guidance.refresh if len(self.used) > 1 else 1)
+        stages: tuple[Stage, Stage] = ("fusion", "refinement")
+        self._used = {
+            stage: tuple(index for index, weight in enumerate(guidance.weights_in(stage)) if weight) for stage in stages
+        }
+        # One condition alone in a run is plain guidance, to the bit.
+        several = len({index for used in self._used.values() for index in used}) > 1
+        self._kept = {stage: KeptDifferences(guidance.refresh if several else 1) for stage in stages}
+
+    def used(self, stage: Stage) -> tuple[int, ...]:
+        """The conditions that have a weight in a stage."""
+        return self._used[stage]
 
     def needs_nothing(self, stage: Stage) -> bool:
-        """Whether the prediction under no condition matters: by this stage's scale, or by any
-        where differences are kept."""
-        scales = [self.guidance.scale(stage)] if self._kept.always else [self.guidance.cfg, self.guidance.fusion_cfg]
-        return not all(math.isclose(scale, 1.0) for scale in scales)
+        """Whether the prediction under no condition matters in a stage."""
+        return not math.isclose(self.guidance.scale(stage), 1.0)
 
     def step(
         self,
@@ -239,8 +257,9 @@ class RunGuidance:
         unit: see `KeptDifferences.complete`. between: what a host's hooks make of the predictions before guidance.
         combine: what takes the place of `guide`.
         """
-        predictions = between(self._kept.complete(evaluate(self._kept.due), unit))
-        mean = mean_prediction([predictions[0], *predictions[2:]], self._weights)
+        kept, weights = self._kept[stage], self.guidance.weights_in(stage)
+        predictions = between(kept.complete(evaluate(kept.due), unit))
+        mean = mean_prediction([predictions[0], *predictions[2:]], [weights[index] for index in self._used[stage]])
         return combine(predictions[1], mean, self.guidance.scale(stage))
 
 

@@ -11,8 +11,9 @@ map without ever holding one. Symbols: c context (L rows of D numbers), n the no
 the residual of concept k in layer i.
 
 The patches have ComfyUI's signatures, `attn2_patch(n, context, value, extra_options) -> (n, context, value)` and
-`attn2_output_patch(n, extra_options) -> n`, and run unchanged in the host and in `profusion.models.unet`. A batch is
-a row of equal chunks, one for each entry of `extra_options["cond_or_uncond"]`.
+`attn2_output_patch(n, extra_options) -> n`, and run unchanged in the host and in `profusion.models.unet`. They come
+before other packs' patches, where the rows still are the UNet's own, and whose each row is, `owners` say: without a
+host, that a batch is a row of equal chunks, one for each entry of `extra_options["cond_or_uncond"]`.
 
 The streams are evaluated one after the other: F with `foundation_patches`, then C with `customised_patches`. In one
 batch, a matrix product of 2N rows would have to give the bits that N rows give, and it does not (on a CPU the output
@@ -43,7 +44,8 @@ _KINDS = ("input", "middle", "output")
 # were it filled in by Toybox's own module, what a file says would depend on what had been imported before.
 _ARCHITECTURES = {(16, 768): "SD 1.x", (16, 1024): "SD 2.x", (70, 2048): "SDXL", (10, 128): "Toybox"}
 
-ExtraOptions = Mapping[str, Any]
+ExtraOptions = MutableMapping[str, Any]
+_GROWN = "profusion_grown"  # among a layer's options: how many rows it had, and the regions that made them more
 Patches = dict[str, list[Callable]]
 QueryStore = MutableMapping[Hashable, Tensor]
 
@@ -173,8 +175,10 @@ class Placement:
         return self._kept[key]
 
 
-PlacementsFor = Callable[[ExtraOptions, int], Sequence[Placement]]
-KeyFor = Callable[[ExtraOptions, int], Hashable]
+Owners = Callable[[ExtraOptions, int], Sequence[Hashable]]
+"""`owners(extra_options, rows) -> whose`: whose the rows of a batch are, from the first on; each owner has as many."""
+PlacementsFor = Callable[[ExtraOptions, Hashable], Sequence[Placement]]
+"""`placements_for(extra_options, owner)`: what is added to an owner's rows."""
 
 
 def add_residual(value: Tensor, residual: Tensor, rows: Sequence[int]) -> Tensor:
@@ -226,9 +230,9 @@ def layer_name(extra_options: ExtraOptions) -> str:
     return f"{kind}.{block}.{extra_options['block_index']}"
 
 
-def chunk_index(extra_options: ExtraOptions, chunk: int) -> Hashable:
-    """The simplest identity of a chunk: its place in the batch."""
-    return chunk
+def chunks_in_order(extra_options: ExtraOptions, rows: int) -> Sequence[int]:
+    """The simplest owners: the chunks of a batch, known by their place in it."""
+    return range(len(extra_options["cond_or_uncond"]))
 
 
 def on_conditional(placements: Sequence[Placement]) -> PlacementsFor:
@@ -240,25 +244,24 @@ def on_conditional(placements: Sequence[Placement]) -> PlacementsFor:
     return placements_for
 
 
-def foundation_patches(store: QueryStore, key_for: KeyFor = chunk_index) -> Patches:
+def foundation_patches(store: QueryStore, owners: Owners = chunks_in_order) -> Patches:
     """Patches for F's evaluation: F computes as it always does, and `store` remembers its n for C."""
 
     def record(n: Tensor, context: Tensor, value: Tensor, extra_options: ExtraOptions):
-        layer = layer_name(extra_options)
-        for chunk, rows in enumerate(n.chunk(_chunks(extra_options))):
-            store[layer, key_for(extra_options, chunk)] = rows.detach()
+        layer, whose = layer_name(extra_options), owners(extra_options, len(n))
+        for owner, rows in zip(whose, n.chunk(len(whose)), strict=True):
+            store[layer, owner] = rows.detach()
         return n, context, value
 
     return {"attn2_patch": [record]}
 
 
-def customised_patches(store: QueryStore, placements_for: PlacementsFor, key_for: KeyFor = chunk_index) -> Patches:
+def customised_patches(store: QueryStore, placements_for: PlacementsFor, owners: Owners = chunks_in_order) -> Patches:
     """Patches for C's evaluation: F's recorded n for the queries, the placements' residuals on the values."""
 
     def replay(n: Tensor, context: Tensor, value: Tensor, extra_options: ExtraOptions):
         layer = layer_name(extra_options)
-        chunks = range(_chunks(extra_options))
-        recorded = [store.get((layer, key_for(extra_options, chunk))) for chunk in chunks]
+        recorded = [store.get((layer, owner)) for owner in owners(extra_options, len(n))]
         if any(rows is None for rows in recorded):
             raise RuntimeError(
                 f"the foundation stream left no queries for layer {layer}: was it evaluated before this one?"
@@ -271,7 +274,7 @@ def customised_patches(store: QueryStore, placements_for: PlacementsFor, key_for
             )
         return locked, context, value
 
-    residuals = _residual_patches(placements_for)
+    residuals = _residual_patches(placements_for, owners)
     return {**residuals, "attn2_patch": [replay, *residuals["attn2_patch"]]}
 
 
@@ -285,25 +288,24 @@ def _joined(chunks: Sequence[Tensor], like: Tensor) -> Tensor:
     return joined
 
 
-def _chunks(extra_options: ExtraOptions) -> int:
-    return len(extra_options["cond_or_uncond"])
-
-
-def _residual_patches(placements_for: PlacementsFor) -> Patches:
-    """Add the residuals to each chunk's N rows.
+def _residual_patches(placements_for: PlacementsFor, owners: Owners) -> Patches:
+    """Add the residuals to each owner's N rows.
 
     A concept with a region is evaluated in N rows of its own, within the cross-attention only: base + its residual. So
-    that other packs still see equal chunks, every chunk grows by as many such sets as the one with the most regions.
+    that other packs still see equal chunks, all rows grow by as many such sets as those with the most regions.
     """
 
-    def all_placements(extra_options: ExtraOptions) -> tuple[list[list[Placement]], list[list[Placement]], int]:
-        chunks = [placements_for(extra_options, chunk) for chunk in range(_chunks(extra_options))]
-        everywhere = [[placement for placement in chunk if placement.region is None] for chunk in chunks]
-        regional = [[placement for placement in chunk if placement.region is not None] for chunk in chunks]
-        return everywhere, regional, max(map(len, regional))
+    def all_placements(extra_options: ExtraOptions, rows: int) -> tuple[list[list[Placement]], list[list[Placement]]]:
+        whose = [placements_for(extra_options, owner) for owner in owners(extra_options, rows)]
+        everywhere = [[placement for placement in placements if placement.region is None] for placements in whose]
+        regional = [[placement for placement in placements if placement.region is not None] for placements in whose]
+        return everywhere, regional
 
     def place(n: Tensor, context: Tensor, value: Tensor, extra_options: ExtraOptions):
-        everywhere, regional, extra = all_placements(extra_options)
+        everywhere, regional = all_placements(extra_options, len(n))
+        extra = max(map(len, regional))
+        if extra:
+            extra_options[_GROWN] = len(n), regional  # for `fold`: one layer's patches have one dict
         if not any(everywhere) and not extra:
             return n, context, value
         layer, values = layer_name(extra_options), []
@@ -316,9 +318,15 @@ def _residual_patches(placements_for: PlacementsFor) -> Patches:
         return n, context, torch.cat(values)
 
     def fold(out: Tensor, extra_options: ExtraOptions):
-        _, regional, extra = all_placements(extra_options)
-        if not extra:
+        rows, regional = extra_options.pop(_GROWN, (len(out), ()))
+        if not regional:
             return out
+        extra = max(map(len, regional))
+        if len(out) != rows * (1 + extra):
+            raise RuntimeError(
+                f"layer {layer_name(extra_options)} has {len(out)} rows where {rows * (1 + extra)} went in, so that "
+                "nothing can be confined to a region: remove the other attention patch, or the region"
+            )
         size, folded = extra_options["activations_shape"][-2:], []
         for rows, placements in zip(out.chunk(len(regional)), regional, strict=True):
             base, *alone = rows.chunk(1 + extra)
@@ -358,12 +366,12 @@ def check_context_width(width: int, layers: Sequence[Layer]) -> None:
 
 
 def with_patches(model_options: Mapping[str, Any], patches: Patches) -> dict[str, Any]:
-    """A host's model options with these patches: closest to the attention, so that other packs' see nothing unusual."""
+    """A host's model options with these patches around other packs': before them the rows are the UNet's own still."""
     options = {**model_options, "transformer_options": {**model_options["transformer_options"]}}
     theirs = options["transformer_options"].get("patches", {})
     options["transformer_options"]["patches"] = {
         **theirs,
-        "attn2_patch": [*theirs.get("attn2_patch", ()), *patches.get("attn2_patch", ())],
-        "attn2_output_patch": [*patches.get("attn2_output_patch", ()), *theirs.get("attn2_output_patch", ())],
+        "attn2_patch": [*patches.get("attn2_patch", ()), *theirs.get("attn2_patch", ())],
+        "attn2_output_patch": [*theirs.get("attn2_output_patch", ()), *patches.get("attn2_output_patch", ())],
     }
     return options

@@ -3,6 +3,8 @@ benchmarks/training_memory.py."""
 
 from __future__ import annotations
 
+from typing import Any
+
 # The most that a step takes beside the weights, in numbers of the model's type for each cell of the latents, without
 # and with gradient checkpointing. In an attention that keeps its map it would be more.
 _RESIDUAL = {"SD 1.x": (90_800, 30_000), "SD 2.x": (85_800, 25_000), "SDXL": (153_300, 21_500)}
@@ -42,3 +44,8 @@ def optimizer_bytes(learned: float) -> float:
     """Bytes that AdamW's step takes for a moment; learned: those of what it moves, their gradient and moments
     included."""
     return learned / 4
+
+
+def element_bytes(model: Any) -> int:
+    """Bytes of a number that a host's model computes with, which may be of another type than its weights."""
+    return (getattr(model, "manual_cast_dtype", None) or model.get_dtype()).itemsize

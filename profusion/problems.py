@@ -13,8 +13,11 @@ import re
 import unicodedata
 from collections.abc import Callable
 
+import torch
+
 MOST = 400  # characters of a message from elsewhere
 OUT_OF_MEMORY = "memory ran out. Lower batch_size or the pictures' size, or close other programs"
+_CUDA_OUT_OF_MEMORY = 2  # the driver's number of it
 
 _HIDDEN = {"Cc", "Cs", "Zl", "Zp"}  # control characters, halves of a surrogate pair, separators of lines
 _TURNING = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they make a name look like another one
@@ -73,6 +76,25 @@ def why(problem: BaseException) -> str:
         words = str(problem) if isinstance(problem, ValueError | OSError) else f"{type(problem).__name__}: {problem}"
     words = " ".join(printable(words).split()).removesuffix(".") or type(problem).__name__
     return words if len(words) <= MOST else words[:MOST] + "..."
+
+
+def shortage_in(problem: BaseException | None) -> BaseException | None:
+    """The failure by which a device ran out of memory: this one, or one that it was raised from; None where none is."""
+    seen = set()
+    while problem is not None and id(problem) not in seen:
+        if _is_shortage(problem):
+            return problem
+        seen.add(id(problem))
+        problem = problem.__cause__
+    return None
+
+
+def _is_shortage(problem: BaseException) -> bool:
+    if isinstance(problem, torch.cuda.OutOfMemoryError):
+        return True
+    if not isinstance(problem, getattr(torch, "AcceleratorError", ())):  # newer torch's
+        return False
+    return getattr(problem, "error_code", None) == _CUDA_OUT_OF_MEMORY or "out of memory" in str(problem).lower()
 
 
 def disk_is_full(problem: BaseException) -> bool:

@@ -271,3 +271,17 @@ def test_what_the_page_of_the_architecture_names_is_there():
             found = [node for node in scope if getattr(node, "name", None) == part]
             assert found, f"docs/architecture.md names {name}, which is not in {file}"
             scope = found[0].body
+
+
+def dropped_causes(path: Path) -> list[int]:
+    """The lines of a file that raise something `from None`, by which the log loses what caused it."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Raise) and isinstance(node.cause, ast.Constant) and "NameTaken" not in ast.dump(node)
+    ]
+
+
+def test_no_error_hides_its_cause_from_the_log():
+    found = {path: dropped_causes(path) for folder in ("nodes", "profusion") for path in (ROOT / folder).rglob("*.py")}
+    assert len(found) > 50 and not {path: lines for path, lines in found.items() if lines}

@@ -148,6 +148,83 @@ def test_a_temporary_that_a_live_process_writes_is_not_removed_however_old(tmp_p
     assert not path.exists()
 
 
+def _network_folder(monkeypatch):
+    """flock as network folders have it: no exclusive lock of a file that is not open for writing."""
+    fcntl, flock = files.fcntl, files.fcntl.flock
+
+    def locked(file, how):
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        return flock(file, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", locked)
+
+
+needs_locks = pytest.mark.skipif(files.fcntl is None, reason="this system has no locks")
+
+
+@needs_locks
+def test_a_temporary_that_is_written_on_a_network_folder_is_not_removed(tmp_path, monkeypatch):
+    _network_folder(monkeypatch)
+    path = files.temporary_beside(tmp_path / "x")
+    with files.opened_temporary(path) as file:
+        file.write(b"half")
+        file.flush()
+        _aged_again(path)
+        files.write_atomically(tmp_path / "one", b"x")
+        assert path.exists()
+    _aged_again(path)
+    files.write_atomically(tmp_path / "two", b"x")
+    assert not path.exists()
+
+
+def _aged_again(path):
+    then = time.time() - files.LEFT_BEHIND - 1000
+    os.utime(path, (then, then))
+
+
+@needs_locks
+@pytest.mark.parametrize(
+    ("number", "kept"), [(errno.ENOLCK, False), (errno.EOPNOTSUPP, False), (errno.EACCES, True), (errno.EIO, True)]
+)
+def test_without_locks_the_age_of_a_temporary_must_do(tmp_path, monkeypatch, number, kept):
+    """Any other answer may mean that somebody has it: then it stays."""
+
+    def refused(*_):
+        raise OSError(number, "no")
+
+    path = _aged(files.temporary_beside(tmp_path / "x"), files.LEFT_BEHIND + 1000)
+    monkeypatch.setattr(files.fcntl, "flock", refused)
+    files.write_atomically(tmp_path / "one", b"x")
+    assert path.exists() == kept and (tmp_path / "one").read_bytes() == b"x"
+
+
+@needs_locks
+def test_a_temporary_of_another_user_is_left_alone(tmp_path, monkeypatch):
+    path, opening = _aged(files.temporary_beside(tmp_path / "x"), files.LEFT_BEHIND + 1000), Path.open
+
+    def denied(self, mode="r", *more, **named):
+        if self == path and mode != "rb":
+            raise PermissionError(errno.EACCES, "no")
+        return opening(self, mode, *more, **named)
+
+    monkeypatch.setattr(Path, "open", denied)
+    files.write_atomically(tmp_path / "one", b"x")
+    assert path.exists()
+
+
+@needs_locks
+def test_a_file_is_held_by_one_at_a_time(tmp_path):
+    path = tmp_path / "x"
+    assert files.hold(path) is None, "there is none"
+    path.write_bytes(b"x")
+    release = files.hold(path)
+    assert files.hold(path) is None
+    release()
+    files.hold(path)()
+    assert path.read_bytes() == b"x"
+
+
 def test_an_interrupt_leaves_no_temporary(tmp_path):
     def pieces():
         yield b"half"

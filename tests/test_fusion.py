@@ -386,7 +386,7 @@ def test_a_step_is_the_papers_sum_over_conditions(generator):
 def test_one_condition_is_plain_guidance_to_the_bit_and_asks_for_all_every_time(generator):
     predictions, calls = torch.randn(2, 2, 4, 3, 3, generator=generator), []
     run = RunGuidance(Guidance((0.3, 0.0), refresh=4))
-    assert run.used == (0,)
+    assert run.used("refinement") == run.used("fusion") == (0,)
     for _ in range(3):
         result = run.step("refinement", asked(predictions, calls))
         assert torch.equal(result, guide(predictions[1], predictions[0], 6.0))
@@ -396,7 +396,7 @@ def test_one_condition_is_plain_guidance_to_the_bit_and_asks_for_all_every_time(
 def test_conditions_without_weight_are_not_asked(generator):
     predictions = torch.randn(3, 2, 4, 3, 3, generator=generator)
     run = RunGuidance(Guidance((0.0, 1.0, 3.0)))
-    assert run.used == (1, 2)
+    assert run.used("fusion") == (1, 2)
     mean = 0.25 * predictions[0] + 0.75 * predictions[2]
     torch.testing.assert_close(run.step("fusion", asked(predictions, [])), guide(predictions[1], mean, 3.0))
 
@@ -430,12 +430,41 @@ def test_hooks_stand_between_the_predictions_and_the_guidance(generator):
     assert seen == [3, 3]
 
 
-def test_nothing_is_needed_by_this_stages_scale_or_by_any_for_which_it_is_kept():
-    def needs(refresh, **scales):
+@pytest.mark.parametrize("refresh", [1, 2])
+def test_nothing_is_needed_where_a_stage_has_a_scale(refresh):
+    def needs(**scales):
         run = RunGuidance(Guidance((1.0, 1.0), refresh=refresh, **scales))
         return [run.needs_nothing(stage) for stage in ("fusion", "refinement")]
 
-    assert needs(1, cfg=1.0, fusion_cfg=3.0) == [True, False]
-    assert needs(1, cfg=6.0, fusion_cfg=1.0) == [False, True]
-    assert needs(2, cfg=1.0, fusion_cfg=3.0) == [True, True]
-    assert needs(2, cfg=1.0, fusion_cfg=1.0) == [False, False]
+    assert needs(cfg=1.0, fusion_cfg=3.0) == [True, False]
+    assert needs(cfg=6.0, fusion_cfg=1.0) == [False, True]
+    assert needs(cfg=1.0, fusion_cfg=1.0) == [False, False]
+
+
+def test_the_fusion_stage_has_weights_of_its_own(generator):
+    """arXiv 2305.13579's code: S* in its prompt guides the fusion stage, S* and the plain text the refinement."""
+    first, nothing, second = torch.randn(3, 2, 4, 3, 3, generator=generator)
+    run = RunGuidance(Guidance((7.0, 5.0), cfg=12.0, fusion_cfg=7.0, fusion_weights=(1.0, 0.0)))
+    assert (run.used("fusion"), run.used("refinement")) == ((0,), (0, 1))
+    fused = run.step("fusion", asked((first, nothing), []))
+    torch.testing.assert_close(fused, nothing + 7.0 * (first - nothing))
+    refined = run.step("refinement", asked((first, nothing, second), []))
+    torch.testing.assert_close(refined, nothing + 7.0 * (first - nothing) + 5.0 * (second - nothing))
+
+
+def test_each_stage_keeps_its_own_differences(generator):
+    """S* is scaled in the fusion stage alone, so that its prediction differs from the others by something else."""
+    calls = []
+    predictions = {"fusion": torch.randn(2, 1, 4, 3, 3), "refinement": torch.randn(3, 1, 4, 3, 3, generator=generator)}
+    run, every = (RunGuidance(Guidance((1.0, 0.5), refresh=n, fusion_weights=(1.0, 0.0))) for n in (2, 1))
+    for stage in ("fusion", "refinement") * 4:
+        result = run.step(stage, asked(predictions[stage], calls))
+        torch.testing.assert_close(result, every.step(stage, asked(predictions[stage], [])))
+    assert calls == [True, True, False, False] * 2
+
+
+def test_fusion_weights_go_with_the_weights():
+    with pytest.raises(ValueError, match="2 fusion_weights for 1 conditionings"):
+        Guidance((1.0,), fusion_weights=(1.0, 0.0))
+    with pytest.raises(ValueError, match="sum to 0"):
+        Guidance((1.0, 1.0), fusion_weights=(0.0, 0.0))

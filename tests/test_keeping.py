@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from profusion import files
 from profusion.keeping import SECONDS, SHARE, Partial, digest, seconds_to_write
 
 
@@ -20,7 +21,8 @@ class Run:
     def __init__(self, folder, cost=0.0, expected=0.0, overwrite=False):
         self.clock, self.step, self.cost, self.failing = Clock(), 0, cost, None
         self.folder, self.overwrite, self.saved_at = folder, overwrite, []
-        self.partial = Partial(self.write, expected, clock=self.clock)
+        self.said = []
+        self.partial = Partial(self.write, expected, self.said.append, clock=self.clock)
 
     def write(self):
         self.clock.now += self.cost
@@ -103,9 +105,27 @@ def test_a_saving_that_fails_stops_nothing_keeps_the_last_one_and_is_tried_again
     run.failing = problem
     run.work(int(SECONDS))
     assert run.files() == [f"run_{SECONDS:.0f}"] and run.partial.problem is problem
+    run.work(int(SECONDS))
+    assert (
+        len(run.said) == 1
+        and "cannot be written" in run.said[0]
+        and ("full" in run.said[0] or "memory" in run.said[0] or "bad" in run.said[0])
+    )
     run.failing = None
     run.work(int(SECONDS))
-    assert run.files() == [f"run_{3 * SECONDS:.0f}"] and run.partial.problem is None
+    assert run.files() == [f"run_{4 * SECONDS:.0f}"] and run.partial.problem is None
+    run.work(int(SECONDS))
+    assert len(run.said) == 2 and f"written again: {tmp_path / f'run_{4 * SECONDS:.0f}'}" in run.said[1]
+
+
+def test_without_somebody_to_tell_the_log_is_told(tmp_path, caplog):
+    def fail():
+        raise OSError("the disk is full")
+
+    partial = Partial(fail, clock=(clock := Clock()))
+    clock.now = SECONDS
+    partial.after_step()
+    assert "cannot be written (the disk is full)" in caplog.text
 
 
 def test_a_saving_that_was_asked_for_raises(tmp_path):
@@ -130,6 +150,40 @@ def test_a_file_that_somebody_removed_is_no_problem(tmp_path):
     assert run.files() == [f"run_{2 * SECONDS:.0f}"]
     run.partial.path.unlink()
     run.partial.discard()
+
+
+# Several processes
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="this system has no locks")
+def test_a_run_takes_no_file_that_another_one_works_on(tmp_path):
+    first, second = Run(tmp_path), Run(tmp_path)
+    first.work(int(SECONDS))
+    path = first.partial.path
+    assert not second.partial.take(path) and second.partial.path is None
+    first.partial.leave()
+    assert first.partial.path is None and second.partial.take(path) and second.partial.path == path
+    second.step = 100
+    second.partial.save()
+    assert second.files() == ["run_100"]
+    assert not second.partial.take(tmp_path / "none") and second.partial.path == tmp_path / "run_100"
+
+
+def test_what_another_run_has_put_in_its_place_is_left_alone(tmp_path):
+    """Also where nobody can lock anything."""
+    first = Run(tmp_path, overwrite=True)
+    first.work(int(SECONDS))
+    new = tmp_path / "new"
+    new.write_text("of another run")
+    new.replace(tmp_path / "run")
+    assert first.partial.path is None
+    first.partial.discard()
+    assert (tmp_path / "run").read_text() == "of another run"
+    second = Run(tmp_path)
+    second.work(int(SECONDS))
+    second.partial.path.write_text("of another run")
+    second.work(int(SECONDS))
+    assert second.files() == ["run", f"run_{SECONDS:.0f}", f"run_{2 * SECONDS:.0f}"]
 
 
 # Which training it is

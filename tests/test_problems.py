@@ -7,6 +7,8 @@ import struct
 import pytest
 import torch
 
+from profusion import problems
+from profusion.loop import TrainingError
 from profusion.problems import OUT_OF_MEMORY, hidden_character, inert, known, printable, why, why_no_name
 
 ATTACKS = (
@@ -121,3 +123,25 @@ def test_names_that_some_system_refuses_are_refused(name):
 @pytest.mark.parametrize("name", ["cat", "console", "com10", "a.b", ".hidden", "猫 (2)", "O'Neill & co", "50%", "x~1"])
 def test_other_names_are_not(name):
     assert why_no_name(name) is None
+
+
+def test_a_device_that_ran_out_of_memory_is_known_by_what_raised_it():
+    shortage, other = torch.cuda.OutOfMemoryError("Allocation on device"), RuntimeError("can't allocate memory")
+    for first, found in ((shortage, shortage), (other, None)):
+        told = TrainingError("lower batch_size")
+        told.__cause__ = first
+        kept = TrainingError("what was learned is kept")
+        kept.__cause__ = told
+        assert problems.shortage_in(first) is problems.shortage_in(kept) is found
+    in_a_circle = ValueError("x")
+    in_a_circle.__cause__ = in_a_circle
+    assert problems.shortage_in(in_a_circle) is problems.shortage_in(None) is None
+
+
+@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="this torch knows no AcceleratorError")
+def test_an_accelerator_error_may_be_a_shortage():
+    for text, number, is_one in (("out of memory", None, True), ("x", 2, True), ("x", 209, False), ("x", None, False)):
+        problem = torch.AcceleratorError(text)
+        if number is not None:
+            problem.error_code = number
+        assert (problems.shortage_in(problem) is problem) == is_one

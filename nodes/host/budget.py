@@ -13,7 +13,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...profusion.infusion import QueryStore, architecture_name, cross_attention_layers
 from ...profusion.loop import TrainingError
-from ...profusion.memory import optimizer_bytes, step_bytes, text_bytes
+from ...profusion.memory import element_bytes, optimizer_bytes, step_bytes, text_bytes
 from ...profusion.queries import TakenOnce, WaitingQueries
 
 CHECKPOINTING = ("auto", "on", "off")
@@ -73,6 +73,12 @@ def plan_training(
     return Budget(step(shape, twice), twice)
 
 
+def make_room(size: float, device: torch.device) -> None:
+    """Have the host unload models until so many bytes of a device are free, as it does before it loads one."""
+    if not comfy.model_management.is_device_cpu(device):
+        comfy.model_management.free_memory(size, device)
+
+
 def _memory_of(device: torch.device) -> float:
     """Bytes of a device that models may take; not reckoned with: the main memory, and DirectML, which does not tell."""
     management = comfy.model_management
@@ -94,8 +100,8 @@ def _size_of(model: ModelPatcher) -> tuple[int, int]:
 def _step_bytes(model: ModelPatcher, shape: Sequence[int], checkpointing: bool, finetuning: bool) -> float:
     network = model.get_model_object("diffusion_model")
     architecture = architecture_name(cross_attention_layers(dict(network.named_parameters())))
-    element = (getattr(model.model, "manual_cast_dtype", None) or model.model.get_dtype()).itemsize
-    measured = step_bytes(architecture, shape[0], math.prod(shape[2:]), element, checkpointing, finetuning)
+    cells, element = math.prod(shape[2:]), element_bytes(model.model)
+    measured = step_bytes(architecture, shape[0], cells, element, checkpointing, finetuning)
     if measured is not None:
         return measured
     return model.memory_required(list(shape)) * _MULTIPLES[checkpointing] * (2 if finetuning else 1)

@@ -32,7 +32,7 @@ def model_layers(model: ModelPatcher) -> list[Layer]:
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"{type(model.model).__name__} ({type(network).__name__}) is not supported: {error}"
-        ) from None
+        ) from error
 
 
 def native_size(model: ModelPatcher) -> int | None:

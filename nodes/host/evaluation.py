@@ -25,7 +25,7 @@ from ...profusion.loop import TrainingError
 from ...profusion.metrics import predictions
 from ...profusion.metrics.fisher import NoisyLatents
 from ...profusion.models.unet import BasicTransformerBlock, ResBlock
-from ...profusion.problems import known
+from ...profusion.problems import known, shortage_in
 
 BATCH = 4  # noisy latents at a time where predictions are compared
 
@@ -177,7 +177,9 @@ class TrainedModel:
                 disable_pbar=True,
                 seed=0,
             )
-        except comfy.model_management.OOM_EXCEPTION as error:
+        except Exception as error:
+            if shortage_in(error) is None:
+                raise
             advice = "Lower" if self._checkpointing else "Set gradient_checkpointing to on, lower"
             raise TrainingError(
                 f"out of memory while training on {shape[0]} pictures of {shape[-1]}x{shape[-2]} latent cells at a "

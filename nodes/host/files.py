@@ -147,6 +147,19 @@ def save_numbered(folder: str, prefix: str, save: Callable[[Path], Saved], every
     return _save_numbered(folder, prefix, save, everywhere, PromptNetError)
 
 
+def save_in_one(places: Sequence[Path], save: Callable[[Path], Saved], error: type[ValueError]) -> Saved:
+    """`save(folder)` in the first of these folders where it can be done. Raises what it raised in all of them."""
+    problems: list[Exception] = []
+    for folder in places:
+        try:
+            return save(folder)
+        except Exception as problem:  # whatever it is, another folder may do
+            problems.append(problem)
+    if len(problems) == 1:
+        raise problems[0]
+    raise error(" ".join(str(problem) for problem in problems)) from problems[0]
+
+
 def check_writable(kind: str, prefix: str, size: int, error: type[ValueError]) -> None:
     """Find out before a training whether so many bytes can be saved under this prefix. Raises `error`."""
     path = next(_free_paths(folder_paths.get_folder_paths(kind)[0], prefix, error))
@@ -179,15 +192,10 @@ def _save_numbered(
     error: type[ValueError],
     companion: str = SUFFIX,
 ) -> Saved:
-    problems: list[Exception] = []
-    for folder in folder_paths.get_folder_paths(kind)[: None if everywhere else 1]:
-        try:
-            return write_numbered(_free_paths(folder, prefix, error, companion), save)
-        except Exception as problem:  # whatever it is, another folder may do
-            problems.append(problem)
-    if len(problems) == 1:
-        raise problems[0]
-    raise error(" ".join(str(problem) for problem in problems)) from problems[0]
+    def save_in(folder: Path) -> Saved:
+        return write_numbered(_free_paths(str(folder), prefix, error, companion), save)
+
+    return save_in_one(folders(kind)[: None if everywhere else 1], save_in, error)
 
 
 def _free_paths(folder: str, prefix: str, error: type[ValueError], companion: str = SUFFIX) -> Iterator[Path]:

@@ -13,20 +13,22 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from torch import Tensor, nn
 
+from ...profusion.files import write_numbered
 from ...profusion.infusion import architecture_name, check_context_width
 from ...profusion.keeping import Partial, digest, seconds_to_write
 from ...profusion.loop import TrainingError
 from ...profusion.pictures import loss_plot
-from ...profusion.promptnet.changes import Change, attention_layers, changed, patch_tensors, save_patch, start_changes
+from ...profusion.problems import known
+from ...profusion.promptnet.changes import attention_layers, changed, patch_tensors, save_patch, start_changes
 from ...profusion.promptnet.file import SUFFIX, save_promptnet
 from ...profusion.promptnet.finetune import FinetuneOptions, FinetunePictures, FinetuneTraining, trainable_copy
 from ...profusion.promptnet.network import PromptNetConfig, PromptNetError, check_fits
 from ...profusion.references import Shown, together
-from .budget import Budget, plan_training
+from .budget import make_room, plan_training
 from .display import Progress
 from .encoding import encode_references, model_layers, native_size
 from .evaluation import TrainedModel, differentiable, resident_clip
-from .files import PATCHES, PROMPTNETS, check_writable, folders, save_numbered
+from .files import PATCHES, PROMPTNETS, check_writable, folders, save_in_one, save_numbered
 from .identity import model_digest
 from .words import (
     LoadedPromptNet,
@@ -37,6 +39,7 @@ from .words import (
     tokens_with_words,
 )
 
+MOST_SERVERS = 100  # that work on the same training at a time
 TRAINING = "training"  # subfolder of PROMPTNETS
 PREVIEW_EVERY = 10
 ADAMW_BYTES = 16  # a trained float32 number, its gradient and the optimizer's two moments
@@ -93,6 +96,8 @@ class WordEncoder:
                 target = torch.randn(context.shape, generator=torch.Generator().manual_seed(0))
                 (gradient,) = torch.autograd.grad((context * target.to(context.device)).sum(), word)
             except RuntimeError as problem:
+                if known(problem) is not None:
+                    raise  # no memory, and nothing about gradients
                 raise PromptNetError(f"{self._name()}: {problem}") from problem
         parts = gradient.split(list(self._config.text_widths), dim=-1)
         if not all(part.isfinite().all() and part.any() for part in parts):
@@ -134,13 +139,15 @@ class Finetuning:
         self._model, self._promptnet = model, promptnet
         self._words = WordEncoder(clip, promptnet.config, options.prompts)
         given, self.about = _pictures(promptnet, model, clip_vision, vae, given, only_object)
-        device = model.load_device
-        changes = {}
+        device, attention = model.load_device, {}
         if train_attention:
-            names = dict(model.get_model_object("diffusion_model").named_parameters())
-            generator = torch.Generator().manual_seed(options.seed % 2**63)
-            changes = start_changes(attention_layers(names), options.rank, generator, device)
-        budget = self._plan(changes, (options.batch_size, *given.targets.shape[1:]), checkpointing)
+            attention = attention_layers(dict(model.get_model_object("diffusion_model").named_parameters()))
+        learned = self._bytes_to_learn(attention, options.rank)
+        shape = options.batch_size, *given.targets.shape[1:]
+        budget = plan_training(model, shape, checkpointing, [self._words.patcher], learned, finetuning=True)
+        make_room(learned, device)
+        generator = torch.Generator().manual_seed(options.seed % 2**63)
+        changes = start_changes(attention, options.rank, generator, device)
         network = trainable_copy(promptnet.network, device)
         word = _first_word(network, given)
         self._words.check(word)
@@ -166,12 +173,14 @@ class Finetuning:
             self._trained.sigmas,
         )
 
-    def _plan(self, changes: Mapping[str, Change], shape: Sequence[int], checkpointing: str) -> Budget:
-        learned = sum(item.numel() for item in self._promptnet.network.parameters())
-        learned += sum(item.numel() for change in changes.values() for item in change.parameters().values())
-        return plan_training(
-            self._model, shape, checkpointing, [self._words.patcher], ADAMW_BYTES * learned, finetuning=True
-        )
+    def _bytes_to_learn(self, attention: Mapping[str, tuple[int, int]], rank: int) -> int:
+        """What PromptNet and changes of these layers take while they are trained; nothing is made of them yet."""
+        changes = start_changes(attention, rank, torch.Generator(), "meta").values()
+        learned = [
+            *self._promptnet.network.parameters(),
+            *(item for one in changes for item in one.parameters().values()),
+        ]
+        return ADAMW_BYTES * sum(item.numel() for item in learned)
 
     def _predict_noise(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
         return self._trained.predict_noise_with(x, sigma, self._words.prompt, context)
@@ -261,7 +270,8 @@ class FinetuningRun:
     While it runs, PROMPTNETS has training/finetune_<digits>.safetensors, from which the same inputs go on.
     """
 
-    def __init__(self, finetuning: Finetuning, prefix: str, keep_promptnet: bool):
+    def __init__(self, finetuning: Finetuning, prefix: str, keep_promptnet: bool, warn: Callable[[str], None]):
+        """warn: told where the training so far cannot be written while it runs."""
         self.finetuning, self._prefix, self._keep_promptnet = finetuning, prefix, keep_promptnet
         self._progress = Progress(finetuning.training.options.steps)
         self.patch_path: Path | None = None
@@ -272,7 +282,9 @@ class FinetuningRun:
         groups = finetuning.training.groups
         numbers = sum(value.numel() for group in groups for value in group.parameters.values())
         size = 3 * 4 * numbers  # each in float32, and AdamW's two moments of it
-        self._partial = Partial(self._save_partial, seconds_to_write(self._partial_paths()[0], size))
+        self._partial = Partial(
+            self._save_partial, seconds_to_write(folders(PROMPTNETS)[0] / TRAINING / "x", size), warn
+        )
         self._begun = ""  # what to say of an earlier run's file
 
     def _folders(self) -> list[str]:
@@ -306,7 +318,7 @@ class FinetuningRun:
         """
         training = self.finetuning.training
         while True:
-            path = next((path for path in self._partial_paths() if path.is_file()), None)
+            path = self._taken()
             try:
                 if self._identity in _unsaved:
                     network, state = _unsaved[self._identity]
@@ -321,24 +333,42 @@ class FinetuningRun:
             except (PromptNetError, TrainingError) as problem:
                 self._begun += f"Begun anew. {problem}\n"
                 self._identity = digest(self._identity, "anew")  # what was found keeps its name, and its file
+                self._partial.leave()
                 continue
-            self._partial.path = path
             self._begun += f"Gone on from step {training.step}, from {where}\n"
             return
 
-    def _partial_paths(self) -> list[Path]:
-        return [folder / TRAINING / f"finetune_{self._identity}{SUFFIX}" for folder in folders(PROMPTNETS)]
+    def _taken(self) -> Path | None:
+        """The newest file of an unfinished training of the same inputs, which no other server works on."""
+        paths = [path for folder in folders(PROMPTNETS) for path in self._names(folder) if path.is_file()]
+        newest_first = sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in newest_first:
+            if self._partial.take(path):
+                return path
+            self._begun += f"Another server works on the same training, and keeps it in {path}\n"
+        return None
+
+    def _names(self, folder: Path) -> Iterator[Path]:
+        """What the file may be called: other servers may work on the same training."""
+        yield folder / TRAINING / f"finetune_{self._identity}{SUFFIX}"
+        for number in range(2, MOST_SERVERS):
+            yield folder / TRAINING / f"finetune_{self._identity}_{number}{SUFFIX}"
 
     def _save_partial(self) -> Path:
         """Write the training so far where there is room."""
-        problems: list[Exception] = []
-        for path in self._partial_paths():
-            try:
-                self.finetuning.training.save(path)
-                return path
-            except Exception as problem:  # whatever it is, another folder may do
-                problems.append(problem)
-        raise PromptNetError(" ".join(str(problem) for problem in problems)) from problems[0]
+        return save_in_one(folders(PROMPTNETS), self._save_partial_in, PromptNetError)
+
+    def _save_partial_in(self, folder: Path) -> Path:
+        training, own = self.finetuning.training, self._partial.path
+        if own is not None and own.is_relative_to(folder):
+            training.save(own)
+            return own
+
+        def save(path: Path) -> Path:
+            training.save(path, overwrite=False)
+            return path
+
+        return write_numbered(self._names(folder), save)
 
     # What comes out
 
@@ -373,6 +403,12 @@ class FinetuningRun:
 
     def keep(self) -> str:
         """After a failure: keep what has been learned, try everything, and say what is where."""
+        try:
+            return self._kept()
+        finally:
+            self._partial.leave()  # to the next run, perhaps of another server
+
+    def _kept(self) -> str:
         training = self.finetuning.training
         done, last = training.step, training.options.steps
         if not done:

@@ -8,6 +8,7 @@ with any guider has the fusion stage under that guider's own guidance. Together 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -25,7 +26,6 @@ from torch import Tensor
 
 from ...profusion.fusion import FusionOptions, Guidance, RunGuidance, fresh_noise, sample_fusion
 from .drawing import Sampling, drawn_latent, empty_latents
-from .streams import KEY as STREAM
 from .words import WORD
 
 STAGE = "profusion_stage"
@@ -62,9 +62,15 @@ class FusionGuider(comfy.samplers.CFGGuider):
     latent under one conditioning each; `calls` the batches.
     """
 
-    def set_terms(self, terms: Sequence[list], negative: list, guidance: Guidance) -> None:
+    def set_terms(
+        self, terms: Sequence[list], negative: list, guidance: Guidance, text_in_fusion: bool = False
+    ) -> None:
+        """What guides a run. text_in_fusion: whether terms without S* guide the fusion stage too, where others have
+        it."""
         if len(terms) != len(guidance.weights):
             raise ValueError(f"{len(terms)} conditionings and {len(guidance.weights)} weights: give each a weight")
+        if not text_in_fusion:
+            guidance = replace(guidance, fusion_weights=_weights_of_words(terms, guidance.weights))
         self.guidance = guidance
         self.set_cfg(guidance.cfg)
         # The host's own names: packs look for "positive", which is 0 in cond_or_uncond, and "negative", which is 1.
@@ -82,15 +88,21 @@ class FusionGuider(comfy.samplers.CFGGuider):
         self._begin()
 
     def _begin(self) -> None:
-        self.rows = self.calls = 0
-        self._runs: dict[Any, RunGuidance] = {}
+        self._counted: Counter = Counter()
+        self._run: RunGuidance | None = None  # Infusion's streams each sample with a guider of their own
 
-    def _run_of(self, model_options: dict) -> RunGuidance:
-        """Infusion samples two streams in step, on latents of their own: what one keeps is nothing to the other."""
-        stream = model_options.get("transformer_options", {}).get(STREAM)
-        if stream not in self._runs:
-            self._runs[stream] = RunGuidance(replace(self.guidance, cfg=self.cfg))  # others may have set it anew
-        return self._runs[stream]
+    @property
+    def rows(self) -> int:
+        return self._counted["rows"]
+
+    @property
+    def calls(self) -> int:
+        return self._counted["calls"]
+
+    def _guidance(self) -> RunGuidance:
+        if self._run is None:
+            self._run = RunGuidance(replace(self.guidance, cfg=self.cfg))  # others may have set it anew
+        return self._run
 
     def sample(self, noise, latent_image, sampler, sigmas, *args, **kwargs):
         self._begin()
@@ -104,21 +116,21 @@ class FusionGuider(comfy.samplers.CFGGuider):
         try:
             return super().sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
-            self._contexts, self._own, self._runs = {}, {}, {}
+            self._contexts, self._own, self._run = {}, {}, None
 
     def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006 (the host's own signature)
         stage = model_options.get("transformer_options", {}).get(STAGE, "refinement")
-        run, sigma = self._run_of(model_options), float(timestep.flatten()[0])
+        run, sigma = self._guidance(), float(timestep.flatten()[0])
         gamma = self.guidance.word_scale(stage)
-        terms = [self._at(self.conds[self._names[index]], x, sigma, gamma) for index in run.used]
+        terms = [self._at(self.conds[self._names[index]], x, sigma, gamma) for index in run.used(stage)]
         wanted = run.needs_nothing(stage) or model_options.get("disable_cfg1_optimization", False)
         negative = self.conds.get("negative") if wanted else None
         conds = [terms[0], negative, *terms[1:]]
 
         def evaluate(everything: bool) -> list[Tensor]:
             asked = conds if everything else conds[:1]
-            self.rows += len(x) * sum(len(group) for group in asked if group)
-            self.calls += 1
+            self._counted["rows"] += len(x) * sum(len(group) for group in asked if group)
+            self._counted["calls"] += 1
             return _calc_conds(self.inner_model, asked, x, timestep, model_options)
 
         def hooks(predicted: list[Tensor]) -> list[Tensor]:
@@ -171,12 +183,41 @@ class FusionGuider(comfy.samplers.CFGGuider):
         return {**cond, "cross_attn": context, "model_conds": model_conds}
 
 
+def _weights_of_words(terms: Sequence[list], weights: Sequence[float]) -> tuple[float, ...] | None:
+    """The weights of the terms with S*, and 0 for the others; None where none of them counts."""
+    own = tuple(
+        weight if any(WORD in extras for _, extras in term) else 0.0
+        for term, weight in zip(terms, weights, strict=True)
+    )
+    return own if any(own) else None
+
+
 def _calc_conds(model: Any, conds: list, x: Tensor, timestep: Tensor, model_options: dict) -> list[Tensor]:
     """One batched evaluation, as the host's own `sampling_function` does it."""
+    if len(conds) > 2:
+        model_options = _with_known_kinds(model_options)
     if "sampler_calc_cond_batch_function" in model_options:
         arguments = {"conds": conds, "input": x, "sigma": timestep, "model": model, "model_options": model_options}
         return model_options["sampler_calc_cond_batch_function"](arguments)
     return comfy.samplers.calc_cond_batch(model, conds, x, timestep, model_options)
+
+
+def _with_known_kinds(model_options: dict) -> dict:
+    """Model options under which packs see 0 in `cond_or_uncond` for every further term too, which is positive.
+
+    They know 0 and 1, the positive and the negative, and look others up in vain.
+    """
+    inner = model_options.get("model_function_wrapper")
+
+    def call(apply_model: Callable, arguments: dict) -> Tensor:
+        kinds = [int(index == 1) for index in arguments["cond_or_uncond"]]
+        options = {**arguments["c"]["transformer_options"], "cond_or_uncond": kinds}
+        given = {**arguments["c"], "transformer_options": options}
+        if inner is not None:
+            return inner(apply_model, {**arguments, "c": given, "cond_or_uncond": kinds})
+        return apply_model(arguments["input"], arguments["timestep"], **given)
+
+    return {**model_options, "model_function_wrapper": call}
 
 
 def row_generators(seed: int, noise: Tensor) -> list[torch.Generator]:

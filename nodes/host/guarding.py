@@ -14,15 +14,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_management
+import torch
 from comfy_api.latest import io
 
-from ...profusion.problems import hidden_character, known, printable
+from ...profusion.problems import OUT_OF_MEMORY, Explained, hidden_character, known, printable, shortage_in
 
 MOST_LETTERS = 100_000  # of a text
 _PARTS = ("CLIP", "VAE", "CLIP_VISION")  # a checkpoint may lack these: the nodes say so themselves
 _PLAIN = str | int | float | bool
-
-_PASSED_ON = (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION)
 
 
 class InputError(ValueError):
@@ -41,31 +40,47 @@ def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
             given = signature.bind(cls, *values, **named).arguments
             check_inputs(node.define_schema().inputs, {**given, **given.get(rest, {})})
             return run(cls, *values, **named)
-        except _PASSED_ON:
+        except comfy.model_management.InterruptProcessingException:
             raise
         except Exception as problem:
             said = told(problem)
             if said is None:
                 raise
-            raise said.with_traceback(problem.__traceback__) from None
+            raise said.with_traceback(problem.__traceback__) from loggable(problem)
 
     node.execute = classmethod(execute)
     return node
 
 
-def told(problem: Exception) -> InputError | None:
-    """The same failure in words that can be shown; None where it can be shown as it is."""
-    words = known(problem)
-    if words is not None and not isinstance(problem, InputError):
-        return InputError(f"{words[0].upper()}{words[1:]}.")
-    chain, texts, seen = problem, [], set()
-    while chain is not None and id(chain) not in seen:  # the log prints what caused it too
-        seen.add(id(chain))
-        texts.append(str(chain))
-        chain = chain.__cause__ or chain.__context__
-    if any(printable(text) != text for text in texts):
-        return InputError(printable(str(problem)))
-    return None
+def told(problem: Exception) -> Exception | None:
+    """The same failure in words that can be shown; None where it can be shown as it is.
+
+    Where a device's memory ran out, it is of the host's own kind, so that the host unloads its models, as it does for
+    its own nodes.
+    """
+    words, shortage = None if isinstance(problem, InputError) else known(problem), shortage_in(problem)
+    if words is None and shortage is not None and not isinstance(problem, Explained):
+        words = OUT_OF_MEMORY
+    said = printable(str(problem)) if words is None else f"{words[0].upper()}{words[1:]}."
+    if shortage is not None:
+        # Newer hosts, asked about it, also clear what CUDA still has to say of it.
+        getattr(comfy.model_management, "is_oom", bool)(shortage)
+        return torch.cuda.OutOfMemoryError(said)
+    return None if words is None and loggable(problem) is problem else InputError(said)
+
+
+def loggable(problem: BaseException | None, within: frozenset[int] = frozenset()) -> BaseException | None:
+    """An exception with what caused it, as a log prints them; stand-ins of the same words for those with a text that no
+    log takes."""
+    if problem is None or id(problem) in within:
+        return None
+    cause = problem.__cause__ or (None if problem.__suppress_context__ else problem.__context__)
+    shown, text = loggable(cause, within | {id(problem)}), str(problem)
+    if shown is cause and printable(text) == text:
+        return problem
+    stand_in = InputError(printable(f"{type(problem).__name__}: {text}")).with_traceback(problem.__traceback__)
+    stand_in.__cause__ = shown
+    return stand_in
 
 
 def check_inputs(inputs: list, values: Mapping[str, Any]) -> None:

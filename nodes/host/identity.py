@@ -1,11 +1,116 @@
-"""Whether a model is the one it was, also after a restart: by its weights, and by the patches on them."""
+"""Which model it is, also after a restart: by its weights, by the patches on them, and by the file it came from."""
 
 from __future__ import annotations
 
+import hashlib
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import folder_paths
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...profusion.keeping import digest
+from ...profusion.residual.origin import sample_of
+
+# The inputs by which the host's loaders, and those of others, name a model's file, and the folders it may be in.
+_FILE_INPUTS = ("ckpt_name", "unet_name", "model_name", "diffusion_model")
+_FOLDERS = ("checkpoints", "diffusion_models", "unet_gguf")
+_MAX_NODES = 100  # between a loader and a trainer
+_TOYBOX = "ProFusion_ToyboxLoader"
+_PIECE = 1 << 24
+
+_hashes: dict[tuple[str, int, int], str] = {}
+"""The hashes of files that were trained on, by path, time and size."""
+
+
+class BaseFile:
+    """The file of the model that a node was given, as its graph names it; hashed beside a training, which takes longer.
+
+    name: the file's name, "Toybox", or empty where the graph does not say.
+    """
+
+    def __init__(self, graph: Mapping[str, Any] | None, node: str | None, socket: str = "model"):
+        self.name, self._hash = "", ""
+        named = _named(graph or {}, str(node), socket)
+        if named is None:
+            return
+        self.name = named.replace("\\", "/").rpartition("/")[2]
+        path = next((found for kind in _FOLDERS if (found := _full_path(kind, named))), None)
+        if path is not None:
+            self._thread = threading.Thread(target=self._read, args=(Path(path),), daemon=True)
+            self._thread.start()
+
+    def hash_so_far(self) -> str:
+        """The first ten hexadecimal digits of its SHA-256, as model sites have it; empty while it is being read."""
+        return self._hash[:10]
+
+    def hash(self) -> str:
+        """The same, waited for."""
+        if hasattr(self, "_thread"):
+            self._thread.join()
+        return self.hash_so_far()
+
+    def _read(self, path: Path) -> None:
+        try:
+            state = path.stat()
+            key = str(path), state.st_mtime_ns, state.st_size
+            if key not in _hashes:
+                sha = hashlib.sha256()
+                with path.open("rb") as file:
+                    while piece := file.read(_PIECE):
+                        sha.update(piece)
+                _hashes[key] = sha.hexdigest()
+            self._hash = _hashes[key]
+        except OSError:
+            return  # it is told nothing of
+
+
+def _named(graph: Mapping[str, Any], node: str, socket: str) -> str | None:
+    """What the loader before a node names, along the inputs called `model`; None where there is none to be found."""
+    for _ in range(_MAX_NODES):
+        link = _inputs(graph, node).get(socket)
+        if not isinstance(link, Sequence) or isinstance(link, str) or len(link) != 2:
+            return None
+        node, socket = str(link[0]), "model"
+        if isinstance(graph.get(node), Mapping) and graph[node].get("class_type") == _TOYBOX:
+            return "Toybox"
+        inputs = _inputs(graph, node)
+        name = next((inputs[name] for name in _FILE_INPUTS if isinstance(inputs.get(name), str)), None)
+        if name is not None:
+            return name
+    return None
+
+
+def _inputs(graph: Mapping[str, Any], node: str) -> Mapping[str, Any]:
+    entry = graph.get(node)
+    inputs = entry.get("inputs") if isinstance(entry, Mapping) else None
+    return inputs if isinstance(inputs, Mapping) else {}
+
+
+def _full_path(kind: str, name: str) -> str | None:
+    try:
+        return folder_paths.get_full_path(kind, name)
+    except Exception:  # no such kind of folder on this host, or a name that is none
+        return None
+
+
+def weights_sample(patcher: ModelPatcher) -> str:
+    """A sample of what a UNet's cross-attention reads of a prompt, as the weights are without patches; see `sample_of`.
+
+    Empty where they cannot be read, as some quantised forms cannot.
+    """
+    try:
+        weights = [
+            entries[0][0] if isinstance(entries[0], tuple) else entries[0]
+            for name, entries in patcher.get_key_patches("diffusion_model.").items()
+            if name.endswith("attn2.to_v.weight")
+        ]
+        return sample_of(weights)
+    except Exception:  # whatever a form that we have never seen raises: no training may be lost to it
+        return ""
 
 
 def model_digest(patcher: ModelPatcher) -> str:

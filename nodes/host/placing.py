@@ -166,5 +166,5 @@ def _rows(clip: CLIP, text: str, pseudo_words: int, concept: ConceptInput, turn:
     try:
         chosen = choose_spans(spans, concept.occurrence, turn, sharing)
     except NounError as error:
-        raise NounError(f"residual{concept.slot}: {error} of the noun {noun!r} in the prompt {text!r}") from None
+        raise NounError(f"residual{concept.slot}: {error} of the noun {noun!r} in the prompt {text!r}") from error
     return tuple(row for span in chosen for row in span)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,15 +92,17 @@ class TrainingRun:
         sample_every: int,
         identity: str,
         pictures: str,
+        warn: Callable[[str], None],
     ):
-        """pictures: what they are, and what was done to them, for people."""
+        """pictures: what they are, and what was done to them, for people. warn: told where what has been learned so far
+        cannot be written while it runs."""
         self.about = pictures
         self.training, self._model, self._samples, self._identity = training, model, samples, identity
         self._sample_every, self.first_step = sample_every, training.step
         self.pictures: list[Tensor] = []  # the newest first
         self.saved: SavedResidual | None = None
         self._progress = Progress(training.options.steps)
-        self._partial = Partial(self._save_partial)
+        self._partial = Partial(self._save_partial, warn=warn)
 
     def _save_partial(self) -> Path:
         """Write what has been learned so far where there is room."""
@@ -112,7 +114,7 @@ class TrainingRun:
         try:
             self._samples.place(residual)
         except NounError as error:
-            raise NounError(f"sample_prompt: {error}") from None
+            raise NounError(f"sample_prompt: {error}") from error
         size = 4 * residual.delta.nbytes  # with the optimizer's two tensors, and the names
         check_writable(RESIDUALS, with_noun(f"{FOLDER}/%noun%", residual.noun), size, ResidualError)
 
@@ -156,6 +158,12 @@ class TrainingRun:
 
     def keep(self) -> str:
         """After a failure: keep what has been learned, and say where."""
+        try:
+            return self._kept()
+        finally:
+            self._partial.leave()
+
+    def _kept(self) -> str:
         training, done = self.training, self.training.step
         if self.saved is not None:
             return f"The training is finished, and saved as {self.saved.path}"
@@ -228,8 +236,12 @@ def prepare_training(
     resume: Residual | None,
     samples: Samples,
     checkpointing: str,
+    warn: Callable[[str], None],
 ) -> TrainingRun:
-    """Check the inputs and encode them, once. Errors name the input. checkpointing: see `plan_training`."""
+    """Check the inputs and encode them, once. Errors name the input.
+
+    checkpointing: see `plan_training`. warn: see `TrainingRun`.
+    """
     layers = model_layers(model)
     check_connected(clip=clip, vae=vae)
     pictures, weights, about = concept_pictures(images, masks, vae.spacial_compression_encode(), native_size(model))
@@ -250,6 +262,6 @@ def prepare_training(
     )
     text = samples.prompt.replace("%noun%", noun)
     drawn = SamplePictures(model, clip, vae, text, training.latent_size, options.seed, samples.sampling)
-    run = TrainingRun(training, trained, drawn, samples.every, identity, about)
+    run = TrainingRun(training, trained, drawn, samples.every, identity, about, warn)
     run.check()
     return run

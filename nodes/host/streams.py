@@ -2,27 +2,32 @@
 
 Infusion is three wrappers on the MODEL, all under one key, and nothing else. PREPARE_SAMPLING asks for the memory of
 what F leaves for C; SAMPLER_SAMPLE runs the sampler for F and for C in step; CALC_COND_BATCH evaluates each stream with
-its patches. What a concept does, and where, travels in the CONDITIONING.
+its patches. What a concept does, and where, travels in the CONDITIONING. Whose the rows of a batch are, `rows` says;
+what packs remember from one evaluation to the next, each stream remembers for itself.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-import comfy.model_patcher
 import torch
+from comfy.conds import CONDRegular
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ...profusion.apart import Apart
 from ...profusion.coroutine import Coroutine
 from ...profusion.infusion import (
     CONCEPTS_KEY,
+    ExtraOptions,
     Layer,
     Patches,
     PlacedConcept,
@@ -30,11 +35,15 @@ from ...profusion.infusion import (
     crop_region,
     customised_patches,
     foundation_patches,
-    with_patches,
 )
+from ...profusion.memory import element_bytes
 from ...profusion.queries import APART, KEPT, WaitingQueries, bytes_on_device, query_numbers
+from ...profusion.rows import Evaluation, check_size, check_turns, customised, identity, owners
 from ...profusion.threads import state_of_this_thread
 
+# Packages whose objects are the host's, not a run's memory: its core and whoever runs it, and this pack.
+_PACK = __name__.removesuffix(".nodes.host.streams")
+_SHARED = ("comfy", "comfy_api", "comfy_execution", "execution", "server", "nodes", _PACK)
 KEY = CONCEPTS_KEY  # of the wrappers, and of the stream that is being evaluated in transformer_options
 
 
@@ -74,16 +83,11 @@ def _reserve_memory(executor, model: ModelPatcher, noise_shape: Sequence[int], c
     if any(cond.get(KEY) for group in conds.values() for cond in group):
         kept = KEPT if model.load_device.type in APART else math.inf
         numbers = query_numbers(dict(model.get_model_object("diffusion_model").named_parameters()))
-        cells, element = math.prod(noise_shape[-2:]), _element_size(model)
+        cells, element = math.prod(noise_shape[-2:]), element_bytes(model.model)
         left = noise_shape[0] * bytes_on_device(numbers, cells, count, element, kept)
         line = model.model.memory_required([*noise_shape[:-2], 1, noise_shape[-1]])
         noise_shape = [*noise_shape[:-2], noise_shape[-2] + math.ceil(left / line), noise_shape[-1]]
     return executor(model, noise_shape, conds, *args, **kwargs)
-
-
-def _element_size(model: ModelPatcher) -> int:
-    """Bytes of a number that the model computes with."""
-    return (getattr(model.model, "manual_cast_dtype", None) or model.model.get_dtype()).itemsize
 
 
 def _sampler_wrapper(
@@ -101,7 +105,7 @@ def _sampler_wrapper(
         disable_pbar=False,
         **kwargs,
     ):
-        def run(extra_args: dict, callback, noise: Tensor, silent: bool) -> Tensor:
+        def run(extra_args: dict, callback, noise: Tensor, silent: bool, executor=executor, guider=guider) -> Tensor:
             return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, silent, **kwargs)
 
         if not any(cond.get(KEY) for group in guider.conds.values() for cond in group):
@@ -111,6 +115,7 @@ def _sampler_wrapper(
                 on_plain()
             return run(extra_args, callback, noise, disable_pbar)
 
+        _say_if_compiled(extra_args["model_options"])
         streams = _Streams(layers)
         if shared_latent:
             return run(_with_stream(extra_args, streams.evaluate_both), callback, noise, disable_pbar)
@@ -120,8 +125,9 @@ def _sampler_wrapper(
 
         foundation = _InStep(foundation_run, noise.device)
         try:
-            customised = _with_stream(_separate_state(extra_args), streams.following(foundation))
-            samples = run(customised, callback, noise, disable_pbar)
+            own_executor, own_guider, own_args = _remembering_apart(executor, guider, extra_args)
+            following = _with_stream(own_args, streams.following(foundation))
+            samples = run(following, callback, noise, disable_pbar, own_executor, own_guider)
             if on_foundation is not None:
                 on_foundation(foundation.finish())
             return samples
@@ -137,10 +143,11 @@ def _evaluate_stream(executor, model, conds, x, sigma, model_options, *args, **k
     if stream is None:
         return executor(model, conds, x, sigma, model_options, *args, **kwargs)
 
-    def evaluate(conds: list, patches: Patches) -> list[Tensor]:
-        return executor(model, conds, x, sigma, with_patches(model_options, patches), *args, **kwargs)
+    def evaluate(evaluation: Evaluation, patches: Patches, options: dict = model_options) -> list[Tensor]:
+        with _uncompiled():
+            return executor(model, evaluation.conds, x, sigma, evaluation.options(options, patches), *args, **kwargs)
 
-    return stream(evaluate, model, conds, x, float(sigma.flatten()[0]))
+    return stream(evaluate, model, conds, x, float(sigma.flatten()[0]), model_options)
 
 
 class _Streams:
@@ -150,46 +157,56 @@ class _Streams:
         self._layers = layers
         self._queries = WaitingQueries()
         self._placements: dict = {}
+        self._turns: Counter = Counter()  # of F's last evaluation
+        self._apart = Apart(_SHARED)
 
     def asking_foundation(self, ask: Callable) -> Callable:
         """F, sampled in step: has its evaluations done by whoever answers."""
 
-        def stream(evaluate, model, conds, x, sigma):
-            return ask(lambda: self._foundation(evaluate, conds))
+        def stream(evaluate, model, conds, x, sigma, options):
+            return ask(lambda: self._foundation(evaluate, conds, x, options))
 
         return stream
 
     def following(self, foundation: _InStep) -> Callable:
         """C on its own trajectory: before each of its evaluations, F does one."""
 
-        def stream(evaluate, model, conds, x, sigma):
+        def stream(evaluate, model, conds, x, sigma, options):
             foundation.step()
-            return self._customised(evaluate, model, conds, x, sigma)
+            return self._customised(evaluate, model, conds, x, sigma, options)
 
         return stream
 
-    def evaluate_both(self, evaluate, model, conds, x, sigma):
+    def evaluate_both(self, evaluate, model, conds, x, sigma, options):
         """C on a shared latent: F looks at it first."""
-        self._foundation(evaluate, conds)
-        return self._customised(evaluate, model, conds, x, sigma)
+        self._foundation(evaluate, conds, x, self._apart(options))
+        return self._customised(evaluate, model, conds, x, sigma, options)
 
-    def _foundation(self, evaluate, conds):
-        return evaluate(conds, foundation_patches(self._queries, _foundation_key))
+    def _foundation(self, evaluate, conds, x, options):
+        evaluation = Evaluation(conds, len(x), CONDRegular)
+        predicted = evaluate(evaluation, foundation_patches(self._queries, owners), options)
+        self._turns = evaluation.turns
+        return predicted
 
-    def _customised(self, evaluate, model, conds, x, sigma):
+    def _customised(self, evaluate, model, conds, x, sigma, options):
         placements = {}
         for index, group in enumerate(conds):
             for cond in group or ():
-                placements[index, cond["uuid"]] = [p for p in self._of(index, cond, model, x) if p.is_active(sigma)]
-        # Packs that keep something for each conditioning must not mistake C's for F's.
-        conds = [group and [{**cond, "uuid": _customised_id(cond["uuid"])} for cond in group] for group in conds]
-        patches = customised_patches(
-            self._queries, lambda options, chunk: placements.get(_customised_key(options, chunk), ()), _customised_key
-        )
-        return evaluate(conds, patches)
+                placed = [placement for placement in self._of(index, cond, model, x) if placement.is_active(sigma)]
+                placements[identity(index, cond)] = placed, _size(cond, x)
+
+        def placements_for(extra_options: ExtraOptions, owner: tuple) -> list[Placement]:
+            found, size = placements[owner[0]]
+            check_size(extra_options, size, any(placement.region is not None for placement in found))
+            return found
+
+        evaluation = Evaluation(customised(conds), len(x), CONDRegular)
+        predicted = evaluate(evaluation, customised_patches(self._queries, placements_for, owners), options)
+        check_turns(self._turns, evaluation.turns, options)
+        return predicted
 
     def _of(self, index: int, cond: dict, model: Any, x: Tensor) -> list[Placement]:
-        key = index, cond["uuid"]
+        key = identity(index, cond)
         if key not in self._placements:
             concepts = cond.get(KEY, ()) if _attends_to_own_text(cond) else ()
             placed = [_resolve(concept, cond, model, x, self._layers) for concept in concepts]
@@ -197,18 +214,13 @@ class _Streams:
         return self._placements[key]
 
 
-def _foundation_key(extra_options: dict, chunk: int) -> tuple:
-    return extra_options["cond_or_uncond"][chunk], extra_options["uuids"][chunk]
-
-
-def _customised_id(uuid: Any) -> tuple:
-    return "customised", uuid
-
-
-def _customised_key(extra_options: dict, chunk: int) -> tuple:
-    """The key under which F's evaluation of the same conditioning is known."""
-    index, (_, uuid) = _foundation_key(extra_options, chunk)
-    return index, uuid
+def _size(cond: dict, x: Tensor) -> tuple[int, ...]:
+    """(height, width) of the latent that a conditioning is evaluated on: its area's, cut off at the picture's edges."""
+    size = tuple(x.shape[-2:])
+    if "area" not in cond:
+        return size
+    height, width, top, left = cond["area"]
+    return min(height, size[0] - top), min(width, size[1] - left)
 
 
 def _attends_to_own_text(cond: dict) -> bool:
@@ -312,11 +324,30 @@ def _with_stream(extra_args: dict, stream: Callable) -> dict:
     return {**extra_args, "model_options": {**options, "transformer_options": transformer_options}}
 
 
-def _separate_state(extra_args: dict) -> dict:
-    """A sampler's arguments in which the objects where packs keep a run's state, as step caches do, are copies."""
-    options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
-    shared = options.get("transformer_options", {})
-    for name, value in shared.items():
-        if hasattr(value, "__dict__") and not callable(value):
-            shared[name] = copy.copy(value)
-    return {**extra_args, "model_options": options}
+def _remembering_apart(executor: Any, guider: Any, extra_args: dict) -> tuple[Any, Any, dict]:
+    """What C samples with: copies of all that may remember something of a run, so that F has the originals alone."""
+    apart = Apart(_SHARED)
+    own = copy.copy(executor)
+    own.class_obj = apart.object(executor.class_obj)
+    own.original, own.wrappers = apart(executor.original), apart(executor.wrappers)
+    own_guider = copy.copy(guider)
+    own_guider.model_options = apart(guider.model_options)
+    return own, own_guider, {**extra_args, "model_options": apart(extra_args["model_options"])}
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Evaluate as it is written what somebody has had compiled.
+
+    The host compiles a UNet for the patches that its first call has, and F's and C's are not those of a plain run.
+    """
+    stance = getattr(torch.compiler, "set_stance", None)
+    with stance("force_eager") if stance else nullcontext():
+        yield
+
+
+def _say_if_compiled(model_options: dict) -> None:
+    if "torch_compile_kwargs" in model_options:
+        logging.getLogger("ProFusion").info(
+            "torch.compile is left out while a concept is drawn: the UNet's attention differs from call to call"
+        )

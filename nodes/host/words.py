@@ -18,6 +18,7 @@ from comfy.sd import CLIP, VAE
 from torch import Tensor
 
 from ...profusion.diffusion import noised
+from ...profusion.kinds import PROMPTNET, another_kind
 from ...profusion.problems import why
 from ...profusion.promptnet.file import SUFFIX, load_promptnet, official_promptnet
 from ...profusion.promptnet.network import (
@@ -66,10 +67,9 @@ def _released(path: Path, dtype: torch.dtype) -> PromptNet:
         check_archive(path)
         return official_promptnet(comfy.utils.load_torch_file(str(path), safe_load=True), dtype)
     except Exception as problem:  # torch raises whatever a damaged file makes of it
-        raise PromptNetError(
-            f"The PromptNet file '{path}' cannot be loaded: {why(problem)}. A {path.suffix} file must be the authors' "
-            f"released checkpoint; other PromptNets are {SUFFIX} files."
-        ) from problem
+        advice = f"A {path.suffix} file must be the authors' released checkpoint; other PromptNets are {SUFFIX} files."
+        reason = another_kind(path, PROMPTNET) or f"{why(problem)}. {advice}"
+        raise PromptNetError(f"The PromptNet file '{path}' cannot be loaded: {reason}") from problem
 
 
 def handed_to_the_host(network: PromptNet, name: str) -> LoadedPromptNet:

@@ -42,8 +42,8 @@ class OpenClip:
     def __init__(self, name: str, weights: str | None = OPENAI):
         try:
             import open_clip
-        except ImportError:
-            raise MetricError("open_clip is not installed: pip install open_clip_torch, or choose toybox") from None
+        except ImportError as error:
+            raise MetricError("open_clip is not installed: pip install open_clip_torch, or choose toybox") from error
         model = CLIP_MODELS.get(name, name)
         try:
             # OpenAI trained with QuickGELU; open_clip's own configurations say so for some of its models only.
@@ -71,8 +71,8 @@ class Timm:
     def __init__(self, name: str = DINO, weights: bool = True):
         try:
             import timm
-        except ImportError:
-            raise MetricError("timm is not installed: pip install timm, or leave the further backbone out") from None
+        except ImportError as error:
+            raise MetricError("timm is not installed: pip install timm, or leave the further backbone out") from error
         try:
             self._model = timm.create_model(name, pretrained=weights, num_classes=0).eval().requires_grad_(False)
         except (RuntimeError, OSError) as error:

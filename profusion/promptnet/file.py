@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import files
+from ..kinds import PROMPTNET, another_kind
 from ..models.configs import MAX_LEVELS, UNetConfig
 from ..problems import why
 from ..residual.concept import some
@@ -121,7 +122,8 @@ def load_promptnet(
     except OSError as problem:
         raise PromptNetError(f"The PromptNet file '{path}' cannot be read: {files.why_not_read(problem)}") from problem
     except _EXPECTED as problem:
-        raise PromptNetError(f"The PromptNet file '{path}' cannot be loaded: {why(problem)}. {advice}") from problem
+        reason = another_kind(path, PROMPTNET) or f"{why(problem)}. {advice}"
+        raise PromptNetError(f"The PromptNet file '{path}' cannot be loaded: {reason}") from problem
 
 
 def load_training(path: str | Path) -> tuple[PromptNet, dict[str, Tensor], dict[str, str]]:

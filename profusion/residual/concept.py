@@ -20,6 +20,7 @@ from ..files import DTYPES
 from ..infusion import architecture_name
 from ..models.configs import MAX_WIDTH
 from ..problems import Explained
+from .origin import Origin
 
 MAX_TEXT = 64
 MAX_LAYERS = 1024  # SDXL has 70
@@ -51,6 +52,7 @@ class Residual:
     architecture: the base model's, in words, such as "SD 1.x".
     steps, seed: how it was trained.
     training_state: the optimizer's tensors by name, copied, where the training may be resumed.
+    origin: what it was trained on, where that is known.
     Raises ResidualError, which names the field, where one of them makes no sense.
     """
 
@@ -61,6 +63,7 @@ class Residual:
     steps: int = 0
     seed: int = 0
     training_state: Mapping[str, Tensor] | None = None
+    origin: Origin | None = None
 
     def __post_init__(self) -> None:
         checked = {
@@ -157,8 +160,8 @@ def _checked_text(field: str, text: str) -> str:
 def _checked_integer(field: str, value: int, largest: int) -> int:
     try:
         number = operator.index(value)
-    except TypeError:
-        raise ResidualError(f"{field} must be a whole number; found {value!r:.80}") from None
+    except TypeError as problem:
+        raise ResidualError(f"{field} must be a whole number; found {value!r:.80}") from problem
     if not 0 <= number <= largest:
         raise ResidualError(f"{field} must be from 0 to {largest}; found {number}")
     return number

@@ -1,7 +1,7 @@
 """The file of a residual: safetensors, less than 11,000 bytes for SD 1.5 in the default precision.
 
 metadata            format, format_version, architecture, layers (names), width (of each), noun, steps, seed,
-                    precision, checksum
+                    precision, checksum; what the residual was trained on, see origin.py
 int6                codes (layers, bytes) U8 and scales (layers, groups) BF16, see packing.py
 float16, float32    delta (layers, 1, width)
 float32 only        training.<name>: the optimizer's tensors, for a resume that continues bit for bit
@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from .. import files
+from ..kinds import RESIDUAL, another_kind
 from ..problems import why
 from . import packing
 from .concept import Residual, ResidualError, checked_delta, checked_layers, checked_training_state, some
+from .origin import Origin
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -99,7 +101,8 @@ def load_residual(path: str | Path) -> Residual:
         raise ResidualError(f"The residual file '{path}' cannot be read: {files.why_not_read(problem)}") from problem
     except Exception as problem:  # whatever a damaged file makes of a library
         advice = "Choose a file that the residual saver wrote, copy it once more, or train the residual again."
-        raise ResidualError(f"The residual file '{path}' cannot be loaded: {why(problem)}. {advice}") from problem
+        reason = another_kind(path, RESIDUAL) or f"{why(problem)}. {advice}"
+        raise ResidualError(f"The residual file '{path}' cannot be loaded: {reason}") from problem
 
 
 def _encode(residual: Residual, precision: str, keep_training_state: bool) -> bytes:
@@ -122,7 +125,8 @@ def _encode(residual: Residual, precision: str, keep_training_state: bool) -> by
         "seed": str(residual.seed),
         "precision": precision,
     }
-    data = files.tensors_to_bytes(tensors, metadata)
+    origin = {} if residual.origin is None else residual.origin.as_metadata(residual.noun, residual.architecture)
+    data = b"".join(files.tensor_pieces(tensors, metadata, origin))
     if len(data) > MAX_FILE_BYTES:
         raise ResidualError(
             f"The residual takes {len(data)} bytes, more than the {MAX_FILE_BYTES} that can be loaded "
@@ -180,6 +184,7 @@ def _decode(data: bytes) -> Residual:
         steps=_number(metadata, "steps"),
         seed=_number(metadata, "seed"),
         training_state=state or None,
+        origin=Origin.of_metadata(metadata),
     )
 
 

@@ -23,7 +23,7 @@ from .pipeline import STEPS, Toybox, initial_noise, noun_rows, weight_file
 
 # As Fusion KSampler comes, with the cfg that Toybox takes: S* and the plain text, a fusion stage in the first fifth of
 # a run.
-GUIDED = Guidance((1.0, 0.5), cfg=4.0, refresh=2)
+GUIDED = Guidance((1.0, 0.5), cfg=4.0, refresh=2, fusion_weights=(1.0, 0.0))
 FUSED_SHARE = 0.2
 FRESH_NOISE = 10_000  # seeds the fusion stage's noise, which must not be the noise that the picture starts from
 
@@ -161,7 +161,7 @@ class FusedToybox:
 
         def predict(x: Tensor, t: Tensor, stage: Stage) -> Tensor:
             terms = [given.word(t[:1], guidance.word_scale(stage)), given.text]
-            first, *others = [terms[index] for index in run.used]
+            first, *others = [terms[index] for index in run.used(stage)]
             contexts = [first, given.nothing, *others]
             return run.step(stage, lambda everything: self.evaluate(x, t, contexts if everything else [first]))
 

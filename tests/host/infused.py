@@ -7,6 +7,11 @@ PROMPT = "a photo of a ball on grass"
 NEGATIVE = "blurry"
 
 
+def seen_by_both() -> type:
+    """Where a patch of a test notes what it sees. Closures are each stream's own, and classes are not."""
+    return type("Seen", (), {"calls": []})
+
+
 class Infused:
     """`run` samples; `run_both` returns C's latent and F's."""
 

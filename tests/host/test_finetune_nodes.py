@@ -35,9 +35,10 @@ def host(pack):
     """The pack's modules that are tested here."""
     nodes = {
         name.rpartition(".")[2]: importlib.import_module(f"{pack.__name__}.nodes.{name}")
-        for name in ("finetune", "host.finetuning", "host.words")
+        for name in ("finetune", "host.finetuning", "host.budget", "host.display", "host.words")
     }
     names = (
+        "files",
         "promptnet.network",
         "promptnet.finetune",
         "promptnet.changes",
@@ -267,6 +268,35 @@ def test_every_key_of_the_file_is_one_that_the_host_knows(host, clip):
     known = comfy.lora.model_lora_keys_unet(model.model, {})
     stems = {name.split(".")[0] for name in tensors}
     assert stems <= known.keys() and len({known[stem] for stem in stems}) == 7 * 8
+
+
+# On a card
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_there_is_room_on_the_card_before_anything_of_the_training_is_put_there(host, finetune, monkeypatch, rank):
+    card, done = torch.device("cpu:0"), []  # not the device "cpu" to the host
+    monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: device == torch.device("cpu"))
+    monkeypatch.setattr(
+        comfy.model_management, "free_memory", lambda size, device, *_, **__: done.append((size, device))
+    )
+    monkeypatch.setattr(host.budget, "_memory_of", lambda device: float("inf"))
+    copy, start = host.finetuning.trainable_copy, host.finetuning.start_changes
+    monkeypatch.setattr(host.finetuning, "trainable_copy", lambda *more: done.append("copy") or copy(*more))
+
+    def changes(layers, rank, generator, device):
+        done.extend(["changes"] if device == card else [])
+        return start(layers, rank, generator, device)
+
+    monkeypatch.setattr(host.finetuning, "start_changes", changes)
+    model, source = tiny.model(), promptnet(host)
+    model.load_device = card
+    finetuning = make_finetuning(host, tiny.clip(), model, options={"rank": rank})
+    first = done.index("changes")
+    size, device = done[first - 1]
+    learned = sum(value.numel() for group in finetuning.training.groups for value in group.parameters.values())
+    assert device == card and size == 16 * learned > 16 * sum(one.numel() for one in source.network.parameters())
+    assert done.index("copy") > first
 
 
 # Through the host's own text encoder and model
@@ -594,16 +624,73 @@ def test_where_nothing_at_all_can_be_written_it_is_kept_in_memory(host, finetune
     assert set(steps) == {3} and "from memory" in said[-1] and not host.finetuning._unsaved
 
 
-def test_a_copy_that_cannot_be_written_stops_no_training(host, finetune, folders, monkeypatch):
+def save_at_every_step(host, monkeypatch):
     monkeypatch.setattr(host.keeping_kernel, "SECONDS", 0.0)
     monkeypatch.setattr(host.keeping_kernel, "SHARE", 1e9)
 
-    def full(*_, **__):
-        raise RuntimeError("can't allocate")
+
+def test_a_copy_that_cannot_be_written_stops_no_training_and_is_said_under_the_node(
+    host, finetune, folders, monkeypatch
+):
+    save_at_every_step(host, monkeypatch)
+    told, saving = warnings(host, monkeypatch), host.finetuning.FinetuneTraining.save
+
+    def full(training, *more, **named):
+        if training.step < 3:
+            raise RuntimeError("can't allocate memory")
+        return saving(training, *more, **named)
 
     monkeypatch.setattr(host.finetuning.FinetuneTraining, "save", full)
     name = finetune(steps=3)[2]
     assert (folders / "loras" / name).is_file() and not partials(folders)
+    assert [text.split(" (")[0].split(": /")[0] for text in told[:-1]] == [
+        "What has been learned so far cannot be written",
+        "What has been learned so far is written again",
+    ]
+    assert "memory ran out" in told[0] and told[-1].startswith("3 steps")
+
+
+def warnings(host, monkeypatch):
+    """What is told under the node while it runs."""
+    told = []
+    monkeypatch.setattr(host.display, "_tell", lambda _, text, preview: told.append(text))
+    return told
+
+
+def test_another_servers_training_of_the_same_keeps_its_file(host, finetune, folders, monkeypatch):
+    cancelled(finetune, 2, steps=3)
+    (path,), said = partials(folders), shown_text(host, monkeypatch)
+    before, seen = path.read_bytes(), []
+    release = host.files_kernel.hold(path)  # as a server that goes on from it
+    save_at_every_step(host, monkeypatch)
+    steps = trained_steps()
+    on_report(lambda done, *_: (steps.append(done), seen.append({one.name for one in partials(folders)})))
+    finetune(steps=3)
+    stop_listening()
+    assert set(steps) == {1, 2, 3} and f"Another server works on the same training, and keeps it in {path}" in said[-1]
+    assert {path.name, f"{path.stem}_2.safetensors"} in seen, "it keeps its own"
+    assert partials(folders) == [path] and path.read_bytes() == before
+    release()
+    steps.clear()
+    steps = trained_steps()
+    finetune(steps=3)
+    assert set(steps) == {3} and not partials(folders)
+
+
+def test_a_run_that_another_server_has_overtaken_removes_nothing_of_it(host, finetune, folders, monkeypatch):
+    """As where nothing can be locked: the other one has put its own in the place of this one's."""
+    save_at_every_step(host, monkeypatch)
+
+    def overtake(done, *_):
+        for path in partials(folders) if done == 2 else ():
+            new = path.with_name("new")
+            new.write_bytes(b"the other's")
+            new.replace(path)
+
+    on_report(overtake)
+    finetune(steps=4)
+    (path,) = partials(folders)
+    assert path.read_bytes() == b"the other's"
 
 
 def test_where_the_first_folder_fails_another_one_is_tried(host, finetune, folders, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Around every node: inputs that are none are named, and no message leaves that the host's log cannot take."""
 
 import sys
+import traceback
 import types
 
 import pytest
@@ -10,6 +11,8 @@ pytest.importorskip("comfy.samplers", reason="no ComfyUI found: the nodes are no
 import comfy.model_management
 import torch
 from comfy_api.latest import io
+
+from profusion.problems import printable
 
 TEXTS = {
     "surrogate": "cup\ud800",
@@ -136,11 +139,19 @@ def raised(problem):
 def test_what_cannot_be_shown_is_put_into_words(guarding, problem, words):
     with pytest.raises(guarding.InputError, match=words) as caught:
         failing(guarding, raised(problem)).execute(1)
-    assert caught.value.__suppress_context__, "the log would print the cause"
     assert any(frame.name == "raise_it" for frame in caught.traceback), "where it happened is lost"
+    log = logged(caught.value)
+    assert f"{type(problem).__name__}: {printable(str(problem))}".rstrip(": ") in log and "ValueError: first" in log
 
 
-def test_a_cause_that_cannot_be_shown_is_left_out(guarding):
+def logged(problem):
+    """What the host's log gets of it, which must take it."""
+    log = "".join(traceback.format_exception(problem))
+    assert printable(log) == log
+    return log
+
+
+def test_a_cause_that_cannot_be_shown_is_in_the_log_in_other_letters(guarding):
     def raise_it():
         try:
             raise OSError("cup\ud800")
@@ -149,18 +160,94 @@ def test_a_cause_that_cannot_be_shown_is_left_out(guarding):
 
     with pytest.raises(guarding.InputError, match="^not saved$") as caught:
         failing(guarding, raise_it).execute(1)
-    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+    assert "OSError: cup\\ud800" in logged(caught.value) and "ValueError: not saved" in logged(caught.value)
+
+
+def test_causes_that_go_round_in_a_circle_have_an_end(guarding):
+    one, two = ValueError("cup\ud800"), ValueError("two")
+    one.__cause__, two.__cause__ = two, one
+    assert "two" in logged(guarding.loggable(one))
 
 
 def test_other_exceptions_pass_as_they_are(guarding):
     for problem in (
         TypeError("a fault of ours, in plain words"),
         comfy.model_management.InterruptProcessingException(),
-        torch.cuda.OutOfMemoryError("the host unloads its models and says so"),
     ):
         with pytest.raises(type(problem)) as caught:
             failing(guarding, raised(problem)).execute(1)
         assert caught.value is problem
+
+
+# A device whose memory ran out
+
+
+def shortages():
+    """What libraries and the pack itself raise then, each with what must be shown."""
+    ours = "Memory ran out. Lower batch_size or the pictures' size, or close other programs."
+    yield torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), ours
+    yield torch.cuda.OutOfMemoryError("Allocation on device"), ours
+    if hasattr(torch, "AcceleratorError"):
+        yield torch.AcceleratorError("CUDA error: out of memory"), ours
+        yield accelerator_error(2), ours
+
+
+def accelerator_error(number):
+    problem = torch.AcceleratorError("CUDA error: something")
+    problem.error_code = number
+    return problem
+
+
+@pytest.fixture
+def run_in_host(guarding, monkeypatch):
+    """Run a node that raises, by the host's executor: what is shown, and whether the host unloaded its models."""
+    import asyncio
+    import uuid
+
+    import execution
+    from executor import prompt_executor
+
+    import nodes
+
+    unloaded = []
+    monkeypatch.setattr(comfy.model_management, "unload_all_models", lambda: unloaded.append(True))
+    monkeypatch.setattr(comfy.model_management, "debug_memory_summary", lambda: "", raising=False)
+
+    def run(problem):
+        unloaded.clear()
+        node = failing(guarding, raised(problem))
+        node.define_schema = classmethod(
+            lambda cls: io.Schema("Failing", inputs=[io.Int.Input("number")], outputs=[], is_output_node=True)
+        )
+        monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Failing", node)
+        prompt, executor = {"1": {"class_type": "Failing", "inputs": {"number": 1}}}, prompt_executor()
+        valid, error, outputs, _ = asyncio.run(execution.validate_prompt("failing", prompt, None))
+        assert valid, error
+        executor.execute(prompt, str(uuid.uuid4()), execute_outputs=outputs)
+        (shown,) = [told["exception_message"] for _, told in executor.status_messages if "exception_message" in told]
+        return shown, bool(unloaded)
+
+    return run
+
+
+@pytest.mark.parametrize(("problem", "words"), list(shortages()), ids=lambda value: str(value)[:40])
+def test_the_host_unloads_its_models_and_the_person_reads_one_sentence(run_in_host, guarding, problem, words):
+    shown, unloaded = run_in_host(problem)
+    assert unloaded and shown.startswith(words + "\n") and "allocate" not in shown and "CUDA error" not in shown
+    training = type("TrainingError", (guarding.Explained, RuntimeError), {})(
+        "lower batch_size\nWhat was learned is kept"
+    )
+    training.__cause__ = problem
+    node = failing(guarding, lambda: (_ for _ in ()).throw(training))
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="^lower batch_size\nWhat was learned is kept$") as caught:
+        node.execute(1)
+    assert caught.value.__cause__ is training
+
+
+def test_no_other_failure_unloads_the_models(run_in_host):
+    problems = [ValueError("x"), RuntimeError("can't allocate memory")]
+    problems += [accelerator_error(209)] if hasattr(torch, "AcceleratorError") else []
+    assert not any(run_in_host(problem)[1] for problem in problems)
 
 
 def test_the_host_finds_the_same_nodes_and_signatures(nodes):

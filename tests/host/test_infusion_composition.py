@@ -6,7 +6,7 @@ import torch
 samplers = pytest.importorskip("comfy.samplers", reason="no ComfyUI: set COMFYUI_PATH to a checkout")
 
 import tiny  # noqa: E402
-from infused import PROMPT  # noqa: E402
+from infused import PROMPT, seen_by_both  # noqa: E402
 
 
 def with_values(conditioning, values):
@@ -170,12 +170,12 @@ def test_a_pack_that_replaces_attn2_is_exact(infused):
     """As image-prompt adapters do: attention to the text, plus attention to tokens of a picture."""
     from comfy.ldm.modules.attention import optimized_attention
 
-    rows = []
+    noted = seen_by_both()
 
     def replace(q, k, v, extra_options):
         chunks = extra_options["cond_or_uncond"]
         assert len(q) == len(k) == len(v) and len(q) % len(chunks) == 0
-        rows.append(len(q))
+        noted.calls.append(len(q))
         heads = extra_options["n_heads"]
         tokens = torch.ones(len(q), 4, q.shape[-1]).cumsum(1).sin()
         seen = optimized_attention(q, tokens, tokens, heads)
@@ -193,9 +193,9 @@ def test_a_pack_that_replaces_attn2_is_exact(infused):
         ("middle", 0),
         ("output", 2),
     }
-    rows.clear()
+    noted.calls.clear()
     infused.run(*infused.patch(infused.residual(), model, region=MASK), batch=2)
-    assert set(rows) == {4, 8}
+    assert set(noted.calls) == {4, 8}
 
 
 def test_other_attention_patches_are_exact(infused):

@@ -9,7 +9,7 @@ samplers = pytest.importorskip("comfy.samplers", reason="no ComfyUI: set COMFYUI
 
 import comfy.model_management  # noqa: E402
 import tiny  # noqa: E402
-from infused import PROMPT  # noqa: E402
+from infused import PROMPT, seen_by_both  # noqa: E402
 
 
 @pytest.mark.parametrize("sampler", samplers.SAMPLER_NAMES)
@@ -147,18 +147,18 @@ def test_nothing_is_left_on_the_model(infused):
 
 def test_a_conditioning_without_concepts_makes_a_plain_run_and_says_so(infused, caplog):
     """At the plain run's cost, too."""
-    calls = []
+    seen = seen_by_both()
     model, positive = infused.patch(infused.residual())
     model.set_model_unet_function_wrapper(
-        lambda apply, args: calls.append(1) or apply(args["input"], args["timestep"], **args["c"])
+        lambda apply, args: seen.calls.append(1) or apply(args["input"], args["timestep"], **args["c"])
     )
     assert torch.equal(infused.run(model, infused.positive), infused.run(infused.model, infused.positive))
-    assert len(calls) == 3
+    assert len(seen.calls) == 3
     (record,) = [record for record in caplog.records if record.name == "ProFusion"]
     assert "without a concept" in record.getMessage()
     caplog.clear()
     infused.run(model, positive)
-    assert len(calls) == 3 + 2 * 3
+    assert len(seen.calls) == 3 + 2 * 3
     assert not [record for record in caplog.records if record.name == "ProFusion"]
 
 
@@ -202,11 +202,11 @@ def test_an_interrupt_at_any_step_leaves_nothing_behind(infused, stream):
 def test_an_error_in_either_stream_is_the_callers(infused, failing):
     """The model is called for F and C in turn; each call fails once."""
     model, positive = infused.patch(infused.residual())
-    calls, threads = [], threading.active_count()
+    seen, threads = seen_by_both(), threading.active_count()
 
     def fail(apply, args):
-        calls.append(1)
-        if len(calls) == failing + 1:
+        seen.calls.append(1)
+        if len(seen.calls) == failing + 1:
             raise RuntimeError("out of memory, say")
         return apply(args["input"], args["timestep"], **args["c"])
 
@@ -214,18 +214,21 @@ def test_an_error_in_either_stream_is_the_callers(infused, failing):
     broken.set_model_unet_function_wrapper(fail)
     with pytest.raises(RuntimeError, match="out of memory, say"):
         infused.run(broken, positive)
-    assert len(calls) == failing + 1 and threading.active_count() == threads
+    assert len(seen.calls) == failing + 1 and threading.active_count() == threads
 
 
 def test_the_model_is_always_called_in_the_callers_thread(infused):
     """Compiled models and device streams belong to a thread."""
-    threads = set()
+    seen = seen_by_both()
     model, positive = infused.patch(infused.residual())
-    model.set_model_unet_function_wrapper(
-        lambda apply, args: threads.add(threading.get_ident()) or apply(args["input"], args["timestep"], **args["c"])
-    )
+
+    def note(apply, args):
+        seen.calls.append(threading.get_ident())
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    model.set_model_unet_function_wrapper(note)
     infused.run(model, positive)
-    assert threads == {threading.get_ident()}
+    assert seen.calls == 6 * [threading.get_ident()]
 
 
 def test_the_prompt_is_the_hosts(infused):

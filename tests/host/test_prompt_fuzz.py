@@ -17,32 +17,9 @@ pytest.importorskip("comfy.samplers", reason="no ComfyUI found: no prompts are m
 from test_guarding import PLAIN, plausible
 
 from profusion.problems import printable
-from tools.fuzz.mutations import HOSTILE
+from tools.fuzz.mutations import HOSTILE, TEXTS
 
 COUNT, SEED = int(os.environ.get("FUZZ", "100")), int(os.environ.get("SEED", "12"))
-TEXTS = (
-    "cup\ud800",
-    "\udcff\udfff",
-    "x\0y",
-    "\x1b[2J",
-    "\u202egnp.exe",
-    "\u2028",
-    "<script>1</script>",
-    "&lt;b&gt;",
-    "../../x",
-    "/etc/passwd",
-    "C:\\x",
-    "con",
-    "%noun%/%year%/%x%",
-    "(((S*:1e999)))",
-    "S* S*",
-    "embedding:x",
-    "a" * 5000,
-    "猫" * 300,
-    "👩\u200d🚀",
-    "\n\n\n",
-    " ",
-)
 VALUES = (*HOSTILE, *TEXTS, float("nan"), float("inf"), -float("inf"), 1e-320, 2**70, [["1", 0]], {"__value__": [1]})
 MOST_SECONDS = 20  # Toybox Loader really loads
 

@@ -28,6 +28,7 @@ def modules(pack):
             "nodes.host.fusion",
             "nodes.fusion",
             "profusion.diffusion",
+            "profusion.fusion",
             "profusion.promptnet.network",
             "profusion.promptnet.pseudo_word",
             "profusion.toybox.configs",
@@ -141,10 +142,11 @@ def test_the_conditioning_works_in_any_sampler(studio):
     assert drawn[0].isfinite().all() and not torch.equal(*drawn)
 
 
-def test_s_is_made_anew_for_each_level_and_scaled_in_the_fusion_stage(studio):
+@pytest.mark.parametrize("both", [False, True])
+def test_s_is_made_anew_for_each_level_and_scaled_in_the_fusion_stage(studio, both):
     positive, plain = studio.encode()
     seen = []
-    studio.draw(positive, studio.watched(seen), text=plain, gamma=0.5)
+    studio.draw(positive, studio.watched(seen), text=plain, gamma=0.5, text_in_fusion=both)
     word = positive[0][1][studio.modules["nodes.host.words"].WORD]
     at = word.contexts(studio.model.get_model_object("model_sampling"), False)
     rows = list(word.rows)
@@ -153,8 +155,26 @@ def test_s_is_made_anew_for_each_level_and_scaled_in_the_fusion_stage(studio):
         expected = at(None, sigma).clone()
         expected[:, rows] *= 0.5 if stage == "fusion" else 1.0
         assert torch.equal(contexts[0], expected)
-        assert torch.equal(contexts[2], plain[0][0])  # the plain text stays what it is
+        assert set(contexts) == ({0, 1} if stage == "fusion" and not both else {0, 1, 2})
+        if 2 in contexts:
+            assert torch.equal(contexts[2], plain[0][0])  # the plain text stays what it is
     assert not torch.equal(seen[1][2][0], seen[3][2][0])
+
+
+def test_what_guides_the_fusion_stage(studio):
+    """The conditionings with S*, by their weights; where none of them counts, all that is connected."""
+    positive, plain = studio.encode()
+    for terms, weights, expected in (
+        ([positive, plain], (1.0, 0.5), (1.0, 0.0)),
+        ([plain, positive, positive], (0.5, 4.0, 2.0), (0.0, 4.0, 2.0)),
+        ([plain, plain], (1.0, 0.5), None),
+        ([positive, plain], (0.0, 1.0), None),
+    ):
+        for both in (False, True):
+            guider = studio.modules["nodes.host.fusion"].FusionGuider(studio.model)
+            guidance = studio.modules["profusion.fusion"].Guidance(weights)
+            guider.set_terms(terms, tiny.encode(studio.clip, ""), guidance, both)
+            assert guider.guidance.fusion_weights == (None if both else expected)
 
 
 def test_s_at_every_level_is_the_kernels_and_made_before_the_run(studio):

@@ -153,7 +153,7 @@ def test_a_configuration_from_the_future_or_out_of_range_is_refused(saved):
 def test_another_models_file_is_no_promptnet(small, tmp_path):
     path = tmp_path / "unet.safetensors"
     save_file({name: value.contiguous() for name, value in small.unet.state_dict().items()}, path)
-    with pytest.raises(PromptNetError, match="something else than a PromptNet"):
+    with pytest.raises(PromptNetError, match="it is a diffusion model alone"):
         load_promptnet(path)
     with pytest.raises(PromptNetError, match="No such file"):
         load_promptnet(tmp_path / "none.safetensors")

@@ -48,6 +48,31 @@ HOSTILE = (
     {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
 )
 
+# What a person or a program may give as a text.
+TEXTS = (
+    "cup\ud800",
+    "\udcff\udfff",
+    "x\0y",
+    "\x1b[2J",
+    "\u202egnp.exe",
+    "\u2028",
+    "<script>1</script>",
+    "&lt;b&gt;",
+    "../../x",
+    "/etc/passwd",
+    "C:\\x",
+    "con",
+    "%noun%/%year%/%x%",
+    "(((S*:1e999)))",
+    "S* S*",
+    "embedding:x",
+    "a" * 5000,
+    "猫" * 300,
+    "👩\u200d🚀",
+    "\n\n\n",
+    " ",
+)
+
 
 def header_of(data: bytes) -> tuple[dict, bytes]:
     end = 8 + int.from_bytes(data[:8], "little")

@@ -1,0 +1,182 @@
+"""What a model file is that was given for another: told from the names in it, and where it belongs.
+
+Nothing is loaded, and nothing runs: a safetensors file has its names in its header, and of an archive of torch's the
+program that would rebuild it is listed, not followed.
+"""
+
+from __future__ import annotations
+
+import json
+import pickletools  # which lists what a file would do, and does none of it
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+MAX_HEADER_BYTES = 8 << 20  # SDXL's checkpoint has a quarter of one
+MAX_PROGRAM_BYTES = 4 << 20
+
+_DANGEROUS = {"os", "posix", "nt", "subprocess", "sys", "builtins", "__builtin__", "shutil", "socket", "runpy", "pty"}
+_DANGEROUS |= {"importlib", "webbrowser", "code", "commands", "ctypes", "urllib", "requests"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """what: completes "it is ...". advice: where it belongs, a sentence."""
+
+    what: str
+    advice: str
+
+
+@dataclass(frozen=True)
+class Inside:
+    """Names in a file: of its tensors, or whatever texts an archive's program has. metadata: a safetensors file's.
+    calls: what an archive's program would call."""
+
+    names: tuple[str, ...] = ()
+    metadata: Mapping[str, str] | None = None
+    calls: tuple[str, ...] = ()
+
+    def any_has(self, *parts: str) -> bool:
+        """Whether a name has one of these in it."""
+        return any(part in name for name in self.names for part in parts)
+
+    def any_begins(self, *beginnings: str) -> bool:
+        """Whether a name begins with one of these."""
+        return any(name.startswith(beginnings) for name in self.names)
+
+
+RESIDUAL = Kind("a residual of ours", "Put it into models/profusion_residuals and choose it in Residual Loader.")
+PROMPTNET = Kind("a PromptNet", "Put it into models/profusion_promptnets and choose it in PromptNet Loader.")
+LORA = Kind("a LoRA", "Put it into models/loras and choose it in Load LoRA.")
+EMBEDDING = Kind(
+    "a textual-inversion embedding",
+    "Put it into models/embeddings and write embedding:its_name in a prompt.",
+)
+INFUSION = Kind(
+    "a checkpoint of Infusion's own released code",
+    "It adds to keys and values after their projection, which a residual here cannot say. Train one with Residual "
+    "Trainer from the same pictures.",
+)
+CHECKPOINT = Kind("a whole checkpoint", "Put it into models/checkpoints and choose it in Load Checkpoint.")
+CONTROLNET = Kind("a ControlNet", "Put it into models/controlnet and choose it in Load ControlNet Model.")
+IP_ADAPTER = Kind("an IP-Adapter", "Put it where your IP-Adapter nodes look for it, such as models/ipadapter.")
+DIFFUSION_MODEL = Kind(
+    "a diffusion model alone, without its text encoder and VAE",
+    "Put it into models/diffusion_models and choose it in Load Diffusion Model. Of the folder of a ProFusion pipeline, "
+    "PromptNet Loader takes promptnet/diffusion_pytorch_model.bin, not the file of the same name in unet.",
+)
+VAE = Kind("a VAE", "Put it into models/vae and choose it in Load VAE.")
+TEXT_ENCODER = Kind("a text encoder", "Put it into models/text_encoders and choose it in Load CLIP.")
+VISION_ENCODER = Kind("an image encoder", "Put it into models/clip_vision and choose it in Load CLIP Vision.")
+
+_EMBEDDING_NAMES = {"emb_params", "string_to_param", "string_to_token", "clip_l", "clip_g", "t5xxl"}
+_TENSORS_OF_A_LORA = (
+    ".lora_up.",
+    ".lora_down.",
+    ".lora_A.",
+    ".lora_B.",
+    ".lora.up.",
+    ".lora.down.",
+    "_lora.up.",
+    "_lora.down.",
+    ".lokr_w",
+    ".hada_w",
+    ".oft_",
+    ".dora_scale",
+)
+_PROMPTNETS_OWN = ("region_prompt_output.weight", "promptnet_cond_embedding.", "second_latent.")
+
+# In this order: what is more telling comes first.
+_KINDS: tuple[tuple[Kind, Callable[[Inside], bool]], ...] = (
+    (INFUSION, lambda inside: inside.any_has("target_output")),
+    (PROMPTNET, lambda inside: inside.any_has(*_PROMPTNETS_OWN)),
+    (LORA, lambda inside: inside.any_has(*_TENSORS_OF_A_LORA) or inside.any_begins("lora_unet_", "lora_te")),
+    (IP_ADAPTER, lambda inside: inside.any_begins("ip_adapter.", "image_proj.")),
+    (EMBEDDING, lambda inside: bool(_EMBEDDING_NAMES & set(inside.names[:50])) and len(inside.names) < 500),
+    (EMBEDDING, lambda inside: len(inside.names) <= 2 and inside.any_begins("<")),
+    (CHECKPOINT, lambda inside: inside.any_has("model.diffusion_model.")),
+    (
+        CONTROLNET,
+        lambda inside: inside.any_begins("control_model.", "controlnet_", "input_hint_block.", "zero_convs."),
+    ),
+    (
+        DIFFUSION_MODEL,
+        lambda inside: inside.any_begins("time_embedding.", "time_embed.", "joint_blocks.", "double_blocks."),
+    ),
+    (VAE, lambda inside: inside.any_begins("first_stage_model.", "decoder.conv_in.", "decoder.conv_out.")),
+    (VISION_ENCODER, lambda inside: inside.any_begins("vision_model.", "visual.")),
+    (
+        TEXT_ENCODER,
+        lambda inside: inside.any_begins("text_model.", "cond_stage_model.", "encoder.block.", "model.layers."),
+    ),
+)
+_OURS = {"profusion.residual": RESIDUAL, "profusion.promptnet": PROMPTNET}
+
+
+def kind_of(path: str | Path) -> Kind | None:
+    """What a file is, told from its names; None where that cannot be told. Raises nothing."""
+    with suppress(Exception):  # whatever a damaged file makes of a library: its own loader says what is wrong
+        return _kind(names_in(Path(path)))
+    return None
+
+
+def another_kind(path: str | Path, wanted: Kind) -> str | None:
+    """Where the file is of a known kind other than the wanted one: "it is ... . Put it ..."; None otherwise."""
+    kind = kind_of(path)
+    return None if kind is None or kind == wanted else f"it is {kind.what}. {kind.advice}"
+
+
+def _kind(inside: Inside) -> Kind | None:
+    danger = next((call for call in inside.calls if call.split(".")[0] in _DANGEROUS), None)
+    if danger is not None:
+        return Kind(
+            f"a file that would run code if it were opened: {danger:.60}",
+            "No model needs that. Delete it, and open it with nothing.",
+        )
+    own = _OURS.get((inside.metadata or {}).get("format", ""))
+    return own or next((kind for kind, fits in _KINDS if fits(inside)), None)
+
+
+def names_in(path: Path) -> Inside:
+    """The names in a safetensors file or an archive of torch's. Raises OSError or ValueError for anything else."""
+    if not path.is_file():  # a pipe would never answer
+        raise ValueError("no file")
+    with path.open("rb") as file:
+        beginning = file.read(8)
+        if beginning.startswith(b"PK\x03\x04"):
+            return _in_archive(path)
+        length = int.from_bytes(beginning, "little")
+        if length > MAX_HEADER_BYTES:
+            if beginning[:1] == b"\x80":  # torch's old format, which is a few pickles in a row
+                return _in_program(beginning + file.read(MAX_PROGRAM_BYTES))
+            raise ValueError("no safetensors header")
+        header: dict[str, object] = json.loads(file.read(length))
+    metadata = header.pop("__metadata__", None)
+    return Inside(tuple(header), metadata if isinstance(metadata, dict) else None)
+
+
+def _in_archive(path: Path) -> Inside:
+    with zipfile.ZipFile(path) as archive:
+        program = next(record for record in archive.infolist() if re.fullmatch(r"(.*/)?data\.pkl", record.filename))
+        if program.file_size > MAX_PROGRAM_BYTES or program.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("no archive of torch's")
+        return _in_program(archive.read(program))
+
+
+def _in_program(program: bytes) -> Inside:
+    """The texts of a pickle's program, and what it would call; to where it is cut short."""
+    texts: list[str] = []
+    calls: list[str] = []
+    with suppress(ValueError):
+        for code, argument, _ in pickletools.genops(program):
+            if code.name in ("GLOBAL", "INST"):
+                calls.append(str(argument).replace(" ", "."))
+            elif code.name == "STACK_GLOBAL":
+                calls.append(".".join(texts[-2:]))
+            elif isinstance(argument, str):
+                texts.append(argument)
+    names = (text for text in texts if not re.fullmatch(r"storage|cpu|cuda(:\d+)?|\d*", text))
+    return Inside(tuple(dict.fromkeys(names)), calls=tuple(dict.fromkeys(calls)))
