@@ -138,8 +138,9 @@ class PromptNetTraining(TrainingLoop):
     """One training run: `steps()` does the work on `network`, `save` and `resume` interrupt it without a trace.
 
     pictures: each is its own reference, unless a batch says otherwise. timesteps: the model's timestep of a sigma
-    (B,) -> (B,); sigmas: its noise levels (n,), each as likely to be drawn; both default to Stable Diffusion's. groups: what learns; default all of the
-    network. identity: says whether two trainings of one model are the same, from their beginning on.
+    (B,) -> (B,); sigmas: its noise levels (n,), each as likely to be drawn; both default to Stable Diffusion's. groups:
+    what learns; default all of the network. identity: says whether two trainings of one model are the same, from their
+    beginning on.
     """
 
     def __init__(
