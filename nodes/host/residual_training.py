@@ -261,7 +261,7 @@ def prepare_training(
     references = encode_references(model, vae, pictures, weights)
     identity = _identity(model, conditionings, references, noun, options, resume)
     budget = plan_training(model, (options.batch_size, *references[0].latent.shape), checkpointing)
-    trained = TrainedModel(model, conditionings, memory=budget.step, checkpointing=budget.checkpointing)
+    trained = TrainedModel(model, conditionings, memory=budget.step, checkpointing=budget.checkpointing, warn=warn)
     flipped = encode_references(model, vae, pictures.flip(2), weights.flip(2)) if options.flip else ()
     if resume is not None and resume.steps >= options.steps:
         raise ResidualError(
