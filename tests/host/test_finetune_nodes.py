@@ -183,6 +183,7 @@ def test_the_schema_is_frozen_and_explained(host):
         "save_promptnet:BOOLEAN",
         "masks:MASK",
         "gradient_checkpointing:COMBO",
+        "mix_variants:BOOLEAN",
     ]
     assert [output.io_type for output in schema.outputs] == ["PROMPTNET", "MODEL", "STRING", "IMAGE"]
     assert all(entry.tooltip for entry in [*schema.inputs, *schema.outputs]) and schema.description
@@ -402,6 +403,14 @@ def test_pictures_of_any_size_are_shown_in_the_native_frame_and_drawn_as_one_siz
     assert made.training.pictures.latents.shape == (2, 4, 4, 4) and made.training.pictures.targets.shape == (2, 4, 9, 9)
     assert "2 pictures of 72x72 pixels, cropped and resized from 96x64, 64x80" in made.about
     assert "PromptNet sees 2 pictures of 32x32 pixels, cropped and resized from 96x64, 64x80" in made.about
+
+
+def test_variants_may_be_mixed_and_old_graphs_do_not_mix_them(finetune):
+    plain, _, _, plot = finetune(images=pictures(3))
+    same_again, _, _, _ = finetune(images=pictures(3), mix_variants=False)
+    mixed, _, _, _ = finetune(images=pictures(3), mix_variants=True)
+    assert same(values(plain.network), values(same_again.network))
+    assert not same(values(plain.network), values(mixed.network))
 
 
 def test_a_promptnet_that_looks_at_the_noisy_latent_learns(host, finetune):
