@@ -140,6 +140,7 @@ class PromptNetFinetune(io.ComfyNode):
             mixed=mix_variants,
         )
         given = gather(images, masks)
+        warn = warn_under(cls)
         finetuning = Finetuning(
             promptnet,
             model,
@@ -151,8 +152,9 @@ class PromptNetFinetune(io.ComfyNode):
             train_attention,
             options,
             gradient_checkpointing,
+            warn,
         )
-        run = FinetuningRun(finetuning, filename_prefix, save_promptnet, warn_under(cls))
+        run = FinetuningRun(finetuning, filename_prefix, save_promptnet, warn)
         with keeping(cls, run.keep):
             saved = run.train()
         name = listed_name(PATCHES, run.patch_path) if run.patch_path else ""
