@@ -86,6 +86,13 @@ class PromptNetFinetune(io.ComfyNode):
                 ),
                 inputs.masks("Only this area is learned."),
                 inputs.gradient_checkpointing(),
+                io.Boolean.Input(
+                    "mix_variants",
+                    default=False,
+                    optional=True,
+                    tooltip="Show PromptNet one of the pictures and draw another, as the authors do: it learns what "
+                    "they share. For variants whose backgrounds differ, without masks. Off: each draws itself.",
+                ),
             ],
             outputs=[
                 io.Custom("PROMPTNET").Output(tooltip="The fine-tuned PromptNet, for PromptNet Encode."),
@@ -120,6 +127,7 @@ class PromptNetFinetune(io.ComfyNode):
         save_promptnet,
         masks=None,
         gradient_checkpointing="auto",
+        mix_variants=False,
     ) -> io.NodeOutput:
         check_connected(clip=clip, clip_vision=clip_vision, vae=vae)
         options = FinetuneOptions(
@@ -129,8 +137,10 @@ class PromptNetFinetune(io.ComfyNode):
             seed=seed,
             attention_learning_rate=attention_learning_rate,
             rank=rank,
+            mixed=mix_variants,
         )
         given = gather(images, masks)
+        warn = warn_under(cls)
         finetuning = Finetuning(
             promptnet,
             model,
@@ -142,8 +152,9 @@ class PromptNetFinetune(io.ComfyNode):
             train_attention,
             options,
             gradient_checkpointing,
+            warn,
         )
-        run = FinetuningRun(finetuning, filename_prefix, save_promptnet, warn_under(cls))
+        run = FinetuningRun(finetuning, filename_prefix, save_promptnet, warn)
         with keeping(cls, run.keep):
             saved = run.train()
         name = listed_name(PATCHES, run.patch_path) if run.patch_path else ""

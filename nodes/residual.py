@@ -47,6 +47,8 @@ class ResidualLoader(io.ComfyNode):
     def execute(cls, residual) -> io.NodeOutput:
         loaded = load_residual(find_residual(residual))
         text = f"{loaded.noun}: {loaded.architecture}, {loaded.steps} steps"
+        if loaded.origin is not None and loaded.origin.base:
+            text += f"\ntrained on {loaded.origin.base}"
         return io.NodeOutput(loaded, loaded.noun, ui=show(cls, text))
 
 

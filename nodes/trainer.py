@@ -9,6 +9,7 @@ from ..profusion.residual.training import TrainingOptions
 from . import inputs
 from .host.display import keeping, show, warn_under
 from .host.drawing import Sampling
+from .host.identity import BaseFile
 from .host.residual_training import Samples, prepare_training
 
 
@@ -109,7 +110,7 @@ class ResidualTrainer(io.ComfyNode):
                     tooltip="Sample pictures, newest first. The last one is the plain picture without the concept.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             is_output_node=True,
         )
 
@@ -139,14 +140,25 @@ class ResidualTrainer(io.ComfyNode):
         samples = Samples(sample_prompt, sample_every, Sampling(sample_steps, sample_cfg))
         noun = noun.strip()
         run = prepare_training(
-            model, clip, vae, images, masks, noun, options, resume, samples, gradient_checkpointing, warn_under(cls)
+            model,
+            clip,
+            vae,
+            images,
+            masks,
+            noun,
+            options,
+            resume,
+            samples,
+            gradient_checkpointing,
+            warn_under(cls),
+            BaseFile.of_node(cls),
         )
         with keeping(cls, run.keep):
             run.train()
         text = f"{noun}: {steps} steps\n{run.about}\n{run.saved.path}\n{run.saved.size:,} bytes"
         plot = run.plot()
         shown = show(cls, text, captioned(plot, text), previewed=True)
-        return io.NodeOutput(run.training.residual(), from_image(plot)[None], run.samples(), ui=shown)
+        return io.NodeOutput(run.residual(), from_image(plot)[None], run.samples(), ui=shown)
 
 
 NODES = [ResidualTrainer]

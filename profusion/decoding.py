@@ -6,21 +6,45 @@ is decoded, any other one right after.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from .problems import Explained, why
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
+"""Of the files that are read, as far as the library can."""
+OTHER_SUFFIXES = (
+    ".psd",
+    ".xcf",
+    ".kra",
+    ".svg",
+    ".jxl",
+    ".jp2",
+    ".jpx",
+    ".exr",
+    ".hdr",
+    ".tga",
+    ".ppm",
+    ".pgm",
+    ".pdf",
+)
+OTHER_SUFFIXES += (".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf")
+"""Of pictures that are not read."""
 OWN_PIXELS = 2**21  # a picture of its own size has no more: every image encoder takes far fewer
 MOST_BYTES = 144 << 20
 
 # What decoding takes for a pixel: the library keeps colours in four bytes, and some decoders have copies of their own.
-_BYTES_PER_PIXEL = {"WEBP": 16}
+_BYTES_PER_PIXEL = {"WEBP": 16, "TIFF": 16, "AVIF": 16, "HEIF": 16}
 _USUAL_BYTES = 8
+_DEEP_BYTES = 16  # more than eight bits of a colour, which are scaled
 _JPEG_AT_ONCE, _JPEG_IN_SCANS = 1, 6  # in several scans, as progressive ones are, the whole is kept until the last
 
+_DEEP = ("I", "F")  # modes of the library: I, I;16, I;16B, F
+_HEIF = (".heic", ".heif")
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -59,12 +83,16 @@ def decode(path: Path, side: int | None = None) -> Image.Image:
 
 def _decoded(path: Path, side: int | None) -> Image.Image:
     """All of it, but smaller by a whole number where it is much larger than it need be."""
-    with Image.open(path, formats=FORMATS) as file:
+    if path.suffix.lower() in _HEIF:
+        _learn_heif()
+    with Image.open(path, formats=[name for name in FORMATS if name in _known_formats()]) as file:
         _check_size(file, path)
         factor = _factor(file.size, side)
         file.draft(None, (file.width // factor, file.height // factor))
         factor = _factor(file.size, side)
-        if file.mode not in ("L", "RGB", "RGBA") or "transparency" in file.info:
+        if file.mode.startswith(_DEEP):
+            picture = _eight_bits(file)
+        elif file.mode not in ("L", "RGB", "RGBA") or "transparency" in file.info:
             picture = file.convert("RGBA")
         else:
             file.load()
@@ -72,6 +100,47 @@ def _decoded(path: Path, side: int | None) -> Image.Image:
         small = (picture if factor == 1 else picture.reduce(factor)).convert("RGBA")
         turn = _TURNS.get(_orientation(file))
     return small if turn is None else small.transpose(turn)
+
+
+def _eight_bits(file: Image.Image) -> Image.Image:
+    """Grey of more than eight bits, by its range: that of 16 bits, or, where the type says nothing (32 bits, floats),
+    the least of 1 (floats), 255, 65535 and its own largest that holds all of it."""
+    values = np.asarray(file)
+    if not np.isfinite(values).all():
+        raise PictureError("no picture: it has values that are not numbers")
+    most = float(values.max())
+    if file.mode.startswith("I;16") or file.format == "PNG":
+        top = 65535.0
+    else:
+        top = next((one for one in (1.0, 255.0, 65535.0) if most <= one and (one > 1 or file.mode == "F")), most)
+    scaled = np.clip(values, 0, top).astype(np.float32)
+    scaled *= 255 / top
+    return Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
+
+
+def _known_formats() -> set[str]:
+    """Those that the library reads here."""
+    Image.init()
+    return set(Image.OPEN)
+
+
+def _learn_heif() -> None:
+    """Have the library read what iPhones write, where that is installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return
+    pillow_heif.register_heif_opener()
+
+
+def unreadable(paths: Iterable[Path]) -> list[Path]:
+    """Those of these pictures, by their names, whose formats nothing here reads."""
+    paths = list(paths)
+    if any(path.suffix.lower() in _HEIF for path in paths):
+        _learn_heif()
+    Image.init()
+    kinds = {path: Image.EXTENSION.get(path.suffix.lower()) for path in paths}
+    return [path for path, kind in kinds.items() if kind not in FORMATS or kind not in Image.OPEN]
 
 
 def _factor(size: tuple[int, int], side: int | None) -> int:
@@ -88,6 +157,7 @@ def _check_size(file: Image.Image, path: Path) -> None:
         per_pixel = _JPEG_IN_SCANS if _in_scans(path) else _JPEG_AT_ONCE
     else:
         per_pixel = _BYTES_PER_PIXEL.get(file.format, _USUAL_BYTES)
+        per_pixel = max(per_pixel, _DEEP_BYTES) if file.mode.startswith(_DEEP) else per_pixel
     pixels, most = file.width * file.height, MOST_BYTES // per_pixel
     if pixels > most:
         raise PictureError(

@@ -13,11 +13,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from .decoding import PictureError, decode
+from .decoding import OTHER_SUFFIXES, SUFFIXES, PictureError, decode, unreadable
 from .devices import area_means
-from .references import over_grey
+from .references import INVERT_ALPHA, check_not_inverted, over_grey
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MOST_NAMES = 20  # of files, in a message
 MOST_LINES, LONGEST_LINE = 200, 256  # of a caption; a path has at most 4096 letters
 INK, PAPER, ACCENT, FAINT = (40, 40, 48), (250, 249, 246), (214, 86, 48), (214, 212, 206)
 
@@ -38,10 +38,22 @@ def read_pictures(folder: Path, size: int) -> tuple[Tensor, Tensor]:
 
 
 def picture_paths(folder: Path) -> list[Path]:
-    """The pictures of a folder, by name. Raises PictureError where there are none."""
+    """The pictures of a folder, by name; hidden files are none, such as those that macOS leaves beside pictures.
+
+    Raises PictureError where there are none, and for those that nothing here reads, by their names: to leave them out
+    would be to learn from fewer pictures than there seem to be.
+    """
     if not folder.is_dir():
         raise PictureError(f"{folder} is not a folder; give one that holds pictures of the concept")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    visible = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
+    paths = [path for path in visible if path.suffix.lower() in SUFFIXES]
+    other = unreadable(paths) + [path for path in visible if path.suffix.lower() in OTHER_SUFFIXES]
+    if other:
+        more = f" and {len(other) - MOST_NAMES} more" * (len(other) > MOST_NAMES)
+        raise PictureError(
+            f"{folder} has pictures that cannot be read: {', '.join(path.name for path in other[:MOST_NAMES])}{more}. "
+            "Save them as PNG or JPEG, or take them out of the folder. For HEIC there is also `pip install pillow-heif`"
+        )
     if not paths:
         raise PictureError(f"no pictures in {folder}: it holds no {', '.join(SUFFIXES)} file")
     return paths
@@ -57,6 +69,7 @@ def read_picture(path: Path, size: int | None = None) -> tuple[Tensor, Tensor]:
     mask = values[..., 3]
     if not mask.any():
         raise PictureError(f"{path} is wholly transparent, so there is no object to learn")
+    check_not_inverted(mask, f"{path} is opaque all around and transparent inside", INVERT_ALPHA)
     return over_grey(values[..., :3], mask), mask
 
 

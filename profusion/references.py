@@ -21,6 +21,11 @@ from .devices import smoothly_resized
 NATIVE = {"SD 1.x": 512, "SD 2.x": 512, "SDXL": 1024, "Toybox": 96}
 """Pixels a side of the pictures that a model was trained on, by its name; SD 2.x has some of 768."""
 
+INVERT_MASK = (
+    "Load Image gives such a mask for a picture whose background is transparent: put Invert Mask between. If the "
+    "object does reach all edges, paint a corner of the mask black, or leave the mask out"
+)
+INVERT_ALPHA = "Make the rest transparent in its place. If the object does reach all edges, make a corner transparent"
 HOLE = 0.01  # of a mask: a smaller black part is no sign that it is inverted
 SMALLEST = 8  # pixels a side of a picture that is resized
 MOST_SIZES = 4  # that a note lists
@@ -97,19 +102,16 @@ def concept_pictures(
     return together(gather(images, masks), multiple, native)
 
 
-def check_not_inverted(mask: Tensor, name: str) -> None:
+def check_not_inverted(mask: Tensor, said: str, fix: str) -> None:
     """Raise PictureError where a mask (H, W) is white all around and black inside: most likely it is the wrong way
-    round. All around: at the four corners and along three whole borders, since a bust reaches one."""
+    round. All around: at the four corners and along three whole borders, since a bust reaches one. said: which mask and
+    how it looks; fix: what to do."""
     white = mask > 0.5
     borders = white[0], white[-1], white[:, 0], white[:, -1]
     corners = all(bool(border[0] & border[-1]) for border in borders)
     whole = sum(bool(border.all()) for border in borders)
     if corners and whole >= 3 and (~white).float().mean() > HOLE:
-        raise PictureError(
-            f"{name} is white all around and black inside, so it seems to be inverted: what surrounds the object would "
-            "be learned. Load Image gives such a mask for a picture whose background is transparent: put Invert Mask "
-            "between. If the object does reach all edges, paint a corner of the mask black, or leave the mask out"
-        )
+        raise PictureError(f"{said}, so it seems to be inverted: what surrounds the object would be learned. {fix}")
 
 
 def over_grey(colours: Tensor, alpha: Tensor) -> Tensor:
@@ -143,7 +145,7 @@ def _opaque(picture: Tensor, number: int) -> Shown:
     colours = picture[..., : channels - (channels % 2 == 0)].expand(*picture.shape[:2], 3)
     alpha = torch.ones_like(picture[..., 0]) if channels % 2 else picture[..., -1]
     if channels % 2 == 0:
-        check_not_inverted(alpha, f"the alpha channel of picture {number}")
+        check_not_inverted(alpha, f"picture {number} is opaque all around and transparent inside", INVERT_ALPHA)
     return Shown(over_grey(colours, alpha), alpha)
 
 
@@ -161,7 +163,7 @@ def _masks(masks: Tensor | Sequence[Tensor], count: int) -> list[Tensor]:
                 f"mask {number} is all black, so nothing of its picture would be learned. Paint the object white in "
                 "it, or connect no mask"
             )
-        check_not_inverted(mask, f"mask {number}")
+        check_not_inverted(mask, f"mask {number} is white all around and black inside", INVERT_MASK)
     drawn = [mask.clamp(0, 1) for mask in drawn]
     return drawn if len(drawn) == count else drawn * count
 

@@ -23,8 +23,10 @@ HOST = {
     "node_helpers",
     "latent_preview",
 }
-OPTIONAL = {"open_clip", "timm"}  # of one module, which imports them once they are asked for
-DISTRIBUTIONS = {"PIL": "Pillow", "open_clip": "open_clip_torch"}  # named otherwise than what is imported
+# By the modules that import them once they are asked for, and the extra of pyproject.toml that brings them.
+OPTIONAL = {"libraries.py": {"open_clip", "timm"}, "decoding.py": {"pillow_heif"}}
+EXTRAS = {"metrics": OPTIONAL["libraries.py"], "pictures": OPTIONAL["decoding.py"]}
+DISTRIBUTIONS = {"PIL": "Pillow", "open_clip": "open_clip_torch", "pillow_heif": "pillow-heif"}
 SHIPPED_WITH_THE_HOST = {
     "torch",
     "torchvision",
@@ -182,7 +184,7 @@ def test_the_scalings_of_noise_stand_in_one_file():
 
 def test_nothing_is_required_that_the_host_does_not_ship(shipped):
     for path in shipped:
-        optional = OPTIONAL if path.name == "libraries.py" else set()
+        optional = OPTIONAL.get(path.name, set())
         assert not optional & {module for _, module in imports(path, at_once=True)}
         for level, module in imports(path):
             top = module.split(".")[0]
@@ -197,7 +199,7 @@ def test_importing_the_pack_does_not_wait_for_transformers():
     modules = {".".join(part) for part in parts if part[-1] != "__init__"} - {"profusion.models.clip"}
     code = f"import sys, {', '.join(sorted(modules))}; print(*{{name.split('.')[0] for name in sys.modules}})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert "torch" in loaded.split() and not {"transformers", "open_clip", "timm"} & set(loaded.split())
+    assert "torch" in loaded.split() and not {"transformers", "open_clip", "timm", "pillow_heif"} & set(loaded.split())
 
 
 def test_pyproject_names_what_is_imported(shipped):
@@ -205,9 +207,10 @@ def test_pyproject_names_what_is_imported(shipped):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     tops = {module.split(".")[0] for path in shipped for level, module in imports(path) if not level}
     needed = {DISTRIBUTIONS.get(top, top) for top in tops - HOST - set(sys.stdlib_module_names)}
-    optional = set(project["optional-dependencies"]["metrics"])
+    optional = {DISTRIBUTIONS.get(top, top) for names in OPTIONAL.values() for top in names}
     assert needed - optional <= set(project["dependencies"])
-    assert optional == {DISTRIBUTIONS.get(top, top) for top in OPTIONAL}
+    for extra, names in EXTRAS.items():
+        assert set(project["optional-dependencies"][extra]) == {DISTRIBUTIONS.get(top, top) for top in names}
 
 
 FLAGGED = (

@@ -1,11 +1,12 @@
 """Reading people's pictures, and drawing grids and plots."""
 
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from profusion.pictures import (
     PictureError,
@@ -15,6 +16,7 @@ from profusion.pictures import (
     grid,
     latent_masks,
     loss_plot,
+    picture_paths,
     read_picture,
     read_pictures,
     stacked,
@@ -81,7 +83,8 @@ def test_a_large_picture_is_the_same_one_smaller(tmp_path, mode):
     if mode == "RGBA":
         small = Image.merge("RGBA", [small, small.rotate(180), small, Image.new("L", small.size, 200)])
     picture = small.convert("1", dither=0) if mode == "1" else small if mode == "RGBA" else small.convert(mode)
-    picture.save(tmp_path / "a.png")
+    deep = Image.fromarray(np.asarray(small).astype(np.uint16) * 257) if mode == "I;16" else picture
+    deep.save(tmp_path / "a.png")
     values, mask = read_picture(tmp_path / "a.png")
     assert 0.99 * 2**21 < mask.numel() <= 2**21 and abs(values.shape[1] / values.shape[0] - 1.5) < 0.01
     expected = from_image(picture.convert("RGBA").convert("RGB").resize(values.shape[1::-1], Image.Resampling.BOX))
@@ -90,10 +93,84 @@ def test_a_large_picture_is_the_same_one_smaller(tmp_path, mode):
 
 
 def test_a_format_that_people_do_not_send_is_not_opened(tmp_path):
-    Image.new("RGB", (9, 9)).save(tmp_path / "a.tiff")
-    (tmp_path / "a.tiff").rename(tmp_path / "a.png")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.ppm")
+    (tmp_path / "a.ppm").rename(tmp_path / "a.png")
     with pytest.raises(PictureError, match="cannot identify"):
         read_picture(tmp_path / "a.png")
+
+
+RAMP = np.linspace(0, 1, 24 * 32).reshape(24, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("a.png", (RAMP * 65535).astype(np.uint16), RAMP),
+        ("a.png", (RAMP * 9000).astype(np.uint16), RAMP * 9000 / 65535),
+        ("a.tiff", (RAMP * 65535).astype(np.uint16), RAMP),
+        ("a.tif", (RAMP * 65535).astype(np.int32), RAMP),
+        ("a.tif", np.rint(RAMP * 255).astype(np.int32), RAMP),
+        ("a.tif", (RAMP * 2**31 * 0.9).astype(np.int32), RAMP),
+        ("a.tiff", RAMP.astype(np.float32), RAMP),
+        ("a.tiff", (RAMP * 0.25 - 0.1).astype(np.float32), np.clip(RAMP * 0.25 - 0.1, 0, 1)),
+        ("a.tiff", (RAMP * 255).astype(np.float32), RAMP),
+        ("a.tiff", (RAMP * 1e6).astype(np.float32), RAMP),
+        ("a.tiff", np.full((24, 32), -5, np.float32), RAMP * 0),
+    ],
+    ids=lambda value: f"{value.dtype} to {value.max():.3g}" if isinstance(value, np.ndarray) else value,
+)
+def test_grey_of_many_bits_is_scaled_by_its_range(tmp_path, name, values, expected):
+    Image.fromarray(values).save(tmp_path / name)
+    picture, mask = read_picture(tmp_path / name)
+    assert mask.min() == 1 and (picture[..., 0] == picture[..., 2]).all()
+    assert np.abs(picture[..., 0].numpy() - expected).max() < 0.6 / 255
+    assert read_picture(tmp_path / name, 16)[0].shape == (16, 16, 3)
+
+
+def test_a_float_picture_with_nan_in_it_is_named(tmp_path):
+    Image.fromarray(np.full((9, 9), np.nan, np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(PictureError, match="a.tiff is no picture: it has values that are not numbers"):
+        read_picture(tmp_path / "a.tiff")
+
+
+@pytest.mark.parametrize("suffix", ["tiff", "gif", "avif", "jfif", "heic"])
+def test_formats_that_the_library_reads_are_read(tmp_path, suffix):
+    if suffix == "avif" and not features.check("avif"):
+        pytest.skip("Pillow has no AVIF here")
+    if suffix == "heic":
+        pytest.importorskip("pillow_heif", reason="pillow-heif is not installed").register_heif_opener()
+    picture = Image.new("RGB", (32, 24), (200, 30, 30))
+    picture.save(tmp_path / f"a.{suffix}", **({"format": "JPEG"} if suffix == "jfif" else {}))
+    colours = read_pictures(tmp_path, 16)[0].mean(dim=(0, 1, 2)) * 255
+    assert (colours - torch.tensor([200.0, 30, 30])).abs().max() < 9
+
+
+def test_hidden_files_are_no_pictures_and_what_cannot_be_read_is_named_one_by_one(tmp_path, monkeypatch):
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "a.jpg")
+    (tmp_path / "._a.jpg").write_bytes(b"\0\5\x16\7 what macOS leaves")
+    (tmp_path / ".hidden.heic").write_bytes(b"")
+    (tmp_path / "a.txt").write_text("a caption")
+    (tmp_path / "folder.png").mkdir()
+    assert [path.name for path in picture_paths(tmp_path)] == ["a.jpg"]
+    for name in ("x.heic", "y.HEIF", "z.psd", "raw.CR2"):
+        (tmp_path / name).write_bytes(b"something")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
+    monkeypatch.setattr(Image, "EXTENSION", {key: kind for key, kind in Image.EXTENSION.items() if kind != "HEIF"})
+    with pytest.raises(PictureError, match="cannot be read: x.heic, y.HEIF, raw.CR2, z.psd. Save them as PNG or JPEG"):
+        read_pictures(tmp_path, 16)
+
+
+@pytest.mark.parametrize("size", [None, 32])
+def test_an_inverted_cut_out_is_asked_about(tmp_path, size):
+    picture = Image.new("RGBA", (48, 48), (200, 30, 30, 255))
+    picture.paste((200, 30, 30, 0), (10, 10, 30, 30))
+    picture.save(tmp_path / "a.png")
+    with pytest.raises(PictureError, match="a.png is opaque all around and transparent inside, so it seems to be inv"):
+        read_picture(tmp_path / "a.png", size)
+    picture.putpixel((0, 0), (0, 0, 0, 0))
+    picture.paste((0, 0, 0, 0), (0, 0, 4, 4))
+    picture.save(tmp_path / "a.png")
+    assert read_picture(tmp_path / "a.png", size)[1].min() == 0
 
 
 def test_image_round_trip():

@@ -138,7 +138,7 @@ BUST[45:, 20:40] = 0  # which leaves the picture below
 def test_an_inverted_cut_out_is_asked_about(mask):
     with pytest.raises(PictureError, match="mask 1 is white all around and black inside.*Invert Mask"):
         concept_pictures(noise(1, 60, 60, 3), mask)
-    with pytest.raises(PictureError, match="alpha channel of picture 2 is white all around"):
+    with pytest.raises(PictureError, match="picture 2 is opaque all around and transparent inside, so"):
         concept_pictures([noise(60, 60, 3), torch.cat([noise(60, 60, 3), mask[..., None]], -1)])
     concept_pictures(noise(1, 60, 60, 3), 1 - mask)
 
@@ -150,4 +150,4 @@ def test_what_is_no_cut_out_is_not_asked_about():
     tall = torch.zeros(60, 60)
     tall[:, 10:50] = 1
     for mask in (full, speck, corner, tall, square(60, 60, 0, 0, 59), square(60, 60, 20, 20, 20)):
-        check_not_inverted(mask, "mask 1")
+        check_not_inverted(mask, "mask 1", "")

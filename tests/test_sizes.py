@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from profusion import files
 
@@ -184,12 +184,27 @@ def test_many_layers_are_no_work(measured, tmp_path):
         ("RGB", (6000, 6000), "webp", False),
         ("RGB", (4096, 4096), "webp", False),
         ("P", (9000, 9000), "png", False),
+        ("I;16", (3000, 3000), "png", False),
+        ("I;16", (9000, 9000), "png", False),
+        ("F", (3000, 3000), "tiff", False),
+        ("F", (12000, 12000), "tiff", False),
+        ("I;16", (3000, 3000), "tiff", False),
+        ("RGB", (3000, 3000), "tiff", False),
+        ("RGB", (9000, 9000), "tiff", False),
+        ("RGBA", (3000, 3000), "tiff", False),
+        ("RGB", (3000, 3000), "avif", False),
+        ("RGBA", (2900, 2900), "avif", False),
+        ("RGB", (9000, 9000), "avif", False),
+        ("P", (9000, 9000), "gif", False),
     ],
 )
 def test_a_large_picture_is_refused_or_reduced(measured, tmp_path, loader, mode, size, suffix, progressive):
     path = tmp_path / f"large.{suffix}"
-    options = {"quality": 5, "progressive": progressive} if suffix == "jpg" else {}
-    Image.new(mode, size, (9, 9, 9, 255) if mode == "RGBA" else 9).save(path, **options)
+    options = {"jpg": {"quality": 5, "progressive": progressive}, "tiff": {"compression": "tiff_adobe_deflate"}}
+    options["avif"] = {"quality": 5, "speed": 10}
+    if suffix == "avif" and not features.check("avif"):
+        pytest.skip("Pillow has no AVIF here")
+    Image.new(mode, size, (9, 9, 9, 255) if mode == "RGBA" else 9).save(path, **options.get(suffix, {}))
     if path.stat().st_size >= MOST_BYTES:
         pytest.skip("not a small file")
     said = measured(loader, path)

@@ -15,15 +15,17 @@ WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 ROW, WIDGET, HEADER, TEXT_BOX = 22, 26, 40, 110
 TITLE, GROUP_TITLE, MARGIN = 30, 34, 16
 # What the frontend adds to a node that has run, for the picture under it: at least SHOWN, and more for it to be large.
-# PLOT has room for a path of several lines under it.
-SHOWN, PLOT = 250, 640
+# FRAME has room for a square picture, PLOT for a path of several lines under a plot.
+SHOWN, FRAME, PLOT = 250, 440, 640
 PICTURES = {
     "ProFusion_ConceptAugment": PLOT,
     "ProFusion_ConceptScores": SHOWN,
     "ProFusion_FusionKSampler": SHOWN,
     "ProFusion_OverfitReport": PLOT,
+    "ProFusion_PromptNetEncode": FRAME,
     "ProFusion_PromptNetFinetune": PLOT,
     "ProFusion_PromptNetLoader": SHOWN,
+    "ProFusion_ResidualFromPromptNet": FRAME,
     "ProFusion_ResidualLoader": SHOWN,
     "ProFusion_ResidualSaver": SHOWN,
     "ProFusion_ResidualTrainer": PLOT,

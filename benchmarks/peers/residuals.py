@@ -1,4 +1,4 @@
-"""Infusion in both of its stream modes, and what its released code does instead."""
+"""Infusion in both of its stream modes, and without its lock."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ class WithoutLock(Peer):
 
     name = "residual without the lock"
     rates = (0.003, 0.01, 0.03)
-    note = "Infusion's released code: the customised stream's own queries, the loss inside the mask alone"
+    note = (
+        "the customised stream's own queries, the loss inside the mask alone: those of Infusion's released code, "
+        "which is more, see below"
+    )
 
     def __init__(self, toybox, noun):
         super().__init__(toybox, noun)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -25,7 +27,17 @@ from ...profusion.loop import TrainingError
 from ...profusion.metrics import predictions
 from ...profusion.metrics.fisher import NoisyLatents
 from ...profusion.models.unet import BasicTransformerBlock, ResBlock
-from ...profusion.problems import known, shortage_in
+from ...profusion.patched import (
+    SavableWeights,
+    differentiable_patches,
+    is_inference,
+    names_on,
+    same_memory,
+    without_shortcuts,
+)
+from ...profusion.problems import Explained, known, shortage_in, why
+
+_LOG = logging.getLogger("ProFusion")
 
 BATCH = 4  # noisy latents at a time where predictions are compared
 
@@ -62,8 +74,24 @@ def resident(model: ModelPatcher) -> ModelPatcher:
         raise TrainingError(_dynamic(f"it cannot be loaded anew: {error}")) from error
     found.parent = None  # else the host takes the memory of the one for the other's, once this is gone
     _cast_as_computed(found.model)
+    _inject_anew(found)
     found.size = 0  # the host counts it anew: it was that of the file's type
     return found
+
+
+def _inject_anew(model: ModelPatcher) -> None:
+    """Adapters that a model is given while it is loaded, as bypass LoRAs are, belong to the layers of the network that
+    they were made for: make them for this one's. Raises TrainingError for those of which nobody knows how."""
+    model.is_injected = False  # the network is another one
+    for key, injections in model.injections.items():
+        # The host keeps a manager of adapters in the closure of the function that injects them.
+        managers = [inspect.getclosurevars(one.inject).nonlocals.get("self") for one in injections]
+        if not all(hasattr(manager, "create_injections") and hasattr(manager, "hooks") for manager in managers):
+            raise TrainingError(_dynamic(f"'{key}' on it belongs to layers that are loaded so"))
+        model.injections[key] = []
+        for manager in map(copy.copy, managers):
+            manager.hooks = []
+            model.injections[key] += manager.create_injections(model.model)
 
 
 def resident_clip(clip: CLIP) -> CLIP:
@@ -117,7 +145,8 @@ class TrainedModel:
 
     conditionings: one for each prompt, in the order of their indices. beside: the host's handles of other models that
     the training needs on their devices. memory: bytes that it needs itself. gradients: whether autograd goes through
-    it. `model` is the MODEL that is evaluated, `resident` where it is not so itself.
+    it. warn: told what is on the model and takes no part; default the log. `model` is the MODEL that is evaluated,
+    `resident` where it is not so itself.
     """
 
     def __init__(
@@ -129,6 +158,7 @@ class TrainedModel:
         gradients: bool = True,
         checkpointing: bool = False,
         learning: Sequence[nn.Module] = (),
+        warn: Callable[[str], None] | None = None,
     ):
         self.model = resident(model) if gradients else model
         self._beside, self._memory, self._gradients = list(beside), memory, gradients
@@ -140,6 +170,7 @@ class TrainedModel:
             else entries
             for entries in conditionings
         ]
+        self._warn, self._warned = warn or _LOG.warning, False
         self._prompts: list[list[dict]] = []
         self._evaluate: Callable | None = None
 
@@ -177,14 +208,31 @@ class TrainedModel:
                 disable_pbar=True,
                 seed=0,
             )
+        except comfy.model_management.InterruptProcessingException:
+            raise
         except Exception as error:
-            if shortage_in(error) is None:
+            said = self._told(error, shape)
+            if said is None:
                 raise
+            raise TrainingError(said) from error
+
+    def _told(self, error: Exception, shape: Sequence[int]) -> str | None:
+        """What to say of a failure; None where it says that itself."""
+        if shortage_in(error) is not None:
             advice = "Lower" if self._checkpointing else "Set gradient_checkpointing to on, lower"
-            raise TrainingError(
+            return (
                 f"out of memory while training on {shape[0]} pictures of {shape[-1]}x{shape[-2]} latent cells at a "
                 f"time. {advice} batch_size, or give smaller pictures"
-            ) from error
+            )
+        names = ", ".join(names_on(self.model))
+        if isinstance(error, Explained):
+            return f"{str(error).removesuffix('.')}. On the model: {names}" if names else None
+        if known(error) is not None:
+            return None
+        said = f"the model cannot be evaluated in a training ({why(error)})."
+        if names:
+            return f"{said} On the model: {names}. Connect the model as it was before that"
+        return f"{said} ComfyUI's log says where. Load the model with one of ComfyUI's own loaders"
 
     def _work_in(self, guider: Any, model_options: dict, work: Callable[[], None]) -> None:
         if self._gradients:
@@ -198,7 +246,9 @@ class TrainedModel:
         conds, prompts = iter(guider.conds["positive"]), []
         for entries in self._conditionings:
             prompts.append([_for_autograd(next(conds)) for _ in entries])
-        options = {**model_options, "transformer_options": dict(model_options.get("transformer_options", {}))}
+        options, left_out = without_shortcuts(model_options)
+        self._say(left_out)
+        options = differentiable_patches(options)
         options["transformer_options"].setdefault("optimized_attention_override", _differentiable_attention)
         network = guider.inner_model
 
@@ -208,14 +258,35 @@ class TrainedModel:
 
         self._prompts, self._evaluate = prompts, evaluate
         try:
-            with differentiable(network) if self._gradients else nullcontext(), self._computed_twice(network):
+            with self._for_autograd(network), self._computed_twice(network):
                 yield
         finally:
             self._prompts, self._evaluate = [], None
 
+    def _say(self, left_out: Sequence[str]) -> None:
+        if left_out and not self._warned:
+            self._warned = True
+            self._warn(
+                f"{' and '.join(left_out)} on the model {'takes' if len(left_out) == 1 else 'take'} no part in the "
+                "training, where every evaluation is one of its own."
+            )
+
+    @contextmanager
+    def _for_autograd(self, network: nn.Module) -> Iterator[None]:
+        if not self._gradients:
+            yield
+            return
+        with differentiable(network), self._savable():
+            yield
+
+    def _savable(self) -> AbstractContextManager:
+        """What hangs on a model may hold weights of its own."""
+        return SavableWeights() if names_on(self.model) else nullcontext()
+
     def _computed_twice(self, network: nn.Module) -> AbstractContextManager:
         wholes = (network, *self._learning) if self._checkpointing else ()
-        return checkpointed(part for whole in wholes for part in whole.modules() if isinstance(part, _PARTS))
+        parts = (part for whole in wholes for part in whole.modules() if isinstance(part, _PARTS))
+        return checkpointed(parts, self._savable)
 
 
 class _Work(comfy.samplers.Sampler):
@@ -257,15 +328,15 @@ def differentiable(model: nn.Module) -> Iterator[None]:
     learning = [tensor for tensor in model.parameters() if tensor.requires_grad and not tensor.is_inference()]
     casting = [(part, part.training) for part in parts if hasattr(part, "comfy_cast_weights")]
     replaced = [
-        (tensors, name, tensor, _alias(tensor))
+        (tensors, name, tensor, same_memory(tensor))
         for part in parts
         for tensors in (part._parameters, part._buffers)
         for name, tensor in tensors.items()
-        if _is_inference(tensor)
+        if is_inference(tensor)
     ]
     try:
-        for tensors, name, _, alias in replaced:
-            tensors[name] = alias
+        for tensors, name, _, other in replaced:
+            tensors[name] = other
         for tensor in learning:
             tensor.requires_grad_(False)
         for part, _ in casting:
@@ -277,8 +348,8 @@ def differentiable(model: nn.Module) -> Iterator[None]:
             part.training = training
         for tensor in learning:
             tensor.requires_grad_(True)
-        for tensors, name, tensor, alias in replaced:
-            if tensors.get(name) is alias and alias.data_ptr() == tensor.data_ptr():
+        for tensors, name, tensor, other in replaced:
+            if tensors.get(name) is other and other.data_ptr() == tensor.data_ptr():
                 tensors[name] = tensor
 
 
@@ -294,19 +365,6 @@ def _host_trains() -> Iterator[None]:
         yield
     finally:
         management.in_training = before
-
-
-def _is_inference(tensor: Tensor | None) -> bool:
-    # Quantised kinds, which are subclasses, are computed with in another form and never saved themselves.
-    return tensor is not None and tensor.is_inference() and type(tensor) in (Tensor, nn.Parameter)
-
-
-def _alias(tensor: Tensor) -> Tensor:
-    """Another tensor over the same memory, which autograd may save."""
-    with torch.inference_mode(False):
-        place = tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
-        alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(*place)
-        return nn.Parameter(alias, requires_grad=False) if isinstance(tensor, nn.Parameter) else alias
 
 
 def noise_predictions(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import comfy.sd
@@ -17,6 +17,7 @@ from ...profusion.files import write_numbered
 from ...profusion.infusion import architecture_name, check_context_width
 from ...profusion.keeping import Partial, digest, seconds_to_write
 from ...profusion.loop import TrainingError
+from ...profusion.patched import SavableWeights, names_on
 from ...profusion.pictures import loss_plot
 from ...profusion.problems import known
 from ...profusion.promptnet.changes import attention_layers, changed, patch_tensors, save_patch, start_changes
@@ -80,7 +81,8 @@ class WordEncoder:
         copies.
         """
         encoder = self._clip.cond_stage_model
-        with differentiable(encoder), ExitStack() as hooks:
+        patched = SavableWeights() if names_on(self.patcher) else nullcontext()
+        with differentiable(encoder), patched, ExitStack() as hooks:
             for module in encoder.modules():
                 if isinstance(module, nn.LayerNorm):
                     hooks.callback(module.register_forward_pre_hook(_copied).remove)
@@ -130,9 +132,10 @@ class Finetuning:
         train_attention: bool,
         options: FinetuneOptions,
         checkpointing: str = "auto",
+        warn: Callable[[str], None] | None = None,
     ):
         """given: the pictures, of any sizes. only_object: nothing is learned around their objects. checkpointing: see
-        `plan_training`.
+        `plan_training`. warn: told what takes no part; default the log.
         """
         layers = model_layers(model)
         check_fits(promptnet.config, architecture=architecture_name(layers))
@@ -161,6 +164,7 @@ class Finetuning:
             budget.step,
             checkpointing=budget.checkpointing,
             learning=[network],
+            warn=warn,
         )
         self.training = FinetuneTraining(
             network,

@@ -21,6 +21,7 @@ from ...profusion.problems import OUT_OF_MEMORY, Explained, hidden_character, kn
 
 MOST_LETTERS = 100_000  # of a text
 _PARTS = ("CLIP", "VAE", "CLIP_VISION")  # a checkpoint may lack these: the nodes say so themselves
+_MADE_OF = {"LATENT": dict, "CONDITIONING": (list, tuple)}  # others are objects of the host's, or of this pack's
 _PLAIN = str | int | float | bool
 
 
@@ -99,10 +100,27 @@ def check_inputs(inputs: list, values: Mapping[str, Any]) -> None:
             bad = [item for item in value if not hasattr(item, "shape")]
             if bad:
                 raise InputError(f"{one.id} has {bad[0]!r:.80} in it: connect a node that gives {kind}")
-        elif isinstance(value, _PLAIN) or (value is None and kind not in _PARTS):
+        elif not _may_be(kind, value):
             raise InputError(f"{one.id} is {value!r:.80}: connect a node that gives {kind}")
+        elif kind == "CONDITIONING" and isinstance(value, (list, tuple)) and not all(map(_is_prompt, value)):
+            raise InputError(f"{one.id} has no prompt in it: connect a node that gives {kind}")
         elif kind == "LATENT" and not hasattr(value.get("samples") if isinstance(value, dict) else None, "shape"):
             raise InputError(f"{one.id} has no latents in it: connect a node that gives {kind}")
+
+
+def _may_be(kind: str, value: Any) -> bool:
+    """Whether a value may be what another node gives as this kind."""
+    if value is None:
+        return kind in _PARTS
+    if isinstance(value, (dict, list, tuple)):
+        return isinstance(value, _MADE_OF.get(kind, ()))
+    return not isinstance(value, _PLAIN)
+
+
+def _is_prompt(entry: Any) -> bool:
+    """Whether this is an entry of a CONDITIONING: a context and what belongs to it."""
+    two = isinstance(entry, (list, tuple)) and len(entry) == 2
+    return two and hasattr(entry[0], "shape") and isinstance(entry[1], dict)
 
 
 def _check_text(name: str, value: Any) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 
 import folder_paths
 from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
 from torch import Tensor
 
 from ...profusion.keeping import digest
-from ...profusion.residual.origin import sample_of
+from ...profusion.residual import Residual
+from ...profusion.residual.origin import distance, sample_of
 
 # The inputs by which the host's loaders, and those of others, name a model's file, and the folders it may be in.
 _FILE_INPUTS = ("ckpt_name", "unet_name", "model_name", "diffusion_model")
@@ -21,6 +23,7 @@ _FOLDERS = ("checkpoints", "diffusion_models", "unet_gguf")
 _MAX_NODES = 100  # between a loader and a trainer
 _TOYBOX = "ProFusion_ToyboxLoader"
 _PIECE = 1 << 24
+_ROUNDED = 0.04  # how far eight bits move the weights of one and the same model; sixteen do by a tenth of it
 
 _hashes: dict[tuple[str, int, int], str] = {}
 """The hashes of files that were trained on, by path, time and size."""
@@ -33,7 +36,7 @@ class BaseFile:
     """
 
     def __init__(self, graph: Mapping[str, Any] | None, node: str | None, socket: str = "model"):
-        self.name, self._hash = "", ""
+        self.name, self._hash, self._thread = "", "", None
         named = _named(graph or {}, str(node), socket)
         if named is None:
             return
@@ -43,15 +46,20 @@ class BaseFile:
             self._thread = threading.Thread(target=self._read, args=(Path(path),), daemon=True)
             self._thread.start()
 
+    @classmethod
+    def of_node(cls, node: type[io.ComfyNode]) -> BaseFile:
+        """Of the model at the input `model` of a node that asks for the hidden prompt and unique_id."""
+        hidden = node.hidden
+        return cls(None, None) if hidden is None else cls(hidden.prompt, hidden.unique_id)
+
     def hash_so_far(self) -> str:
         """The first ten hexadecimal digits of its SHA-256, as model sites have it; empty while it is being read."""
         return self._hash[:10]
 
-    def hash(self) -> str:
-        """The same, waited for."""
-        if hasattr(self, "_thread"):
+    def wait(self) -> None:
+        """Until the file has been read."""
+        if self._thread is not None:
             self._thread.join()
-        return self.hash_so_far()
 
     def _read(self, path: Path) -> None:
         try:
@@ -111,6 +119,21 @@ def weights_sample(patcher: ModelPatcher) -> str:
         return sample_of(weights)
     except Exception:  # whatever a form that we have never seen raises: no training may be lost to it
         return ""
+
+
+def other_base(residual: Residual, patcher: ModelPatcher) -> str | None:
+    """A warning where a residual was trained on other weights of the model's architecture; None where it was on these,
+    or nobody can tell."""
+    origin = residual.origin
+    apart = None if origin is None else distance(origin.sample, weights_sample(patcher))
+    if apart is None or apart <= _ROUNDED:
+        return None
+    base = f"{origin.base} ({origin.base_hash})" if origin.base_hash else origin.base or "another model"
+    return (
+        f"The residual of '{residual.noun}' was trained on {base}. This model has the same architecture and other "
+        f"weights ({apart:.0%} apart where it reads the prompt), so the concept may look less like itself: load that "
+        "model, or train the residual on this one."
+    )
 
 
 def model_digest(patcher: ModelPatcher) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,19 +13,21 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from torch import Tensor
 
+from ...profusion import __version__
 from ...profusion.infusion import CONCEPTS_KEY
 from ...profusion.keeping import Partial, digest
 from ...profusion.pictures import loss_plot, stacked, to_image
 from ...profusion.prompt import NounError
 from ...profusion.references import concept_pictures
-from ...profusion.residual import Residual, ResidualError, SavedResidual, save_residual
-from ...profusion.residual.training import Reference, ResidualTraining, TrainingOptions
+from ...profusion.residual import Origin, Residual, ResidualError, SavedResidual, save_residual
+from ...profusion.residual.training import NOUN_PROMPTS, Reference, ResidualTraining, TrainingOptions
 from .budget import plan_training
 from .display import Progress
 from .drawing import Sampling, draw
 from .encoding import check_connected, encode_references, model_layers, native_size
 from .evaluation import TrainedModel
 from .files import RESIDUALS, check_writable, save_residual_numbered, with_noun
+from .identity import BaseFile, weights_sample
 from .placing import ConceptInput, encode_prompt, encode_training_prompts, place_concepts
 from .streams import add_streams
 
@@ -93,10 +96,12 @@ class TrainingRun:
         identity: str,
         pictures: str,
         warn: Callable[[str], None],
+        origin: Origin,
+        base: BaseFile,
     ):
         """pictures: what they are, and what was done to them, for people. warn: told where what has been learned so far
-        cannot be written while it runs."""
-        self.about = pictures
+        cannot be written while it runs. origin, base: what is trained on."""
+        self.about, self._origin, self._base = pictures, origin, base
         self.training, self._model, self._samples, self._identity = training, model, samples, identity
         self._sample_every, self.first_step = sample_every, training.step
         self.pictures: list[Tensor] = []  # the newest first
@@ -104,9 +109,14 @@ class TrainingRun:
         self._progress = Progress(training.options.steps)
         self._partial = Partial(self._save_partial, warn=warn)
 
+    def residual(self) -> Residual:
+        """What has been learned so far."""
+        origin = replace(self._origin, base_hash=self._base.hash_so_far())
+        return replace(self.training.residual(), origin=origin)
+
     def _save_partial(self) -> Path:
         """Write what has been learned so far where there is room."""
-        return _save(self.training.residual(), f"partial_{self.training.step}_steps", everywhere=True).path
+        return _save(self.residual(), f"partial_{self.training.step}_steps", everywhere=True).path
 
     def check(self) -> None:
         """Find out before the training, not after it, what would make it worthless."""
@@ -128,7 +138,8 @@ class TrainingRun:
         for stop in _stops(self.training.step, options.steps, self._sample_every):
             self._model.run(lambda stop=stop: self._train_until(stop), shape)
             if stop == options.steps:
-                self.saved = _save(self.training.residual(), f"{stop}_steps")
+                self._base.wait()
+                self.saved = _save(self.residual(), f"{stop}_steps")
                 self._partial.discard()
             else:
                 self._partial.at_a_pause()
@@ -164,7 +175,7 @@ class TrainingRun:
             self._partial.leave()
 
     def _kept(self) -> str:
-        training, done = self.training, self.training.step
+        done = self.training.step
         if self.saved is not None:
             return f"The training is finished, and saved as {self.saved.path}"
         if done == self.first_step and self._identity not in _unsaved:
@@ -173,7 +184,7 @@ class TrainingRun:
             path = self._partial.save()
         except Exception as error:  # whatever it is, the work of hours must not be lost to it
             _unsaved.clear()
-            _unsaved[self._identity] = training.residual()
+            _unsaved[self._identity] = self.residual()
             earlier = f" Fewer of them are saved as {self._partial.path}." if self._partial.path else ""
             return (
                 f"The {done} steps so far could not be saved: {error} They are in memory until ComfyUI is closed "
@@ -237,10 +248,11 @@ def prepare_training(
     samples: Samples,
     checkpointing: str,
     warn: Callable[[str], None],
+    base: BaseFile,
 ) -> TrainingRun:
     """Check the inputs and encode them, once. Errors name the input.
 
-    checkpointing: see `plan_training`. warn: see `TrainingRun`.
+    checkpointing: see `plan_training`. warn: see `TrainingRun`. base: the model's file.
     """
     layers = model_layers(model)
     check_connected(clip=clip, vae=vae)
@@ -249,7 +261,7 @@ def prepare_training(
     references = encode_references(model, vae, pictures, weights)
     identity = _identity(model, conditionings, references, noun, options, resume)
     budget = plan_training(model, (options.batch_size, *references[0].latent.shape), checkpointing)
-    trained = TrainedModel(model, conditionings, memory=budget.step, checkpointing=budget.checkpointing)
+    trained = TrainedModel(model, conditionings, memory=budget.step, checkpointing=budget.checkpointing, warn=warn)
     flipped = encode_references(model, vae, pictures.flip(2), weights.flip(2)) if options.flip else ()
     if resume is not None and resume.steps >= options.steps:
         raise ResidualError(
@@ -262,6 +274,14 @@ def prepare_training(
     )
     text = samples.prompt.replace("%noun%", noun)
     drawn = SamplePictures(model, clip, vae, text, training.latent_size, options.seed, samples.sampling)
-    run = TrainingRun(training, trained, drawn, samples.every, identity, about, warn)
+    origin = Origin(
+        base=base.name,
+        sample=weights_sample(model),
+        learning_rate=options.learning_rate,
+        prompts=NOUN_PROMPTS,
+        version=__version__,
+        day=date.today().isoformat(),
+    )
+    run = TrainingRun(training, trained, drawn, samples.every, identity, about, warn, origin, base)
     run.check()
     return run

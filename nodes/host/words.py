@@ -32,7 +32,7 @@ from ...profusion.promptnet.network import (
     parts,
 )
 from ...profusion.promptnet.pseudo_word import ALONE, WORD_KEY, placed, with_stand_in, without_position
-from ...profusion.promptnet.released import check_archive
+from ...profusion.promptnet.released import check_archive, config_beside
 from ...profusion.references import Shown, framed, grey_around
 
 WORD = WORD_KEY
@@ -65,7 +65,8 @@ def _released(path: Path, dtype: torch.dtype) -> PromptNet:
     """The authors' checkpoint as they released it: a .bin of torch's, which the host reads as tensors alone."""
     try:
         check_archive(path)
-        return official_promptnet(comfy.utils.load_torch_file(str(path), safe_load=True), dtype)
+        tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
+        return official_promptnet(tensors, dtype, beside=config_beside(path))
     except Exception as problem:  # torch raises whatever a damaged file makes of it
         advice = f"A {path.suffix} file must be the authors' released checkpoint; other PromptNets are {SUFFIX} files."
         reason = another_kind(path, PROMPTNET) or f"{why(problem)}. {advice}"

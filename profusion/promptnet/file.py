@@ -22,7 +22,7 @@ from ..models.configs import MAX_LEVELS, UNetConfig
 from ..problems import why
 from ..residual.concept import some
 from .network import ENCODER, PromptNet, PromptNetConfig, PromptNetError, feature_blocks
-from .released import check_stored
+from .released import ReleasedConfig, check_stored, config_beside, without_prefix
 from .shapes import promptnet_shapes
 
 PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
@@ -116,8 +116,8 @@ def load_promptnet(
         if path.stat().st_size > MAX_FILE_BYTES:
             raise PromptNetError(f"it is larger than {MAX_FILE_BYTES >> 30} GiB, so it must be another kind of model")
         tensors, metadata = files.read_tensors(path)
-        if _OFFICIAL in tensors:
-            return official_promptnet(tensors, dtype, unet, with_noise, poll)
+        if any(name.endswith(_OFFICIAL) for name in tensors):
+            return official_promptnet(tensors, dtype, unet, with_noise, poll, config_beside(path))
         return _ours(tensors, metadata, dtype, poll)
     except OSError as problem:
         raise PromptNetError(f"The PromptNet file '{path}' cannot be read: {files.why_not_read(problem)}") from problem
@@ -234,13 +234,21 @@ def official_promptnet(
     unet: UNetConfig | None = None,
     with_noise: bool = True,
     poll: Poll = _never,
+    beside: ReleasedConfig | None = None,
 ) -> PromptNet:
-    """The PromptNet of the authors' state dict, whatever file it was in; see `load_promptnet`. Raises
-    PromptNetError."""
+    """The PromptNet of the authors' state dict, whatever file it was in; see `load_promptnet`.
+
+    beside: what config.json says of it, which counts for more than `with_noise`, unless it is of a network of other
+    sizes. Raises PromptNetError.
+    """
+    tensors = without_prefix(tensors, _OFFICIAL)
     if _OFFICIAL not in tensors:
         raise PromptNetError(f"it holds something else than the authors' PromptNet (its tensors: {some(tensors)})")
     check_stored(tensors)
-    config = _told_from_shapes({name: tuple(value.shape) for name, value in tensors.items()}, unet)
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    beside = beside if beside is not None and beside.widths in (None, _level_widths(shapes)) else None
+    with_noise = with_noise if beside is None else beside.with_noise
+    config = _told_from_shapes(shapes, unet, beside and beside.heads)
     config = replace(config, second_latent="noisy" if with_noise else "reference")
     listed = (name for name, _ in promptnet_shapes(config))
     names = {name: diffusers_name(name, config.unet) for name in itertools.islice(listed, len(tensors) + 1000)}
@@ -255,8 +263,33 @@ def official_promptnet(
     return _built(config, state, dtype or tensors[_OFFICIAL].dtype, poll)
 
 
-def _told_from_shapes(shapes: Mapping[str, tuple[int, ...]], unet: UNetConfig | None = None) -> PromptNetConfig:
-    """The configuration of a released checkpoint; what it lacks is found when the tensors are compared."""
+def _level_widths(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Channels of each level, as far as they are there."""
+    named = (shapes.get(f"down_blocks.{level}.resnets.0.conv1.weight") for level in range(MAX_LEVELS))
+    return tuple(shape[0] for shape in itertools.takewhile(bool, named))
+
+
+def _heads(heads: tuple[int, ...] | None, widths: tuple[int, ...], linear: bool) -> dict[str, int | None]:
+    """Heads of attention: those that are known, of each level, or else by the rule of Stable Diffusion 1, or of 2 and
+    XL."""
+    if heads is None or len(heads) != len(widths):
+        return {"num_heads": None if linear else 8, "head_channels": 64 if linear else None}
+    if len(set(heads)) == 1:
+        return {"num_heads": heads[0], "head_channels": None}
+    each = {width / count for width, count in zip(widths, heads, strict=True)}
+    if len(each) != 1 or not all(size.is_integer() for size in each):
+        raise PromptNetError(
+            f"config.json beside it says attention_head_dim={list(heads)}, which is neither one number of heads nor "
+            "one width of a head at every level"
+        )
+    return {"num_heads": None, "head_channels": int(each.pop())}
+
+
+def _told_from_shapes(
+    shapes: Mapping[str, tuple[int, ...]], unet: UNetConfig | None = None, heads: tuple[int, ...] | None = None
+) -> PromptNetConfig:
+    """The configuration of a released checkpoint; what it lacks is found when the tensors are compared. heads: of each
+    level, where that is known."""
 
     def count(prefix: str) -> int:
         return len({name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)})
@@ -277,8 +310,7 @@ def _told_from_shapes(shapes: Mapping[str, tuple[int, ...]], unet: UNetConfig | 
             transformer_depth=tuple(depth(f"down_blocks.{level}.attentions.0") for level in levels),
             middle_depth=depth("mid_block.attentions.0"),
             context_dim=context_dim,
-            num_heads=None if linear else 8,  # Stable Diffusion 1's rule, and that of 2 and XL
-            head_channels=64 if linear else None,
+            **_heads(heads, _level_widths(shapes), linear),
             use_linear=linear,
             in_channels=channels,
         )
@@ -286,6 +318,8 @@ def _told_from_shapes(shapes: Mapping[str, tuple[int, ...]], unet: UNetConfig | 
         return PromptNetConfig(
             unet, image_width, (text_width,), 1, grid, projection, "noisy", holds_position=True, normalise=False
         )
+    except PromptNetError:
+        raise
     except (KeyError, ValueError, TypeError, IndexError, ZeroDivisionError) as problem:
         raise PromptNetError(f"it has the authors' layout, but not all of it ({problem!s:.200})") from problem
 

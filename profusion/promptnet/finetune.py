@@ -2,15 +2,15 @@
 that picture or on variants of it, in which the UNet's attention layers may learn too.
 
 The loop is `PromptNetTraining`'s. What the picture shows to PromptNet and what is to be drawn may differ (the first
-may be grey around the object), the loss may count the object only, and the attention layers have a learning rate of
-their own.
+may be grey around the object, or another of the variants), the loss may count the object only, and the attention layers
+have a learning rate of their own.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,13 +36,15 @@ class FinetuneOptions(PromptNetOptions):
     """How a PromptNet is fine-tuned; see `PromptNetOptions`.
 
     attention_learning_rate: AdamW's, of the attention layers' changes. rank: of these changes; 0 is the full
-    difference.
+    difference. mixed: PromptNet is shown any of the pictures and another one is drawn, as the authors do it, so that S*
+    is what they share; otherwise each picture is its own reference. Of one picture it makes no difference.
     """
 
     steps: int = 50
     batch_size: int = 4
     attention_learning_rate: float = 1e-4
     rank: int = 8
+    mixed: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,6 +143,14 @@ class FinetuneTraining(PromptNetTraining):
             groups.append(Group("the attention layers", self._attention, WITHOUT_GRADIENT, factor))
         super().__init__(network, predict_noise, encode_word, pictures, options, timesteps, sigmas, groups)
 
+    def draw(self, generator: torch.Generator, pictures: int | None = None) -> PictureBatch:
+        """See PromptNetTraining. Which pictures are shown is drawn last: nothing else depends on whether it is."""
+        batch = super().draw(generator, pictures)
+        count = len(self.pictures) if pictures is None else pictures
+        if not self.options.mixed or count == 1:
+            return batch
+        return replace(batch, shown=torch.randint(count, batch.rows.shape, generator=generator))
+
     def _targets(self, pictures: FinetunePictures) -> Tensor:
         """See PromptNetTraining."""
         return pictures.targets
@@ -151,6 +161,10 @@ class FinetuneTraining(PromptNetTraining):
             torch.ones_like(predicted[:, 0]) if pictures.masks is None else pictures.masks[batch.rows].to(self._device)
         )
         return masked_weighted_noise_error(predicted, batch.noise, weight, mask)
+
+    def _later(self) -> dict[str, object]:
+        """See PromptNetTraining."""
+        return {"mixed": False}
 
     def state(self) -> dict[str, Tensor]:
         """See PromptNetTraining; the changes are part of it."""

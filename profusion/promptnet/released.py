@@ -2,13 +2,18 @@
 
 torch's own reader runs no code of such a file, but believes its sizes: a record may be deflated to a thousandth, and
 what is called while it reads may ask for any amount of memory. A checkpoint needs neither.
+
+What its tensors do not say, `config.json` beside it does, as diffusers writes it. Other programs put something before
+the names of its tensors.
 """
 
 from __future__ import annotations
 
+import json
 import pickletools  # which lists what a file would do, and does none of it
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -64,3 +69,84 @@ def check_stored(tensors: Mapping[str, Tensor]) -> None:
     stored = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
     if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > sum(stored.values()):
         raise files.FileFormatError("its tensors have more numbers than it has bytes for")
+
+
+# What its tensors do not say
+
+
+PREFIXES = ("module.", "promptnet.", "prompt_net.", "model.", "net.", "state_dict.", "_orig_mod.")
+MAX_CONFIG_BYTES = 1 << 20
+CONFIG_FILE = "config.json"
+_CLASS = "PromptNetModel"
+# Whatever else it may say, the network here is this one: by field, all values that are.
+_FIXED = {
+    "act_fn": ("silu",),
+    "norm_num_groups": (32,),
+    "norm_eps": (1e-5,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "time_embedding_type": ("positional",),
+    "resnet_time_scale_shift": ("default",),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "mid_block_scale_factor": (1,),
+    "only_cross_attention": (False,),
+    "dual_cross_attention": (False,),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "timestep_post_act": (None,),
+    "time_cond_proj_dim": (None,),
+}
+
+
+@dataclass(frozen=True)
+class ReleasedConfig:
+    """What a released file's config.json says of it: whether its second latent is the one being denoised, and how many
+    attention heads each level has, None where it does not say."""
+
+    with_noise: bool = True
+    heads: tuple[int, ...] | None = None
+    widths: tuple[int, ...] | None = None
+
+
+def without_prefix(tensors: Mapping[str, Tensor], known: str) -> Mapping[str, Tensor]:
+    """A PromptNet's tensors by their own names, one of which is `known`: PREFIXES come off, any number of them, and
+    tensors without them, which are of other parts of a pipeline, are left out."""
+    for name in tensors:
+        prefix = rest = name.removesuffix(known)
+        while found := next((one for one in PREFIXES if rest.startswith(one)), None):
+            rest = rest.removeprefix(found)
+        if name.endswith(known) and prefix and not rest:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return tensors
+
+
+def config_beside(path: Path) -> ReleasedConfig | None:
+    """What config.json in a file's folder says, where it is a PromptNet's.
+
+    Raises FileFormatError, which names the field, where it is of a network that cannot be built here.
+    """
+    beside = path.with_name(CONFIG_FILE)
+    try:
+        if beside.stat().st_size > MAX_CONFIG_BYTES:
+            return None
+        found = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None  # none, or another program's
+    if not isinstance(found, dict) or found.get("_class_name") != _CLASS:
+        return None
+    for field, values in _FIXED.items():
+        said = found.get(field, values[0])
+        each = said if isinstance(said, list) else [said]  # some may be said of each level
+        if any(one not in values for one in each):
+            raise files.FileFormatError(
+                f"{CONFIG_FILE} beside it says {field}={said!r:.60}, and only {values[0]!r} can be built here"
+            )
+    levels = _numbers(found.get("block_out_channels"))
+    heads = found.get("attention_head_dim")
+    heads = _numbers([heads] * len(levels or ()) if isinstance(heads, int) else heads)
+    return ReleasedConfig(bool(found.get("with_noise", True)), heads, levels)
+
+
+def _numbers(values: object) -> tuple[int, ...] | None:
+    known = isinstance(values, list) and values and all(type(value) is int and value > 0 for value in values)
+    return tuple(values) if known else None

@@ -137,9 +137,10 @@ def learning_rate_at(step: int, options: PromptNetOptions) -> float:
 class PromptNetTraining(TrainingLoop):
     """One training run: `steps()` does the work on `network`, `save` and `resume` interrupt it without a trace.
 
-    pictures: each is its own reference. timesteps: the model's timestep of a sigma (B,) -> (B,); sigmas: its noise
-    levels (n,), each as likely to be drawn; both default to Stable Diffusion's. groups: what learns; default all of the
-    network. identity: says whether two trainings of one model are the same, from their beginning on.
+    pictures: each is its own reference, unless a batch says otherwise. timesteps: the model's timestep of a sigma
+    (B,) -> (B,); sigmas: its noise levels (n,), each as likely to be drawn; both default to Stable Diffusion's. groups:
+    what learns; default all of the network. identity: says whether two trainings of one model are the same, from their
+    beginning on.
     """
 
     def __init__(
@@ -161,6 +162,9 @@ class PromptNetTraining(TrainingLoop):
         groups = groups or [Group("PromptNet", dict(network.named_parameters()), WITHOUT_GRADIENT)]
         super().__init__(options, groups, self._targets(pictures)[0].numel(), options.clip)
         compared = {name: value for name, value in asdict(options).items() if name not in self._free()}
+        for name, value in self._later().items():  # a training from before there was this option is the same one
+            if compared.get(name) == value:
+                del compared[name]
         start = {**network.state_dict(), **self._learned()}
         self.identity = digest(compared, pictures.fingerprint(), pictures.image_tokens, start)
 
@@ -262,9 +266,13 @@ class PromptNetTraining(TrainingLoop):
         """The options that may differ: more steps of a constant rate are the same training."""
         return () if self.options.cosine else ("steps",)
 
+    def _later(self) -> dict[str, object]:
+        """Options that checkpoints have not had from the first, and their values in those."""
+        return {}
+
     def _check_same_training(self, network: PromptNet, notes: Mapping[str, str]) -> None:
         here = json.loads(json.dumps(asdict(self.options)))
-        there = json.loads(notes.get("options", "{}"))
+        there = {**self._later(), **json.loads(notes.get("options", "{}"))}
         differing = [name for name in here if name not in self._free() and here[name] != there.get(name)]
         if differing:
             name = differing[0]

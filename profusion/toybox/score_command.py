@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from torch import Tensor
+
 from ..metrics.chart import chart
 from ..metrics.checks import MetricError
 from ..metrics.concept import Pictures, concept_scores
@@ -13,6 +15,7 @@ from ..metrics.encoders import ImageEncoder
 from ..metrics.libraries import CLIP_MODELS, DINO, OPENAI, OpenClip, Timm
 from ..metrics.scores import Scores
 from ..pictures import picture_paths, read_picture
+from ..references import check_not_inverted
 from .encoder import ToyboxEncoder
 
 
@@ -78,9 +81,15 @@ def run(options: argparse.Namespace) -> Scores:
 def _pictures(paths: list[Path], masks: Path | None) -> Pictures:
     """Each of its own size; what is transparent is grey."""
     images = [read_picture(path)[0] for path in paths]
-    return Pictures(
-        images, None if masks is None else [read_picture(path)[0].mean(dim=-1) for path in picture_paths(masks)]
-    )
+    return Pictures(images, None if masks is None else [_mask(path) for path in picture_paths(masks)])
+
+
+def _mask(path: Path) -> Tensor:
+    """(H, W) of a picture that is white where the object is."""
+    mask = read_picture(path)[0].mean(dim=-1)
+    fix = "Invert it. If the object does reach all edges, paint a corner black"
+    check_not_inverted(mask, f"{path} is white all around and black inside", fix)
+    return mask
 
 
 def _lines(path: Path) -> list[str]:

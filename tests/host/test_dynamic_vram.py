@@ -20,6 +20,7 @@ import tiny  # noqa: E402
 from dynamic_vram import CARD, dynamic_vram  # noqa: E402, F401 (a fixture)
 from pooled import PooledVae, pictures  # noqa: E402
 from test_finetune_nodes import PooledVision, promptnet  # noqa: E402
+from test_trained_patches import lora  # noqa: E402
 
 RESIDUAL = {
     "images": pictures(),
@@ -241,6 +242,35 @@ def test_after_eviction(plain, dynamic, work, dynamic_vram):  # noqa: F811
 def test_with_no_room_for_weights(plain, dynamic, work, dynamic_vram):  # noqa: F811
     dynamic_vram.fits = False
     same(getattr(dynamic, work)(), getattr(plain, work)())
+
+
+@pytest.mark.skipif(not hasattr(comfy.sd, "load_bypass_lora_for_models"), reason="this host has no bypass LoRA")
+@pytest.mark.parametrize("drawn_before", [False, True])
+@pytest.mark.parametrize("work", ["train", "finetune"])
+def test_with_a_bypass_lora(plain, dynamic, work, drawn_before):
+    without = getattr(plain, work)()
+    for one in (plain, dynamic):
+        with torch.inference_mode():
+            tensors = {name: value.clone() for name, value in lora().items()}
+            one.model = comfy.sd.load_bypass_lora_for_models(one.model, None, tensors, 0.5, 0.0)[0]
+    if drawn_before:
+        assert torch.equal(dynamic.draw(), plain.draw())
+    expected = getattr(plain, work)()
+    assert not all(torch.equal(one, other) for one, other in zip(expected, without, strict=True))
+    same(getattr(dynamic, work)(), expected)
+
+
+def test_adapters_of_which_nobody_knows_how_they_are_made_are_named(dynamic):
+    from comfy.patcher_extension import PatcherInjection
+
+    def nothing(_):
+        pass
+
+    dynamic.model = dynamic.model.clone()
+    dynamic.model.set_injections("their adapters", [PatcherInjection(nothing, nothing)])
+    with pytest.raises(Exception, match="dynamic VRAM.*'their adapters'.*--disable-dynamic-vram") as caught:
+        dynamic.train()
+    assert type(caught.value).__name__ == "TrainingError"
 
 
 def test_fine_tuning_after_concept_augment(plain, dynamic):

@@ -93,6 +93,28 @@ def test_what_must_be_connected_is(nodes, guarding, value):
     assert seen > 20
 
 
+@pytest.mark.parametrize("value", [{}, {"dtype": "U8"}, [[[[]]]], [], (1,)], ids=str)
+def test_what_comes_over_the_api_is_no_object(nodes, guarding, value):
+    seen = 0
+    for node, values, one in cases(nodes, ()):
+        kind = one.get_io_type()
+        if kind in ("IMAGE", "MASK") and isinstance(value, list):
+            continue  # a list of them
+        if isinstance(value, {"LATENT": dict, "CONDITIONING": (list, tuple)}.get(kind, ())) and not value:
+            continue
+        with pytest.raises(guarding.InputError, match=f"^{one.id} (is|has) .*connect a node that gives"):
+            node.execute(**{**values, one.id: value})
+        seen += 1
+    assert seen > 20
+
+
+def test_a_conditioning_has_prompts(guarding):
+    for value in ([[]], [["x", {}]], [[torch.zeros(1, 2, 3)]], [torch.zeros(2)], "x"):
+        with pytest.raises(guarding.InputError, match="^positive (has no prompt|is)"):
+            guarding.check_inputs([io.Conditioning.Input("positive")], {"positive": value})
+    guarding.check_inputs([io.Conditioning.Input("positive")], {"positive": [[torch.zeros(1, 2, 3), {}]]})
+
+
 def test_a_latent_has_latents(guarding):
     for value in ({}, {"samples": "x"}, object()):
         with pytest.raises(guarding.InputError, match="^latent has no latents"):

@@ -2,6 +2,7 @@
 each step, and bad input."""
 
 import importlib
+import json
 import sys
 
 import pytest
@@ -536,6 +537,15 @@ def test_the_authors_release_is_read_as_it_is(studio, tmp_path, monkeypatch):
     for name, value in written.items():
         if name not in ("start", "spread"):
             assert torch.equal(loaded.state_dict()[name], value), name
+    pipeline = tmp_path / "pretrained" / "promptnet"
+    pipeline.mkdir(parents=True)
+    torch.save({f"module.{name}": value for name, value in named.items()}, pipeline / "diffusion_pytorch_model.bin")
+    said = {"_class_name": "PromptNetModel", "with_noise": False, "attention_head_dim": config.unet.num_heads}
+    widths = [mult * config.unet.model_channels for mult in config.unet.channel_mult]
+    (pipeline / "config.json").write_text(json.dumps({**said, "block_out_channels": widths}))
+    again = nodes.PromptNetLoader.execute("pretrained/promptnet/diffusion_pytorch_model.bin").args[0].network
+    assert again.config.second_latent == "reference" and again.config.unet == config.unet
+    assert again.state_dict().keys() == loaded.state_dict().keys()
     torch.save({"model": torch.zeros(3)}, tmp_path / "other.bin")
     (tmp_path / "damaged.bin").write_bytes(b"not a checkpoint")
     for name in ("other.bin", "damaged.bin"):

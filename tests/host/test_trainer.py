@@ -442,7 +442,7 @@ def test_any_error_keeps_what_was_learned_and_says_where(train, host, folder, pr
 
 
 def test_an_error_in_the_first_step_writes_nothing(train, host, folder):
-    with pytest.raises(host.loop.TrainingError, match="a kernel failed\nNothing had been learned yet"):
+    with pytest.raises(host.loop.TrainingError, match=r"a kernel failed.*\nNothing had been learned yet"):
         train(failing_after(0, RuntimeError("a kernel failed")))
     assert not list(folder.rglob("*.safetensors"))
 

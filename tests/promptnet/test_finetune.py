@@ -1,7 +1,9 @@
 """Fine-tuning: what a change of an attention layer is and becomes in a file, what moves, what it
 minimises, how it resumes."""
 
+import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +24,7 @@ from profusion.promptnet.changes import (
     save_patch,
     start_changes,
 )
+from profusion.promptnet.file import load_training, save_promptnet
 from profusion.promptnet.finetune import FinetuneOptions, FinetunePictures, FinetuneTraining, trainable_copy
 from profusion.promptnet.pseudo_word import encode_tokens, prompt_tokens
 
@@ -218,6 +221,46 @@ def test_what_is_shown_and_what_is_drawn_may_differ(small):
         predicted = small.unet(noisy / (1 + sigma**2).sqrt(), timestep_of(batch.sigma), context)
         expected = ((predicted - batch.noise) ** 2)[:, :, 2:5, 1:7].mean()
         torch.testing.assert_close(run.loss(batch), expected)
+
+
+def test_mixed_shows_one_picture_and_draws_another(small):
+    """Nothing else of a batch depends on it, and of one picture it makes no difference."""
+    own, mixed = training(small, batch_size=64), training(small, batch_size=64, mixed=True)
+    one, other = own.batch(), mixed.batch()
+    assert one.shown is None and torch.equal(one.rows, other.rows) and torch.equal(one.noise, other.noise)
+    assert torch.equal(one.sigma, other.sigma) and one.prompt == other.prompt
+    pairs = {(int(shown), int(drawn)) for shown, drawn in zip(other.shown, other.rows, strict=True)}
+    assert pairs == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    assert mixed.loss(other) != own.loss(one)
+    straight = replace(other, shown=other.rows)
+    torch.testing.assert_close(mixed.loss(straight), own.loss(one), rtol=0, atol=0)
+    alone = [training(small, given=pictures(1), steps=3, mixed=mixed) for mixed in (False, True)]
+    assert finish(small, alone[0]) == finish(small, alone[1]) and alone[0].batch().shown is None
+
+
+def test_a_checkpoint_from_before_there_were_mixed_pictures_goes_on(small, tmp_path):
+    run = training(small, steps=4, given=pictures(2))
+    steps = run.steps()
+    next(steps)
+    steps.close()
+    run.save(tmp_path / "old.safetensors")
+    network, state, notes = load_training(tmp_path / "old.safetensors")
+    options = json.loads(notes["options"])
+    assert options.pop("mixed") is False
+    save_promptnet(network, tmp_path / "old.safetensors", "float32", {**notes, "options": json.dumps(options)}, state)
+    again = training(small, steps=4, given=pictures(2))
+    again.resume(tmp_path / "old.safetensors", same_start=True)
+    assert again.step == 1 and again.identity == run.identity
+    with pytest.raises(TrainingError, match="trained with mixed=False, not True"):
+        training(small, steps=4, given=pictures(2), mixed=True).resume(tmp_path / "old.safetensors")
+    assert training(small, given=pictures(2), mixed=True).identity != run.identity
+
+
+def test_targets_of_another_size_than_the_references_are_learned(small):
+    given = FinetunePictures(random(2, 4, 8, 8), random(2, 5, 20), random(2, 4, 12, 10, seed=3), torch.ones(2, 12, 10))
+    run = training(small, network=trainable_copy(small.stirred(second_latent="noisy")), given=given, steps=2)
+    assert all(torch.isfinite(torch.tensor(loss)) for loss in finish(small, run))
+    assert run.batch().noise.shape[1:] == (4, 12, 10)
 
 
 def test_one_picture_is_learned(small):

@@ -1,6 +1,8 @@
 """The authors' released layout: names and shapes as their module makes them, and their formulas written out plainly."""
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 
 from profusion.models.configs import SD21, UNetConfig
 from profusion.promptnet import PromptNetError, load_promptnet
-from profusion.promptnet.file import _told_from_shapes
+from profusion.promptnet.file import _told_from_shapes, official_promptnet
 
 CHANNELS, ATTENDS, LAYERS, CONTEXT, IMAGE, TEXT, HEADS = (32, 32, 64, 64), (1, 1, 1, 0), 1, 24, 20, 28, (2, 2, 4, 4)
 UNET = UNetConfig(32, (1, 1, 2, 2), 1, ATTENDS, 1, CONTEXT, head_channels=16, use_linear=True)
@@ -201,3 +203,85 @@ def test_what_is_missing_or_strange_is_named(official, tmp_path):
     nan = torch.full((CHANNELS[0],), float("nan"))
     with pytest.raises(PromptNetError, match="input_blocks.0.0.bias has values that are not finite"):
         load_promptnet(broken(lambda state: state.update({"conv_in.bias": nan})), unet=UNET)
+
+
+# What is around the tensors: prefixes of other programs, and config.json
+
+
+@pytest.mark.parametrize("prefix", ["module.", "promptnet.", "module.promptnet.", "_orig_mod.model.", "state_dict."])
+def test_names_with_a_known_prefix_are_the_same_network(official, tmp_path, prefix):
+    plain = load_promptnet(written(tmp_path, official), unet=UNET).state_dict()
+    named = {f"{prefix}{name}": value for name, value in official.items()}
+    for more in ({}, {"unet.conv_in.weight": torch.zeros(3)}):  # a whole pipeline's has other parts too
+        found = load_promptnet(written(tmp_path, {**named, **more}), unet=UNET).state_dict()
+        assert found.keys() == plain.keys() and all(torch.equal(value, plain[name]) for name, value in found.items())
+
+
+def test_an_unknown_prefix_is_not_guessed_at(official, tmp_path):
+    with pytest.raises(PromptNetError, match="else than the authors' PromptNet"):
+        load_promptnet(written(tmp_path, {f"banana.{name}": value for name, value in official.items()}), unet=UNET)
+
+
+CONFIG = {
+    "_class_name": "PromptNetModel",
+    "act_fn": "silu",
+    "attention_head_dim": list(HEADS),
+    "block_out_channels": list(CHANNELS),
+    "cross_attention_dim": CONTEXT,
+    "freq_shift": 0,
+    "flip_sin_to_cos": True,
+    "norm_num_groups": 32,
+    "only_cross_attention": [False] * 4,
+    "use_linear_projection": True,
+    "with_noise": True,
+}
+
+
+def beside(tmp_path, official, **changes):
+    path = written(tmp_path, official)
+    path.with_name("config.json").write_text(json.dumps({**CONFIG, **changes}))
+    return path
+
+
+@pytest.mark.parametrize("with_noise", [True, False])
+def test_config_json_says_what_the_tensors_do_not(official, tmp_path, with_noise):
+    """Heads of 16 channels, which nobody would guess, and whether the noisy latent is seen."""
+    network = load_promptnet(beside(tmp_path, official, with_noise=with_noise))
+    assert network.config.unet == UNET and network.config.with_noise == with_noise
+    generator = torch.Generator().manual_seed(1)
+    latent, noisy = torch.randn(2, 3, 4, 16, 16, generator=generator)
+    timesteps, image_tokens = torch.tensor([3, 500, 999]), torch.randn(3, 5, IMAGE, generator=generator)
+    expected = restated(official, latent, timesteps, image_tokens, noisy if with_noise else latent)
+    word = network(latent, timesteps, image_tokens, noisy if with_noise else None)
+    torch.testing.assert_close(word, expected, rtol=1e-4, atol=1e-5)
+    eight = load_promptnet(beside(tmp_path, official, attention_head_dim=8)).config.unet
+    assert eight == replace(UNET, num_heads=8, head_channels=None)
+
+
+def test_a_config_json_that_is_not_its_own_says_nothing(official, tmp_path):
+    guessed = replace(UNET, num_heads=8, head_channels=None)
+    for change in ({"block_out_channels": [320, 640, 1280, 1280]}, {"_class_name": "UNet2DConditionModel"}):
+        path = beside(tmp_path, official, with_noise=False, **change)
+        assert load_promptnet(path, unet=guessed).config.with_noise
+    for text in ("{", "[]", '"x"', "[" * 100_000, "\x00"):
+        path.with_name("config.json").write_text(text)
+        assert load_promptnet(path, unet=guessed).config.with_noise
+    path.with_name("config.json").unlink()
+    assert load_promptnet(path, unet=guessed).config.with_noise
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"act_fn": "gelu"}, "config.json beside it says act_fn='gelu', and only 'silu' can be built"),
+        ({"only_cross_attention": [True] * 4}, "only_cross_attention=.True"),
+        ({"attention_head_dim": [1, 2, 8, 4]}, "attention_head_dim=.1, 2, 8, 4., which is neither"),
+    ],
+)
+def test_a_network_that_cannot_be_built_is_named_by_its_field(official, tmp_path, change, message):
+    with pytest.raises(PromptNetError, match=message):
+        load_promptnet(beside(tmp_path, official, **change))
+
+
+def test_a_state_dict_by_itself_is_as_before(official):
+    assert official_promptnet(official, unet=UNET).config.with_noise

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from profusion import files
 from profusion.models.configs import UNetConfig
@@ -296,7 +296,7 @@ def _pictures() -> list[Kind]:
             exif = Image.Exif()
             exif[0x0112] = 6
             data = io.BytesIO()
-            more = {} if suffix in ("bmp", "gif") else {"exif": exif}
+            more = {} if suffix in ("bmp", "gif", "tiff") else {"exif": exif}
             Image.fromarray(values).convert(mode).save(data, {"jpg": "JPEG"}.get(suffix, suffix), **options, **more)
             return data.getvalue()
 
@@ -315,6 +315,10 @@ def _pictures() -> list[Kind]:
         kind("webp", "RGB", 16, quality=70),
         kind("bmp", "RGB", None),
         kind("gif", "P", 16),
+        kind("tiff", "RGB", None),
+        kind("tiff", "F", 16),
+        kind("tiff", "RGBA", None, compression="tiff_adobe_deflate"),
+        *([kind("avif", "RGBA", None, speed=10)] if features.check("avif") else []),
     ]
 
 

@@ -1,0 +1,124 @@
+"""Which model a residual was trained on: its file by the graph, its weights by a sample, and a warning elsewhere."""
+
+import hashlib
+import sys
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("comfy.samplers", reason="no ComfyUI: set COMFYUI_PATH to a checkout")
+
+import tiny  # noqa: E402
+from pooled import PooledVae, pictures  # noqa: E402
+
+GRAPH = {
+    "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "sub\\base.safetensors"}},
+    "2": {"class_type": "LoraLoaderModelOnly", "inputs": {"model": ["1", 0], "lora_name": "style.safetensors"}},
+    "3": {"class_type": "ModelMergeSimple", "inputs": {"model1": ["1", 0], "model2": ["2", 0]}},
+    "4": {"class_type": "ProFusion_ToyboxLoader", "inputs": {}},
+    "5": {"class_type": "Loop", "inputs": {"model": ["5", 0]}},
+    "trainer": {"class_type": "ProFusion_ResidualTrainer", "inputs": {"model": ["2", 0]}},
+}
+
+
+@pytest.fixture
+def identity(pack):
+    return sys.modules[f"{pack.__name__}.nodes.host.identity"]
+
+
+def before(identity, node):
+    graph = {**GRAPH, "trainer": {"inputs": {"model": [node, 0]}}}
+    return identity.BaseFile(graph, "trainer").name
+
+
+def test_the_graph_names_the_file(identity):
+    assert before(identity, "2") == before(identity, "1") == "base.safetensors"
+    assert before(identity, "4") == "Toybox"
+    assert before(identity, "3") == before(identity, "5") == before(identity, "absent") == ""  # a merge is of no file
+    for graph in (None, {}, {"trainer": None}, {"trainer": {"inputs": {"model": "text"}}}):
+        assert identity.BaseFile(graph, "trainer").name == ""
+
+
+def test_the_file_is_hashed_once(identity, tmp_path, monkeypatch):
+    path = tmp_path / "base.safetensors"
+    path.write_bytes(b"weights" * 1000)
+    found = {"checkpoints": str(path)}
+    monkeypatch.setattr(identity.folder_paths, "get_full_path", lambda kind, name: found.get(kind))
+    monkeypatch.setattr(identity, "_hashes", {})
+    expected = hashlib.sha256(b"weights" * 1000).hexdigest()[:10]
+    for _ in range(2):
+        base = identity.BaseFile(GRAPH, "trainer")
+        base.wait()
+        assert base.hash_so_far() == expected
+        monkeypatch.setattr(identity.hashlib, "sha256", None)  # is not asked again
+
+
+def test_the_weights_are_known_again_without_their_patches_and_others_are_told(identity, infused, generator):
+    origin_of = sys.modules[f"{infused.pack.__name__}.profusion.residual"].Origin
+    sample = identity.weights_sample(infused.model)
+    assert len(sample) == 44
+    patched = infused.model.clone()
+    key = next(name for name in patched.model_state_dict() if name.endswith("attn2.to_v.weight"))
+    patched.add_patches({key: (torch.ones_like(patched.model_state_dict()[key]),)})
+    infused.run(patched, infused.positive, steps=1)  # the patches are in the weights now
+    assert identity.weights_sample(patched) == sample
+    told = replace(infused.residual(), origin=origin_of("base.ckpt", "0123456789", sample))
+    assert identity.other_base(told, infused.model) is None
+    assert identity.other_base(infused.residual(), infused.model) is None  # nobody knows
+    tuned = tiny.model()
+    with torch.no_grad():
+        for weight in tuned.model.diffusion_model.parameters():
+            weight += 0.2 * weight.std() * torch.randn(weight.shape, generator=generator)
+    assert "was trained on base.ckpt (0123456789). This model" in identity.other_base(told, tuned)
+
+
+@pytest.mark.parametrize("weights", ["the same", "others"])
+def test_a_residual_of_another_base_is_drawn_with_a_warning(identity, infused, weights, monkeypatch, caplog, generator):
+    origin_of = sys.modules[f"{infused.pack.__name__}.profusion.residual"].Origin
+    model = infused.model
+    if weights == "others":
+        model = tiny.model()
+        tiny.randomise(model.model.diffusion_model, seed=99)
+    sample = identity.weights_sample(infused.model)
+    told = replace(infused.residual(), origin=origin_of("base.ckpt", sample=sample))
+    patched, positive = infused.patch(told, model)
+    assert [("trained on base.ckpt" in record.message) for record in caplog.records] == [True] * (weights == "others")
+    assert infused.run(patched, positive).isfinite().all()
+
+
+def test_a_training_says_what_it_was_on(pack, tmp_path, monkeypatch):
+    import folder_paths
+
+    folder = tmp_path / "profusion_residuals"
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "profusion_residuals", ([str(folder)], {".safetensors"}))
+    trainer = sys.modules[f"{pack.__name__}.nodes.trainer"].ResidualTrainer
+    base = tmp_path / "base.safetensors"
+    base.write_bytes(b"weights")
+    monkeypatch.setattr(folder_paths, "get_full_path", lambda kind, name: str(base) if kind == "checkpoints" else None)
+    monkeypatch.setattr(trainer, "hidden", types.SimpleNamespace(prompt=GRAPH, unique_id="trainer"), raising=False)
+    values = {
+        "noun": "ball",
+        "steps": 1,
+        "learning_rate": 0.03,
+        "batch_size": 1,
+        "seed": 0,
+        "flip": False,
+        "preserve": 0.0,
+        "sample_every": 0,
+        "sample_prompt": "a %noun%",
+        "sample_steps": 1,
+        "sample_cfg": 1.0,
+    }
+    model = tiny.model()
+    with torch.inference_mode():
+        learned, *_ = trainer.execute(model, tiny.clip(), PooledVae(), pictures(), **values).args
+    load = sys.modules[f"{pack.__name__}.profusion.residual"].load_residual
+    (path,) = folder.rglob("*.safetensors")
+    origin = load(path).origin
+    assert origin == learned.origin
+    assert (origin.base, origin.base_hash) == ("base.safetensors", hashlib.sha256(b"weights").hexdigest()[:10])
+    assert origin.learning_rate == 0.03 and "a photo of a {}" in origin.prompts and origin.version and origin.day
+    identity = sys.modules[f"{pack.__name__}.nodes.host.identity"]
+    assert origin.sample == identity.weights_sample(model)
