@@ -360,3 +360,32 @@ def test_a_placement_that_makes_no_sense_is_refused(wrong, message):
     Placement(**right)
     with pytest.raises(ValueError, match=message):
         Placement(**{**right, **wrong})
+
+
+def test_regions_are_not_folded_from_other_rows(unet, randn):
+    """Another patch has merged rows behind ours: which are a region's, nobody can say."""
+    store, batch = {}, inputs(randn)
+    with torch.no_grad():
+        unet(*batch, transformer_options=options(foundation_patches(store)))
+        placement = Placement(random_delta(randn), NAMES, (3,), region=torch.ones(4, 4))
+        patches = customised_patches(store, on_conditional([placement]))
+        merge = [lambda n, extra_options: n[: len(n) // 2]]
+        patches = {**patches, "attn2_output_patch": [*merge, *patches["attn2_output_patch"]]}
+        with pytest.raises(RuntimeError, match=r"layer input\.1\.0 has 2 rows where 4 went in"):
+            unet(*batch, transformer_options=options(patches))
+
+
+def test_owners_say_whose_the_rows_are(unet, randn):
+    """Rows of two owners in turns: the queries are found by owner, and the residual is in one's alone."""
+    x, t, context = inputs(randn, rows=4)
+    store, placement = {}, Placement(random_delta(randn), NAMES, (3,))
+
+    def whose(order):
+        return lambda extra_options, rows: order
+
+    with torch.no_grad():
+        plain = unet(x, t, context, transformer_options=options(foundation_patches(store, whose("abcd"))))
+        patches = customised_patches(store, lambda _, owner: [placement] if owner in "ac" else [], whose("dcba"))
+        moved = unet(x.flip(0), t, context.flip(0), transformer_options=options(patches)).flip(0)
+    for row, is_moved in enumerate((True, False, True, False)):
+        assert torch.allclose(moved[row], plain[row], atol=1e-4) is not is_moved

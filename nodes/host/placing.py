@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -66,7 +66,36 @@ def noun_spans(clip: CLIP, text: str, noun: str, pseudo_words: int = 0) -> list[
 
 def encode_prompt(clip: CLIP, text: str, concepts: Sequence[PlacedConcept]) -> list:
     """A CONDITIONING of the prompt that carries these concepts."""
-    return carrying(clip.encode_from_tokens_scheduled(clip.tokenize(text)), concepts)
+    tokens = clip.tokenize(text)
+    conditioning = clip.encode_from_tokens_scheduled(tokens)
+    times = _rows_of_token(tokens, conditioning) if concepts else 1
+    return carrying(conditioning, [_with_rows_of_token(concept, times) for concept in concepts])
+
+
+def _rows_of_token(tokens: dict, conditioning: list) -> int:
+    """How many rows of its context a CLIP makes of a token: packs that part keys from values have two."""
+    count = min(sum(map(len, chunks)) for chunks in tokens.values())
+    times, rest = divmod(conditioning[0][0].shape[1], count)
+    if rest or not times:
+        raise UnsupportedModelError(
+            f"the clip makes {conditioning[0][0].shape[1]} rows of {count} tokens, so that nobody can tell which are "
+            "the noun's: connect a clip without the pack that changes its encoding"
+        )
+    return times
+
+
+def _at_rows_of_token(span: Span, times: int) -> Span:
+    return tuple(times * row + part for row in span for part in range(times))
+
+
+def _with_rows_of_token(concept: PlacedConcept, times: int) -> PlacedConcept:
+    """A concept at all rows of its tokens: only values are moved, and a pack takes those of its value rows."""
+    if times == 1:
+        return concept
+    placement = concept.placement
+    delta = placement.delta.repeat_interleave(times, 1) if placement.delta.shape[1] > 1 else placement.delta
+    rows = _at_rows_of_token(placement.rows, times)
+    return replace(concept, placement=replace(placement, delta=delta, rows=rows))
 
 
 def carrying(conditioning: list, concepts: Sequence[PlacedConcept]) -> list:
@@ -92,6 +121,8 @@ def placed_in(clip: CLIP, text: str, conditioning: list, concepts: Sequence[Plac
             f"conditioning is not of the prompt in text, {text!r}: nouns stand elsewhere in it.{lengths} Encode this "
             "text with the same clip and connect that, or leave conditioning unconnected"
         )
+    times = _rows_of_token(clip.tokenize(text), own)
+    concepts = [_with_rows_of_token(concept, times) for concept in concepts]
     return [carrying([entry], concepts)[0] if fit else entry for entry, fit in zip(conditioning, fits, strict=True)]
 
 
@@ -113,7 +144,10 @@ def encode_training_prompts(clip: CLIP, noun: str, layers: Sequence[Layer]) -> t
         raise NounError(f"noun={noun!r} is not found in the prompt {prompts[0]!r}: give a plain word, without brackets")
     conditionings = [encode_prompt(clip, prompt, ()) for prompt in prompts]
     check_context_width(conditionings[0][0][0].shape[-1], layers)
-    return conditionings, [places[-1] for places in spans]  # the last: the noun may be "photo"
+    times = _rows_of_token(clip.tokenize(prompts[0]), conditionings[0])
+    return conditionings, [
+        _at_rows_of_token(places[-1], times) for places in spans
+    ]  # the last: the noun may be "photo"
 
 
 @dataclass(frozen=True)

@@ -143,9 +143,11 @@ def _evaluate_stream(executor, model, conds, x, sigma, model_options, *args, **k
     if stream is None:
         return executor(model, conds, x, sigma, model_options, *args, **kwargs)
 
-    def evaluate(evaluation: Evaluation, patches: Patches, options: dict = model_options) -> list[Tensor]:
+    def evaluate(evaluation: Evaluation, patches: Patches, apart: Callable = lambda value: value) -> list[Tensor]:
+        own = copy.copy(executor)
+        own.wrappers, options = apart(executor.wrappers), evaluation.options(apart(model_options), patches)
         with _uncompiled():
-            return executor(model, evaluation.conds, x, sigma, evaluation.options(options, patches), *args, **kwargs)
+            return own(model, evaluation.conds, x, sigma, options, *args, **kwargs)
 
     return stream(evaluate, model, conds, x, float(sigma.flatten()[0]), model_options)
 
@@ -163,8 +165,8 @@ class _Streams:
     def asking_foundation(self, ask: Callable) -> Callable:
         """F, sampled in step: has its evaluations done by whoever answers."""
 
-        def stream(evaluate, model, conds, x, sigma, options):
-            return ask(lambda: self._foundation(evaluate, conds, x, options))
+        def stream(evaluate, model, conds, x, *_):
+            return ask(lambda: self._foundation(evaluate, conds, x))
 
         return stream
 
@@ -179,12 +181,12 @@ class _Streams:
 
     def evaluate_both(self, evaluate, model, conds, x, sigma, options):
         """C on a shared latent: F looks at it first."""
-        self._foundation(evaluate, conds, x, self._apart(options))
+        self._foundation(lambda *given: evaluate(*given, apart=self._apart), conds, x)
         return self._customised(evaluate, model, conds, x, sigma, options)
 
-    def _foundation(self, evaluate, conds, x, options):
+    def _foundation(self, evaluate, conds, x):
         evaluation = Evaluation(conds, len(x), CONDRegular)
-        predicted = evaluate(evaluation, foundation_patches(self._queries, owners), options)
+        predicted = evaluate(evaluation, foundation_patches(self._queries, owners))
         self._turns = evaluation.turns
         return predicted
 
@@ -201,7 +203,7 @@ class _Streams:
             return found
 
         evaluation = Evaluation(customised(conds), len(x), CONDRegular)
-        predicted = evaluate(evaluation, customised_patches(self._queries, placements_for, owners), options)
+        predicted = evaluate(evaluation, customised_patches(self._queries, placements_for, owners))
         check_turns(self._turns, evaluation.turns, options)
         return predicted
 
@@ -318,10 +320,13 @@ def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None])
 
 
 def _with_stream(extra_args: dict, stream: Callable) -> dict:
-    """A sampler's arguments with which its evaluations are this stream's."""
+    """A sampler's arguments with which its evaluations are this stream's, and other packs' wrappers are within them."""
     options = extra_args["model_options"]
-    transformer_options = {**options.get("transformer_options", {}), KEY: stream}
-    return {**extra_args, "model_options": {**options, "transformer_options": transformer_options}}
+    inner, kind = options.get("transformer_options", {}), WrappersMP.CALC_COND_BATCH
+    wrappers = inner.get("wrappers", {})
+    first = {KEY: [_evaluate_stream], **{key: group for key, group in wrappers.get(kind, {}).items() if key != KEY}}
+    inner = {**inner, KEY: stream, "wrappers": {**wrappers, kind: first}}
+    return {**extra_args, "model_options": {**options, "transformer_options": inner}}
 
 
 def _remembering_apart(executor: Any, guider: Any, extra_args: dict) -> tuple[Any, Any, dict]:

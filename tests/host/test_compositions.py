@@ -343,3 +343,39 @@ def test_compiled_runs_do_not_meet(infused, order, ours_first):
             torch.testing.assert_close(infused.run(plain_model, infused.positive), uncompiled)
         else:
             assert torch.equal(infused.run(model, positive), expected)
+
+
+@pytest.mark.parametrize("couple", [False, True], ids=["alone", "with AttentionCouple"])
+def test_a_clip_that_makes_two_rows_of_a_token(infused, pack, couple):
+    """CLIP NegPip has a key's row and a value's row for each; the noun's value moves, and nothing else."""
+    packs.load("ComfyUI-ppm")
+    kind = import_module("other_pack_ComfyUI_ppm.src.nodes_ppm.clip_negpip").CLIPNegPip
+    model, clip = kind.execute(model=infused.model, clip=infused.clip).args
+    own = type(infused)(pack, model, clip)
+    if couple:
+        own.model = attention_couple(STAR)(own, model)
+    assert own.positive[0][0].shape[1] == 2 * infused.positive[0][0].shape[1]
+    own.assert_node_exact(batch=2)
+    patched, positive = own.patch(own.residual())
+    looked_at, seen = watched(infused, patched)
+    own.run(looked_at, positive)
+    assert {call for call in seen.calls if len(call) > 1} == {(PROMPT, NOUN_ROW)}
+    layers = pack.nodes.host.encoding.model_layers(model)
+    _, spans = pack.nodes.host.placing.encode_training_prompts(clip, "ball", layers)
+    assert all(len(span) == 2 and span[0] % 2 == 0 for span in spans)
+
+
+@pytest.mark.parametrize(
+    "composition",
+    [line for line in COMPOSITIONS if line.options.get("steps", 2) > 2 or line.options.get("batch") == 2],
+    ids=lambda line: line.name,
+)
+def test_a_composition_on_a_shared_latent(infused, composition):
+    """There F is evaluated on the way, and leaves nothing behind that a plain run would not."""
+    plain = infused.run(composition.build(infused, infused.model), infused.positive, **composition.options)
+    model, positive = composed(infused, composition, False, strength=0.0, stream="shared latent")
+    assert torch.equal(infused.run(model, positive, **composition.options), plain)
+    model, positive = composed(infused, composition, True, stream="shared latent")
+    looked_at, seen = watched(infused, model)
+    assert not torch.equal(infused.run(looked_at, positive, **composition.options), plain)
+    assert {call for call in seen.calls if len(call) > 1} == {(PROMPT, NOUN_ROW)}
