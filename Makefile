@@ -2,7 +2,7 @@
 # make bench  set up, then measure again what README and docs claim: benchmarks/results; SETTING=full for more
 # make test   set up, then run every test: the kernel's once, tests/host against every ComfyUI found (tools/hosts.py),
 #             each in an environment of its own beside it; FAST=1 leaves out what is marked slow
-# make fuzz   set up, then mutate files of every kind, and prompts in every ComfyUI found; FILES=20000
+# make fuzz   set up, then mutate files of every kind, and prompts and workflows in every ComfyUI found; FILES=20000
 # make kills  set up, then kill 20 servers in the middle of trainings in every ComfyUI found, and go on bit for bit
 # make soak   set up, then watch every ComfyUI found at 1,000 prompts, some of them interrupted
 VENV ?= .venv

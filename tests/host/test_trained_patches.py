@@ -154,6 +154,21 @@ def test_a_bypass_lora_takes_part_as_the_patched_one_does(train, checkpointing):
     assert apart(found, train(patched)) < 0.01 * apart(found, train(tiny.model()))
 
 
+@needs_bypass
+def test_a_bypass_lora_on_the_text_encoder_takes_part_too(train, request, clip):
+    def text_lora():
+        generator, name = torch.Generator().manual_seed(5), "lora_te_text_model_encoder_layers_0_self_attn_v_proj"
+        down, up = (0.3 * torch.randn(4, 64, generator=generator), 0.3 * torch.randn(64, 4, generator=generator))
+        return {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.alpha": torch.tensor(4.0)}
+
+    with torch.inference_mode():
+        tensors = {name: value.clone() for name, value in text_lora().items()}
+        around = comfy.sd.load_bypass_lora_for_models(None, tiny.clip(), tensors, 0.0, 0.7)[1]
+        within = comfy.sd.load_lora_for_models(None, tiny.clip(), text_lora(), 0.0, 0.7)[1]
+    found = train(tiny.model(), clip=around)
+    assert apart(found, train(tiny.model(), clip=within)) < 0.01 * apart(found, train(tiny.model(), clip=clip))
+
+
 # What is left out, and said
 
 
