@@ -81,3 +81,19 @@ def test_mismatched_lists_and_pictures_that_are_not_toyboxs(folders, capsys):
     Image.new("RGB", (120, 80), "red").save(folders / "images" / "0.png")
     assert score(folders, "--prompt", "a ball") == 1
     assert "pictures of 120x80 pixels" in capsys.readouterr().err
+
+
+def test_masks_that_are_the_wrong_way_round_are_asked_about(folders, capsys):
+    path = folders / "images-masks" / "1.png"
+    Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    assert score(folders, "--prompt", "a ball", *with_masks(folders)) == 1
+    said = capsys.readouterr().err
+    assert "1.png is white all around and black inside, so it seems to be inverted" in said and "Invert it" in said
+
+
+def test_what_macos_leaves_beside_pictures_stops_nothing(folders, capsys):
+    (folders / "images" / "._0.png").write_bytes(b"\0\5\x16\7")
+    assert score(folders, "--prompt", "a ball") == 0
+    (folders / "images" / "IMG_1.CR2").write_bytes(b"II*")
+    assert score(folders, "--prompt", "a ball") == 1
+    assert "cannot be read: IMG_1.CR2. Save them as PNG or JPEG" in capsys.readouterr().err
