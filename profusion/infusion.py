@@ -171,8 +171,8 @@ class Placement:
             once = self.context_length or length
             if length % once:
                 raise UnsupportedModelError(
-                    f"attention sees {length} rows of text and the prompt has {once}, so that nobody can tell where its "
-                    "noun is: remove the node that adds rows to the prompt while it is sampled"
+                    f"attention sees {length} rows of text and the prompt has {once}, so that nobody can tell where "
+                    "its noun is: remove the node that adds rows to the prompt while it is sampled"
                 )
             starts = range(0, length, once)
             rows = [start + row for start in starts for row in self.rows]
