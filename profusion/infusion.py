@@ -168,7 +168,13 @@ class Placement:
         length = value.shape[-2]
         key = length, value.device
         if key not in self._kept:
-            starts = range(0, length, self.context_length or length)
+            once = self.context_length or length
+            if length % once:
+                raise UnsupportedModelError(
+                    f"attention sees {length} rows of text and the prompt has {once}, so that nobody can tell where "
+                    "its noun is: remove the node that adds rows to the prompt while it is sampled"
+                )
+            starts = range(0, length, once)
             rows = [start + row for start in starts for row in self.rows]
             with torch.inference_mode(False):  # autograd keeps it, and keeps no inference tensors
                 self._kept[key] = torch.tensor(rows, device=value.device)

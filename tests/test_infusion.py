@@ -113,6 +113,12 @@ def test_a_repeated_prompt_has_its_noun_repeated():
     assert torch.equal(placement.add_to(torch.zeros(1, 12, 3), "input.1.0"), torch.zeros(1, 12, 3))
 
 
+def test_rows_that_are_no_repeats_of_the_prompt_are_refused():
+    placement = Placement(torch.ones(1, 1, 3), ("middle.0.0",), rows=(1,), context_length=4)
+    with pytest.raises(infusion.UnsupportedModelError, match="sees 10 rows of text and the prompt has 4"):
+        placement.add_to(torch.zeros(1, 10, 3), "middle.0.0")
+
+
 def test_what_a_run_adds_is_made_once(unet, randn, monkeypatch):
     """No layer waits for the device a second time: neither for the noun's rows nor for a region's weights."""
     made = []

@@ -104,13 +104,19 @@ class Studio:
             return node.execute(self.model if model is None else model, **arguments).args[0]["samples"]
 
     def watched(self, seen):
-        """The model, noting each evaluation's (sigma, stage, contexts by cond_or_uncond)."""
+        """The model, noting each evaluation's (sigma, stage, contexts): 0 the first term, 1 the negative, 2 the text.
+
+        Packs see both terms as 0, positive; the host has the last of its conditionings come first in a batch.
+        """
         model, stage = self.model.clone(), self.modules["nodes.host.fusion"].STAGE
 
         def wrapper(apply_model, arguments):
             options, which = arguments["c"]["transformer_options"], arguments["cond_or_uncond"]
-            contexts = arguments["c"]["c_crossattn"].chunk(len(which))
-            seen.append((float(arguments["timestep"][0]), options.get(stage), dict(zip(which, contexts, strict=True))))
+            assert set(which) <= {0, 1}
+            contexts = {}
+            for kind, context in zip(which[::-1], arguments["c"]["c_crossattn"].chunk(len(which))[::-1], strict=True):
+                contexts[2 if kind in contexts else kind] = context
+            seen.append((float(arguments["timestep"][0]), options.get(stage), contexts))
             return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
 
         model.set_model_unet_function_wrapper(wrapper)
