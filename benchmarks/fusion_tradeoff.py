@@ -123,7 +123,8 @@ def judged(
 
 
 def markdown(figures: dict[str, dict]) -> str:
-    """The table, numbered as in the chart."""
+    """The table, numbered as in the chart. Without times where none were taken."""
+    timed = all("times_plain" in one for one in figures.values())
     rows = []
     for number, (name, one) in enumerate(figures.items(), start=1):
         less = one["more_than_full"]
@@ -132,7 +133,7 @@ def markdown(figures: dict[str, dict]) -> str:
                 number,
                 name,
                 f"{one['rows_a_step']:.2f}",
-                f"{one.get('times_plain', float('nan')):.2f}",
+                *([f"{one['times_plain']:.2f}"] if timed else []),
                 plus_minus(one["concept"]),
                 percent(one["noun"]),
                 percent(one["text"]),
@@ -144,7 +145,7 @@ def markdown(figures: dict[str, dict]) -> str:
         "",
         "scheme",
         "UNet rows a step",
-        "time over plain guidance",
+        *(["time over plain guidance"] if timed else []),
         "likeness",
         "noun",
         "text",
