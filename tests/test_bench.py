@@ -91,7 +91,7 @@ def test_a_part_runs_once_and_its_files_are_copied(tmp_path, monkeypatch):
     part = run.Part("bytes", ("benchmarks.residual_bytes",))
     part.run("quick", work, out, said.append)
     assert {path.name for path in out.iterdir()} == {"bytes.json", "bytes.md"}
-    assert "| Toybox | 10 of width 128 | 1.5 KB |" in (out / "bytes.md").read_text()
+    assert "| Toybox | 10 of width 128 | 1.9 KB |" in (out / "bytes.md").read_text()
     ran = len(said)
     (work / "bytes.png").write_text("picture")
     part.run("quick", work, out, said.append)
