@@ -12,7 +12,7 @@ from ..profusion.prompt import OCCURRENCES
 from . import inputs
 from .host.display import warn_under
 from .host.encoding import check_connected, model_layers
-from .host.identity import other_base
+from .host.identity import other_bases
 from .host.placing import MORE_CONCEPTS, ConceptInput, encode_prompt, place_concepts, placed_in
 from .host.streams import add_streams
 from .host.words import WORD
@@ -158,9 +158,9 @@ class InfusionAttentionPatch(io.ComfyNode):
         )
         check_context_width(conditioning[0][0].shape[-1], layers)
         warn = warn_under(cls)
-        others = [other_base(concept.residual, model) for concept in concepts]
-        if any(others):
-            warn("\n".join(text for text in others if text))
+        others = other_bases([concept.residual for concept in concepts], model)
+        if others:
+            warn("\n".join(others))
         patched = add_streams(model, layers, stream == SHARED_LATENT, on_plain=lambda: warn(NO_CONCEPT))
         return io.NodeOutput(patched, conditioning)
 

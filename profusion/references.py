@@ -208,14 +208,20 @@ def _brought(one: Shown, height: int, width: int) -> Shown:
     high, wide = _size(one)
     if (high, wide) == (height, width):
         return one
-    scale = min(high / height, wide / width)
-    tall, broad = (max(1, min(whole, round(side * scale))) for whole, side in ((high, height), (wide, width)))
+    tall, broad = largest_window((high, wide), (height, width))
     top, left = _corner(one.weight, tall, broad)
     colours, weight = (part[top : top + tall, left : left + broad] for part in one)
     if (tall, broad) == (height, width):
         return Shown(colours, weight)
     smooth = smoothly_resized(weight[None, None], (height, width))[0, 0]
     return Shown(_resized(colours, height, width), _whitened(smooth))
+
+
+def largest_window(size: Sequence[int], proportions: Sequence[int]) -> tuple[int, int]:
+    """The largest window of these proportions in something of this size; all are (height, width)."""
+    scale = min(whole / side for whole, side in zip(size, proportions, strict=True))
+    tall, broad = (max(1, min(whole, round(side * scale))) for whole, side in zip(size, proportions, strict=True))
+    return tall, broad
 
 
 def _corner(weight: Tensor, tall: int, broad: int) -> tuple[int, int]:

@@ -161,6 +161,9 @@ class TrainedModel:
         warn: Callable[[str], None] | None = None,
     ):
         self.model = resident(model) if gradients else model
+        self._patched = bool(
+            names_on(self.model)
+        )  # asked for at every evaluation, and by each part that is computed twice
         self._beside, self._memory, self._gradients = list(beside), memory, gradients
         self._checkpointing, self._learning = checkpointing, list(learning)
         self.sigmas = noise_levels(model)
@@ -281,7 +284,7 @@ class TrainedModel:
 
     def _savable(self) -> AbstractContextManager:
         """What hangs on a model may hold weights of its own."""
-        return SavableWeights() if names_on(self.model) else nullcontext()
+        return SavableWeights() if self._patched else nullcontext()
 
     def _computed_twice(self, network: nn.Module) -> AbstractContextManager:
         wholes = (network, *self._learning) if self._checkpointing else ()

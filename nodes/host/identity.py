@@ -121,11 +121,17 @@ def weights_sample(patcher: ModelPatcher) -> str:
         return ""
 
 
-def other_base(residual: Residual, patcher: ModelPatcher) -> str | None:
-    """A warning where a residual was trained on other weights of the model's architecture; None where it was on these,
-    or nobody can tell."""
+def other_bases(residuals: Sequence[Residual], patcher: ModelPatcher) -> list[str]:
+    """A warning for each residual that was trained on other weights of the model's architecture; none for those that
+    were on these, or of which nobody can tell."""
+    told = [residual for residual in residuals if residual.origin is not None and residual.origin.sample]
+    sample = weights_sample(patcher) if told else ""
+    return [text for residual in told if (text := _other_base(residual, sample)) is not None]
+
+
+def _other_base(residual: Residual, sample: str) -> str | None:
     origin = residual.origin
-    apart = None if origin is None else distance(origin.sample, weights_sample(patcher))
+    apart = distance(origin.sample, sample)
     if apart is None or apart <= _ROUNDED:
         return None
     base = f"{origin.base} ({origin.base_hash})" if origin.base_hash else origin.base or "another model"

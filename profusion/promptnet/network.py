@@ -30,7 +30,7 @@ from ..infusion import name_of_unet
 from ..models.configs import MAX_WIDTH, SD15, SD21, SDXL, UNetConfig, check_bounds
 from ..models.unet import UNetEncoder
 from ..problems import Explained
-from ..references import NATIVE
+from ..references import NATIVE, largest_window
 
 SECOND_LATENTS = ("none", "noisy", "reference")
 # The timesteps at which a run's S*, and the context with it, are made; see `interpolated`.
@@ -269,8 +269,7 @@ def in_cells(noisy: Tensor, cells: Sequence[int]) -> Tensor:
     (high, wide), (height, width) = noisy.shape[-2:], cells
     if (high, wide) == (height, width):
         return noisy
-    scale = min(high / height, wide / width)
-    tall, broad = (max(1, min(whole, round(side * scale))) for whole, side in ((high, height), (wide, width)))
+    tall, broad = largest_window((high, wide), (height, width))
     cropped = noisy.narrow(-2, (high - tall) // 2, tall).narrow(-1, (wide - broad) // 2, broad)
     return F.interpolate(cropped, size=(height, width), mode="nearest-exact")
 

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -113,6 +114,17 @@ class Server:
             assert self.process.poll() is None, self.tail()
             time.sleep(0.5)
         raise AssertionError(f"not finished in {seconds} seconds\n{self.tail()}")
+
+
+@contextmanager
+def running(*args, **given):
+    """A `Server` that answers, until it is no longer needed."""
+    server = Server(*args, **given)
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.stop()
 
 
 def to_prompt(workflow: dict, object_info: dict) -> dict:

@@ -65,13 +65,14 @@ def test_the_weights_are_known_again_without_their_patches_and_others_are_told(i
     infused.run(patched, infused.positive, steps=1)  # the patches are in the weights now
     assert identity.weights_sample(patched) == sample
     told = replace(infused.residual(), origin=origin_of("base.ckpt", "0123456789", sample))
-    assert identity.other_base(told, infused.model) is None
-    assert identity.other_base(infused.residual(), infused.model) is None  # nobody knows
+    assert identity.other_bases([told], infused.model) == []
+    assert identity.other_bases([infused.residual()], infused.model) == []  # nobody knows
     tuned = tiny.model()
     with torch.no_grad():
         for weight in tuned.model.diffusion_model.parameters():
             weight += 0.2 * weight.std() * torch.randn(weight.shape, generator=generator)
-    assert "was trained on base.ckpt (0123456789). This model" in identity.other_base(told, tuned)
+    (warning,) = identity.other_bases([told, infused.residual()], tuned)
+    assert "was trained on base.ckpt (0123456789). This model" in warning
 
 
 @pytest.mark.parametrize("weights", ["the same", "others"])

@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("comfy.samplers", reason="no ComfyUI found: no workflows are mutated")
 
 from conftest import HOST
-from live import REPOSITORY, Server, to_prompt
+from live import REPOSITORY, running, to_prompt
 
 from profusion.problems import printable
 from tools.fuzz import workflows
@@ -34,12 +34,8 @@ NONE_OF_OURS = ("TypeError", "AttributeError", "KeyError", "IndexError", "Assert
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    server = Server(HOST, tmp_path_factory.mktemp("mutated"))
-    try:
-        server.wait()
+    with running(HOST, tmp_path_factory.mktemp("mutated")) as server:
         yield server
-    finally:
-        server.stop()
 
 
 def shortened(prompt):

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("comfy.samplers", reason="no ComfyUI found: the workflows are not run")
 
 from conftest import HOST
-from live import REPOSITORY, Server, to_prompt
+from live import REPOSITORY, running, to_prompt
 from PIL import Image
 
 pytestmark = pytest.mark.xdist_group("workflows")  # one server for all
@@ -25,12 +25,8 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    server = Server(HOST, tmp_path_factory.mktemp("comfy"))
-    try:
-        server.wait()
+    with running(HOST, tmp_path_factory.mktemp("comfy")) as server:
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="module")
