@@ -18,9 +18,11 @@ FLAGS = (
     "--disable-sync",
     "--window-size=3600,2200",
 )
+# A page loads a graph of its own when it starts, the last one that was open: any that is loaded before it is lost.
 READY = """
-return !!(window.app && window.app.graph && window.LiteGraph
-  && window.LiteGraph.registered_node_types['ProFusion_ToyboxLoader']);
+const {app, LiteGraph} = window;
+return !!(app && app.graph && LiteGraph && LiteGraph.registered_node_types['ProFusion_ToyboxLoader']
+  && app.extensionManager && app.extensionManager.workflow && app.extensionManager.workflow.activeWorkflow);
 """
 
 

@@ -106,24 +106,18 @@ def test_after_a_run_its_nodes_stand_apart_and_show_what_they_say(path, browser,
     for node in workflow["nodes"]:
         _shorten(node, object_info)
     speaking = {node["type"] for node in workflow["nodes"]} & set(PICTURES)
+    types = sorted(node["type"] for node in workflow["nodes"])
     cached = {kind for kind in speaking if object_info[kind]["output_node"]}  # the host passes over others
-
-    def opened(nodes_2):
-        open_page(browser, server, **{NODES_2: nodes_2})
-        browser.execute_async_script(LOAD, json.dumps(workflow))
 
     try:
         for nodes_2, run, expected in ((False, _run_anew, speaking), (True, _run, cached)):
-            opened(nodes_2)
+            open_page(browser, server, **{NODES_2: nodes_2})
+            browser.execute_async_script(LOAD, json.dumps(workflow))
             if nodes_2 and not _has_nodes_2(browser, workflow):
                 continue
             run(browser, server)
-            if _not_shown(browser, expected, seconds=60):
-                # Now and then nodes of the newer frontend stay without pictures; why is not known.
-                opened(nodes_2)
-                run(browser, server)
-                missing = _not_shown(browser, expected, seconds=180)
-                assert not missing, f"nothing is shown by {sorted(missing)}"
+            assert _types(browser) == types, "the page has put another graph in its place"
+            _wait_until_shown(browser, expected)
             _no_two_overlap(browser.execute_script(BOXES))
     finally:
         open_page(browser, server, **{NODES_2: False})
@@ -190,16 +184,18 @@ def _run_anew(browser, server):
     raise AssertionError(f"the host had kept {sorted(cached)}")
 
 
-def _not_shown(browser, kinds, seconds):
-    """Those of these nodes that show no picture by then: pictures are fetched, and nodes grow around them."""
+def _types(browser):
+    return sorted(kind for kind, _ in browser.execute_script(SHOWN))
+
+
+def _wait_until_shown(browser, kinds, seconds=180):
+    """Pictures are fetched, and nodes grow around them."""
     deadline = time.monotonic() + seconds
     while missing := kinds - {kind for kind, pictures in browser.execute_script(SHOWN) if pictures}:
-        if time.monotonic() > deadline:
-            return missing
+        assert time.monotonic() < deadline, f"nothing is shown by {sorted(missing)}"
         browser.execute_script(SHOW_ALL)
         time.sleep(1)
     time.sleep(1)
-    return missing
 
 
 def _no_two_overlap(boxes):
