@@ -86,7 +86,7 @@ def _begun(path: Path, options: TrainingOptions, say: Say) -> Residual | None:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One prompt's pictures, (B, 96, 96, 3) each: plain, Infusion's and ProFusion's from the same seeds, plain from
+    """One prompt's pictures, (B, SIZE, SIZE, 3) each: plain, Infusion's and ProFusion's from the same seeds, plain from
     others."""
 
     prompt: str
@@ -99,7 +99,8 @@ class Drawing:
 def draw(
     fused: FusedToybox, residual: Residual, picture: Tensor, prompt: str, seeds: Sequence[int], steps: int
 ) -> Drawing:
-    """prompt: with {} for the noun. ProFusion has not been trained on anything: it sees one picture (1, 96, 96, 3)."""
+    """prompt: with {} for the noun. ProFusion has not been trained on anything: it sees one picture (1, SIZE, SIZE,
+    3)."""
     toybox, text = fused.toybox, prompt.format(residual.noun)
     plain, customised = toybox.generate_customised(text, [residual], seeded(*seeds), steps, CUSTOMISED_GUIDANCE)
     others = seeded(*(seed + 1000 for seed in seeds))

@@ -16,6 +16,7 @@ import folder_paths
 import torch
 
 from ...profusion.toybox.configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE
+from ...profusion.toybox.drawing import SIZE
 from ...profusion.toybox.pipeline import WEIGHTS, load_network
 
 VISION_CONFIG = WEIGHTS / "clip_vision_config.json"  # the host reads the tower's sizes from such a file
@@ -93,7 +94,7 @@ def load_vae(folder: Path | None = None) -> comfy.sd.VAE:
     sizes = {
         "double_z": True,
         "z_channels": TOYBOX_VAE.latent_channels,
-        "resolution": 96,
+        "resolution": SIZE,
         "in_channels": 3,
         "out_ch": 3,
         "ch": TOYBOX_VAE.channels,

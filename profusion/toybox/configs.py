@@ -2,9 +2,10 @@
 
 from ..models.configs import TextConfig, UNetConfig, VAEConfig, VisionConfig
 from ..promptnet.network import PromptNetConfig
+from .drawing import SIZE
 
 TOYBOX = UNetConfig(64, (1, 2, 2), 1, (1, 1, 1), 1, 128, num_heads=4)
-TOYBOX_VAE = VAEConfig(64, (1, 1, 1, 2), 1)  # 32 channels would make its 32 groups instance norms, which lose colour
+TOYBOX_VAE = VAEConfig(64, (1, 1, 2, 2), 1)  # 32 channels would make its 32 groups instance norms, which lose colour
 TOYBOX_TEXT = TextConfig(128, 4, 4, 512)
-TOYBOX_VISION = VisionConfig(128, 4, 4, 512, image_size=96, patch_size=12, projection=128)
+TOYBOX_VISION = VisionConfig(128, 4, 4, 512, image_size=SIZE, patch_size=SIZE // 8, projection=128)
 TOYBOX_PROMPTNET = PromptNetConfig(TOYBOX, 128, (128,), tokens=4, grid=3, projection=32, holds_position=True)

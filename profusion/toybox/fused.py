@@ -28,7 +28,7 @@ FUSED_SHARE = 0.2
 FRESH_NOISE = 10_000  # seeds the fusion stage's noise, which must not be the noise that the picture starts from
 
 PredictStage = Callable[[Tensor, Tensor, Stage], Tensor]
-"""The guided noise of variance-preserving latents x (B, 4, 12, 12) at timesteps (B,), in a stage."""
+"""The guided noise of variance-preserving latents x (B, 4, CELLS, CELLS) at timesteps (B,), in a stage."""
 
 
 def first_levels(share: float, steps: int) -> FusionOptions:
@@ -63,15 +63,16 @@ class FusedToybox:
 
     @torch.no_grad()
     def words(self, pictures: Tensor, timesteps: Tensor) -> Tensor:
-        """S* of pictures (P, 96, 96, 3) of one thing, at timesteps (T,): (T, tokens, width), the mean over pictures."""
+        """S* of pictures (P, SIZE, SIZE, 3) of one thing, at timesteps (T,): (T, tokens, width), the mean over
+        pictures."""
         latents = self.toybox.vae.latents(pictures)
         tokens = self.toybox.vision(self.toybox.vision.preprocess(pictures))
         pairs = zip(latents.split(1), tokens.split(1), strict=True)
         return merged([self.promptnet.embed_all(latent, token, timesteps) for latent, token in pairs])
 
     def seed(self, pictures: Tensor, masks: Tensor, noun: str) -> Residual:
-        """A residual from which a training on these pictures (P, 96, 96, 3) of one thing, masks (P, 96, 96), may
-        start."""
+        """A residual from which a training on these pictures (P, SIZE, SIZE, 3) of one thing, masks (P, SIZE, SIZE),
+        may start."""
         word = self.words(pictures, torch.tensor(KNOTS)).mean(dim=0, keepdim=True)  # (1, tokens, width)
         plain = [prompt.format(noun) for prompt, _ in PROMPT_PAIRS]
         with torch.no_grad():
@@ -127,8 +128,8 @@ class FusedToybox:
         steps: int = STEPS,
         fresh: torch.Generator | None = None,
     ) -> Tensor:
-        """One latent for each generator, (B, 4, 12, 12). fresh: of the fusion stage's noise; needed where that has
-        steps."""
+        """One latent for each generator, (B, 4, CELLS, CELLS). fresh: of the fusion stage's noise; needed where that
+        has steps."""
         sigmas = sampling_sigmas(steps)
 
         fuse, settle = (eps_denoiser(partial(predict, stage=stage)) for stage in ("fusion", "refinement"))
@@ -150,8 +151,8 @@ class FusedToybox:
         steps: int = STEPS,
         fresh: torch.Generator | None = None,
     ) -> Tensor:
-        """One latent for each of `pictures` (each (P, 96, 96, 3), of one thing), its noun and its generator:
-        (B, 4, 12, 12).
+        """One latent for each of `pictures` (each (P, SIZE, SIZE, 3), of one thing), its noun and its generator: (B, 4,
+        CELLS, CELLS).
 
         prompt: with S* once. A noun stands for S* in the plain text, which is the second of guidance.weights if there
         are two. fresh: see `sample`.

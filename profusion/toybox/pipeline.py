@@ -23,13 +23,14 @@ from ..residual import Residual
 from ..residual.training import NOUN_PROMPTS, PredictWithPatches, Reference, ResidualTraining, TrainingOptions
 from ..streams import Evaluate, two_stream_denoiser
 from .configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE, TOYBOX_VISION
+from .drawing import SIZE
 
 if TYPE_CHECKING:
     from ..models.clip import TextModel, VisionModel
 
 WEIGHTS = Path(__file__).with_name("weights")
 NETWORKS = ("unet", "vae", "text", "vision")
-SIZE = 96  # pixels a side
+CELLS = SIZE // 8  # latent cells a side
 GUIDANCE = 4.0
 CUSTOMISED_GUIDANCE = 2.0  # a residual is amplified with the rest of the condition: what is right at 1 is garish at 4
 STEPS = 30
@@ -69,22 +70,26 @@ def load_network(network: str, folder: Path | None = None) -> dict[str, Tensor]:
     return state
 
 
+def save_network(network: str, module: nn.Module, folder: Path | None = None, tokens: Tensor | None = None) -> int:
+    """Write one network's file in fp16, where `load_network` finds it; of the text tower's table the rows of `tokens`
+    alone. Returns the bytes written."""
+    state = {name: value.detach().half().cpu().contiguous() for name, value in module.state_dict().items()}
+    if network == "text":
+        state[_TABLE] = state[_TABLE][tokens].contiguous()
+        state[_TOKENS] = tokens.to(torch.int32)
+    folder = folder or WEIGHTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"toybox_{network}.safetensors"
+    save_file(state, path, metadata={"format": "pt", "architecture": "Toybox", "network": network})
+    return path.stat().st_size
+
+
 def save_weights(
     folder: str | Path | None, *, unet: nn.Module, vae: nn.Module, text: nn.Module, vision: nn.Module, tokens: Tensor
 ) -> dict[str, int]:
-    """Write the four files in fp16; `tokens` are the ids whose embedding rows are kept. Returns bytes by network."""
-    folder = Path(folder or WEIGHTS)
-    folder.mkdir(parents=True, exist_ok=True)
-    sizes = {}
-    for network, module in zip(NETWORKS, (unet, vae, text, vision), strict=True):
-        state = {name: value.detach().half().contiguous() for name, value in module.state_dict().items()}
-        if network == "text":
-            state[_TABLE] = state[_TABLE][tokens].contiguous()
-            state[_TOKENS] = tokens.to(torch.int32)
-        path = folder / f"toybox_{network}.safetensors"
-        save_file(state, path, metadata={"format": "pt", "architecture": "Toybox", "network": network})
-        sizes[network] = path.stat().st_size
-    return sizes
+    """Write the four files. Returns bytes by network."""
+    networks, folder = dict(zip(NETWORKS, (unet, vae, text, vision), strict=True)), Path(folder or WEIGHTS)
+    return {name: save_network(name, module, folder, tokens) for name, module in networks.items()}
 
 
 @dataclass
@@ -107,14 +112,19 @@ class Toybox:
             network.eval().requires_grad_(False)
         return cls(*networks)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.unet.parameters()).device
+
     @torch.no_grad()
     def context(self, prompts: str | Sequence[str]) -> Tensor:
         """Prompts -> (B, 77, 128)."""
-        return self.text(tokenize([prompts] if isinstance(prompts, str) else list(prompts)))
+        return self.text(tokenize([prompts] if isinstance(prompts, str) else list(prompts)).to(self.device))
 
     def evaluator(self, context: Tensor, guidance: float = GUIDANCE) -> Evaluate:
-        """The UNet under classifier-free guidance as `evaluate(x, sigma, patches) -> denoised`; context
-        (B, 77, 128)."""
+        """The UNet under classifier-free guidance as `evaluate(x, sigma, patches) -> denoised`; context (B, 77,
+        128)."""
         both_contexts = torch.cat([context, self.context("").expand_as(context)])
 
         def evaluate(x: Tensor, sigma: Tensor, patches: Patches) -> Tensor:
@@ -138,10 +148,10 @@ class Toybox:
         guidance: float = GUIDANCE,
         callback: Callback | None = None,
     ) -> Tensor:
-        """One picture a prompt, each from its own generator -> latents (B, 4, 12, 12)."""
+        """One picture a prompt, each from its own CPU generator -> latents (B, 4, CELLS, CELLS)."""
         evaluate = self.evaluator(self.context(prompts), guidance)
-        noise = initial_noise(generators)
-        return sample_euler(lambda x, sigma: evaluate(x, sigma, {}), noise, sampling_sigmas(steps), callback)
+        noise, sigmas = initial_noise(generators).to(self.device), sampling_sigmas(steps).to(self.device)
+        return sample_euler(lambda x, sigma: evaluate(x, sigma, {}), noise, sigmas, callback)
 
     @torch.no_grad()
     def generate_customised(
@@ -155,7 +165,8 @@ class Toybox:
         shared_latent: bool = False,
         callback: Callback | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Both streams of a prompt, a picture a generator -> plain and customised latents, (B, 4, 12, 12) each."""
+        """Both streams of a prompt, a picture a generator -> plain and customised latents, (B, 4, CELLS, CELLS)
+        each."""
         placements = [
             Placement(item.delta, item.layers, noun_rows(prompt, item.noun), strength=strength) for item in residuals
         ]
@@ -221,7 +232,7 @@ def noun_rows(prompt: str, noun: str) -> tuple[int, ...]:
     return spans[-1]
 
 
-def initial_noise(generators: Sequence[torch.Generator], cells: int = SIZE // 8) -> Tensor:
+def initial_noise(generators: Sequence[torch.Generator], cells: int = CELLS) -> Tensor:
     """Unit noise (B, 4, cells, cells), each row from its own generator."""
     return torch.stack([torch.randn(4, cells, cells, generator=generator) for generator in generators])
 
