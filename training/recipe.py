@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-STAGES = ("draw", "vae", "judge", "decoder", "text", "unet", "vision", "export")
+STAGES = ("draw", "vae", "judge", "decoder", "text", "unet", "vision", "mmdit", "export")
 
 
 class RecipeError(ValueError):
@@ -23,9 +23,10 @@ class Recipe:
     decoder_steps: int = 2_500
     judge_scenes: int = 500
     judge_steps: int = 1_000
-    text_steps: int = 600
+    text_steps: int = 3_000
     unet_steps: int = 24_000
     vision_steps: int = 1_500
+    mmdit_steps: int = 16_000
     batch: int = 32
     sheet_every: int = 2_000
 
@@ -46,7 +47,7 @@ class Recipe:
             return
         begun = json.loads(path.read_text())
         for name, value in asdict(self).items():
-            if begun.get(name) != value:
+            if begun.get(name, value) != value:
                 raise RecipeError(
                     f"{work} was begun with {name}={begun.get(name)}, not {value}: go on with that, or take another "
                     "folder"
@@ -61,6 +62,7 @@ SECONDS_A_STEP = {
     "text": 0.15,
     "unet": 0.5,
     "vision": 0.25,
+    "mmdit": 0.4,
     "export": 5.0,
 }
 """On two cores of a CPU with bfloat16 instructions and nothing else to do: what the time left is estimated from."""

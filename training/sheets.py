@@ -9,10 +9,11 @@ from functools import cache
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from profusion.models.vae import VAE
 from profusion.toybox import world
+from profusion.toybox.joint import JointToybox
 from profusion.toybox.pipeline import Toybox, seeded
 
 from .session import Session
@@ -39,9 +40,8 @@ def through(vae: VAE, pictures: Tensor) -> Tensor:
     return torch.cat([vae.pictures(vae.latents(some.to(device))).cpu() for some in pictures.split(16)])
 
 
-def generated(unet: nn.Module, vae: VAE, text: nn.Module, scenes: tuple[world.Scene, ...], steps: int) -> Tensor:
+def generated(toybox: Toybox | JointToybox, scenes: tuple[world.Scene, ...], steps: int) -> Tensor:
     """A picture from each scene's full caption, (B, SIZE, SIZE, 3)."""
-    toybox = Toybox(unet, vae, text, None)
     prompts = [world.full_caption(scene).text for scene in scenes]
     return toybox.vae.pictures(toybox.generate(prompts, seeded(*range(len(prompts))), steps)).cpu()
 

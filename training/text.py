@@ -1,4 +1,4 @@
-"""The text tower alone, before it learns to draw: each noun's row must say what it stands for."""
+"""The text tower, before anything is drawn from it: each noun's row must say what it stands for."""
 
 from __future__ import annotations
 
@@ -98,9 +98,11 @@ def train_text(session: Session, data: DataSet) -> TextModel:
                 places.append(hidden[b, caption.background_words[-1] + 1])
                 answers.append(world.BACKGROUNDS.index(data.scenes[i].background))
         rows, targets = torch.stack(rows), session.put(torch.tensor(targets))
-        loss = sum(F.cross_entropy(head(rows).float(), targets[:, k]) for k, head in enumerate(heads))
+        said = [head(rows).float() for head in heads]
+        loss = sum(F.cross_entropy(logits, targets[:, k]) for k, logits in enumerate(said))
         loss = loss + F.cross_entropy(place(torch.stack(places)).float(), session.put(torch.tensor(answers)))
-        return loss, {}
+        right = torch.stack([logits.argmax(dim=1) == targets[:, k] for k, logits in enumerate(said)]).all(dim=0)
+        return loss, {"right": right.float().mean()}
 
     stage.run(loss_of)
     return text

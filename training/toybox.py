@@ -1,8 +1,8 @@
 """Train Toybox: `python -m training.toybox --work DIR`. Stop it at any moment and start it again; same seed, same
 weights.
 
-Stages: draw the world; the autoencoder; the judge; the decoder alone; the text tower alone; the UNet with the text
-tower; the image tower; export. After each, and while the UNet learns, DIR/sheets has pictures to look at.
+Stages: draw the world; the autoencoder; the judge; the decoder alone; the text tower; the UNet and the image tower; the
+joint-attention transformer. After each, and while they learn to draw, DIR/sheets has pictures to look at.
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from profusion.models.unet import UNet
 from profusion.models.vae import VAE
+from profusion.toybox.joint import JointToybox
 from profusion.toybox.judge import Judge
-from profusion.toybox.pipeline import load_network, save_network
+from profusion.toybox.pipeline import Toybox, load_network, save_network
 
 from .data import DataSet
 from .judge import train_judge
+from .mmdit import train_mmdit
 from .recipe import Recipe, RecipeError
 from .session import Session, Stopped
 from .sheets import generated, write_sheet
@@ -30,6 +32,8 @@ from .text import check_vocabulary, train_text, vocabulary, whole
 from .unet import train_unet
 from .vae import encode_all, new_vae, train_decoder, train_vae
 from .vision import train_vision, write_host_config
+
+NETWORKS = ("unet", "mmdit")
 
 
 def autoencoder(session: Session, data: DataSet, out: Path, given: Path | None) -> VAE:
@@ -48,11 +52,12 @@ def autoencoder(session: Session, data: DataSet, out: Path, given: Path | None) 
     return vae
 
 
-def train(session: Session, out: Path, given: Path | None = None) -> None:
-    """All stages, each from where it stopped. Every network goes to `out` once it is finished, the UNet and its text
-    tower to `out`/unfinished whenever they are looked at. Raises Stopped when the session is over.
+def train(session: Session, out: Path, given: Path | None = None, networks: Sequence[str] = NETWORKS) -> None:
+    """All stages, each from where it stopped. Every network goes to `out` once it is finished, and to `out`/unfinished
+    whenever it is looked at. Raises Stopped when the session is over.
 
-    given: a folder with a finished autoencoder and its judge, which are then not trained.
+    given: a folder with a finished autoencoder and its judge, which are then not trained. networks: those of NETWORKS
+    to train; as they do not need each other, two runs can share a folder and its earlier stages.
     """
     session.recipe.keep(session.work)
     check_vocabulary()
@@ -61,25 +66,35 @@ def train(session: Session, out: Path, given: Path | None = None) -> None:
     vae = autoencoder(session, data, out, given)
     text = train_text(session, data)
     latents = encode_all(session, vae, data)
-
-    def draw_with(unet: UNet) -> Callable:
-        return lambda scenes: generated(unet, vae, whole(text), scenes, session.sheet_steps)
-
-    def watch(step: int, unet: UNet) -> None:
-        write_sheet(session, f"4-unet-{step:05}", vae, draw_with(unet))
-        save_network("unet", unet, out / "unfinished")
-        save_network("text", whole(text), out / "unfinished", vocabulary())
-
-    unet = train_unet(session, data, latents, text, watch)
-    write_sheet(session, "5-unet", vae, draw_with(unet))
-    save_network("unet", unet, out)
-    vision = train_vision(session, data, text)
-    save_network("vision", vision, out)
-    write_host_config(out)
-    save_network("text", whole(text), out, vocabulary())
+    if "unet" in networks:
+        watched = _watched(session, "unet", "4-unet", vae, out, lambda unet: Toybox(unet, vae, whole(text), None))
+        watched(None, train_unet(session, data, latents, text, watched))
+        vision = train_vision(session, data, text)
+        save_network("vision", vision, out)
+        write_host_config(out)
+        save_network("text", whole(text), out, vocabulary())
+    if "mmdit" in networks:
+        watched = _watched(
+            session, "mmdit", "5-mmdit", vae, out, lambda network: JointToybox(network, vae, whole(text))
+        )
+        watched(None, train_mmdit(session, data, latents, text, watched))
     session.say(
         "export", 1, None, f"  {sum(path.stat().st_size for path in out.glob('*.safetensors')):,} bytes in {out}"
     )
+
+
+def _watched(session: Session, name: str, sheet: str, vae: VAE, out: Path, model: Callable) -> Callable:
+    """What to do with a network at a step, or (None) at its end: a sheet of what it draws, and its file."""
+
+    def watch(step: int | None, network: nn.Module) -> None:
+        drawing = network.training
+        network.eval()
+        shown = f"{sheet}-{'finished' if step is None else f'{step:05}'}"
+        write_sheet(session, shown, vae, lambda scenes: generated(model(network), scenes, session.sheet_steps))
+        save_network(name, network, out if step is None else out / "unfinished")
+        network.train(drawing)
+
+    return watch
 
 
 def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -89,6 +104,9 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
         "--out", type=Path, default=None, help="folder for the finished weights (default: WORK/weights)"
     )
     parser.add_argument("--vae", type=Path, default=None, help="folder with a finished autoencoder and judge to take")
+    parser.add_argument(
+        "--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="which of them to train (default: all)"
+    )
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, mps, ...")
     parser.add_argument("--minutes", type=float, default=None, help="stop after so many; start again to go on")
     parser.add_argument("--threads", type=int, default=None, help="of the CPU (default: torch's choice)")
@@ -120,7 +138,7 @@ def main(given: list[str] | None = None) -> None:
     try:
         session = Session(arguments.work, recipe_of(arguments), arguments.device, arguments.minutes)
         with session.signals():
-            train(session, arguments.out or session.work / "weights", arguments.vae)
+            train(session, arguments.out or session.work / "weights", arguments.vae, arguments.networks)
     except RecipeError as error:
         sys.exit(str(error))
     except Stopped as stopped:

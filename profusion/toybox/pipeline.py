@@ -117,10 +117,9 @@ class Toybox:
         """Where the networks are."""
         return next(self.unet.parameters()).device
 
-    @torch.no_grad()
     def context(self, prompts: str | Sequence[str]) -> Tensor:
         """Prompts -> (B, 77, 128)."""
-        return self.text(tokenize([prompts] if isinstance(prompts, str) else list(prompts)).to(self.device))
+        return encode_prompts(self.text, prompts)
 
     def evaluator(self, context: Tensor, guidance: float = GUIDANCE) -> Evaluate:
         """The UNet under classifier-free guidance as `evaluate(x, sigma, patches) -> denoised`; context (B, 77,
@@ -219,6 +218,13 @@ class Toybox:
         latents = self.vae.latents(pictures)
         weights = latent_masks(masks, latents.shape[-2:])
         return [Reference(latent, weight) for latent, weight in zip(latents, weights, strict=True)]
+
+
+@torch.no_grad()
+def encode_prompts(text: TextModel, prompts: str | Sequence[str]) -> Tensor:
+    """Prompts through the text tower, (B, 77, width), on its device."""
+    tokens = tokenize([prompts] if isinstance(prompts, str) else list(prompts))
+    return text(tokens.to(next(text.parameters()).device))
 
 
 def noun_rows(prompt: str, noun: str) -> tuple[int, ...]:
