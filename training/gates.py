@@ -1,7 +1,8 @@
-"""The gates that a Toybox must pass, in the order of its training: `python -m training.gates vae|base --weights DIR`.
+"""What a Toybox must pass, in the order of its training: `python -m training.gates vae|base|joint --weights DIR`.
 
 vae: what the autoencoder alone makes of scenes it has not seen. Nothing after it is worth training before it holds.
 base: whether captions are followed, and whether the noun's row carries its object, which Infusion stands on.
+joint: the same of the joint-attention network.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from benchmarks import toybox_attention, toybox_captions
 from profusion.models.vae import VAE
 from profusion.toybox import world
 from profusion.toybox.configs import TOYBOX_VAE
+from profusion.toybox.joint import JointToybox
 from profusion.toybox.judge import Judge
 from profusion.toybox.pipeline import GUIDANCE, Toybox, load_network
 from profusion.toybox.similarity import background_change, concept_similarity
@@ -122,23 +124,37 @@ def base_figures(toybox: Toybox, judge: Judge, count: int, seed: int = 0) -> Ite
             yield Figure(f"{prompts.name}, {STEPS} steps: {part}", rates[STEPS][part], bound)
             lost = rates[STEPS][part] - rates[FEW_STEPS][part]
             yield Figure(f"{prompts.name}, lost at {FEW_STEPS} steps: {part}", lost, 0.03, most=True)
-    yield from _noun_figures(toybox, judge, seed)
+    yield from _share_figures(toybox, seed, 0.5)
+    yield from _swap_figures(toybox, judge, seed)
 
 
 PAIR_BOUNDS = {"noun": 0.97, "color": 0.9}
 
 
-def _rates(toybox: Toybox, judge: Judge, prompts, steps: int, seed: int) -> dict[str, float]:
+def joint_figures(toybox: JointToybox, judge: Judge, count: int, seed: int = 0) -> Iterator[Figure]:
+    """The joint-attention network's gate, on `count` captions of single objects at 30 steps."""
+    singles = toybox_captions.unseen(count, seed)
+    rates = _rates(toybox, judge, singles, STEPS, seed)
+    for part, bound in {"noun": 0.95, "background": 0.95, "color": 0.85}.items():
+        yield Figure(f"{singles.name}, {STEPS} steps: {part}", rates[part], bound)
+    yield from _share_figures(toybox, seed, 0.25)
+
+
+def _rates(toybox: Toybox | JointToybox, judge: Judge, prompts, steps: int, seed: int) -> dict[str, float]:
     pictures = toybox_captions.generate(toybox, prompts, steps, GUIDANCE, 32, seed)
     found = toybox_captions.rates(toybox_captions.outcomes(judge, pictures, prompts.scenes))
     return {part: rate.share for part, rate in found.items()}
 
 
-def _noun_figures(toybox: Toybox, judge: Judge, seed: int) -> Iterator[Figure]:
-    """The noun's row: its share of the attention inside the object, and what moving its value alone does."""
+def _share_figures(toybox: Toybox | JointToybox, seed: int, bound: float) -> Iterator[Figure]:
+    """The noun's row: its share of the attention inside the object."""
     shares = toybox_attention.look_at_attention(toybox, 64, seed)
     for name, by_layer in shares.items():
-        yield Figure(f"noun's share inside, {name} captions", toybox_attention.noun_share(by_layer), 0.5)
+        yield Figure(f"noun's share inside, {name} captions", toybox_attention.noun_share(by_layer), bound)
+
+
+def _swap_figures(toybox: Toybox, judge: Judge, seed: int) -> Iterator[Figure]:
+    """The noun's row: what moving its value alone does."""
     pairs = toybox_attention.sample_pairs(12, seed)
     verdicts, _ = toybox_attention.swap_pairs(toybox, judge, pairs, 4, seed, STEPS, GUIDANCE)
     swap = verdicts["full", "own queries"]
@@ -160,7 +176,7 @@ def report(figures: Sequence[Figure], path: Path | None) -> bool:
 
 def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("gate", choices=("vae", "base"))
+    parser.add_argument("gate", choices=("vae", "base", "joint"))
     parser.add_argument("--weights", type=Path, default=None, help="folder with the weights (default: the shipped)")
     parser.add_argument("--count", type=int, default=None, help="scenes, or captions (default: 256, 512)")
     parser.add_argument("--seed", type=int, default=0)
@@ -172,6 +188,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[Figure]:
     judge = Judge.load(arguments.weights)
     if arguments.gate == "vae":
         return vae_figures(load_vae(arguments.weights), judge, arguments.count or 256, arguments.seed)
+    if arguments.gate == "joint":
+        return joint_figures(JointToybox.load(arguments.weights), judge, arguments.count or 512, arguments.seed)
     return base_figures(Toybox.load(arguments.weights), judge, arguments.count or 512, arguments.seed)
 
 

@@ -19,14 +19,14 @@ class Recipe:
 
     seed: int = 0
     pictures: int = 24_000
-    vae_steps: int = 12_000
-    decoder_steps: int = 2_500
+    vae_steps: int = 6_000
+    decoder_steps: int = 1_500
     judge_scenes: int = 500
     judge_steps: int = 1_000
     text_steps: int = 3_000
     unet_steps: int = 24_000
     vision_steps: int = 1_500
-    mmdit_steps: int = 16_000
+    mmdit_steps: int = 13_000
     batch: int = 32
     sheet_every: int = 2_000
 

@@ -15,10 +15,12 @@ from profusion.models.tokenizer import tokenize
 from profusion.toybox import world
 from profusion.toybox.configs import TOYBOX_VAE
 from profusion.toybox.drawing import SIZE
+from profusion.toybox.joint import JointToybox
 from profusion.toybox.judge import Judge
 from profusion.toybox.pipeline import CELLS, NETWORKS, WEIGHTS, Toybox, load_network, seeded
 from training import toybox as tool
 from training.data import Captions, DataSet
+from training.mmdit import sample_sigmas
 from training.recipe import STAGES, Recipe
 from training.session import Session, Stopped
 from training.text import check_vocabulary, compact, train_text, vocabulary, whole
@@ -34,10 +36,19 @@ TINY = Recipe(
     text_steps=2,
     unet_steps=4,
     vision_steps=2,
+    mmdit_steps=3,
     batch=2,
     sheet_every=2,
 )
-SHEETS = ["1-drawn", "2-vae", "3-decoder", "4-unet-00002", "5-unet"]
+SHEETS = [
+    "1-drawn",
+    "2-vae",
+    "3-decoder",
+    "4-unet-00002",
+    "4-unet-finished",
+    "5-mmdit-00002",
+    "5-mmdit-finished",
+]
 
 
 @dataclass
@@ -67,16 +78,17 @@ def trained(tmp_path_factory):
 @pytest.mark.slow
 def test_the_tool_trains_weights_that_load_and_draw(trained):
     toybox, judge = Toybox.load(trained / "weights"), Judge.load(trained / "weights")
-    latents = toybox.generate(["a photo of a red ball on grass"], seeded(0), steps=2)
-    assert latents.shape == (1, 4, CELLS, CELLS)
-    pictures = toybox.vae.pictures(latents)
-    assert pictures.shape == (1, SIZE, SIZE, 3) and judge.look(pictures).nouns[0] in world.NOUNS
+    for model in (toybox, JointToybox.load(trained / "weights")):
+        latents = model.generate(["a photo of a red ball on grass"], seeded(0), steps=2)
+        assert latents.shape == (1, 4, CELLS, CELLS)
+        pictures = model.vae.pictures(latents)
+        assert pictures.shape == (1, SIZE, SIZE, 3) and judge.look(pictures).nouns[0] in world.NOUNS
     known = toybox.text.text_model.embeddings.token_embedding.weight.any(dim=1)
     assert known.nonzero().flatten().tolist() == vocabulary().tolist()
-    networks = [f"toybox_{network}.safetensors" for network in (*NETWORKS, "judge")]
+    networks = [f"toybox_{network}.safetensors" for network in (*NETWORKS, "mmdit", "judge")]
     written = [path.name for path in sorted((trained / "weights").iterdir())]
     assert written == ["clip_vision_config.json", *sorted(networks), "unfinished"]
-    for network in ("unet", "text"):  # as they were when they were last looked at
+    for network in ("unet", "mmdit"):  # as they were when they were last looked at
         early, late = (
             load_network(network, folder) for folder in (trained / "weights/unfinished", trained / "weights")
         )
@@ -106,8 +118,8 @@ def test_the_image_towers_sizes_are_written_for_the_host(trained):
 def test_there_is_a_sheet_after_every_stage(trained):
     assert sorted(path.stem for path in (trained / "sheets").iterdir()) == SHEETS
     heights = [Image.open(trained / "sheets" / f"{name}.png").height for name in SHEETS]
-    assert heights == [SIZE, 2 * SIZE, 2 * SIZE, 3 * SIZE, 3 * SIZE]
-    drawn = np.asarray(Image.open(trained / "sheets" / "5-unet.png"))[:SIZE]
+    assert heights == [SIZE, 2 * SIZE, 2 * SIZE, *[3 * SIZE] * 4]
+    drawn = np.asarray(Image.open(trained / "sheets" / "4-unet-finished.png"))[:SIZE]
     assert (drawn == np.asarray(Image.open(trained / "sheets" / "1-drawn.png"))).all()
 
 
@@ -227,6 +239,21 @@ def test_timesteps_gather_where_shapes_are_decided():
     t = sample_timesteps(4000, torch.Generator().manual_seed(0))
     assert t.min() >= 0 and t.max() <= 999
     assert 0.5 < ((t > 400) & (t < 850)).float().mean() < 0.8 and (t < 100).float().mean() > 0.015
+
+
+def test_sigmas_gather_there_too():
+    sigma = sample_sigmas(4000, torch.Generator().manual_seed(0))
+    assert sigma.min() >= 0 and sigma.max() <= 1
+    assert 0.5 < ((sigma > 0.35) & (sigma < 0.85)).float().mean() < 0.8 and (sigma < 0.1).float().mean() > 0.02
+
+
+@pytest.mark.slow
+def test_the_transformer_learns_beside_the_unet_in_a_run_of_its_own(trained, tmp_path):
+    """Two runs share a folder: what one of them makes alone is what both make in turn."""
+    tool.train(session(tmp_path), tmp_path / "weights", networks=("mmdit",))
+    assert not list(tmp_path.glob("unet.*"))
+    alone, inturn = (load_network("mmdit", folder / "weights") for folder in (tmp_path, trained))
+    assert all(torch.equal(value, inturn[name]) for name, value in alone.items())
 
 
 def test_spliced_pictures_are_spliced_where_their_latents_are():
