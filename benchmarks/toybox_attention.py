@@ -131,7 +131,7 @@ def sample_pairs(count: int, seed: int) -> list[Pair]:
 
 @dataclass(frozen=True)
 class Swap:
-    """Pictures (B, 96, 96, 3) of one prompt and the same seeds: as it is, with the donor's
+    """Pictures (B, SIZE, SIZE, 3) of one prompt and the same seeds: as it is, with the donor's
     noun value, and from others."""
 
     plain: Tensor
