@@ -103,7 +103,7 @@ def _copied(linear: nn.Linear) -> nn.Linear:
 
 @dataclass(frozen=True)
 class Examples:
-    """Pictures of single objects: latents (N, 4, CELLS, CELLS), CLIP embeddings (N, 128), captions without attributes."""
+    """Of single objects: latents (N, 4, CELLS, CELLS), CLIP embeddings (N, 128), captions without attributes."""
 
     latents: Tensor
     embeddings: Tensor

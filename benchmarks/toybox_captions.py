@@ -75,7 +75,7 @@ def pairs(count: int, seed: int) -> Prompts:
 
 
 def outcomes(judge: Judge, pictures: Tensor, scenes: Sequence[world.Scene]) -> list[Outcome]:
-    """Judge a picture (B, SIZE, SIZE, 3) against the scene it was asked for. All scenes have the same number of objects."""
+    """Judge pictures (B, SIZE, SIZE, 3) against the scenes asked for, all of the same number of objects."""
     backgrounds = judge.backgrounds(pictures)
     found: list[Outcome] = [
         {"noun": [], "background": [said == scene.background], "color": [], "pattern": []}
