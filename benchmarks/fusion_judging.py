@@ -32,7 +32,7 @@ FUSION_PROMPTS = (*BACKGROUNDS, BESIDE_A_STAR)
 _BLUE = world.Appearance("plain", world.PALETTE["blue"], None, "blue")
 
 Draw = Callable[[str, Sequence[str], Sequence[Tensor], Sequence[torch.Generator], torch.Generator], Tensor]
-"""(prompt with S*, nouns, references (1, SIZE, SIZE, 3), the start's generators, fresh noise's generator) -> pictures."""
+"""(prompt with S*, nouns, references (1, SIZE, SIZE, 3), generators of the start, one of fresh noise) -> pictures."""
 
 
 @dataclass(frozen=True)
