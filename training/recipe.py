@@ -24,7 +24,7 @@ class Recipe:
     judge_scenes: int = 500
     judge_steps: int = 1_000
     text_steps: int = 3_000
-    unet_steps: int = 24_000
+    unet_steps: int = 16_000
     vision_steps: int = 1_500
     mmdit_steps: int = 13_000
     batch: int = 32
@@ -56,13 +56,13 @@ class Recipe:
 
 SECONDS_A_STEP = {
     "draw": 0.006,
-    "vae": 0.25,
+    "vae": 0.23,
     "decoder": 0.5,
     "judge": 0.35,
     "text": 0.15,
-    "unet": 0.5,
+    "unet": 0.4,
     "vision": 0.25,
-    "mmdit": 0.4,
+    "mmdit": 0.25,
     "export": 5.0,
 }
 """On two cores of a CPU with bfloat16 instructions and nothing else to do: what the time left is estimated from."""
