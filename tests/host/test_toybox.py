@@ -13,8 +13,9 @@ from profusion.models.tokenizer import tokenize
 from profusion.models.unet import UNet
 from profusion.models.vae import VAE
 from profusion.toybox.configs import TOYBOX, TOYBOX_MMDIT, TOYBOX_TEXT, TOYBOX_VAE, TOYBOX_VISION
+from profusion.toybox.drawing import SIZE
 from profusion.toybox.joint import JointToybox
-from profusion.toybox.pipeline import WEIGHTS, Toybox, save_network, save_weights
+from profusion.toybox.pipeline import CELLS, WEIGHTS, Toybox, save_network, save_weights
 from training.vision import write_host_config
 
 PROMPT = "a photo of a red and white striped ball by a brick wall"
@@ -70,7 +71,7 @@ def close(ours, theirs):
 @torch.no_grad()
 def test_unet(models, kernel, folder):
     model = models.load_model(folder).model
-    x, t, context = torch.randn(2, 4, 12, 12), torch.tensor([30, 900]), kernel.context([PROMPT, ""])
+    x, t, context = torch.randn(2, 4, CELLS, CELLS), torch.tensor([30, 900]), kernel.context([PROMPT, ""])
     close(kernel.unet(x, t, context), model.diffusion_model(x, t, context))
 
 
@@ -113,7 +114,7 @@ def test_vae(models, kernel, folder):
 @torch.no_grad()
 def test_image_tower(models, kernel, folder):
     vision = models.load_clip_vision(folder)
-    for size in (96, 130):
+    for size in (96, SIZE, 170):
         pictures = torch.rand(2, size, size + 20, 3)
         encoded = vision.encode_image(pictures)
         pixels = kernel.vision.preprocess(pictures)
@@ -161,10 +162,10 @@ def test_the_loader_node_gives_all_four(pack):
     from profusion_pack.nodes.toybox import ToyboxLoader
 
     model, clip, vae, vision, pictures, masks, noun = ToyboxLoader.execute("gold and navy cup", 3, 0).result
-    assert pictures.shape == (3, 96, 96, 3) and masks.shape == (3, 96, 96) and noun == "cup"
+    assert pictures.shape == (3, SIZE, SIZE, 3) and masks.shape == (3, SIZE, SIZE) and noun == "cup"
     assert (
         model.model.diffusion_model is not None
         and clip.tokenizer
         and vae.downscale_ratio == 8
-        and vision.image_size == 96
+        and vision.image_size == SIZE
     )

@@ -41,7 +41,7 @@ def command(out, *more):
 def test_an_interrupted_run_goes_on_and_ends_as_one_that_was_not(toybox, tmp_path, number):
     said = []
     whole = commands.run(command(tmp_path / "whole.safetensors", "--steps", "3"), toybox, said.append)
-    assert whole["steps"] == 3 and whole["pictures"] == 9 and whole["bytes"] <= 7_300_000
+    assert whole["steps"] == 3 and whole["pictures"] == 9 and whole["bytes"] <= 8_400_000
     assert any(text.startswith("step 3/3") for text in said) and any("kept from it" in text for text in said)
 
     def interrupt(text):
@@ -138,7 +138,7 @@ def test_the_command_line_reports_and_says_what_is_wrong(toybox, tmp_path, capsy
     monkeypatch.setattr(commands.Toybox, "load", lambda: toybox)
     assert program.main(arguments(tmp_path / "one.safetensors", "--steps", "1")) == 0
     report = json.loads(capsys.readouterr().out.partition("{")[2].join(["{", ""]))
-    assert report["steps"] == 1 and report["parameters"] == 3_605_408
+    assert report["steps"] == 1 and report["parameters"] == 4_178_848
     for more, message in (
         (("--steps", "0"), "steps=0"),
         (("--save-every", "0"), "--save-every"),
@@ -181,7 +181,7 @@ def test_pictures_of_a_folder_are_read_and_kept(toybox, tmp_path):
 def test_drawn_pictures_are_what_the_seed_says():
     one, again, other = (list(drawn_pictures(3, seed)) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True)) and not torch.equal(one[0], other[0])
-    assert one[0].shape == (96, 96, 3) and one[0].min() >= 0 and one[0].max() <= 1
+    assert one[0].shape == (SIZE, SIZE, 3) and one[0].min() >= 0 and one[0].max() <= 1
 
 
 def test_toyboxs_starts_from_its_networks(toybox):
