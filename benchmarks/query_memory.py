@@ -36,7 +36,7 @@ class Waiting:
 def measure(model: str, cells: tuple[int, int], rows: int) -> Waiting:
     """Of a float16 model, for one picture under so many conditionings."""
     config, layers, spilled = MODELS[model], {}, []
-    with torch.device("meta"), mock.patch.object(queries, "APART", ("meta",)):
+    with torch.device("meta"), mock.patch.object(queries, "OWN_MEMORY", ("meta",)):
         unet = UNet(config).half()
         store = WaitingQueries(spill=lambda waiting: (spilled.append(waiting.nbytes), waiting)[1])
         options = {"patches": foundation_patches(store), "cond_or_uncond": list(range(rows))}

@@ -107,7 +107,7 @@ def _like_a_card() -> Iterator[None]:
     with (
         torch.device("meta"),
         mock.patch("torch.nn.functional.scaled_dot_product_attention", _fused),
-        mock.patch.object(queries, "APART", ("meta",)),
+        mock.patch.object(queries, "OWN_MEMORY", ("meta",)),
         mock.patch.object(queries, "in_main_memory", _Elsewhere),
     ):
         yield

@@ -1,7 +1,8 @@
 """Copies of what functions and objects remember, so that two runs which take turns do so without meeting in it.
 
 A function remembers in its closure, a method in its object, an object in its attributes; and what these hold may
-remember too. Networks, classes and libraries' objects are no memory of a run, and stay one.
+remember too, arrays and random generators among it. Networks, classes and libraries' own objects stay one. So do a
+module's variables and Python generators, of which there cannot be two: runs that take turns meet in those.
 """
 
 from __future__ import annotations
@@ -18,19 +19,26 @@ from collections.abc import Callable, Collection
 from pathlib import PurePath
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-LARGEST = 2**24  # bytes of a tensor that may be a run's memory; larger ones are somebody's weights
+LARGEST = 2**24  # bytes of a tensor or an array that may be a run's memory; larger ones are somebody's weights
 
 _CONTAINERS = (dict, list, set, collections.deque)
-_ITERATORS = (itertools.count, itertools.cycle, random.Random)
+_ITERATORS = (
+    itertools.count,
+    itertools.cycle,
+    *(type(iter(kind())) for kind in (list, tuple, str)),
+    type(iter(range(0))),
+)
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 
 
 class Apart:
     """`apart(value)`: value with all that it may remember copied; the same copy whenever it is asked for again.
 
-    shared: names of packages beside the libraries whose objects stay as they are.
+    shared: names of packages, beside the libraries, whose objects stay as they are, and those of kinds made from them.
     """
 
     def __init__(self, shared: Collection[str] = ()):
@@ -69,8 +77,12 @@ class Apart:
             return self._tensor(value)
         if isinstance(value, torch.Generator):
             return self._keep(value, torch.Generator(value.device).set_state(value.get_state()))
+        if isinstance(value, np.ndarray):
+            return self._keep(value, value.copy()) if value.nbytes <= LARGEST and not value.dtype.hasobject else value
         if isinstance(value, _ITERATORS):
             return self._keep(value, copy.copy(value))
+        if isinstance(value, _GENERATORS):
+            return self._keep(value, copy.deepcopy(value))
         return self._object(value) if self._is_memory(value) else value
 
     def _keep(self, value: Any, made: Any) -> Any:
@@ -150,10 +162,10 @@ class Apart:
             return False
         if isinstance(value, types.SimpleNamespace):
             return True
-        module = type(value).__module__
-        if any(module == name or module.startswith(f"{name}.") for name in self._shared):
+        kinds = [kind.__module__ for kind in type(value).__mro__]  # a pack's own kind of what is shared is shared too
+        if any(module == name or module.startswith(f"{name}.") for module in kinds for name in self._shared):
             return False
-        return not _is_library(module.partition(".")[0])
+        return not _is_library(kinds[0].partition(".")[0])
 
     def _object(self, value: Any) -> Any:
         try:

@@ -26,6 +26,8 @@ from .toybox.scores import likeness_among, picture_scores
 from .toybox.similarity import concept_similarity
 
 Report = dict[str, object]
+OPTIONS = TrainingOptions(steps=400, learning_rate=0.01)
+SEEDS, SAMPLING_STEPS = (2, 1, 3, 4), 25
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,8 @@ def run(
     concept: Concept,
     options: TrainingOptions,
     prompts: Sequence[str] = DEMO_PROMPTS,
-    seeds: Sequence[int] = (2, 1, 3, 4),
-    sampling_steps: int = 25,
+    seeds: Sequence[int] = SEEDS,
+    sampling_steps: int = SAMPLING_STEPS,
     say: Say = print,
 ) -> Report:
     """Train, draw, measure; write grid.png, residual.safetensors, loss.png and report.json into `out`.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 KEPT = 46 * 2**20  # bytes a picture: all that SD 1.x leaves at 512 pixels
-APART = ("cuda", "xpu")  # devices whose memory is not the main memory
+OWN_MEMORY = ("cuda", "xpu")  # devices whose memory is not the main memory
 
 _TO_QUERY = re.compile(r"(input|middle|output)_blocks?\.(\d+)\.(?:\d+\.)?transformer_blocks\.\d+\.attn2\.to_q\.weight")
 _DOWN, _UP = re.compile(r"input_blocks\.(\d+)\.0\.op\.weight"), re.compile(r"output_blocks\.(\d+)\.\d+\.conv\.weight")
@@ -44,7 +44,7 @@ class WaitingQueries(MutableMapping):
         if key in self:
             del self[key]
         size = rows.numel() * rows.element_size()
-        if rows.device.type not in APART:
+        if rows.device.type not in OWN_MEMORY:
             self._waiting[key] = rows
         elif self.on_device + size > self._kept * len(rows):
             self._waiting[key] = self._spill(rows)

@@ -1,4 +1,5 @@
-"""Whose each row of a UNet's batch is: known by a label that goes with the rows, however they are regrouped.
+"""Which conditioning and which picture each row of a UNet's batch belongs to: a label that goes with the rows says it,
+however they are regrouped.
 
 The host batches conditionings, and says so in `cond_or_uncond`. Packs that call the UNet several times in an
 evaluation, or put tiles into a batch, make other rows of these. They treat all that goes with the rows alike, and so a
@@ -17,10 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .infusion import ExtraOptions, Patches, with_patches
+from .infusion import ExtraOptions, Owners, Patches, with_patches
+from .patched import name_of
 from .problems import Explained
 
 _CUSTOMISED, _APPLY_MODEL = "customised", "apply_model"
+PICTURES = (
+    "profusion_pictures"  # of a conditioning, which pictures of the batch it is evaluated for, where they are told
+)
 ROWS = "profusion_rows"  # among what goes with the rows, and of a call among the attention's options
 
 
@@ -32,11 +37,13 @@ class UnknownRowsError(Explained, RuntimeError):
 class Call:
     """One call of the UNet within an evaluation.
 
-    owners: whose its rows are, (conditioning, how many times it was there before); each has as many. size: of the
-    latents, which are tiles where a pack cuts them. options: with which the model is evaluated.
+    owners: whose its rows are, (conditioning, how many times it was there before); each has as many. pictures: for each
+    owner, which of the batch its rows are. size: of the latents, which are tiles where a pack cuts them. options: with
+    which the model is evaluated.
     """
 
     owners: tuple[tuple[Hashable, int], ...]
+    pictures: Mapping[tuple[Hashable, int], tuple[int, ...]]
     rows: int
     size: tuple[int, ...]
     options: Mapping[str, Any]
@@ -53,6 +60,22 @@ def owners(extra_options: ExtraOptions, rows: int) -> Sequence[tuple[Hashable, i
     return call.owners
 
 
+def owners_after(foundation: Counter) -> Owners:
+    """`owners` for the customised stream, after a foundation stream with these turns.
+
+    Raises UnknownRowsError where the customised one calls the UNet more often for a conditioning.
+    """
+
+    def known(extra_options: ExtraOptions, rows: int) -> Sequence[tuple[Hashable, int]]:
+        found = owners(extra_options, rows)
+        for name, turn in found:
+            if foundation[name] <= turn:
+                raise _unlike(foundation[name], f"at least {turn + 1}", extra_options[ROWS].options)
+        return found
+
+    return known
+
+
 class Evaluation:
     """The conditionings that a host is to evaluate at once, labelled. `turns`: the calls that each was part of.
 
@@ -67,7 +90,9 @@ class Evaluation:
 
     def _labelled(self, index: int, cond: dict) -> dict:
         number = self._numbers.setdefault(identity(index, cond), len(self._numbers))
-        label = self._entry(torch.tensor([[number]], dtype=torch.int))
+        told = cond.get(PICTURES)
+        pictures = range(self._batch) if told is None or len(told) != self._batch else told.tolist()
+        label = self._entry(torch.tensor([[number, picture] for picture in pictures], dtype=torch.int))
         return {**cond, "model_conds": {**cond["model_conds"], ROWS: label}}
 
     def options(self, model_options: Mapping[str, Any], patches: Patches) -> dict[str, Any]:
@@ -83,19 +108,26 @@ class Evaluation:
         def call(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **others):
             labels, given = others.pop(ROWS, None), transformer_options or {}
             options = {**model_options, "transformer_options": given}
-            whose, size = self._owners(labels, x, options)
-            noted = Call(self._in_turn(whose), len(whose) * size, tuple(x.shape[2:]), options)
+            whose, pictures = self._owners(labels, x, options)
+            in_turn = self._in_turn(whose)
+            rows = sum(map(len, pictures))
+            noted = Call(in_turn, dict(zip(in_turn, pictures, strict=True)), rows, tuple(x.shape[2:]), options)
             patched = with_patches({"transformer_options": {**given, ROWS: noted}}, patches)
             return executor(x, t, c_concat, c_crossattn, control, patched["transformer_options"], **others)
 
         return call
 
-    def _owners(self, labels: Tensor | None, x: Tensor, model_options: Mapping[str, Any]) -> tuple[list[Hashable], int]:
-        """Whose the rows of a call are, and how many each has."""
-        if isinstance(labels, Tensor) and len(labels) == len(x):
-            runs = [(number, len(list(run))) for number, run in groupby(labels.flatten().tolist())]
+    def _owners(
+        self, labels: Tensor | None, x: Tensor, model_options: Mapping[str, Any]
+    ) -> tuple[list[Hashable], list[tuple[int, ...]]]:
+        """Whose the rows of a call are, and which pictures' each has: all have as many."""
+        if isinstance(labels, Tensor) and labels.shape == (len(x), 2):
+            rows = labels.tolist()
+            runs = [(number, len(list(run))) for number, run in groupby(number for number, _ in rows)]
             size = self._batch if all(count % self._batch == 0 for _, count in runs) else gcd(*(n for _, n in runs))
-            return [self._names[number] for number, count in runs for _ in range(count // size)], size
+            whose = [self._names[number] for number, count in runs for _ in range(count // size)]
+            pictures = [picture for _, picture in rows]
+            return whose, [tuple(pictures[first : first + size]) for first in range(0, len(rows), size)]
         inner = model_options["transformer_options"]
         chunks = [self._named(*chunk) for chunk in zip(inner["cond_or_uncond"], inner["uuids"], strict=True)]
         if len(x) != len(chunks) * self._batch or None in chunks:
@@ -103,7 +135,7 @@ class Evaluation:
                 f"the UNet is given {len(x)} rows for {len(chunks)} conditionings of {self._batch} pictures, so that "
                 f"nobody can tell which are the concept's: remove {_suspects(model_options)} from the model"
             )
-        return chunks, self._batch
+        return chunks, [tuple(range(self._batch))] * len(chunks)
 
     def _named(self, index: int, uuid: Any) -> Hashable | None:
         """Who is meant by what the host says of a chunk, which packs may have changed."""
@@ -131,17 +163,18 @@ def customised(conds: Sequence[Sequence[dict] | None]) -> list:
 
 
 def check_turns(foundation: Counter, customised: Counter, model_options: Mapping[str, Any]) -> None:
-    """Raise UnknownRowsError where the streams called the UNet for a conditioning more or less often.
-
-    A stream that a step cache kept from evaluating at all did so for none.
-    """
+    """Raise UnknownRowsError where the streams called the UNet for a conditioning more or less often."""
     for name in foundation.keys() & customised.keys():
         if foundation[name] != customised[name]:
-            raise UnknownRowsError(
-                f"the UNet was called {foundation[name]} times for a conditioning in the foundation stream and "
-                f"{customised[name]} times in the customised one, so that their queries do not belong together: remove "
-                f"{_suspects(model_options)} from the model"
-            )
+            raise _unlike(foundation[name], str(customised[name]), model_options)
+
+
+def _unlike(foundation: int, customised: str, model_options: Mapping[str, Any]) -> UnknownRowsError:
+    return UnknownRowsError(
+        f"the UNet was called {foundation} times for a conditioning in the foundation stream and {customised} times in "
+        f"the customised one, so that their queries do not belong together: remove {_suspects(model_options)} from the "
+        "model"
+    )
 
 
 def check_size(extra_options: ExtraOptions, size: Sequence[int], matters: bool) -> None:
@@ -161,10 +194,5 @@ def _suspects(options: Mapping[str, Any]) -> str:
     for kind in (_APPLY_MODEL, "diffusion_model"):
         for key, wrappers in inner.get("wrappers", {}).get(kind, {}).items():
             found += wrappers if key != ROWS else []
-    return " or ".join(dict.fromkeys(map(_name, found))) or "what another pack has put"
-
-
-def _name(function: Any) -> str:
-    named = function if hasattr(function, "__qualname__") else type(function)
-    pack = named.__module__.replace("\\", "/").rpartition("/")[2].removeprefix("custom_nodes.").partition(".")[0]
-    return f"{named.__qualname__.rpartition('<locals>.')[2].partition('.')[0]} ({pack})"
+    names = dict.fromkeys(name for name in map(name_of, found) if name)
+    return " or ".join(names) or "what another pack has put"

@@ -7,6 +7,7 @@ import random
 import threading
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -84,6 +85,12 @@ def test_an_object_is_its_own_however_it_is_reached(get):
         (lambda: torch.zeros(3), lambda it: it.add_(1)),
         (lambda: itertools.count(), next),
         (lambda: random.Random(0), lambda it: it.random()),
+        (lambda: iter([1, 2]), next),
+        (lambda: iter((1, 2)), next),
+        (lambda: iter(range(3)), next),
+        (lambda: np.zeros(3), lambda it: np.copyto(it, 1)),
+        (lambda: np.random.default_rng(0), lambda it: it.random()),
+        (lambda: np.random.RandomState(0), lambda it: it.rand()),
         (lambda: torch.Generator().manual_seed(0), lambda it: torch.rand(1, generator=it)),
         (lambda: collections.namedtuple("Pair", "a b")([1], 2), lambda it: it.a.append(3)),
     ],
@@ -92,6 +99,12 @@ def test_kinds_of_memory(make, use):
     def state(it):
         if isinstance(it, random.Random):
             return it.getstate()
+        if isinstance(it, np.random.Generator):
+            return str(it.bit_generator.state)
+        if isinstance(it, np.random.RandomState):
+            return str(it.get_state())
+        if hasattr(it, "__length_hint__") and not isinstance(it, itertools.count):
+            return it.__length_hint__()
         return it.get_state().tolist() if isinstance(it, torch.Generator) else repr(it)
 
     it = make()
@@ -107,6 +120,8 @@ def test_what_is_no_memory_stays_one():
         nn.Linear(2, 2),
         nn.Parameter(torch.zeros(2)),
         torch.zeros(LARGEST // 4 + 1),
+        np.zeros(LARGEST // 8 + 1),
+        np.array([object()]),
         threading.Lock(),
         threading.Event(),
         Remembering,
@@ -120,6 +135,12 @@ def test_what_is_no_memory_stays_one():
     it = Remembering()
     assert Apart([Remembering.__module__])(it) is it
     assert Apart([Remembering.__module__]).object(it) is not it
+
+
+def test_a_packs_own_kind_of_what_is_shared_is_shared():
+    """A copy of a host's patcher would take away, once it goes, what the original had put on the network."""
+    others = type("Patcher", (Remembering,), {"__module__": "some_pack.patching"})()
+    assert Apart([Remembering.__module__])(others) is others and Apart()(others) is not others
 
 
 def test_circles_end():

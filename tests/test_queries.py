@@ -16,7 +16,7 @@ TINY = UNetConfig(32, (1, 2), 1, (1, 1), 1, 16, num_heads=2)
 @pytest.fixture
 def apart(monkeypatch):
     """A CPU whose memory is not the main memory."""
-    monkeypatch.setattr(queries, "APART", ("cpu",))
+    monkeypatch.setattr(queries, "OWN_MEMORY", ("cpu",))
 
 
 def rows(count, size=1):
@@ -88,7 +88,7 @@ def test_c_is_the_same_to_the_bit(apart, kept, generator):
 def test_c_is_the_same_on_a_device_that_has_its_own_memory(device, monkeypatch, generator):
     """Queries that came back from main memory are those that stayed."""
     latent = torch.randn(1, 4, 8, 8, generator=generator).expand(2, -1, -1, -1).to(device)
-    monkeypatch.setattr(queries, "APART", (device.type,))
+    monkeypatch.setattr(queries, "OWN_MEMORY", (device.type,))
     stayed, spilled = (evaluated(WaitingQueries(kept=kept), [latent]) for kept in (2**30, 0))
     assert all(map(torch.equal, spilled, stayed)) and spilled[0].device.type == device.type
 

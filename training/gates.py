@@ -1,8 +1,10 @@
-"""What a Toybox must pass, in the order of its training: `python -m training.gates vae|base|joint --weights DIR`.
+"""What a Toybox must pass, in the order of its training: `python -m training.gates GATE --weights DIR`.
 
 vae: what the autoencoder alone makes of scenes it has not seen. Nothing after it is worth training before it holds.
 base: whether captions are followed, and whether the noun's row carries its object, which Infusion stands on.
 joint: the same of the joint-attention network.
+word: what S* alone carries of a picture, with the PromptNet among the weights.
+concept: what the demo scores, over all ten concepts.
 """
 
 from __future__ import annotations
@@ -18,18 +20,22 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from benchmarks import toybox_attention, toybox_captions
+from benchmarks import fusion_ablation, fusion_judging, toybox_attention, toybox_captions
+from profusion import demo
 from profusion.models.vae import VAE
-from profusion.toybox import world
+from profusion.promptnet.file import load_promptnet
+from profusion.toybox import concepts, world
 from profusion.toybox.configs import TOYBOX_VAE
+from profusion.toybox.fused import FusedToybox
 from profusion.toybox.joint import JointToybox
 from profusion.toybox.judge import Judge
-from profusion.toybox.pipeline import GUIDANCE, Toybox, load_network
+from profusion.toybox.pipeline import GUIDANCE, Toybox, load_network, weight_file
 from profusion.toybox.similarity import background_change, concept_similarity
 
 from .sheets import drawn_pictures, through
 
 STEPS, FEW_STEPS = 30, 12
+PAIR_BOUNDS = {"noun": 0.97, "color": 0.9}  # side by side, objects are small, and a judge of patterns is less sure
 
 
 @dataclass(frozen=True)
@@ -63,11 +69,12 @@ def load_vae(folder: Path | None) -> VAE:
 def vae_figures(vae: VAE, judge: Judge, count: int, seed: int = 0) -> Iterator[Figure]:
     """Gate 1, on `count` scenes of each kind; what the judge makes of them as drawn says how far it can be trusted."""
     singles, pairs = toybox_captions.unseen(count, seed), toybox_captions.pairs(count // 2, seed)
-    for prompts in (singles, pairs):
+    single_bounds = {"noun": 0.99, "pattern": 0.98, "color": 0.99}
+    for prompts, bounds in ((singles, single_bounds), (pairs, PAIR_BOUNDS)):
         drawn = drawn_pictures(prompts.scenes)
         for name, pictures in (("as drawn", drawn), ("decoded", through(vae, drawn))):
             rates = toybox_captions.rates(toybox_captions.outcomes(judge, pictures, prompts.scenes))
-            for part, bound in (("noun", 0.99), ("pattern", 0.98), ("color", 0.99)):
+            for part, bound in bounds.items():
                 yield Figure(f"{prompts.name}, {name}: {part}", rates[part].share, bound)
     yield Figure("PSNR (dB), mean of any scenes", _psnr(vae, count, seed), 29)
     for name in world.CONCEPTS:
@@ -128,9 +135,6 @@ def base_figures(toybox: Toybox, judge: Judge, count: int, seed: int = 0) -> Ite
     yield from _swap_figures(toybox, judge, seed)
 
 
-PAIR_BOUNDS = {"noun": 0.97, "color": 0.9}
-
-
 def joint_figures(toybox: JointToybox, judge: Judge, count: int, seed: int = 0) -> Iterator[Figure]:
     """The joint-attention network's gate, on `count` captions of single objects at 30 steps."""
     singles = toybox_captions.unseen(count, seed)
@@ -162,6 +166,40 @@ def _swap_figures(toybox: Toybox, judge: Judge, seed: int) -> Iterator[Figure]:
     yield Figure("value swapped: background, of another seed's", swap.background_share, 1 / 3, most=True)
 
 
+# --- gates 3 and 4 -----------------------------------------------------------------------------------------------
+
+
+def word_figures(fused: FusedToybox, judge: Judge, count: int, seed: int = 0) -> Iterator[Figure]:
+    """Gate 3: "a photo of S*", of `count` pictures that training has not seen."""
+    known = fusion_judging.references(count, seed)
+    measured = fusion_ablation.words(fused, judge, known, STEPS, GUIDANCE)
+    word, caption = measured["S* alone"], measured["full caption"]
+    for part, bound in (("noun", 0.95), ("color", 0.85)):
+        yield Figure(f"S* alone: {part}", word[part]["share"], bound)
+        yield Figure(f"full caption: {part}", caption[part]["share"], bound)
+    yield Figure("S* alone: likeness, of the full caption's", word["concept"][0] / caption["concept"][0], 0.9)
+
+
+def concept_figures(fused: FusedToybox, judge: Judge) -> Iterator[Figure]:
+    """Gate 4: the demo on each concept, with its own settings; the means of all of them."""
+    ways, backgrounds, words = [], [], []
+    for name in world.CONCEPTS:
+        concept = concepts.drawn_concept(name)
+        residual = demo.train(fused.toybox, concept, demo.OPTIONS, lambda _: None).residual
+        drawings = [
+            demo.draw(fused, residual, concept.pictures[:1], prompt, demo.SEEDS, demo.SAMPLING_STEPS)
+            for prompt in concepts.DEMO_PROMPTS
+        ]
+        found = demo.score(fused.toybox, concept, drawings, judge)
+        ways.append(found["way_to_the_references"])
+        backgrounds.append(found["background_change_of_another_seed"])
+        words.append(found["profusion"]["way_to_the_references"])
+        print(f"{name}: Infusion {ways[-1]}, background {backgrounds[-1]}, ProFusion {words[-1]}", flush=True)
+    yield Figure("Infusion: way to the references, mean", float(np.mean(ways)), 0.85)
+    yield Figure("Infusion: background, of another seed's", float(np.mean(backgrounds)), 0.33, most=True)
+    yield Figure("ProFusion: way to the references, mean", float(np.mean(words)), 0.65)
+
+
 # --- the command -------------------------------------------------------------------------------------------------
 
 
@@ -176,9 +214,9 @@ def report(figures: Sequence[Figure], path: Path | None) -> bool:
 
 def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("gate", choices=("vae", "base", "joint"))
+    parser.add_argument("gate", choices=("vae", "base", "joint", "word", "concept"))
     parser.add_argument("--weights", type=Path, default=None, help="folder with the weights (default: the shipped)")
-    parser.add_argument("--count", type=int, default=None, help="scenes, or captions (default: 256, 512)")
+    parser.add_argument("--count", type=int, default=None, help="scenes, captions or pictures (default: 256, 512, 64)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=None, help="write the figures here")
     return parser.parse_args(given)
@@ -188,6 +226,12 @@ def measure(arguments: argparse.Namespace) -> Iterator[Figure]:
     judge = Judge.load(arguments.weights)
     if arguments.gate == "vae":
         return vae_figures(load_vae(arguments.weights), judge, arguments.count or 256, arguments.seed)
+    if arguments.gate in ("word", "concept"):
+        promptnet = load_promptnet(weight_file("promptnet", arguments.weights))
+        fused = FusedToybox(Toybox.load(arguments.weights), promptnet)
+        if arguments.gate == "concept":
+            return concept_figures(fused, judge)
+        return word_figures(fused, judge, arguments.count or 64, arguments.seed)
     if arguments.gate == "joint":
         return joint_figures(JointToybox.load(arguments.weights), judge, arguments.count or 512, arguments.seed)
     return base_figures(Toybox.load(arguments.weights), judge, arguments.count or 512, arguments.seed)

@@ -11,12 +11,14 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from comfy.conds import CONDRegular
 from comfy.model_patcher import ModelPatcher
@@ -37,13 +39,24 @@ from ...profusion.infusion import (
     foundation_patches,
 )
 from ...profusion.memory import element_bytes
-from ...profusion.queries import APART, KEPT, WaitingQueries, bytes_on_device, query_numbers
-from ...profusion.rows import Evaluation, check_size, check_turns, customised, identity, owners
+from ...profusion.queries import KEPT, OWN_MEMORY, WaitingQueries, bytes_on_device, query_numbers
+from ...profusion.rows import (
+    PICTURES,
+    ROWS,
+    Evaluation,
+    check_size,
+    check_turns,
+    customised,
+    identity,
+    owners,
+    owners_after,
+)
 from ...profusion.threads import state_of_this_thread
 
 # Packages whose objects are the host's, not a run's memory: its core and whoever runs it, and this pack.
 _PACK = __name__.removesuffix(".nodes.host.streams")
 _SHARED = ("comfy", "comfy_api", "comfy_execution", "execution", "server", "nodes", _PACK)
+_NO_MEMORY = ("conds", "original_conds", "model_patcher", "inner_model", "loaded_models")  # of a guider
 KEY = CONCEPTS_KEY  # of the wrappers, and of the stream that is being evaluated in transformer_options
 
 
@@ -81,7 +94,7 @@ def _reserve_memory(executor, model: ModelPatcher, noise_shape: Sequence[int], c
     """
     count = sum(map(len, conds.values()))
     if any(cond.get(KEY) for group in conds.values() for cond in group):
-        kept = KEPT if model.load_device.type in APART else math.inf
+        kept = KEPT if model.load_device.type in OWN_MEMORY else math.inf
         numbers = query_numbers(dict(model.get_model_object("diffusion_model").named_parameters()))
         cells, element = math.prod(noise_shape[-2:]), element_bytes(model.model)
         left = noise_shape[0] * bytes_on_device(numbers, cells, count, element, kept)
@@ -118,15 +131,18 @@ def _sampler_wrapper(
         _say_if_compiled(extra_args["model_options"])
         streams = _Streams(layers)
         if shared_latent:
-            return run(_with_stream(extra_args, streams.evaluate_both), callback, noise, disable_pbar)
+            both = _with_stream(extra_args, streams.evaluate_both)
+            return run(both, callback, noise, disable_pbar, guider=_numbered(copy.copy(guider), len(noise)))
 
         def foundation_run(ask: Callable) -> Tensor:
-            return run(_with_stream(extra_args, streams.asking_foundation(ask)), None, noise.clone(), True)
+            stream = _with_stream(extra_args, streams.asking_foundation(ask))
+            return run(stream, None, noise.clone(), True, guider=streams.foundation_calls.of(copy.copy(guider)))
 
         foundation = _InStep(foundation_run, noise.device)
         try:
             own_executor, own_guider, own_args = _remembering_apart(executor, guider, extra_args)
             following = _with_stream(own_args, streams.following(foundation))
+            own_guider = streams.customised_calls.of(_numbered(own_guider, len(noise)))
             samples = run(following, callback, noise, disable_pbar, own_executor, own_guider)
             if on_foundation is not None:
                 on_foundation(foundation.finish())
@@ -152,6 +168,22 @@ def _evaluate_stream(executor, model, conds, x, sigma, model_options, *args, **k
     return stream(evaluate, model, conds, x, float(sigma.flatten()[0]), model_options)
 
 
+class _Calls:
+    """How often a sampler has called its guider: what F and C have in common, whatever each leaves out within."""
+
+    def __init__(self):
+        self.count = 0
+
+    def of(self, guider: Any) -> Any:
+        """This guider, which is the caller's own, counted: outside of what packs put around its predictions."""
+        guider.model_options = _outermost(guider.model_options, WrappersMP.PREDICT_NOISE, self._counted)
+        return guider
+
+    def _counted(self, executor, *args, **kwargs):
+        self.count += 1
+        return executor(*args, **kwargs)
+
+
 class _Streams:
     """How the two streams of one sampling run are evaluated, and what they share: F's queries."""
 
@@ -159,34 +191,62 @@ class _Streams:
         self._layers = layers
         self._queries = WaitingQueries()
         self._placements: dict = {}
+        self._regrouped: dict = {}
         self._turns: Counter = Counter()  # of F's last evaluation
+        self._seen_at: float | None = None  # the noise level of F's queries
+        self._told = False
         self._apart = Apart(_SHARED)
+        self.foundation_calls, self.customised_calls = _Calls(), _Calls()
 
     def asking_foundation(self, ask: Callable) -> Callable:
         """F, sampled in step: has its evaluations done by whoever answers."""
 
-        def stream(evaluate, model, conds, x, *_):
-            return ask(lambda: self._foundation(evaluate, conds, x))
+        def stream(evaluate, model, conds, x, sigma, *_):
+            return ask(lambda: self._foundation(evaluate, conds, x, sigma))
 
         return stream
 
     def following(self, foundation: _InStep) -> Callable:
-        """C on its own trajectory: before each of its evaluations, F does one."""
+        """C on its own trajectory: before each of its evaluations, F does that of the same call of its guider.
+
+        A step cache may have left it out in F, so that C looks where F last did, or left some out in C, which F does
+        now.
+        """
 
         def stream(evaluate, model, conds, x, sigma, options):
-            foundation.step()
+            while foundation.waits() and self.foundation_calls.count < self.customised_calls.count:
+                foundation.evaluate()
+            if foundation.waits() and self.foundation_calls.count == self.customised_calls.count:
+                foundation.evaluate()
+            self._say_if_elsewhere(sigma)
             return self._customised(evaluate, model, conds, x, sigma, options)
 
         return stream
 
+    def _say_if_elsewhere(self, sigma: float) -> None:
+        if not self._told and self._seen_at is not None and not math.isclose(self._seen_at, sigma, rel_tol=1e-4):
+            self._told = True
+            logging.getLogger("ProFusion").warning(
+                "The plain stream was last evaluated at noise level %.4g, and its attention is taken at %.4g: a step "
+                "cache is on the model, or the sampler chooses its own steps, as dpm_adaptive does. Infusion Attention "
+                "Patch's stream 'shared latent' keeps the two at one level",
+                self._seen_at,
+                sigma,
+            )
+
     def evaluate_both(self, evaluate, model, conds, x, sigma, options):
         """C on a shared latent: F looks at it first."""
-        self._foundation(lambda *given: evaluate(*given, apart=self._apart), conds, x)
+        self._foundation(lambda *given: evaluate(*given, apart=self._apart), conds, x, sigma)
         return self._customised(evaluate, model, conds, x, sigma, options)
 
-    def _foundation(self, evaluate, conds, x):
+    def _foundation(self, evaluate, conds, x, sigma):
+        def look(n: Tensor, context: Tensor, value: Tensor, extra_options: ExtraOptions):
+            self._seen_at = sigma  # unless a step cache has what the UNet would say
+            return n, context, value
+
         evaluation = Evaluation(conds, len(x), CONDRegular)
-        predicted = evaluate(evaluation, foundation_patches(self._queries, owners))
+        patches = foundation_patches(self._queries, owners)
+        predicted = evaluate(evaluation, {**patches, "attn2_patch": [*patches["attn2_patch"], look]})
         self._turns = evaluation.turns
         return predicted
 
@@ -200,12 +260,23 @@ class _Streams:
         def placements_for(extra_options: ExtraOptions, owner: tuple) -> list[Placement]:
             found, size = placements[owner[0]]
             check_size(extra_options, size, any(placement.region is not None for placement in found))
-            return found
+            return [self._in_pictures(placement, extra_options[ROWS].pictures[owner]) for placement in found]
 
         evaluation = Evaluation(customised(conds), len(x), CONDRegular)
-        predicted = evaluate(evaluation, customised_patches(self._queries, placements_for, owners))
+        predicted = evaluate(evaluation, customised_patches(self._queries, placements_for, owners_after(self._turns)))
         check_turns(self._turns, evaluation.turns, options)
         return predicted
+
+    def _in_pictures(self, placement: Placement, pictures: tuple[int, ...]) -> Placement:
+        """A placement whose region has a mask for each of these pictures of the batch, as a region's masks go round."""
+        masks = 1 if placement.region is None or placement.region.ndim < 3 else len(placement.region)
+        if masks == 1 or pictures == tuple(range(len(pictures))):
+            return placement
+        key = id(placement), pictures  # placements are kept for as long as the run lasts
+        if key not in self._regrouped:
+            own = placement.region[[picture % masks for picture in pictures]]
+            self._regrouped[key] = replace(placement, region=own)
+        return self._regrouped[key]
 
     def _of(self, index: int, cond: dict, model: Any, x: Tensor) -> list[Placement]:
         key = identity(index, cond)
@@ -278,20 +349,28 @@ class _InStep:
                 return run(ask)
 
         self._coroutine = Coroutine(in_same_modes)
+        self._asked: Callable[[], Any] | None = None
         self._answer: Any = None
         self._device = device
         self._random_state = _random_state(device)
 
-    def step(self) -> None:
-        """Go on to the next evaluation and do it, in the caller's thread. Once the sampler is done, nothing."""
+    def waits(self) -> bool:
+        """Go on to the next evaluation, if that is to come; whether there is one."""
+        if self._asked is None:
+            with self._own_random_state():
+                self._asked = self._coroutine.resume(self._answer)
+        return self._asked is not None
+
+    def evaluate(self) -> None:
+        """Do the evaluation that the sampler waits for, in the caller's thread."""
         with self._own_random_state():
-            evaluate = self._coroutine.resume(self._answer)
-            self._answer = None if evaluate is None else evaluate()
+            self._answer = self._asked()
+            self._asked = None
 
     def finish(self) -> Tensor:
         """Go on to the end; returns the sampler's result."""
-        while not self._coroutine.finished:
-            self.step()
+        while self.waits():
+            self.evaluate()
         return self._coroutine.result
 
     def close(self) -> None:
@@ -308,25 +387,46 @@ class _InStep:
             _set_random_state(self._device, outer)
 
 
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+def _random_state(device: torch.device) -> tuple[Any, ...]:
+    """Of the global generators: torch's, the device's, Python's and numpy's."""
     own = getattr(torch, device.type) if device.type in ("cuda", "xpu") else None
-    return torch.get_rng_state(), own and own.get_rng_state(device)
+    return torch.get_rng_state(), own and own.get_rng_state(device), random.getstate(), np.random.get_state()
 
 
-def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
+def _set_random_state(device: torch.device, state: tuple[Any, ...]) -> None:
     torch.set_rng_state(state[0])
     if state[1] is not None:
         getattr(torch, device.type).set_rng_state(state[1], device)
+    random.setstate(state[2])
+    np.random.set_state(state[3])
 
 
 def _with_stream(extra_args: dict, stream: Callable) -> dict:
     """A sampler's arguments with which its evaluations are this stream's, and other packs' wrappers are within them."""
-    options = extra_args["model_options"]
-    inner, kind = options.get("transformer_options", {}), WrappersMP.CALC_COND_BATCH
+    options = _outermost(extra_args["model_options"], WrappersMP.CALC_COND_BATCH, _evaluate_stream)
+    return {
+        **extra_args,
+        "model_options": {**options, "transformer_options": {**options["transformer_options"], KEY: stream}},
+    }
+
+
+def _numbered(guider: Any, pictures: int) -> Any:
+    """This guider, which is the caller's own, whose conditionings say which pictures of the batch they are of.
+
+    Whoever evaluates some pictures at a time, as context windows do, takes their part of a tensor that has as many rows
+    as there are pictures.
+    """
+    numbers = torch.arange(pictures)
+    guider.conds = {name: [{**cond, PICTURES: numbers} for cond in group] for name, group in guider.conds.items()}
+    return guider
+
+
+def _outermost(model_options: dict, kind: str, wrapper: Callable) -> dict:
+    """Model options in which other packs' wrappers of this kind are within ours."""
+    inner = model_options.get("transformer_options", {})
     wrappers = inner.get("wrappers", {})
-    first = {KEY: [_evaluate_stream], **{key: group for key, group in wrappers.get(kind, {}).items() if key != KEY}}
-    inner = {**inner, KEY: stream, "wrappers": {**wrappers, kind: first}}
-    return {**extra_args, "model_options": {**options, "transformer_options": inner}}
+    first = {KEY: [wrapper], **{key: group for key, group in wrappers.get(kind, {}).items() if key != KEY}}
+    return {**model_options, "transformer_options": {**inner, "wrappers": {**wrappers, kind: first}}}
 
 
 def _remembering_apart(executor: Any, guider: Any, extra_args: dict) -> tuple[Any, Any, dict]:
@@ -336,8 +436,28 @@ def _remembering_apart(executor: Any, guider: Any, extra_args: dict) -> tuple[An
     own.class_obj = apart.object(executor.class_obj)
     own.original, own.wrappers = apart(executor.original), apart(executor.wrappers)
     own_guider = copy.copy(guider)
-    own_guider.model_options = apart(guider.model_options)
+    for name, value in vars(guider).items():
+        if name not in _NO_MEMORY:
+            setattr(own_guider, name, apart(value))
+    own_guider.conds = {
+        name: [_controlled_apart(cond, apart) for cond in group] for name, group in guider.conds.items()
+    }
     return own, own_guider, {**extra_args, "model_options": apart(extra_args["model_options"])}
+
+
+def _controlled_apart(cond: dict, apart: Apart) -> dict:
+    """A conditioning with its own copies of the control models that packs have made; the host's remember nothing."""
+    if cond.get("control") is None:
+        return cond
+    chain = [cond["control"]]
+    while getattr(chain[-1], "previous_controlnet", None) is not None:
+        chain.append(chain[-1].previous_controlnet)
+    own = [one if type(one).__module__.startswith("comfy.") else apart.object(one) for one in chain]
+    for place in reversed(range(len(chain) - 1)):
+        if own[place + 1] is not chain[place + 1]:
+            own[place] = apart.object(chain[place])
+            own[place].previous_controlnet = own[place + 1]
+    return {**cond, "control": own[0]}
 
 
 @contextmanager

@@ -268,8 +268,8 @@ def test_the_host_is_told_of_what_f_leaves(infused, monkeypatch, apart):
     """Where it makes room: at least that much more than for the plain run, and not several times as much."""
     queries = infused.pack.profusion.queries
     if apart:
-        monkeypatch.setattr(queries, "APART", ("cpu",))
-        monkeypatch.setattr(infused.pack.nodes.host.streams, "APART", ("cpu",))
+        monkeypatch.setattr(queries, "OWN_MEMORY", ("cpu",))
+        monkeypatch.setattr(infused.pack.nodes.host.streams, "OWN_MEMORY", ("cpu",))
     asked, load = [], comfy.model_management.load_models_gpu
 
     def watched(models, memory_required=0, **options):
@@ -299,3 +299,41 @@ def test_the_host_is_told_of_what_f_leaves(infused, monkeypatch, apart):
 def query_numbers(infused):
     network = infused.model.model.diffusion_model
     return infused.pack.profusion.queries.query_numbers(dict(network.named_parameters()))
+
+
+def looks(infused, monkeypatch, model, **options):
+    """For each of C's evaluations its noise level, and that at which F's queries were made."""
+    streams, found = infused.pack.nodes.host.streams, []
+    original = streams._Streams._customised
+
+    def customised(self, evaluate, model, conds, x, sigma, options):
+        found.append((sigma, self._seen_at))
+        return original(self, evaluate, model, conds, x, sigma, options)
+
+    monkeypatch.setattr(streams._Streams, "_customised", customised)
+    infused.run(*infused.patch(infused.residual(10.0), model), **options)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["LazyCacheNode", "EasyCacheNode"])
+def test_with_a_step_cache_c_looks_where_f_last_did_and_never_ahead(infused, monkeypatch, caplog, kind):
+    """Each stream leaves out steps by what it draws itself, so that they are not the same ones."""
+    caches = pytest.importorskip("comfy_extras.nodes_easycache", reason="this host has no step caches")
+    model = getattr(caches, kind).execute(infused.model, 0.05, 0.1, 0.95, False).args[0]
+    found = looks(infused, monkeypatch, model, steps=20)
+    assert len(found) >= 5 and all(seen >= sigma * (1 - 1e-6) for sigma, seen in found)
+    elsewhere = sum(seen > sigma * (1 + 1e-4) for sigma, seen in found)
+    assert elsewhere < len(found) / 2
+    assert bool(elsewhere) == ("a step cache is on the model" in caplog.text)
+
+
+def test_without_one_c_always_looks_at_its_own_level_and_nothing_is_said(infused, monkeypatch, caplog):
+    found = looks(infused, monkeypatch, infused.model, steps=6, sampler="dpmpp_2s_ancestral")
+    assert len(found) > 6 and all(seen == sigma for sigma, seen in found)
+    assert "noise level" not in caplog.text
+
+
+def test_a_sampler_that_chooses_its_own_steps_says_that_levels_differ(infused, monkeypatch, caplog):
+    found = looks(infused, monkeypatch, infused.model, steps=10, sampler="dpm_adaptive")
+    assert any(seen != sigma for sigma, seen in found)
+    assert caplog.text.count("chooses its own steps, as dpm_adaptive does") == 1 and "'shared latent'" in caplog.text

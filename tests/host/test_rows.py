@@ -1,5 +1,7 @@
 """Whose the rows are: labels go where the rows go, and where they are lost and nothing tells, it is said by name."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -70,23 +72,73 @@ class Mosaic:
 
 def test_rows_that_nobody_knows_are_refused_by_name(infused):
     model, positive = infused.patch(infused.residual(), wrapped(infused.model, Mosaic()))
-    with pytest.raises(RuntimeError, match=r"4 rows for 2 conditionings of 1 pictures.* remove Mosaic \("):
+    with pytest.raises(RuntimeError, match=r"4 rows for 2 conditionings of 1 pictures.* remove Mosaic from"):
         infused.run(model, positive)
     assert infused.run(model, infused.positive).isfinite().all()  # plain runs are nobody's business
 
 
-def test_streams_that_call_the_unet_a_different_number_of_times_are_refused(infused):
+@pytest.mark.parametrize(("which", "words"), [("F", "2 times for .* and 1"), ("C", "1 times for .* and at least 2")])
+def test_streams_that_call_the_unet_a_different_number_of_times_are_refused(infused, which, words):
     seen = seen_by_both()
 
     def now_and_then(apply, args):
         seen.calls.append(1)
-        for _ in range(1 + (len(seen.calls) == 2)):  # C's first
+        for _ in range(1 + (len(seen.calls) == "FC".index(which) + 1)):
             out = apply(args["input"], args["timestep"], **args["c"])
         return out
 
     model, positive = infused.patch(infused.residual(), wrapped(infused.model, now_and_then))
-    with pytest.raises(RuntimeError, match="1 times for a conditioning .* and 2 times|left no queries"):
+    with pytest.raises(
+        RuntimeError, match=rf"{words} times in the customised .* remove test_streams\w+ from the model"
+    ):
         infused.run(model, positive)
+
+
+def one_by_one(apply, args):
+    """A pack that gives the UNet one row at a time, as in windows of one frame."""
+    outs = []
+    for row in range(len(args["input"])):
+        given = {name: v[row : row + 1] if isinstance(v, torch.Tensor) else v for name, v in args["c"].items()}
+        outs.append(apply(args["input"][row : row + 1], args["timestep"][row : row + 1], **given))
+    return torch.cat(outs)
+
+
+def halves(batch):
+    """A region with a mask for each picture: the right half for the first half of them, the left for the rest."""
+    region = torch.zeros(batch, 64, 64)
+    region[: batch // 2, :, 32:] = region[batch // 2 :, :, :32] = 1
+    return region
+
+
+@pytest.mark.parametrize("wrapper", [one_by_one, *map(regroup, ORDERS.values())], ids=["one by one", *ORDERS])
+def test_a_regions_masks_stay_with_their_pictures(infused, wrapper):
+    region = halves(2)
+    usual = infused.run(*infused.patch(infused.residual(), region=region), batch=2)
+    other = infused.run(*infused.patch(infused.residual(), wrapped(infused.model, wrapper), region=region), batch=2)
+    torch.testing.assert_close(other, usual, rtol=1e-3, atol=1e-3 * usual.std().item())
+
+
+def test_a_regions_masks_stay_with_their_pictures_in_context_windows(infused):
+    windows = pytest.importorskip("comfy_extras.nodes_context_windows", reason="this host has no context windows")
+    import comfy.context_windows as context
+
+    given = {
+        "context_length": 2,
+        "context_overlap": 0,
+        "context_schedule": context.ContextSchedules.STATIC_STANDARD,
+        "context_stride": 1,
+        "closed_loop": False,
+        "fuse_method": context.ContextFuseMethods.FLAT,
+        "dim": 0,
+        "freenoise": False,
+    }
+    execute = windows.ContextWindowsManualNode.execute
+    made = execute(
+        infused.model, **{name: given[name] for name in given if name in inspect.signature(execute).parameters}
+    )
+    usual = infused.run(*infused.patch(infused.residual(), region=halves(4)), batch=4)
+    other = infused.run(*infused.patch(infused.residual(), made.args[0], region=halves(4)), batch=4)
+    torch.testing.assert_close(other, usual, rtol=1e-3, atol=1e-3 * usual.std().item())
 
 
 def test_a_region_is_not_guessed_for_parts_of_a_picture(infused):
@@ -99,7 +151,7 @@ def test_a_region_is_not_guessed_for_parts_of_a_picture(infused):
     model = wrapped(infused.model, halves)
     infused.assert_node_exact(model)
     patched, positive = infused.patch(infused.residual(), model, region=torch.ones(1, 8, 8))
-    with pytest.raises(RuntimeError, match=r"leave region unconnected, or remove halves \("):
+    with pytest.raises(RuntimeError, match=r"leave region unconnected, or remove test_a_region\w+ from"):
         infused.run(patched, positive)
 
 
