@@ -64,7 +64,6 @@ def unet_features(unet, x, timesteps, context, blocks):
     return [seen[index] for index in (*blocks, "middle")]
 
 
-@torch.no_grad()  # or what is trained and what is not would have their attention in other kernels
 @pytest.mark.parametrize("second_latent", networks.SECOND_LATENTS)
 def test_it_starts_as_the_unets_encoder_and_as_the_given_word(small, second_latent):
     network = small.promptnet(second_latent=second_latent)
