@@ -59,12 +59,12 @@ class JudgeTrunk:
 
     @torch.no_grad()
     def images(self, pictures: Tensor) -> Tensor:
-        """(B, SIZE, SIZE, 3) in [0, 1] -> (B, 384): means and maxima of the two deepest levels, each
+        """(B, SIZE, SIZE, 3) in [0, 1] -> (B, 320): means and maxima of the two deepest levels, each
         level centred and scaled."""
         kept = []
         hooks = [
             level.register_forward_hook(lambda _, __, out: kept.append(out))
-            for level in (self._network.down12, self._network.down6)
+            for level in (self._network.down8, self._network.down16)
         ]
         try:
             self._network(pictures.float().movedim(-1, 1) * 2 - 1)

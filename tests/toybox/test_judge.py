@@ -83,7 +83,7 @@ def test_blurred_pictures_are_judged_as_sharp_ones(judge):
 
 def test_halves_repeat_their_edges():
     columns, quarter, half = torch.arange(float(SIZE)).expand(1, SIZE, SIZE), SIZE // 4, SIZE // 2
-    left, right = (part[0, 0].tolist() for part in halves(columns))
+    left, right = (part[0].tolist() for part in halves(columns))
     assert left == [0.0] * quarter + list(range(half)) + [half - 1.0] * quarter
     assert right == [half] * quarter + list(range(half, SIZE)) + [SIZE - 1.0] * quarter
     assert torch.equal(whole(*halves(columns).chunk(2)), columns)
