@@ -20,8 +20,6 @@ import tiny  # noqa: E402
 from pooled import PooledVae, pictures  # noqa: E402
 from reports import cancel_at, on_report, stop_listening  # noqa: E402
 
-from profusion.toybox.drawing import SIZE  # noqa: E402
-
 VALUES = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_v.weight"
 
 
@@ -228,7 +226,7 @@ def test_the_kernel_and_the_node_train_the_same_residual(train, host, tmp_path, 
     ):
         pytest.skip("Toybox's weights are not there: train them with `python -m training.toybox`")
     folder = toybox_folder(host, tmp_path / "toybox") if weights == "random" else pipeline.WEIGHTS
-    images, masks = pictures(2, SIZE, SIZE), torch.zeros(2, SIZE, SIZE)
+    images, masks = pictures(2, 96, 96), torch.zeros(2, 96, 96)
     masks[0, 20:70, 20:70], masks[1, 40:90, 10:60] = 1, 1
     options = host.training.TrainingOptions(steps=3, batch_size=2, seed=11)
     kernel = pipeline.Toybox.load(folder).training(images, masks, "ball", options)
