@@ -11,6 +11,7 @@ from profusion.models.mmdit import MMDiT, grid_embedding
 from profusion.models.tokenizer import END, START, id_to_text, tokenize, words_to_ids
 from profusion.models.unet import UNet
 from profusion.models.vae import VAE
+from profusion.toybox.pipeline import load_network, save_network
 
 TINY = configs.UNetConfig(32, (1, 2), 1, (1, 1), 1, 16, num_heads=2)
 
@@ -194,3 +195,20 @@ def test_the_tokenizer_is_clips():
 
 def test_long_prompts_keep_their_end_token():
     assert tokenize("cat " * 100)[0, -1] == END
+
+
+def test_a_network_in_eight_bits_is_rounded_by_half_a_step_of_its_rows(tmp_path):
+    network = mmdit()
+    with torch.no_grad():
+        network.joint_blocks[0].x_block.attn.qkv.weight[0] *= 100  # one row's size is not the others'
+    written = save_network("mmdit", network, tmp_path)
+    state, loaded = network.state_dict(), load_network("mmdit", tmp_path)
+    assert written < 1.3 * sum(value.numel() for value in state.values()) and loaded.keys() == state.keys()
+    for name, value in state.items():
+        rows = value.flatten(1) if value.ndim > 1 else value[None]
+        bound = rows.abs().amax(dim=1) / 127 * 0.501 if value.ndim > 1 else rows.abs().amax(dim=1) * 2**-10
+        assert ((loaded[name].reshape(rows.shape) - rows).abs().amax(dim=1) <= bound + 1e-7).all(), name
+    again = mmdit()
+    again.load_state_dict(loaded)
+    save_network("mmdit", again, tmp_path / "again")
+    assert all(torch.equal(value, loaded[name]) for name, value in load_network("mmdit", tmp_path / "again").items())

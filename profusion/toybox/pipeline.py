@@ -37,6 +37,8 @@ STEPS = 30
 Callback = Callable[[int, Tensor], None]
 _TABLE = "text_model.embeddings.token_embedding.weight"
 _TOKENS = "token_ids"
+_STEP = ".step"
+EIGHT_BITS = ("mmdit",)  # with it in fp16 all files together would be more than an extension should weigh
 
 
 _REINSTALL = "They ship with the pack: reinstall it, or train them with `python -m training.toybox` from a checkout."
@@ -61,6 +63,7 @@ def load_network(network: str, folder: Path | None = None) -> dict[str, Tensor]:
     means nothing to it.
     """
     state = {name: value.float() for name, value in load_file(weight_file(network, folder)).items() if name != _TOKENS}
+    state = _from_eight_bits(state)
     if network == "text":
         with safe_open(weight_file(network, folder), "pt") as file:
             tokens = file.get_tensor(_TOKENS)
@@ -71,9 +74,11 @@ def load_network(network: str, folder: Path | None = None) -> dict[str, Tensor]:
 
 
 def save_network(network: str, module: nn.Module, folder: Path | None = None, tokens: Tensor | None = None) -> int:
-    """Write one network's file in fp16, where `load_network` finds it; of the text tower's table the rows of `tokens`
-    alone. Returns the bytes written."""
-    state = {name: value.detach().half().cpu().contiguous() for name, value in module.state_dict().items()}
+    """Write one network's file, where `load_network` finds it: in fp16, and the matrices of those of EIGHT_BITS in 8
+    bits; of the text tower's table the rows of `tokens` alone. Returns the bytes written."""
+    state = {name: value.detach().float().cpu() for name, value in module.state_dict().items()}
+    state = _in_eight_bits(state) if network in EIGHT_BITS else {name: value.half() for name, value in state.items()}
+    state = {name: value.contiguous() for name, value in state.items()}
     if network == "text":
         state[_TABLE] = state[_TABLE][tokens].contiguous()
         state[_TOKENS] = tokens.to(torch.int32)
@@ -82,6 +87,29 @@ def save_network(network: str, module: nn.Module, folder: Path | None = None, to
     path = folder / f"toybox_{network}.safetensors"
     save_file(state, path, metadata={"format": "pt", "architecture": "Toybox", "network": network})
     return path.stat().st_size
+
+
+def _in_eight_bits(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices as whole numbers in -127..127, each row with its own step, which is beside them; the rest in fp16."""
+    packed = {}
+    for name, value in state.items():
+        if value.ndim < 2:
+            packed[name] = value.half()
+            continue
+        rows = value.flatten(1)
+        step = rows.abs().amax(dim=1).clamp(min=1e-8) / 127
+        packed[name] = (rows / step[:, None]).round().to(torch.int8).view(value.shape)
+        packed[name + _STEP] = step
+    return packed
+
+
+def _from_eight_bits(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    steps = {name.removesuffix(_STEP): value for name, value in state.items() if name.endswith(_STEP)}
+    return {
+        name: value * steps[name].view(-1, *[1] * (value.ndim - 1)) if name in steps else value
+        for name, value in state.items()
+        if not name.endswith(_STEP)
+    }
 
 
 def save_weights(
