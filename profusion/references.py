@@ -1,7 +1,7 @@
 """Pictures as people have them, as one set: batches and lists, of any sizes and shapes, and their masks alike.
 
-A picture is brought to another size by cropping it to the new proportions, around its object where a mask says where
-that is, and resizing the rest (Lanczos). What was done is said in words, for whoever gave the pictures.
+A picture is brought to another size by cropping it to the new proportions, where that keeps most of its object if a
+mask says where that is, and resizing the rest (Lanczos). What was done is said in words, for whoever gave the pictures.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ INVERT_ALPHA = "Make the rest transparent in its place. If the object does reach
 HOLE = 0.01  # of a mask: a smaller black part is no sign that it is inverted
 SMALLEST = 8  # pixels a side of a picture that is resized
 MOST_SIZES = 4  # that a note lists
+AS_MUCH = 0.01  # of an object: windows that differ by less of it hold as much of it
+KEPT = 0.9  # of an object: where a crop keeps less, that is said
 
 
 class Shown(NamedTuple):
@@ -79,7 +81,7 @@ def together(shown: Sequence[Shown], multiple: int = 8, native: int | None = Non
     else:
         height, width = _common_size(sizes, multiple, native)
         parts, how = [_brought(one, height, width) for one in shown], "cropped and resized"
-    fitted = _stacked(parts, sizes, how)
+    fitted = _stacked(parts, shown, how)
     if native is None or (height, width) == (native, native):
         return fitted
     advice = ": resize the pictures to about that, it trains better and faster" * (height * width > 2 * native**2)
@@ -88,8 +90,8 @@ def together(shown: Sequence[Shown], multiple: int = 8, native: int | None = Non
 
 def framed(shown: Sequence[Shown], side: int) -> Fitted:
     """Pictures as squares of `side` pixels: the largest square of each, around its object, resized."""
-    sizes = _sizes(shown, SMALLEST)
-    return _stacked([_brought(one, side, side) for one in shown], sizes, "cropped and resized")
+    _sizes(shown, SMALLEST)
+    return _stacked([_brought(one, side, side) for one in shown], shown, "cropped and resized")
 
 
 def concept_pictures(
@@ -196,25 +198,28 @@ def _common_size(sizes: Sequence[tuple[int, int]], multiple: int, native: int | 
     return tuple(max(multiple, round(side / multiple) * multiple) for side in (height, width))
 
 
-def _trimmed(one: Shown, height: int, width: int) -> Shown:
-    """The centre of a picture."""
-    high, wide = _size(one)
-    top, left = (high - height) // 2, (wide - width) // 2
-    return Shown(*(part[top : top + height, left : left + width] for part in one))
+class _Part(NamedTuple):
+    """A part of a picture, and how much of the object it keeps."""
+
+    shown: Shown
+    kept: float = 1.0
 
 
-def _brought(one: Shown, height: int, width: int) -> Shown:
-    """A picture cropped to these proportions and resized; one of this size as it is."""
-    high, wide = _size(one)
-    if (high, wide) == (height, width):
-        return one
-    tall, broad = largest_window((high, wide), (height, width))
-    top, left = _corner(one.weight, tall, broad)
-    colours, weight = (part[top : top + tall, left : left + broad] for part in one)
-    if (tall, broad) == (height, width):
-        return Shown(colours, weight)
+def _trimmed(one: Shown, height: int, width: int) -> _Part:
+    """The centre of a picture, as far as its object is there."""
+    return _cropped(one, height, width, [side / 2 for side in _size(one)])
+
+
+def _brought(one: Shown, height: int, width: int) -> _Part:
+    """A picture cropped to these proportions, around its object, and resized; one of this size as it is."""
+    if _size(one) == (height, width):
+        return _Part(one)
+    window = largest_window(_size(one), (height, width))
+    (colours, weight), kept = _cropped(one, *window, _centre(one.weight))
+    if window == (height, width):
+        return _Part(Shown(colours, weight), kept)
     smooth = smoothly_resized(weight[None, None], (height, width))[0, 0]
-    return Shown(_resized(colours, height, width), _whitened(smooth))
+    return _Part(Shown(_resized(colours, height, width), _whitened(smooth)), kept)
 
 
 def largest_window(size: Sequence[int], proportions: Sequence[int]) -> tuple[int, int]:
@@ -224,14 +229,30 @@ def largest_window(size: Sequence[int], proportions: Sequence[int]) -> tuple[int
     return tall, broad
 
 
-def _corner(weight: Tensor, tall: int, broad: int) -> tuple[int, int]:
-    """Where a window begins that has the object in its middle and does not leave the picture."""
-    total, places = weight.sum(), []
-    for axis, side in ((0, tall), (1, broad)):
-        length = weight.shape[axis]
-        centre = float((weight.sum(dim=1 - axis) * (torch.arange(length, device=weight.device) + 0.5)).sum() / total)
-        places.append(min(max(0, math.floor(centre - side / 2 + 1e-3)), length - side))
-    return places[0], places[1]
+def _cropped(one: Shown, tall: int, broad: int, centre: Sequence[float]) -> _Part:
+    """The window that holds most of the object: of several that hold as much, the one nearest to this centre."""
+    along = zip(_along(one.weight), (tall, broad), centre, strict=True)
+    top, left = (_start(sums, side, middle) for sums, side, middle in along)
+    part = Shown(*(part[top : top + tall, left : left + broad] for part in one))
+    return _Part(part, float(part.weight.sum() / one.weight.sum()))
+
+
+def _start(sums: Tensor, side: int, centre: float) -> int:
+    """Where a window of `side` begins on an axis, by the object's weight along it (length,)."""
+    before = torch.cat([sums.new_zeros(1), sums.cumsum(0)])
+    held = before[side:] - before[: len(before) - side]
+    most = (held >= held.max() - AS_MUCH * before[-1]).nonzero()[:, 0]
+    return int(most[(most - math.floor(centre - side / 2 + 1e-3)).abs().argmin()])
+
+
+def _centre(weight: Tensor) -> list[float]:
+    """The middle of an object's weight (H, W), down and across."""
+    return [float((torch.arange(len(sums)).to(sums) + 0.5) @ sums / sums.sum()) for sums in _along(weight)]
+
+
+def _along(weight: Tensor) -> list[Tensor]:
+    """The sums of a weight (H, W) in its rows and in its columns, in float64, which not every device has."""
+    return [weight.sum(dim=1 - axis).cpu().double() for axis in (0, 1)]
 
 
 def _resized(colours: Tensor, height: int, width: int) -> Tensor:
@@ -241,12 +262,18 @@ def _resized(colours: Tensor, height: int, width: int) -> Tensor:
     return torch.from_numpy(resized).to(colours).div_(255)
 
 
-def _stacked(parts: Sequence[Shown], before: Sequence[tuple[int, int]], how: str) -> Fitted:
+def _stacked(parts: Sequence[_Part], before: Sequence[Shown], how: str) -> Fitted:
     """Pictures that are of one size by now, and what was done to them."""
-    size = _size(parts[0])
-    done = "" if set(before) == {size} else f", {how} from {_listed(before)}"
-    note = f"{len(parts)} picture{'s' * (len(parts) > 1)} of {_written(size)}{done}"
-    return Fitted(torch.stack([part.colours for part in parts]), torch.stack([part.weight for part in parts]), note)
+    pictures, masks = zip(*(part.shown for part in parts), strict=True)
+    size, sizes = _size(parts[0].shown), [_size(one) for one in before]
+    done = "" if set(sizes) == {size} else f", {how} from {_listed(sizes)}"
+    cut = "".join(
+        f". Picture {number} keeps {part.kept:.0%} of its object: crop it yourself to show more"
+        for number, (part, one) in enumerate(zip(parts, before, strict=True), start=1)
+        if part.kept < KEPT and one.weight.min() < 0.5  # without a mask all of it is white
+    )
+    note = f"{len(parts)} picture{'s' * (len(parts) > 1)} of {_written(size)}{done}{cut}"
+    return Fitted(torch.stack(pictures), torch.stack(masks), note)
 
 
 def _sizes(shown: Sequence[Shown], smallest: int) -> list[tuple[int, int]]:

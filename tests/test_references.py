@@ -82,6 +82,43 @@ def test_the_crop_has_the_object_in_its_middle_and_stays_inside():
     assert torch.equal(framed(at_the_edge, 100).pictures[0], at_the_edge[0].colours[:, 200:])
 
 
+def ends(height, width, *sides):
+    """A mask (height, width) that is white at both ends, as far as these."""
+    mask = torch.zeros(height, width)
+    mask[:, : sides[0]] = mask[:, width - sides[-1] :] = 1
+    return mask
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["wide", "tall"])
+@pytest.mark.parametrize("sides", [(40, 40), (30, 50)], ids=str)
+def test_the_crop_falls_on_an_object_and_never_between_two(turned, sides):
+    """Their middle is where nothing is."""
+    picture, mask = noise(96, 400, 3), ends(96, 400, *sides)
+    if turned:
+        picture, mask = picture.transpose(0, 1), mask.T
+    fitted = framed(gather(picture, mask), 96)
+    assert fitted.masks.sum() == 96 * max(sides)
+    kept = {40: 50, 50: 62}[max(sides)]
+    assert fitted.note.endswith(f". Picture 1 keeps {kept}% of its object: crop it yourself to show more"), fitted.note
+    whole = torch.cat([picture, mask[..., None]], -1)
+    assert torch.equal(framed(gather(whole), 96).masks, fitted.masks)
+
+
+def test_which_of_several_pictures_loses_its_object_is_said():
+    images = [noise(96, 400, 3), noise(400, 96, 3)]
+    fitted = concept_pictures(images, [ends(96, 400, 40), torch.ones(400, 96)], native=96)
+    assert fitted.masks[0].any() and "Picture 1 keeps 50% of its object" in fitted.note
+    assert "Picture 2" not in fitted.note  # it has no mask: what its object is nobody said
+    assert concept_pictures(images, native=96).note.endswith("cropped and resized from 400x96, 96x400")
+
+
+def test_an_object_at_the_edge_is_not_trimmed_away():
+    mask = torch.zeros(96, 103)
+    mask[:, :3] = 1
+    one = concept_pictures(noise(96, 103, 3), mask)
+    assert one.masks.sum() == mask.sum() and one.note == "1 picture of 96x96 pixels, cropped from 103x96"
+
+
 @pytest.mark.parametrize("size", [(300, 200), (201, 333), (50, 70)])
 def test_without_a_mask_a_frame_is_the_authors_crop_and_lanczos(size):
     picture = noise(*size, 3).mul(255).round() / 255
