@@ -20,7 +20,8 @@ MOST_EMPTY = 20  # that a message lists
 def taking_sets(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     """The node, taking lists for the inputs in its SETS, where it has such; any other node as it is.
 
-    A list of texts becomes one text with a line for each, and none of them may be empty. Who calls `execute` itself gives values, as for any node.
+    A list of texts becomes one text with a line for each, and none of them may be empty. Who calls `execute` itself
+    gives values, as for any node.
     """
     sets = getattr(node, "SETS", ())
     if not sets:
@@ -68,8 +69,8 @@ def _joined(name: str, value: list) -> Any:
     if empty and any(lines):
         more = f" and {len(empty) - MOST_EMPTY} more" * (len(empty) > MOST_EMPTY)
         raise InputError(
-            f"{name}: of the {len(lines)} texts in its list these are empty: {', '.join(empty[:MOST_EMPTY])}{more}. Give "
-            "each picture its text; a loader of folders gives an empty one where a picture has no file of that name"
+            f"{name}: of the {len(lines)} texts in its list these are empty: {', '.join(empty[:MOST_EMPTY])}{more}. "
+            "Give each picture its text; a loader of folders gives an empty one where a picture has no file of texts"
         )
     return "\n".join(lines)
 

@@ -10,7 +10,6 @@ the names of its tensors.
 from __future__ import annotations
 
 import json
-import pickletools  # which lists what a file would do, and does none of it
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,11 +17,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .. import files
+from .. import files, programs
 from ..problems import why
 
 MAX_RECORDS = 20_000
-MAX_PROGRAM_BYTES = 2 << 20
 
 _NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
 _NAMES |= {f"torch {kind}Storage" for kind in ("Half", "BFloat16", "Float", "Double", "Long", "Int", "Bool")}
@@ -52,16 +50,16 @@ def _program(archive: zipfile.ZipFile, size: int) -> bytes:
     packed = [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]
     if packed or sum(record.file_size for record in records) > size:
         raise files.FileFormatError("it is compressed, or its records overlap, and a checkpoint of torch's never is")
-    programs = [record for record in records if record.filename.endswith("/data.pkl")]
-    if len(records) > MAX_RECORDS or len(programs) != 1 or programs[0].file_size > MAX_PROGRAM_BYTES:
+    found = [record for record in records if record.filename.endswith("/data.pkl")]
+    if len(records) > MAX_RECORDS or len(found) != 1 or found[0].file_size > programs.MAX_BYTES:
         raise files.FileFormatError("it is an archive, but not a checkpoint of torch's")
-    return archive.read(programs[0])
+    return archive.read(found[0])
 
 
 def _check_program(program: bytes) -> None:
-    for code, argument, _ in pickletools.genops(program):
-        if code.name in _CALLS or (code.name == "GLOBAL" and argument not in _NAMES):
-            raise files.FileFormatError(f"it asks for more than tensors: {code.name} {argument!s:.80}")
+    for step in programs.steps(program):
+        if step.code in _CALLS or (step.name is not None and step.name not in _NAMES):
+            raise files.FileFormatError(f"it asks for more than tensors: {step.code} {step.name or '':.80}".rstrip())
 
 
 def check_stored(tensors: Mapping[str, Tensor]) -> None:
