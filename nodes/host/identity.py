@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...profusion.keeping import digest
 from ...profusion.residual import Residual
-from ...profusion.residual.origin import distance, sample_of
+from ...profusion.residual.origin import Sample, apart, sample_of
 
 # The inputs by which the host's loaders, and those of others, name a model's file, and the folders it may be in.
 _FILE_INPUTS = ("ckpt_name", "unet_name", "model_name", "diffusion_model")
@@ -23,7 +23,7 @@ _FOLDERS = ("checkpoints", "diffusion_models", "unet_gguf")
 _MAX_NODES = 100  # between a loader and a trainer
 _TOYBOX = "ProFusion_ToyboxLoader"
 _PIECE = 1 << 24
-_ROUNDED = 0.04  # how far eight bits move the weights of one and the same model; sixteen do by a tenth of it
+_SAMPLED = "attn2.to_v.weight"
 
 _hashes: dict[tuple[str, int, int], str] = {}
 """The hashes of files that were trained on, by path, time and size."""
@@ -105,39 +105,43 @@ def _full_path(kind: str, name: str) -> str | None:
         return None
 
 
-def weights_sample(patcher: ModelPatcher) -> str:
+def weights_sample(patcher: ModelPatcher) -> Sample:
     """A sample of what a UNet's cross-attention reads of a prompt, as the weights are without patches; see `sample_of`.
 
-    Empty where they cannot be read, as some quantised forms cannot.
+    Empty where they cannot be read, as quantised forms cannot.
     """
     try:
-        weights = [
-            entries[0][0] if isinstance(entries[0], tuple) else entries[0]
-            for name, entries in patcher.get_key_patches("diffusion_model.").items()
-            if name.endswith("attn2.to_v.weight")
-        ]
-        return sample_of(weights)
+        patches = patcher.get_key_patches("diffusion_model.")
+        return sample_of([_weight(entries[0]) for name, entries in patches.items() if name.endswith(_SAMPLED)])
     except Exception:  # whatever a form that we have never seen raises: no training may be lost to it
-        return ""
+        return Sample()
+
+
+def _weight(entry: Any) -> Tensor:
+    """A weight of an entry of the host's. Raises ValueError where its values are stored in another form."""
+    weight, convert = entry if isinstance(entry, tuple) else (entry, None)
+    if convert is not None and convert(weight, inplace=False) is not weight:
+        raise ValueError("stored in a form of its own")
+    return weight
 
 
 def other_bases(residuals: Sequence[Residual], patcher: ModelPatcher) -> list[str]:
     """A warning for each residual that was trained on other weights of the model's architecture; none for those that
     were on these, or of which nobody can tell."""
-    told = [residual for residual in residuals if residual.origin is not None and residual.origin.sample]
-    sample = weights_sample(patcher) if told else ""
+    told = [residual for residual in residuals if residual.origin is not None and residual.origin.sample.numbers]
+    sample = weights_sample(patcher) if told else Sample()
     return [text for residual in told if (text := _other_base(residual, sample)) is not None]
 
 
-def _other_base(residual: Residual, sample: str) -> str | None:
+def _other_base(residual: Residual, sample: Sample) -> str | None:
     origin = residual.origin
-    apart = distance(origin.sample, sample)
-    if apart is None or apart <= _ROUNDED:
+    share = apart(origin.sample, sample)
+    if share is None:
         return None
     base = f"{origin.base} ({origin.base_hash})" if origin.base_hash else origin.base or "another model"
     return (
         f"The residual of '{residual.noun}' was trained on {base}. This model has the same architecture and other "
-        f"weights ({apart:.0%} apart where it reads the prompt), so the concept may look less like itself: load that "
+        f"weights ({share:.0%} apart where it reads the prompt), so the concept may look less like itself: load that "
         "model, or train the residual on this one."
     )
 

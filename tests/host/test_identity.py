@@ -58,7 +58,7 @@ def test_the_file_is_hashed_once(identity, tmp_path, monkeypatch):
 def test_the_weights_are_known_again_without_their_patches_and_others_are_told(identity, infused, generator):
     origin_of = sys.modules[f"{infused.pack.__name__}.profusion.residual"].Origin
     sample = identity.weights_sample(infused.model)
-    assert len(sample) == 44
+    assert len(sample.numbers) == 44 and sample.rounding == 0
     patched = infused.model.clone()
     key = next(name for name in patched.model_state_dict() if name.endswith("attn2.to_v.weight"))
     patched.add_patches({key: (torch.ones_like(patched.model_state_dict()[key]),)})
@@ -73,6 +73,24 @@ def test_the_weights_are_known_again_without_their_patches_and_others_are_told(i
             weight += 0.2 * weight.std() * torch.randn(weight.shape, generator=generator)
     (warning,) = identity.other_bases([told, infused.residual()], tuned)
     assert "was trained on base.ckpt (0123456789). This model" in warning
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8], ids=str)
+def test_the_same_weights_in_eight_bits_are_no_other_base(identity, infused, kind):
+    """Those of 4 bits in bytes, and those that have a scale beside them, say nothing."""
+    origin_of = sys.modules[f"{infused.pack.__name__}.profusion.residual"].Origin
+    told = replace(infused.residual(), origin=origin_of("base.ckpt", sample=identity.weights_sample(infused.model)))
+    eight = tiny.model()
+    for name, layer in eight.model.diffusion_model.named_modules():
+        if name.endswith("attn2.to_v"):
+            layer.weight = torch.nn.Parameter(layer.weight.detach().to(kind), requires_grad=False)
+    sample = identity.weights_sample(eight)
+    assert bool(sample.numbers) == kind.is_floating_point and identity.other_bases([told], eight) == []
+    assert kind.is_floating_point or sample.numbers == ""
+    for name, layer in eight.model.diffusion_model.named_modules():
+        if name.endswith("attn2.to_v"):
+            layer.convert_weight = lambda weight, inplace=False: 8 * weight.float()
+    assert identity.weights_sample(eight).numbers == ""
 
 
 @pytest.mark.parametrize("weights", ["the same", "others"])
