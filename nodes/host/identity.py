@@ -77,19 +77,26 @@ class BaseFile:
 
 
 def _named(graph: Mapping[str, Any], node: str, socket: str) -> str | None:
-    """What the loader before a node names, along the inputs called `model`; None where there is none to be found."""
+    """What the loader before a node names, along the inputs called `model`; None where there is none to be found.
+
+    A node that takes a model itself may name a file of another kind, as loaders of motion modules do.
+    """
     for _ in range(_MAX_NODES):
         link = _inputs(graph, node).get(socket)
-        if not isinstance(link, Sequence) or isinstance(link, str) or len(link) != 2:
+        if not _is_link(link):
             return None
         node, socket = str(link[0]), "model"
         if isinstance(graph.get(node), Mapping) and graph[node].get("class_type") == _TOYBOX:
             return "Toybox"
         inputs = _inputs(graph, node)
-        name = next((inputs[name] for name in _FILE_INPUTS if isinstance(inputs.get(name), str)), None)
-        if name is not None:
-            return name
+        if any("model" in name and _is_link(value) for name, value in inputs.items()):
+            continue
+        return next((inputs[name] for name in _FILE_INPUTS if isinstance(inputs.get(name), str)), None)
     return None
+
+
+def _is_link(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
 
 
 def _inputs(graph: Mapping[str, Any], node: str) -> Mapping[str, Any]:

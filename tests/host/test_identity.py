@@ -19,6 +19,11 @@ GRAPH = {
     "3": {"class_type": "ModelMergeSimple", "inputs": {"model1": ["1", 0], "model2": ["2", 0]}},
     "4": {"class_type": "ProFusion_ToyboxLoader", "inputs": {}},
     "5": {"class_type": "Loop", "inputs": {"model": ["5", 0]}},
+    "6": {"class_type": "MotionLoader", "inputs": {"model": ["2", 0], "model_name": "motion.ckpt"}},
+    "7": {"class_type": "MotionOnMerged", "inputs": {"model": ["3", 0], "model_name": "motion.ckpt"}},
+    "8": {"class_type": "Mixer", "inputs": {"base_model": ["1", 0], "model_name": "other.safetensors"}},
+    "9": {"class_type": "UNETLoader", "inputs": {"unet_name": "unet.safetensors", "weight_dtype": "default"}},
+    "10": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": ["11", 0]}},
     "trainer": {"class_type": "ProFusion_ResidualTrainer", "inputs": {"model": ["2", 0]}},
 }
 
@@ -35,7 +40,9 @@ def before(identity, node):
 
 def test_the_graph_names_the_file(identity):
     assert before(identity, "2") == before(identity, "1") == "base.safetensors"
-    assert before(identity, "4") == "Toybox"
+    assert before(identity, "4") == "Toybox" and before(identity, "9") == "unet.safetensors"
+    assert before(identity, "6") == "base.safetensors"  # not the motion module
+    assert before(identity, "7") == before(identity, "8") == before(identity, "10") == ""
     assert before(identity, "3") == before(identity, "5") == before(identity, "absent") == ""  # a merge is of no file
     for graph in (None, {}, {"trainer": None}, {"trainer": {"inputs": {"model": "text"}}}):
         assert identity.BaseFile(graph, "trainer").name == ""
