@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
@@ -23,6 +25,7 @@ _FOLDERS = ("checkpoints", "diffusion_models", "unet_gguf")
 _MAX_NODES = 100  # between a loader and a trainer
 _TOYBOX = "ProFusion_ToyboxLoader"
 _PIECE = 1 << 24
+MOST_SECONDS, _SLICE = 5.0, 0.1  # that a finished training waits for its hash, and until it looks for Cancel again
 _SAMPLED = "attn2.to_v.weight"
 
 _hashes: dict[tuple[str, int, int], str] = {}
@@ -57,9 +60,12 @@ class BaseFile:
         return self._hash[:10]
 
     def wait(self) -> None:
-        """Until the file has been read."""
-        if self._thread is not None:
-            self._thread.join()
+        """Until the file has been read, or MOST_SECONDS: disks are slow at times. Raises what the host raises at
+        Cancel."""
+        until = time.monotonic() + MOST_SECONDS
+        while self._thread is not None and self._thread.is_alive() and time.monotonic() < until:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            self._thread.join(_SLICE)
 
     def _read(self, path: Path) -> None:
         try:

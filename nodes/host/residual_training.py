@@ -138,14 +138,20 @@ class TrainingRun:
         for stop in _stops(self.training.step, options.steps, self._sample_every):
             self._model.run(lambda stop=stop: self._train_until(stop), shape)
             if stop == options.steps:
-                self._base.wait()
-                self.saved = _save(self.residual(), f"{stop}_steps")
-                self._partial.discard()
+                self._finish(f"{stop}_steps")
             else:
                 self._partial.at_a_pause()
             self.pictures.insert(0, self._samples.draw(self.training.residual()))
             self._progress.report(stop, self._preview())
         _unsaved.pop(self._identity, None)
+
+    def _finish(self, name: str) -> None:
+        """Save what has been learned, with the hash of the model's file unless that takes long or Cancel is pressed."""
+        try:
+            self._base.wait()
+        finally:
+            self.saved = _save(self.residual(), name)
+            self._partial.discard()
 
     def _train_until(self, stop: int) -> None:
         for _ in self.training.steps(self._partial):

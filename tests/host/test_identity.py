@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+import threading
 import types
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import torch
 
 pytest.importorskip("comfy.samplers", reason="no ComfyUI: set COMFYUI_PATH to a checkout")
 
+import comfy.model_management  # noqa: E402
 import tiny  # noqa: E402
 from pooled import PooledVae, pictures  # noqa: E402
 
@@ -114,7 +116,9 @@ def test_a_residual_of_another_base_is_drawn_with_a_warning(identity, infused, w
     assert infused.run(patched, positive).isfinite().all()
 
 
-def test_a_training_says_what_it_was_on(pack, tmp_path, monkeypatch):
+@pytest.fixture
+def train(pack, tmp_path, monkeypatch):
+    """`train()`: what a training of one step learned on a base of seven bytes, and the origin in its file."""
     import folder_paths
 
     folder = tmp_path / "profusion_residuals"
@@ -124,6 +128,7 @@ def test_a_training_says_what_it_was_on(pack, tmp_path, monkeypatch):
     base.write_bytes(b"weights")
     monkeypatch.setattr(folder_paths, "get_full_path", lambda kind, name: str(base) if kind == "checkpoints" else None)
     monkeypatch.setattr(trainer, "hidden", types.SimpleNamespace(prompt=GRAPH, unique_id="trainer"), raising=False)
+    monkeypatch.setattr(sys.modules[f"{pack.__name__}.nodes.host.identity"], "_hashes", {})
     values = {
         "noun": "ball",
         "steps": 1,
@@ -137,14 +142,49 @@ def test_a_training_says_what_it_was_on(pack, tmp_path, monkeypatch):
         "sample_steps": 1,
         "sample_cfg": 1.0,
     }
-    model = tiny.model()
-    with torch.inference_mode():
-        learned, *_ = trainer.execute(model, tiny.clip(), PooledVae(), pictures(), **values).args
     load = sys.modules[f"{pack.__name__}.profusion.residual"].load_residual
-    (path,) = folder.rglob("*.safetensors")
-    origin = load(path).origin
+
+    def saved():
+        (path,) = folder.rglob("*.safetensors")
+        return load(path)
+
+    def run(model=None):
+        with torch.inference_mode():
+            learned, *_ = trainer.execute(model or tiny.model(), tiny.clip(), PooledVae(), pictures(), **values).args
+        return learned, saved().origin
+
+    return types.SimpleNamespace(run=run, saved=saved)
+
+
+def test_a_training_says_what_it_was_on(train, identity):
+    model = tiny.model()
+    learned, origin = train.run(model)
     assert origin == learned.origin
     assert (origin.base, origin.base_hash) == ("base.safetensors", hashlib.sha256(b"weights").hexdigest()[:10])
     assert origin.learning_rate == 0.03 and "a photo of a {}" in origin.prompts and origin.version and origin.day
-    identity = sys.modules[f"{pack.__name__}.nodes.host.identity"]
     assert origin.sample == identity.weights_sample(model)
+
+
+@pytest.fixture
+def slow_disk(identity, monkeypatch):
+    """The model's file is not read to its end until the test is over."""
+    over = threading.Event()
+    monkeypatch.setattr(identity.BaseFile, "_read", lambda base, path: over.wait())
+    yield
+    over.set()
+
+
+def test_a_training_does_not_wait_long_for_the_hash(train, identity, slow_disk, monkeypatch):
+    monkeypatch.setattr(identity, "MOST_SECONDS", 0.3)
+    learned, origin = train.run()
+    assert (origin.base, origin.base_hash) == ("base.safetensors", "") and learned.delta.any()
+
+
+def test_cancel_acts_while_the_hash_is_waited_for_and_loses_nothing(train, identity, slow_disk, monkeypatch):
+    """What has been learned is in its file, as if nobody had pressed it."""
+    wait, cancel = identity.BaseFile.wait, comfy.model_management.interrupt_current_processing
+    monkeypatch.setattr(identity, "MOST_SECONDS", 600)
+    monkeypatch.setattr(identity.BaseFile, "wait", lambda base: (cancel(True), wait(base)))
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train.run()
+    assert train.saved().delta.any() and train.saved().steps == 1 and train.saved().origin.base_hash == ""
