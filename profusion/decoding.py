@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .problems import Explained, why
 
@@ -61,19 +61,17 @@ class PictureError(Explained, ValueError):
     """Pictures that cannot be used. The message says which, why and what to do."""
 
 
-def decode(path: Path, side: int | None = None) -> Image.Image:
-    """A picture as RGBA, turned as its camera says: of its own size, at most OWN_PIXELS, or the centre of it as a
-    square of `side` pixels. Raises PictureError, which names the file."""
+def decode(path: Path) -> Image.Image:
+    """A picture as RGBA, turned as its camera says: of its own size, at most OWN_PIXELS. Raises PictureError, which
+    names the file."""
     try:
-        picture = _decoded(path, side)
+        picture = _decoded(path)
     except PictureError as problem:
         raise PictureError(f"{path} is {problem}") from problem
     except Image.DecompressionBombError as problem:
         raise PictureError(f"{path} is too large: it has hundreds of megapixels") from problem
     except Exception as problem:  # whatever a damaged file makes of the library
         raise PictureError(f"{path} cannot be read as a picture: {why(problem)}") from problem
-    if side is not None:
-        return ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
     share = (OWN_PIXELS / (picture.width * picture.height)) ** 0.5
     if share >= 1:
         return picture
@@ -81,15 +79,15 @@ def decode(path: Path, side: int | None = None) -> Image.Image:
     return picture.resize(sides, Image.Resampling.LANCZOS)
 
 
-def _decoded(path: Path, side: int | None) -> Image.Image:
+def _decoded(path: Path) -> Image.Image:
     """All of it, but smaller by a whole number where it is much larger than it need be."""
     if path.suffix.lower() in _HEIF:
         _learn_heif()
     with Image.open(path, formats=[name for name in FORMATS if name in _known_formats()]) as file:
         _check_size(file, path)
-        factor = _factor(file.size, side)
+        factor = _factor(file.size)
         file.draft(None, (file.width // factor, file.height // factor))
-        factor = _factor(file.size, side)
+        factor = _factor(file.size)
         if file.mode.startswith(_DEEP):
             picture = _eight_bits(file)
         elif file.mode not in ("L", "RGB", "RGBA") or "transparency" in file.info:
@@ -143,12 +141,9 @@ def unreadable(paths: Iterable[Path]) -> list[Path]:
     return [path for path, kind in kinds.items() if kind not in FORMATS or kind not in Image.OPEN]
 
 
-def _factor(size: tuple[int, int], side: int | None) -> int:
-    """How much smaller each side may be: OWN_PIXELS stay, or twice the square that is wanted."""
-    most = (size[0] * size[1] / OWN_PIXELS) ** 0.5
-    if side is not None:
-        most = min(most, min(size) / (2 * side))
-    return max(1, int(most))
+def _factor(size: tuple[int, int]) -> int:
+    """How much smaller each side may be, so that OWN_PIXELS stay."""
+    return max(1, int((size[0] * size[1] / OWN_PIXELS) ** 0.5))
 
 
 def _check_size(file: Image.Image, path: Path) -> None:

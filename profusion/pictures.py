@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .decoding import OTHER_SUFFIXES, SUFFIXES, PictureError, decode, unreadable
 from .devices import area_means
-from .references import INVERT_ALPHA, check_not_inverted, over_grey
+from .references import INVERT_ALPHA, Fitted, Shown, check_not_inverted, framed, over_grey
 
 MOST_NAMES = 20  # of files, in a message
 MOST_LINES, LONGEST_LINE = 200, 256  # of a caption; a path has at most 4096 letters
@@ -27,14 +27,14 @@ def latent_masks(masks: Tensor, cells: Sequence[int]) -> Tensor:
     return area_means(masks[:, None].float(), cells)[:, 0]
 
 
-def read_pictures(folder: Path, size: int) -> tuple[Tensor, Tensor]:
-    """Every picture of a folder, by name -> IMAGE (M, size, size, 3) and MASK (M, size, size).
+def read_pictures(folder: Path, size: int) -> Fitted:
+    """Every picture of a folder, by name, as squares of `size` pixels: see `references.framed`.
 
-    Centre-cropped to a square. An alpha channel is the object's mask; without one the whole picture counts.
-    Raises PictureError where there are none, or one cannot be read.
+    An alpha channel is the object's mask; without one the whole picture counts. Raises PictureError where there are
+    none, or one cannot be read.
     """
-    pictures, masks = zip(*(read_picture(path, size) for path in picture_paths(folder)), strict=True)
-    return torch.stack(pictures), torch.stack(masks)
+    paths = picture_paths(folder)
+    return framed((Shown(*read_picture(path)) for path in paths), size, [path.name for path in paths])
 
 
 def picture_paths(folder: Path) -> list[Path]:
@@ -59,13 +59,12 @@ def picture_paths(folder: Path) -> list[Path]:
     return paths
 
 
-def read_picture(path: Path, size: int | None = None) -> tuple[Tensor, Tensor]:
-    """(H, W, 3) and its mask (H, W): of its own size, or the centre of it as a square of `size` pixels a side.
+def read_picture(path: Path) -> tuple[Tensor, Tensor]:
+    """(H, W, 3) and its mask (H, W), of its own size; one of more than two megapixels is reduced to them.
 
-    One of more than two megapixels is reduced to them, in its proportions. Raises PictureError, also where it is too
-    large to be decoded at all.
+    Raises PictureError, also where it is too large to be decoded at all.
     """
-    values = torch.from_numpy(np.array(decode(path, size))).float().div_(255)
+    values = torch.from_numpy(np.array(decode(path))).float().div_(255)
     mask = values[..., 3]
     if not mask.any():
         raise PictureError(f"{path} is wholly transparent, so there is no object to learn")

@@ -7,7 +7,7 @@ mask says where that is, and resizing the rest (Lanczos). What was done is said 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,8 +28,8 @@ INVERT_MASK = (
 INVERT_ALPHA = "Make the rest transparent in its place. If the object does reach all edges, make a corner transparent"
 HOLE = 0.01  # of a mask: a smaller black part is no sign that it is inverted
 SMALLEST = 8  # pixels a side of a picture that is resized
-MOST_SIZES = 4  # that a note lists
-AS_MUCH = 0.01  # of an object: windows that differ by less of it hold as much of it
+MOST_LISTED = 4  # sizes, or pictures, in a note
+AS_MUCH = 0.01  # of an object: parts of a picture that differ by less of it hold as much of it
 KEPT = 0.9  # of an object: where a crop keeps less, that is said
 
 
@@ -74,24 +74,32 @@ def together(shown: Sequence[Shown], multiple: int = 8, native: int | None = Non
     Those of one size keep it and lose at most their edges. Others get the mean of their proportions, and the area of
     native x native pixels (default: that of the smallest).
     """
-    sizes = _sizes(shown, multiple)
+    sizes = [_size(one) for one in shown]
+    for size in sizes:
+        _check_size(size, multiple)
     if len(set(sizes)) == 1:
         height, width = (side - side % multiple for side in sizes[0])
         parts, how = [_trimmed(one, height, width) for one in shown], "cropped"
     else:
         height, width = _common_size(sizes, multiple, native)
         parts, how = [_brought(one, height, width) for one in shown], "cropped and resized"
-    fitted = _stacked(parts, shown, how)
+    fitted = _stacked(parts, how)
     if native is None or (height, width) == (native, native):
         return fitted
     advice = ": resize the pictures to about that, it trains better and faster" * (height * width > 2 * native**2)
     return fitted._replace(note=f"{fitted.note}. The model's own size is {_written((native, native))}{advice}")
 
 
-def framed(shown: Sequence[Shown], side: int) -> Fitted:
-    """Pictures as squares of `side` pixels: the largest square of each, around its object, resized."""
-    _sizes(shown, SMALLEST)
-    return _stacked([_brought(one, side, side) for one in shown], shown, "cropped and resized")
+def framed(shown: Iterable[Shown], side: int, names: Sequence[str] = ()) -> Fitted:
+    """Pictures as squares of `side` pixels: the largest square of each, around its object, resized.
+
+    They may be made one after the other: of each no more is kept than the square. names: what they are called.
+    """
+    parts = []
+    for one in shown:
+        _check_size(_size(one), SMALLEST)
+        parts.append(_brought(one, side, side))
+    return _stacked(parts, "cropped and resized", names)
 
 
 def concept_pictures(
@@ -199,27 +207,29 @@ def _common_size(sizes: Sequence[tuple[int, int]], multiple: int, native: int | 
 
 
 class _Part(NamedTuple):
-    """A part of a picture, and how much of the object it keeps."""
+    """A part of a picture, the size (height, width) of all of it, and how much of its object the part keeps."""
 
     shown: Shown
+    whole: tuple[int, int]
     kept: float = 1.0
 
 
 def _trimmed(one: Shown, height: int, width: int) -> _Part:
-    """The centre of a picture, as far as its object is there."""
-    return _cropped(one, height, width, [side / 2 for side in _size(one)])
+    """The centre of a picture, unless that loses much of its object that another part would keep."""
+    return _cropped(one, height, width, [side / 2 for side in _size(one)], 1 - KEPT)
 
 
 def _brought(one: Shown, height: int, width: int) -> _Part:
     """A picture cropped to these proportions, around its object, and resized; one of this size as it is."""
-    if _size(one) == (height, width):
-        return _Part(one)
-    window = largest_window(_size(one), (height, width))
-    (colours, weight), kept = _cropped(one, *window, _centre(one.weight))
-    if window == (height, width):
-        return _Part(Shown(colours, weight), kept)
+    whole = _size(one)
+    if whole == (height, width):
+        return _Part(one, whole)
+    part = _cropped(one, *largest_window(whole, (height, width)), _centre(one.weight))
+    colours, weight = part.shown
+    if _size(part.shown) == (height, width):
+        return part
     smooth = smoothly_resized(weight[None, None], (height, width))[0, 0]
-    return _Part(Shown(_resized(colours, height, width), _whitened(smooth)), kept)
+    return part._replace(shown=Shown(_resized(colours, height, width), _whitened(smooth)))
 
 
 def largest_window(size: Sequence[int], proportions: Sequence[int]) -> tuple[int, int]:
@@ -229,19 +239,23 @@ def largest_window(size: Sequence[int], proportions: Sequence[int]) -> tuple[int
     return tall, broad
 
 
-def _cropped(one: Shown, tall: int, broad: int, centre: Sequence[float]) -> _Part:
-    """The window that holds most of the object: of several that hold as much, the one nearest to this centre."""
+def _cropped(one: Shown, tall: int, broad: int, centre: Sequence[float], as_much: float = AS_MUCH) -> _Part:
+    """The window that holds most of the object: of several that hold as much, the one nearest to this centre.
+
+    as_much: the share of the object by which they may differ.
+    """
     along = zip(_along(one.weight), (tall, broad), centre, strict=True)
-    top, left = (_start(sums, side, middle) for sums, side, middle in along)
+    top, left = (_start(sums, side, middle, as_much) for sums, side, middle in along)
     part = Shown(*(part[top : top + tall, left : left + broad] for part in one))
-    return _Part(part, float(part.weight.sum() / one.weight.sum()))
+    masked = bool(one.weight.min() < 0.5)  # without a mask all of it is white, and nobody said what its object is
+    return _Part(part, _size(one), float(part.weight.sum() / one.weight.sum()) if masked else 1.0)
 
 
-def _start(sums: Tensor, side: int, centre: float) -> int:
+def _start(sums: Tensor, side: int, centre: float, as_much: float) -> int:
     """Where a window of `side` begins on an axis, by the object's weight along it (length,)."""
     before = torch.cat([sums.new_zeros(1), sums.cumsum(0)])
     held = before[side:] - before[: len(before) - side]
-    most = (held >= held.max() - AS_MUCH * before[-1]).nonzero()[:, 0]
+    most = (held >= held.max() - as_much * before[-1]).nonzero()[:, 0]
     return int(most[(most - math.floor(centre - side / 2 + 1e-3)).abs().argmin()])
 
 
@@ -262,29 +276,29 @@ def _resized(colours: Tensor, height: int, width: int) -> Tensor:
     return torch.from_numpy(resized).to(colours).div_(255)
 
 
-def _stacked(parts: Sequence[_Part], before: Sequence[Shown], how: str) -> Fitted:
+def _stacked(parts: Sequence[_Part], how: str, names: Sequence[str] = ()) -> Fitted:
     """Pictures that are of one size by now, and what was done to them."""
     pictures, masks = zip(*(part.shown for part in parts), strict=True)
-    size, sizes = _size(parts[0].shown), [_size(one) for one in before]
+    size, sizes = _size(parts[0].shown), [part.whole for part in parts]
     done = "" if set(sizes) == {size} else f", {how} from {_listed(sizes)}"
-    cut = "".join(
-        f". Picture {number} keeps {part.kept:.0%} of its object: crop it yourself to show more"
-        for number, (part, one) in enumerate(zip(parts, before, strict=True), start=1)
-        if part.kept < KEPT and one.weight.min() < 0.5  # without a mask all of it is white
-    )
-    note = f"{len(parts)} picture{'s' * (len(parts) > 1)} of {_written(size)}{done}{cut}"
+    note = f"{len(parts)} picture{'s' * (len(parts) > 1)} of {_written(size)}{done}{_lost(parts, names)}"
     return Fitted(torch.stack(pictures), torch.stack(masks), note)
 
 
-def _sizes(shown: Sequence[Shown], smallest: int) -> list[tuple[int, int]]:
-    """(height, width) of each. Raises PictureError for one that shows nothing at all."""
-    sizes = [_size(one) for one in shown]
-    small = next((size for size in sizes if min(size) < smallest), None)
-    if small:
+def _lost(parts: Sequence[_Part], names: Sequence[str]) -> str:
+    """Which pictures lost much of their object, as sentences after another one."""
+    lost = [(number, part.kept) for number, part in enumerate(parts) if part.kept < KEPT]
+    each = [f"{names[at] if names else f'picture {at + 1}'} keeps {kept:.0%}" for at, kept in lost[:MOST_LISTED]]
+    more = f", and {len(lost) - MOST_LISTED} more lose as much" * (len(lost) > MOST_LISTED)
+    return f". Of its object {', '.join(each)}{more}: crop it yourself to show more" if lost else ""
+
+
+def _check_size(size: tuple[int, int], smallest: int) -> None:
+    """Raise PictureError for a picture (height, width) that shows nothing at all."""
+    if min(size) < smallest:
         raise PictureError(
-            f"pictures of {small[1]}x{small[0]} pixels are too small to encode; give at least {smallest}x{smallest}"
+            f"pictures of {size[1]}x{size[0]} pixels are too small to encode; give at least {smallest}x{smallest}"
         )
-    return sizes
 
 
 def _size(one: Shown) -> tuple[int, int]:
@@ -298,5 +312,5 @@ def _written(size: tuple[int, int]) -> str:
 def _listed(sizes: Sequence[tuple[int, int]]) -> str:
     """Sizes in words, each once."""
     distinct = list(dict.fromkeys(sizes))
-    more = f" and {len(distinct) - MOST_SIZES} other sizes" * (len(distinct) > MOST_SIZES)
-    return ", ".join(f"{wide}x{high}" for high, wide in distinct[:MOST_SIZES]) + more
+    more = f" and {len(distinct) - MOST_LISTED} other sizes" * (len(distinct) > MOST_LISTED)
+    return ", ".join(f"{wide}x{high}" for high, wide in distinct[:MOST_LISTED]) + more

@@ -23,7 +23,7 @@ from profusion.pictures import (
     tiled,
     to_image,
 )
-from profusion.references import concept_pictures
+from profusion.references import concept_pictures, framed, gather
 
 
 def test_pictures_are_read_by_name_with_alpha_as_mask(tmp_path):
@@ -32,9 +32,10 @@ def test_pictures_are_read_by_name_with_alpha_as_mask(tmp_path):
     half.paste((0, 255, 0, 0), (0, 0, 50, 100))
     half.save(tmp_path / "a.png")
     (tmp_path / "notes.txt").write_text("not a picture")
-    pictures, masks = read_pictures(tmp_path, 64)
+    pictures, masks, note = read_pictures(tmp_path, 64)
     assert pictures.shape == (2, 64, 64, 3) and masks.shape == (2, 64, 64)
     assert masks[0, :, :28].max() < 0.01 and masks[0, :, 36:].min() == 1 and masks[1].min() == 1
+    assert note == "2 pictures of 64x64 pixels, cropped and resized from 100x100, 300x200"
     assert torch.allclose(pictures[0, 32, 10], torch.tensor(0.5), atol=0.01), "hidden colours must not be learned"
 
 
@@ -124,7 +125,7 @@ def test_grey_of_many_bits_is_scaled_by_its_range(tmp_path, name, values, expect
     picture, mask = read_picture(tmp_path / name)
     assert mask.min() == 1 and (picture[..., 0] == picture[..., 2]).all()
     assert np.abs(picture[..., 0].numpy() - expected).max() < 0.6 / 255
-    assert read_picture(tmp_path / name, 16)[0].shape == (16, 16, 3)
+    assert read_pictures(tmp_path, 16).pictures.shape == (1, 16, 16, 3)
 
 
 def test_a_float_picture_with_nan_in_it_is_named(tmp_path):
@@ -160,17 +161,39 @@ def test_hidden_files_are_no_pictures_and_what_cannot_be_read_is_named_one_by_on
         read_pictures(tmp_path, 16)
 
 
-@pytest.mark.parametrize("size", [None, 32])
-def test_an_inverted_cut_out_is_asked_about(tmp_path, size):
+@pytest.mark.parametrize("left", [10, 100, 330])
+def test_a_folder_is_cropped_around_its_objects_as_a_node_does_it(tmp_path, left):
+    """A cut-out of 60 x 60 in a picture of 400 x 100: whole, wherever it is."""
+    values = np.full((100, 400, 4), 120, np.uint8)
+    values[..., 3] = 0
+    values[20:80, left : left + 60, 3] = 255
+    Image.fromarray(values).save(tmp_path / "cut.png")
+    found, node = read_pictures(tmp_path, 96), framed(gather(torch.from_numpy(values[None]).float() / 255), 96)
+    assert abs(float(found.masks.mean()) - 0.36) < 0.002
+    assert all(torch.equal(*pair) for pair in zip(found[:2], node[:2], strict=True)) and found.note == node.note
+
+
+def test_what_a_folder_loses_of_an_object_is_said_by_name(tmp_path):
+    values = np.full((96, 400, 4), 120, np.uint8)
+    values[:, 40:360, 3] = 0
+    Image.fromarray(values).save(tmp_path / "both ends.png")
+    Image.new("RGB", (96, 96), "red").save(tmp_path / "whole.png")
+    assert read_pictures(tmp_path, 96).note.endswith(
+        ". Of its object both ends.png keeps 50%: crop it yourself to show more"
+    )
+
+
+@pytest.mark.parametrize("read", [read_picture, lambda path: read_pictures(path.parent, 32)])
+def test_an_inverted_cut_out_is_asked_about(tmp_path, read):
     picture = Image.new("RGBA", (48, 48), (200, 30, 30, 255))
     picture.paste((200, 30, 30, 0), (10, 10, 30, 30))
     picture.save(tmp_path / "a.png")
     with pytest.raises(PictureError, match="a.png is opaque all around and transparent inside, so it seems to be inv"):
-        read_picture(tmp_path / "a.png", size)
+        read(tmp_path / "a.png")
     picture.putpixel((0, 0), (0, 0, 0, 0))
     picture.paste((0, 0, 0, 0), (0, 0, 4, 4))
     picture.save(tmp_path / "a.png")
-    assert read_picture(tmp_path / "a.png", size)[1].min() == 0
+    assert read(tmp_path / "a.png")[1].min() == 0
 
 
 def test_image_round_trip():

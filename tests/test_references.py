@@ -99,7 +99,7 @@ def test_the_crop_falls_on_an_object_and_never_between_two(turned, sides):
     fitted = framed(gather(picture, mask), 96)
     assert fitted.masks.sum() == 96 * max(sides)
     kept = {40: 50, 50: 62}[max(sides)]
-    assert fitted.note.endswith(f". Picture 1 keeps {kept}% of its object: crop it yourself to show more"), fitted.note
+    assert fitted.note.endswith(f". Of its object picture 1 keeps {kept}%: crop it yourself to show more"), fitted.note
     whole = torch.cat([picture, mask[..., None]], -1)
     assert torch.equal(framed(gather(whole), 96).masks, fitted.masks)
 
@@ -107,9 +107,16 @@ def test_the_crop_falls_on_an_object_and_never_between_two(turned, sides):
 def test_which_of_several_pictures_loses_its_object_is_said():
     images = [noise(96, 400, 3), noise(400, 96, 3)]
     fitted = concept_pictures(images, [ends(96, 400, 40), torch.ones(400, 96)], native=96)
-    assert fitted.masks[0].any() and "Picture 1 keeps 50% of its object" in fitted.note
-    assert "Picture 2" not in fitted.note  # it has no mask: what its object is nobody said
+    assert fitted.masks[0].any() and "Of its object picture 1 keeps 50%" in fitted.note
+    assert "picture 2" not in fitted.note  # it has no mask: what its object is nobody said
     assert concept_pictures(images, native=96).note.endswith("cropped and resized from 400x96, 96x400")
+
+
+def test_many_that_lose_their_objects_are_not_all_listed():
+    note = framed(gather(noise(7, 96, 400, 3), ends(96, 400, 40)), 96).note
+    assert note.endswith("picture 4 keeps 50%, and 3 more lose as much: crop it yourself to show more")
+    named = framed(iter(gather(noise(2, 96, 400, 3), ends(96, 400, 40))), 96, ("a.png", "b.png")).note
+    assert ". Of its object a.png keeps 50%, b.png keeps 50%: crop" in named
 
 
 def test_an_object_at_the_edge_is_not_trimmed_away():

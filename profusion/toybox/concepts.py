@@ -27,12 +27,16 @@ DEMO_PROMPTS = (
 
 @dataclass(frozen=True)
 class Concept:
-    """What is to be learned: pictures (M, 96, 96, 3), masks (M, 96, 96), the class noun, and words for people."""
+    """What is to be learned: pictures (M, 96, 96, 3), masks (M, 96, 96), the class noun, and words for people.
+
+    about: what was done to the pictures, in words.
+    """
 
     name: str
     noun: str
     pictures: Tensor
     masks: Tensor
+    about: str = ""
 
 
 def drawn_concept(name: str = CONCEPT, count: int = PICTURES, seed: int = 0) -> Concept:
@@ -46,5 +50,4 @@ def drawn_concept(name: str = CONCEPT, count: int = PICTURES, seed: int = 0) -> 
 
 def own_concept(folder: Path, noun: str) -> Concept:
     """The user's pictures; an alpha channel is the object's mask."""
-    pictures, masks = read_pictures(folder, SIZE)
-    return Concept(f"your {noun}", noun, pictures, masks)
+    return Concept(f"your {noun}", noun, *read_pictures(folder, SIZE))
