@@ -9,7 +9,7 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..profusion.metrics import Pictures, concept_scores
+from ..profusion.metrics import Pictures, concept_scores, prompt_lines
 from ..profusion.metrics.chart import chart
 from ..profusion.metrics.encoders import ImageEncoder, PairedEncoder
 from ..profusion.pictures import captioned, from_image
@@ -115,7 +115,7 @@ class ConceptScores(io.ComfyNode):
         scores = concept_scores(
             generated,
             known,
-            [line for line in prompt.splitlines() if line.strip()],
+            prompt_lines(prompt, len(generated.images)),
             [watched(encoder, tell) for encoder in encoders],
         )
         picture = captioned(chart(scores), "\n".join(scores.notes))
