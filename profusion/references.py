@@ -29,6 +29,7 @@ INVERT_ALPHA = "Make the rest transparent in its place. If the object does reach
 HOLE = 0.01  # of a mask: a smaller black part is no sign that it is inverted
 SMALLEST = 8  # pixels a side of a picture that is resized
 MOST_LISTED = 4  # sizes, or pictures, in a note
+MOST_AREAS = 4  # of the model's own size: larger pictures are brought to that, since memory and time run out at theirs
 AS_MUCH = 0.01  # of an object: parts of a picture that differ by less of it hold as much of it
 KEPT = 0.9  # of an object: where a crop keeps less, that is said
 
@@ -71,21 +72,25 @@ def gather(images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor] |
 def together(shown: Sequence[Shown], multiple: int = 8, native: int | None = None) -> Fitted:
     """Pictures of one size, whose sides are multiples of `multiple`, as encoders want them.
 
-    Those of one size keep it and lose at most their edges. Others get the mean of their proportions, and the area of
-    native x native pixels (default: that of the smallest).
+    Those of one size keep it and lose at most their edges, unless they have more than MOST_AREAS times native x native
+    pixels. Others get the mean of their proportions, and that area (default: that of the smallest).
     """
     sizes = [_size(one) for one in shown]
     for size in sizes:
         _check_size(size, multiple)
-    if len(set(sizes)) == 1:
+    large = native is not None and len(set(sizes)) == 1 and math.prod(sizes[0]) > MOST_AREAS * native**2
+    if len(set(sizes)) == 1 and not large:
         height, width = (side - side % multiple for side in sizes[0])
         parts, how = [_trimmed(one, height, width) for one in shown], "cropped"
     else:
         height, width = _common_size(sizes, multiple, native)
         parts, how = [_brought(one, height, width) for one in shown], "cropped and resized"
     fitted = _stacked(parts, how)
-    if native is None or (height, width) == (native, native):
+    if native is None or (not large and (height, width) == (native, native)):
         return fitted
+    if large:
+        said = f"More than {MOST_AREAS} times the model's own {_written((native, native))} is brought to as many as those"
+        return fitted._replace(note=f"{fitted.note}. {said}")
     advice = ": resize the pictures to about that, it trains better and faster" * (height * width > 2 * native**2)
     return fitted._replace(note=f"{fitted.note}. The model's own size is {_written((native, native))}{advice}")
 

@@ -57,10 +57,27 @@ def test_mixed_sizes_become_the_mean_of_their_proportions_at_the_models_own_area
 def test_what_is_done_is_said_with_the_models_own_size():
     assert concept_pictures(noise(2, 96, 96, 3), native=96).note == "2 pictures of 96x96 pixels"
     assert concept_pictures(noise(1, 100, 90, 3)).note == "1 picture of 88x96 pixels, cropped from 90x100"
-    note = concept_pictures(noise(2, 384, 384, 3), native=96).note
-    assert note.startswith("2 pictures of 384x384 pixels. The model's own size is 96x96 pixels: resize")
+    note = concept_pictures(noise(2, 192, 192, 3), native=96).note
+    assert note.startswith("2 pictures of 192x192 pixels. The model's own size is 96x96 pixels: resize")
     many = concept_pictures([noise(1, 96, 96 + index, 3) for index in range(9)], native=96).note
     assert "from 96x96, 97x96, 98x96, 99x96 and 5 other sizes" in many
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "native", "expected"),
+    [(1, (2000, 3000), 512, (416, 624)), (2, (384, 384), 96, (96, 96)), (1, (1032, 1024), 512, (512, 512))],
+)
+def test_a_camera_s_photo_alone_is_brought_to_the_models_own_area(count, size, native, expected):
+    """At its own size its training ran out of memory."""
+    pictures, masks, note = concept_pictures(noise(count, *size, 3), torch.ones(1, *size), native=native)
+    assert pictures.shape == (count, *expected, 3) and masks.shape == (count, *expected) and masks.min() == 1
+    assert f"of {expected[1]}x{expected[0]} pixels, cropped and resized from {size[1]}x{size[0]}. More than 4" in note
+    assert f"the model's own {native}x{native} pixels" in note
+
+
+def test_up_to_four_times_the_models_own_area_and_without_one_pictures_keep_their_size():
+    assert concept_pictures(noise(1, 1024, 1024, 3), native=512).pictures.shape == (1, 1024, 1024, 3)
+    assert concept_pictures(noise(1, 1600, 1600, 3)).pictures.shape == (1, 1600, 1600, 3)
 
 
 def test_a_mask_goes_where_its_picture_goes():
