@@ -44,6 +44,7 @@ _DEEP_BYTES = 16  # more than eight bits of a colour, which are scaled
 _JPEG_AT_ONCE, _JPEG_IN_SCANS = 1, 6  # in several scans, as progressive ones are, the whole is kept until the last
 
 _DEEP = ("I", "F")  # modes of the library: I, I;16, I;16B, F
+BEYOND = 2.0  # times a range: floats that reach no further are of that range, which sharp resampling overshoots
 _HEIF = (".heic", ".heif")
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -102,7 +103,8 @@ def _decoded(path: Path) -> Image.Image:
 
 def _eight_bits(file: Image.Image) -> Image.Image:
     """Grey of more than eight bits, by its range: that of 16 bits, or, where the type says nothing (32 bits, floats),
-    the least of 1 (floats), 255, 65535 and its own largest that holds all of it."""
+    the least of 1 (floats), 255, 65535 and its own largest that holds all of it. Floats may go beyond a range, as
+    resampling makes them, and are clipped to it."""
     values = np.asarray(file)
     if not np.isfinite(values).all():
         raise PictureError("no picture: it has values that are not numbers")
@@ -110,7 +112,9 @@ def _eight_bits(file: Image.Image) -> Image.Image:
     if file.mode.startswith("I;16") or file.format == "PNG":
         top = 65535.0
     else:
-        top = next((one for one in (1.0, 255.0, 65535.0) if most <= one and (one > 1 or file.mode == "F")), most)
+        floats = file.mode == "F"
+        ranges = (1.0, 255.0, 65535.0) if floats else (255.0, 65535.0)
+        top = next((one for one in ranges if most <= one * (BEYOND if floats else 1)), most)
     scaled = np.clip(values, 0, top).astype(np.float32)
     scaled *= 255 / top
     return Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
