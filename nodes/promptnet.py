@@ -51,10 +51,11 @@ class PromptNetLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, promptnet) -> io.NodeOutput:
-        loaded = load(find_promptnet(promptnet))
+        notes: list[str] = []
+        loaded = load(find_promptnet(promptnet), notes.append)
         kind = "made at every step" if loaded.config.with_noise else "made before sampling"
         words = f"{loaded.config.tokens} pseudo-word{'s' * (loaded.config.tokens > 1)}"
-        return io.NodeOutput(loaded, ui=show(cls, f"{loaded.config.architecture}: {words}, {kind}"))
+        return io.NodeOutput(loaded, ui=show(cls, "\n".join([f"{loaded.config.architecture}: {words}, {kind}", *notes])))
 
 
 class PromptNetEncode(io.ComfyNode):

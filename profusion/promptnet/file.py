@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..models.configs import MAX_LEVELS, UNetConfig
 from ..problems import why
 from ..residual.concept import some
 from .network import ENCODER, PromptNet, PromptNetConfig, PromptNetError, feature_blocks
-from .released import ReleasedConfig, check_stored, config_beside, without_prefix
+from .released import ReleasedConfig, check_stored, config_beside, not_used, without_prefix
 from .shapes import promptnet_shapes
 
 PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
@@ -42,6 +43,9 @@ _UNUSED = ("residual_projections.", "residual_projections_2.", "mid_residual_pro
 _EXPECTED = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError)
 
 Poll = Callable[[], None]
+Warn = Callable[[str], None]
+
+_LOG = logging.getLogger("ProFusion")
 
 
 def _never() -> None:
@@ -99,6 +103,7 @@ def load_promptnet(
     unet: UNetConfig | None = None,
     with_noise: bool = True,
     poll: Poll = _never,
+    warn: Warn = _LOG.warning,
 ) -> PromptNet:
     """Read a PromptNet of either layout, in evaluation mode and frozen, on the CPU.
 
@@ -106,7 +111,7 @@ def load_promptnet(
     serves (default: told from the shapes, with the heads of Stable Diffusion 1 or 2), and `with_noise` whether its
     second latent is the one being denoised, as in their training, or the reference once more.
     Sizes are compared before any value is read, and nothing is built that the file does not fill. poll: called before
-    each tensor; it stops by raising. Raises PromptNetError, which names the file, what is wrong and what to do.
+    each tensor; it stops by raising. warn: told of a config.json that was not used. Raises PromptNetError, which names the file, what is wrong and what to do.
     """
     path = Path(path)
     advice = "Choose a file that the PromptNet training wrote, copy it once more, or train it again."
@@ -117,7 +122,7 @@ def load_promptnet(
             raise PromptNetError(f"it is larger than {MAX_FILE_BYTES >> 30} GiB, so it must be another kind of model")
         tensors, metadata = files.read_tensors(path)
         if any(name.endswith(_OFFICIAL) for name in tensors):
-            return official_promptnet(tensors, dtype, unet, with_noise, poll, config_beside(path))
+            return official_promptnet(tensors, dtype, unet, with_noise, poll, config_beside(path, warn), warn)
         return _ours(tensors, metadata, dtype, poll)
     except OSError as problem:
         raise PromptNetError(f"The PromptNet file '{path}' cannot be read: {files.why_not_read(problem)}") from problem
@@ -235,18 +240,21 @@ def official_promptnet(
     with_noise: bool = True,
     poll: Poll = _never,
     beside: ReleasedConfig | None = None,
+    warn: Warn = _LOG.warning,
 ) -> PromptNet:
     """The PromptNet of the authors' state dict, whatever file it was in; see `load_promptnet`.
 
     beside: what config.json says of it, which counts for more than `with_noise`, unless it is of a network of other
-    sizes. Raises PromptNetError.
+    sizes: then `warn` is told. Raises PromptNetError.
     """
     tensors = without_prefix(tensors, _OFFICIAL)
     if _OFFICIAL not in tensors:
         raise PromptNetError(f"it holds something else than the authors' PromptNet (its tensors: {some(tensors)})")
     check_stored(tensors)
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-    beside = beside if beside is not None and beside.widths in (None, _level_widths(shapes)) else None
+    if beside is not None and beside.widths not in (None, widths := _level_widths(shapes)):
+        warn(not_used(beside.path, f"is of a network of other sizes {beside.widths}, and this one has {widths}"))
+        beside = None
     with_noise = with_noise if beside is None else beside.with_noise
     config = _told_from_shapes(shapes, unet, beside and beside.heads)
     config = replace(config, second_latent="noisy" if with_noise else "reference")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,6 +104,7 @@ class ReleasedConfig:
     with_noise: bool = True
     heads: tuple[int, ...] | None = None
     widths: tuple[int, ...] | None = None
+    path: Path = Path(CONFIG_FILE)
 
 
 def without_prefix(tensors: Mapping[str, Tensor], known: str) -> Mapping[str, Tensor]:
@@ -118,19 +119,28 @@ def without_prefix(tensors: Mapping[str, Tensor], known: str) -> Mapping[str, Te
     return tensors
 
 
-def config_beside(path: Path) -> ReleasedConfig | None:
-    """What config.json in a file's folder says, where it is a PromptNet's.
+def config_beside(path: Path, warn: Callable[[str], None]) -> ReleasedConfig | None:
+    """What config.json in a file's folder says, where it is a PromptNet's; warn: told where it is another program's.
 
-    Raises FileFormatError, which names the field, where it is of a network that cannot be built here.
+    Raises FileFormatError, which names the file and the field, where it cannot be read, or is of a network that cannot
+    be built here.
     """
     beside = path.with_name(CONFIG_FILE)
     try:
         if beside.stat().st_size > MAX_CONFIG_BYTES:
+            warn(not_used(beside, f"is larger than {MAX_CONFIG_BYTES >> 20} MiB"))
             return None
-        found = json.loads(beside.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None  # none, or another program's
-    if not isinstance(found, dict) or found.get("_class_name") != _CLASS:
+        found = json.loads(beside.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise files.FileFormatError(
+            f"'{beside}' beside it cannot be read as JSON ({why(problem)}). Download it once more from where the "
+            "PromptNet is from, or move it out of this folder if it belongs to something else"
+        ) from problem
+    named = found.get("_class_name") if isinstance(found, dict) else None
+    if named != _CLASS:
+        warn(not_used(beside, f"is of {named!r:.60} and not {_CLASS}" if named else "says of no class that it is its"))
         return None
     for field, values in _FIXED.items():
         said = found.get(field, values[0])
@@ -142,7 +152,22 @@ def config_beside(path: Path) -> ReleasedConfig | None:
     levels = _numbers(found.get("block_out_channels"))
     heads = found.get("attention_head_dim")
     heads = _numbers([heads] * len(levels or ()) if isinstance(heads, int) else heads)
-    return ReleasedConfig(bool(found.get("with_noise", True)), heads, levels)
+    with_noise = found.get("with_noise", True)
+    if not isinstance(with_noise, bool):
+        raise files.FileFormatError(
+            f"'{beside}' beside it says with_noise={with_noise!r:.60}: write true or false there, as it was released, "
+            "or download it once more"
+        )
+    return ReleasedConfig(with_noise, heads, levels, beside)
+
+
+def not_used(beside: Path, reason: str) -> str:
+    """That a config.json says nothing of the network, and what is taken for granted instead; a sentence."""
+    return (
+        f"'{beside}' {reason}, so it was not used. In its place: PromptNet looks at the latent being denoised "
+        "(with_noise), and has as many heads as Stable Diffusion's UNet of its size. Put the PromptNet's own config.json "
+        "there, or the PromptNet into a folder of its own."
+    )
 
 
 def _numbers(values: object) -> tuple[int, ...] | None:

@@ -552,6 +552,13 @@ def test_the_authors_release_is_read_as_it_is(studio, tmp_path, monkeypatch):
     again = nodes.PromptNetLoader.execute("pretrained/promptnet/diffusion_pytorch_model.bin").args[0].network
     assert again.config.second_latent == "reference" and again.config.unet == config.unet
     assert again.state_dict().keys() == loaded.state_dict().keys()
+    (pipeline / "config.json").write_text(json.dumps({**said, "_class_name": "UNet2DConditionModel"}))
+    shown = nodes.PromptNetLoader.execute("pretrained/promptnet/diffusion_pytorch_model.bin")
+    assert shown.args[0].config.with_noise
+    assert "config.json' is of 'UNet2DConditionModel' and not PromptNetModel, so it was not used" in shown.ui["text"][0]
+    (pipeline / "config.json").write_text("{")
+    with pytest.raises(network.PromptNetError, match="config.json' beside it cannot be read as JSON"):
+        nodes.PromptNetLoader.execute("pretrained/promptnet/diffusion_pytorch_model.bin")
     torch.save({"model": torch.zeros(3)}, tmp_path / "other.bin")
     (tmp_path / "damaged.bin").write_bytes(b"not a checkpoint")
     for name in ("other.bin", "damaged.bin"):
