@@ -254,11 +254,13 @@ def prepare_training(
     samples: Samples,
     checkpointing: str,
     warn: Callable[[str], None],
+    remark: Callable[[str], None],
     base: BaseFile,
 ) -> TrainingRun:
     """Check the inputs and encode them, once. Errors name the input.
 
-    checkpointing: see `plan_training`. warn: see `TrainingRun`. base: the model's file.
+    checkpointing: see `plan_training`. warn: see `TrainingRun`. remark: told what takes no part. base: the
+    model's file.
     """
     layers = model_layers(model)
     check_connected(clip=clip, vae=vae)
@@ -267,7 +269,7 @@ def prepare_training(
     references = encode_references(model, vae, pictures, weights)
     identity = _identity(model, conditionings, references, noun, options, resume)
     budget = plan_training(model, (options.batch_size, *references[0].latent.shape), checkpointing)
-    trained = TrainedModel(model, conditionings, memory=budget.step, checkpointing=budget.checkpointing, warn=warn)
+    trained = TrainedModel(model, conditionings, memory=budget.step, checkpointing=budget.checkpointing, warn=remark)
     flipped = encode_references(model, vae, pictures.flip(2), weights.flip(2)) if options.flip else ()
     if resume is not None and resume.steps >= options.steps:
         raise ResidualError(

@@ -148,12 +148,16 @@ def train(pack, tmp_path, monkeypatch):
         (path,) = folder.rglob("*.safetensors")
         return load(path)
 
-    def run(model=None):
+    def executed(model=None, **more):
         with torch.inference_mode():
-            learned, *_ = trainer.execute(model or tiny.model(), tiny.clip(), PooledVae(), pictures(), **values).args
+            given = {**values, **more}
+            return trainer.execute(model or tiny.model(), tiny.clip(), PooledVae(), pictures(), **given)
+
+    def run(model=None):
+        learned, *_ = executed(model).args
         return learned, saved().origin
 
-    return types.SimpleNamespace(run=run, saved=saved)
+    return types.SimpleNamespace(run=run, saved=saved, executed=executed)
 
 
 def test_a_training_says_what_it_was_on(train, identity):
@@ -163,6 +167,19 @@ def test_a_training_says_what_it_was_on(train, identity):
     assert (origin.base, origin.base_hash) == ("base.safetensors", hashlib.sha256(b"weights").hexdigest()[:10])
     assert origin.learning_rate == 0.03 and "a photo of a {}" in origin.prompts and origin.version and origin.day
     assert origin.sample == identity.weights_sample(model)
+
+
+@pytest.mark.parametrize("weights", ["the same", "others"])
+def test_going_on_with_the_residual_of_another_base_is_said(train, weights, caplog):
+    learned, _ = train.run()
+    model = tiny.model()
+    if weights == "others":
+        tiny.randomise(model.model.diffusion_model, seed=99)
+    found = train.executed(model, resume=learned, steps=2)
+    other = weights == "others"
+    (text,) = found.ui["text"]
+    assert ("was trained on base.safetensors" in text) == ("was trained on base.safetensors" in caplog.text) == other
+    assert text.startswith("ball: 2 steps\n") and found.args[0].steps == 2
 
 
 @pytest.fixture

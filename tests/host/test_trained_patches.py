@@ -194,7 +194,8 @@ def test_what_only_a_whole_sampling_can_use_is_left_out_and_said(train, told, ca
     untouched = repr((model.model_options, model.wrappers))
     told.clear()
     assert equal(train(model), plain)
-    (line,) = [text for text in told if "left out" in text]
+    line, last = [text for text in told if "left out" in text]
+    assert line in last.splitlines() and last == told[-1] and "3 steps" in last
     assert line.startswith(f"{name} on the model: left out of the training") and line in caplog.text
     assert repr((model.model_options, model.wrappers)) == untouched
 
