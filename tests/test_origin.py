@@ -17,6 +17,7 @@ ORIGIN = Origin(
     prompts=("a photo of a {}", "a picture of a {}", "a {}"),
     version="0.1.0",
     day="2026-11-27",
+    patched=96,
 )
 
 

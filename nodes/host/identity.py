@@ -6,6 +6,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
+from ...profusion import __version__
 from ...profusion.keeping import digest
-from ...profusion.residual import Residual
+from ...profusion.residual import Origin, Residual
 from ...profusion.residual.origin import Sample, apart, sample_of
+from ...profusion.residual.training import NOUN_PROMPTS
 
 # The inputs by which the host's loaders, and those of others, name a model's file, and the folders it may be in.
 _FILE_INPUTS = ("ckpt_name", "unet_name", "model_name", "diffusion_model")
@@ -116,6 +119,19 @@ def _full_path(kind: str, name: str) -> str | None:
         return folder_paths.get_full_path(kind, name)
     except Exception:  # no such kind of folder on this host, or a name that is none
         return None
+
+
+def origin_on(patcher: ModelPatcher, base: BaseFile, learning_rate: float = 0.0) -> Origin:
+    """What is learned on a MODEL today comes from, but for the hash of its file, which may still be being read."""
+    return Origin(
+        base=base.name,
+        sample=weights_sample(patcher),
+        learning_rate=learning_rate,
+        prompts=NOUN_PROMPTS,
+        version=__version__,
+        day=date.today().isoformat(),
+        patched=sum(name.startswith("diffusion_model.") for name in patcher.patches),
+    )
 
 
 def weights_sample(patcher: ModelPatcher) -> Sample:

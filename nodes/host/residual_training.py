@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,21 +12,20 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from torch import Tensor
 
-from ...profusion import __version__
 from ...profusion.infusion import CONCEPTS_KEY
 from ...profusion.keeping import Partial, digest
 from ...profusion.pictures import loss_plot, stacked, to_image
 from ...profusion.prompt import NounError
 from ...profusion.references import concept_pictures
 from ...profusion.residual import Origin, Residual, ResidualError, SavedResidual, save_residual
-from ...profusion.residual.training import NOUN_PROMPTS, Reference, ResidualTraining, TrainingOptions
+from ...profusion.residual.training import Reference, ResidualTraining, TrainingOptions
 from .budget import plan_training
 from .display import Progress
 from .drawing import Sampling, draw
 from .encoding import check_connected, encode_references, model_layers, native_size
 from .evaluation import TrainedModel
 from .files import RESIDUALS, check_writable, save_residual_numbered, with_noun
-from .identity import BaseFile, weights_sample
+from .identity import BaseFile, origin_on
 from .placing import ConceptInput, encode_prompt, encode_training_prompts, place_concepts
 from .streams import add_streams
 
@@ -282,14 +280,7 @@ def prepare_training(
     )
     text = samples.prompt.replace("%noun%", noun)
     drawn = SamplePictures(model, clip, vae, text, training.latent_size, options.seed, samples.sampling)
-    origin = Origin(
-        base=base.name,
-        sample=weights_sample(model),
-        learning_rate=options.learning_rate,
-        prompts=NOUN_PROMPTS,
-        version=__version__,
-        day=date.today().isoformat(),
-    )
+    origin = origin_on(model, base, options.learning_rate)
     run = TrainingRun(training, trained, drawn, samples.every, identity, about, warn, origin, base)
     run.check()
     return run

@@ -51,7 +51,8 @@ class Origin:
 
     base: the file name of the base model, base_hash: the first ten hexadecimal digits of the file's SHA-256, as model
     sites have it, sample: see `sample_of`. learning_rate: 0 where unknown. prompts: with {} for the noun. version: of
-    this package. day: ISO 8601.
+    this package. day: ISO 8601. patched: how many of the base's weights had others laid over them, as LoRAs and merges
+    do.
     """
 
     base: str = ""
@@ -61,6 +62,7 @@ class Origin:
     prompts: tuple[str, ...] = ()
     version: str = ""
     day: str = ""
+    patched: int = 0
 
     def as_metadata(self, noun: str, architecture: str) -> dict[str, str]:
         """Metadata of a file, without what is unknown."""
@@ -72,6 +74,7 @@ class Origin:
             "learning_rate": f"{self.learning_rate:g}" if self.learning_rate else "",
             "prompts": "|".join(self.prompts)[:MAX_PROMPTS],
             "profusion": self.version,
+            "base_patched": str(self.patched or ""),
         }
         known = _ARCHITECTURES.get(architecture, re.sub(r"[^a-z0-9.]+", "-", architecture.lower()).strip("-"))
         spec = {
@@ -104,6 +107,7 @@ class Origin:
             learning_rate=_number(rate),
             prompts=tuple(prompts.split("|")) if prompts.isprintable() and prompts else (),
             version=text("profusion", r"[0-9A-Za-z.+-]{1,20}"),
+            patched=int(text("base_patched", r"[0-9]{1,6}") or 0),
             day=_day(metadata.get(f"{_MODELSPEC}date", "")),
         )
 

@@ -169,6 +169,13 @@ def test_a_training_says_what_it_was_on(train, identity):
     assert origin.sample == identity.weights_sample(model)
 
 
+def test_a_training_says_that_other_weights_lay_over_its_base(train):
+    model = tiny.model()
+    keys = [name for name in model.model_state_dict() if "attn2.to_" in name and name.endswith("weight")][:3]
+    model.add_patches({key: (torch.zeros_like(model.model_state_dict()[key]),) for key in keys})
+    assert train.run(model)[1].patched == 3
+
+
 @pytest.mark.parametrize("weights", ["the same", "others"])
 def test_going_on_with_the_residual_of_another_base_is_said(train, weights, caplog):
     learned, _ = train.run()

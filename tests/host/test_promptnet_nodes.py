@@ -331,6 +331,10 @@ def test_a_residual_from_a_promptnet_is_drawn_and_saved(studio, infused_toybox, 
     assert drawn[0].isfinite().all() and not torch.equal(*drawn)
     path = files.save_residual(residual, tmp_path / "start.safetensors", "float32").path
     assert torch.equal(files.load_residual(path).delta, residual.delta)
+    origin = files.load_residual(path).origin
+    sample = sys.modules[f"{studio.pack.__name__}.nodes.host.identity"].weights_sample(studio.model)
+    assert origin == residual.origin and origin.sample == sample and sample.numbers
+    assert origin.version and origin.day and "a photo of a {}" in origin.prompts
 
 
 def test_a_training_starts_from_a_residual_from_a_promptnet(studio, tmp_path, monkeypatch):
