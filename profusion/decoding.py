@@ -32,8 +32,8 @@ OTHER_SUFFIXES = (
     ".pgm",
     ".pdf",
 )
-OTHER_SUFFIXES += (".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf")
-"""Of pictures that are not read."""
+RAW_SUFFIXES = (".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf")
+"""Of pictures that are not read; those of cameras' raw files seem to be TIFF, with a small picture in them."""
 OWN_PIXELS = 2**21  # a picture of its own size has no more: every image encoder takes far fewer
 MOST_BYTES = 144 << 20
 
@@ -133,6 +133,18 @@ def _learn_heif() -> None:
     except ImportError:
         return
     pillow_heif.register_heif_opener()
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file, whatever its name, is of a format that is read, by its first bytes."""
+    _learn_heif()
+    try:
+        Image.open(path, formats=[name for name in FORMATS if name in _known_formats()]).close()
+    except Image.DecompressionBombError:
+        return True  # which decoding it will say
+    except Exception:  # whatever another kind of file makes of the library
+        return False
+    return True
 
 
 def unreadable(paths: Iterable[Path]) -> list[Path]:

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from .decoding import OTHER_SUFFIXES, SUFFIXES, PictureError, decode, unreadable
+from .decoding import OTHER_SUFFIXES, RAW_SUFFIXES, SUFFIXES, PictureError, decode, is_picture, unreadable
 from .devices import area_means
 from .references import INVERT_ALPHA, Fitted, Shown, check_not_inverted, framed, over_grey
 
@@ -34,11 +34,27 @@ def read_pictures(folder: Path, size: int) -> Fitted:
     none, or one cannot be read.
     """
     paths = picture_paths(folder)
-    return framed((Shown(*read_picture(path)) for path in paths), size, [path.name for path in paths])
+    return framed((Shown(*one) for one in read_each(paths)), size, [path.name for path in paths])
+
+
+def read_each(paths: Sequence[Path]) -> Iterator[tuple[Tensor, Tensor]]:
+    """`read_picture` of one after the other. Raises PictureError, which names all that cannot be read."""
+    problems: list[str] = []
+    for path in paths:
+        try:
+            picture = read_picture(path)
+        except PictureError as problem:
+            problems.append(str(problem))
+        else:
+            if not problems:
+                yield picture
+    if problems:
+        more = [f"and {len(problems) - MOST_NAMES} more"] * (len(problems) > MOST_NAMES)
+        raise PictureError("\n".join([*problems[:MOST_NAMES], *more]))
 
 
 def picture_paths(folder: Path) -> list[Path]:
-    """The pictures of a folder, by name; hidden files are none, such as those that macOS leaves beside pictures.
+    """The pictures of a folder, by name: what is one by its bytes, whatever it is called. Hidden files are none, such as those that macOS leaves beside pictures.
 
     Raises PictureError where there are none, and for those that nothing here reads, by their names: to leave them out
     would be to learn from fewer pictures than there seem to be.
@@ -46,8 +62,13 @@ def picture_paths(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise PictureError(f"{folder} is not a folder; give one that holds pictures of the concept")
     visible = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
-    paths = [path for path in visible if path.suffix.lower() in SUFFIXES]
-    other = unreadable(paths) + [path for path in visible if path.suffix.lower() in OTHER_SUFFIXES]
+    raw = {path for path in visible if path.suffix.lower() in RAW_SUFFIXES}
+    named = [path for path in visible if path.suffix.lower() in SUFFIXES]
+    strange = unreadable(named)
+    readable = set(named) - set(strange)
+    paths = [path for path in visible if path in readable or (path not in raw and is_picture(path))]
+    other = strange + [path for path in visible if path in raw or path.suffix.lower() in OTHER_SUFFIXES]
+    other = [path for path in other if path not in paths]
     if other:
         more = f" and {len(other) - MOST_NAMES} more" * (len(other) > MOST_NAMES)
         raise PictureError(
@@ -55,7 +76,7 @@ def picture_paths(folder: Path) -> list[Path]:
             "Save them as PNG or JPEG, or take them out of the folder. For HEIC there is also `pip install pillow-heif`"
         )
     if not paths:
-        raise PictureError(f"no pictures in {folder}: it holds no {', '.join(SUFFIXES)} file")
+        raise PictureError(f"no pictures in {folder}: it holds no {', '.join(SUFFIXES)} file, nor another that is one inside")
     return paths
 
 

@@ -100,6 +100,32 @@ def test_a_format_that_people_do_not_send_is_not_opened(tmp_path):
         read_picture(tmp_path / "a.png")
 
 
+@pytest.mark.parametrize("name", ["a.jpe", "a.JFIF", "a.apng", "a", "a.jpg~", "a.png.part", "a.tga", "a.ppm"])
+def test_what_is_a_picture_is_read_whatever_its_name(tmp_path, name):
+    kind = "JPEG" if "j" in name.lower() else "PNG"
+    Image.new("RGB", (9, 9), "red").save(tmp_path / name, kind)
+    (tmp_path / "notes").write_text("a red thing")
+    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "empty").write_bytes(b"")
+    assert [path.name for path in picture_paths(tmp_path)] == [name]
+    assert read_pictures(tmp_path, 16).pictures.shape == (1, 16, 16, 3)
+
+
+def test_a_camera_s_raw_file_is_not_taken_for_the_small_picture_in_it(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.dng", "TIFF")
+    with pytest.raises(PictureError, match="pictures that cannot be read: a.dng"):
+        picture_paths(tmp_path)
+
+
+def test_all_broken_pictures_are_named_at_once(tmp_path):
+    for name in ("a.png", "c.jpg", "d.webp"):
+        (tmp_path / name).write_bytes(b"broken")
+    Image.new("RGB", (9, 9)).save(tmp_path / "b.png")
+    with pytest.raises(PictureError) as problem:
+        read_pictures(tmp_path, 16)
+    assert all(f"{name} cannot be read" in str(problem.value) for name in ("a.png", "c.jpg", "d.webp"))
+
+
 RAMP = np.linspace(0, 1, 24 * 32).reshape(24, 32)
 
 

@@ -14,7 +14,7 @@ from ..metrics.concept import Pictures, concept_scores, prompt_lines
 from ..metrics.encoders import ImageEncoder
 from ..metrics.libraries import CLIP_MODELS, DINO, OPENAI, OpenClip, Timm
 from ..metrics.scores import Scores
-from ..pictures import picture_paths, read_picture
+from ..pictures import picture_paths, read_each, read_picture
 from ..references import check_not_inverted
 from .encoder import ToyboxEncoder
 
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> Scores:
 
 def _pictures(paths: list[Path], masks: Path | None) -> Pictures:
     """Each of its own size; what is transparent is grey."""
-    images = [read_picture(path)[0] for path in paths]
+    images = [picture for picture, _ in read_each(paths)]
     return Pictures(images, None if masks is None else [_mask(path) for path in picture_paths(masks)])
 
 
