@@ -58,7 +58,9 @@ class PromptNetLoader(io.ComfyNode):
         loaded = load(find_promptnet(promptnet), notes.append)
         kind = "made at every step" if loaded.config.with_noise else "made before sampling"
         words = f"{loaded.config.tokens} pseudo-word{'s' * (loaded.config.tokens > 1)}"
-        return io.NodeOutput(loaded, ui=show(cls, "\n".join([f"{loaded.config.architecture}: {words}, {kind}", *notes])))
+        return io.NodeOutput(
+            loaded, ui=show(cls, "\n".join([f"{loaded.config.architecture}: {words}, {kind}", *notes]))
+        )
 
 
 class PromptNetEncode(io.ComfyNode):
@@ -188,7 +190,9 @@ class ResidualFromPromptNet(io.ComfyNode):
         said = f"{note}\nPromptNet sees {seen.note}"
         base.wait()
         origin = replace(origin_on(model, base), base_hash=base.hash_so_far())
-        return io.NodeOutput(replace(seeding.residual(), origin=origin), ui=show(cls, said, captioned(tiled(seen.pictures), said)))
+        return io.NodeOutput(
+            replace(seeding.residual(), origin=origin), ui=show(cls, said, captioned(tiled(seen.pictures), said))
+        )
 
 
 NODES = [PromptNetLoader, PromptNetEncode, ResidualFromPromptNet]

@@ -72,6 +72,10 @@ DIFFUSION_MODEL = Kind(
     "PromptNet Loader takes promptnet/diffusion_pytorch_model.bin, not the file of the same name in unet.",
 )
 VAE = Kind("a VAE", "Put it into models/vae and choose it in Load VAE.")
+T2I_ADAPTER = Kind("a T2I-Adapter", "Put it into models/controlnet and choose it in Load ControlNet Model.")
+TAESD = Kind("TAESD, a small VAE for previews", "Put it into models/vae_approx.")
+UPSCALER = Kind("an upscaler", "Put it into models/upscale_models and choose it in Load Upscale Model.")
+HYPERNETWORK = Kind("a hypernetwork", "Put it into models/hypernetworks and choose it in HypernetworkLoader.")
 TEXT_ENCODER = Kind("a text encoder", "Put it into models/text_encoders and choose it in Load CLIP.")
 VISION_ENCODER = Kind("an image encoder", "Put it into models/clip_vision and choose it in Load CLIP Vision.")
 
@@ -92,11 +96,22 @@ _TENSORS_OF_A_LORA = (
 )
 _PROMPTNETS_OWN = ("region_prompt_output.weight", "promptnet_cond_embedding.", "second_latent.")
 
+
+def _is_glora(inside: Inside) -> bool:
+    ends = {name.rpartition(".")[0].rpartition(".")[2] for name in inside.names if name.endswith(".weight")}
+    return {"a1", "b1"} <= ends
+
+
 # In this order: what is more telling comes first.
 _KINDS: tuple[tuple[Kind, Callable[[Inside], bool]], ...] = (
     (INFUSION, lambda inside: inside.any_has("target_output")),
     (PROMPTNET, lambda inside: inside.any_has(*_PROMPTNETS_OWN)),
     (LORA, lambda inside: inside.any_has(*_TENSORS_OF_A_LORA) or inside.any_begins("lora_unet_", "lora_te")),
+    (LORA, lambda inside: _is_glora(inside) or any(name.endswith((".diff", ".diff_b")) for name in inside.names)),
+    (T2I_ADAPTER, lambda inside: inside.any_begins("adapter.body.", "body.0.block1.")),
+    (UPSCALER, lambda inside: inside.any_has(".RDB1.", ".rdb1.", "RRDB_trunk.")),
+    (HYPERNETWORK, lambda inside: any(re.match(r"\d{3,4}\.\d+\.linear\b", name) for name in inside.names)),
+    (TAESD, lambda inside: any(re.fullmatch(r"(taesd_\w+\.)?\d+\.conv\.0\.weight", name) for name in inside.names)),
     (IP_ADAPTER, lambda inside: inside.any_begins("ip_adapter.", "image_proj.")),
     (EMBEDDING, lambda inside: bool(_EMBEDDING_NAMES & set(inside.names[:50])) and len(inside.names) < 500),
     (EMBEDDING, lambda inside: len(inside.names) <= 2 and inside.any_begins("<")),

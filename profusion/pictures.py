@@ -54,7 +54,8 @@ def read_each(paths: Sequence[Path]) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def picture_paths(folder: Path) -> list[Path]:
-    """The pictures of a folder, by name: what is one by its bytes, whatever it is called. Hidden files are none, such as those that macOS leaves beside pictures.
+    """The pictures of a folder, by name: what is one by its bytes, whatever it is called. Hidden files are none, such
+    as those that macOS leaves beside pictures.
 
     Raises PictureError where there are none, and for those that nothing here reads, by their names: to leave them out
     would be to learn from fewer pictures than there seem to be.
@@ -76,7 +77,9 @@ def picture_paths(folder: Path) -> list[Path]:
             "Save them as PNG or JPEG, or take them out of the folder. For HEIC there is also `pip install pillow-heif`"
         )
     if not paths:
-        raise PictureError(f"no pictures in {folder}: it holds no {', '.join(SUFFIXES)} file, nor another that is one inside")
+        raise PictureError(
+            f"no pictures in {folder}: it holds no {', '.join(SUFFIXES)} file, nor another that is one inside"
+        )
     return paths
 
 

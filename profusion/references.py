@@ -89,7 +89,9 @@ def together(shown: Sequence[Shown], multiple: int = 8, native: int | None = Non
     if native is None or (not large and (height, width) == (native, native)):
         return fitted
     if large:
-        said = f"More than {MOST_AREAS} times the model's own {_written((native, native))} is brought to as many as those"
+        said = (
+            f"More than {MOST_AREAS} times the model's own {_written((native, native))} is brought to as many as those"
+        )
         return fitted._replace(note=f"{fitted.note}. {said}")
     advice = ": resize the pictures to about that, it trains better and faster" * (height * width > 2 * native**2)
     return fitted._replace(note=f"{fitted.note}. The model's own size is {_written((native, native))}{advice}")

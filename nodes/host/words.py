@@ -18,6 +18,7 @@ from comfy.sd import CLIP, VAE
 from torch import Tensor
 
 from ...profusion.diffusion import noised
+from ...profusion.files import is_safetensors
 from ...profusion.kinds import PROMPTNET, another_kind
 from ...profusion.problems import why
 from ...profusion.promptnet.file import SUFFIX, load_promptnet, official_promptnet
@@ -58,7 +59,8 @@ def load(path: Path, warn: Callable[[str], None]) -> LoadedPromptNet:
     half = comfy.model_management.should_use_fp16(device, prioritize_performance=False)
     dtype = torch.float16 if half else torch.float32
     poll = comfy.model_management.throw_exception_if_processing_interrupted
-    ours = path.suffix == SUFFIX
+    renamed = path.suffix != SUFFIX and path.is_file() and is_safetensors(path)
+    ours = path.suffix == SUFFIX or renamed
     network = load_promptnet(path, dtype, poll=poll, warn=warn) if ours else _released(path, dtype, warn)
     return handed_to_the_host(network, path.stem)
 

@@ -111,7 +111,8 @@ def load_promptnet(
     serves (default: told from the shapes, with the heads of Stable Diffusion 1 or 2), and `with_noise` whether its
     second latent is the one being denoised, as in their training, or the reference once more.
     Sizes are compared before any value is read, and nothing is built that the file does not fill. poll: called before
-    each tensor; it stops by raising. warn: told of a config.json that was not used. Raises PromptNetError, which names the file, what is wrong and what to do.
+    each tensor; it stops by raising. warn: told of a config.json that was not used. Raises PromptNetError, which names
+    the file, what is wrong and what to do.
     """
     path = Path(path)
     advice = "Choose a file that the PromptNet training wrote, copy it once more, or train it again."

@@ -24,6 +24,8 @@ MAX_RECORDS = 20_000
 
 _NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
 _NAMES |= {f"torch {kind}Storage" for kind in ("Half", "BFloat16", "Float", "Double", "Long", "Int", "Bool")}
+_LISTS = {"EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
+_ENDS = {"STOP", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 _CALLS = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"}
 
 
@@ -57,9 +59,19 @@ def _program(archive: zipfile.ZipFile, size: int) -> bytes:
 
 
 def _check_program(program: bytes) -> None:
+    first = last = None
     for step in programs.steps(program):
+        first = step if first is None and step.code not in ("PROTO", "FRAME") else first
+        last = last if step.code in _ENDS else step
         if step.code in _CALLS or (step.name is not None and step.name not in _NAMES):
             raise files.FileFormatError(f"it asks for more than tensors: {step.code} {step.name or '':.80}".rstrip())
+    what = None
+    if last is not None and last.code in _LISTS:
+        what = "a list of tensors"
+    elif last is not None and last.code == "REDUCE" and "_rebuild_" in (first.name or ""):
+        what = "one tensor"
+    if what:
+        raise files.FileFormatError(f"it is {what} without a name, and those of a PromptNet have one each")
 
 
 def check_stored(tensors: Mapping[str, Tensor]) -> None:
@@ -165,8 +177,8 @@ def not_used(beside: Path, reason: str) -> str:
     """That a config.json says nothing of the network, and what is taken for granted instead; a sentence."""
     return (
         f"'{beside}' {reason}, so it was not used. In its place: PromptNet looks at the latent being denoised "
-        "(with_noise), and has as many heads as Stable Diffusion's UNet of its size. Put the PromptNet's own config.json "
-        "there, or the PromptNet into a folder of its own."
+        "(with_noise), and has as many heads as Stable Diffusion's UNet of its size. Put the PromptNet's own "
+        "config.json there, or the PromptNet into a folder of its own."
     )
 
 

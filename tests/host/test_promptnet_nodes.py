@@ -565,6 +565,16 @@ def test_the_authors_release_is_read_as_it_is(studio, tmp_path, monkeypatch):
         nodes.PromptNetLoader.execute("pretrained/promptnet/diffusion_pytorch_model.bin")
     torch.save({"model": torch.zeros(3)}, tmp_path / "other.bin")
     (tmp_path / "damaged.bin").write_bytes(b"not a checkpoint")
+    torch.save([torch.zeros(3)], tmp_path / "list.bin")
+    torch.save((torch.zeros(3),), tmp_path / "tuple.bin")
+    torch.save(torch.zeros(3), tmp_path / "tensor.bin")
+    torch.save(torch.nn.Parameter(torch.zeros(3)), tmp_path / "parameter.bin")
+    for name, said in {"list": "a list", "tuple": "a list", "tensor": "one tensor", "parameter": "one tensor"}.items():
+        with pytest.raises(network.PromptNetError, match=f"it is {said}.* without a name"):
+            nodes.PromptNetLoader.execute(f"{name}.bin")
+    file.save_promptnet(loaded, tmp_path / "mine.safetensors")
+    (tmp_path / "mine.safetensors").rename(tmp_path / "mine.bin")
+    assert nodes.PromptNetLoader.execute("mine.bin").args[0].config == loaded.config
     for name in ("other.bin", "damaged.bin"):
         with pytest.raises(network.PromptNetError, match="authors' released checkpoint"):
             nodes.PromptNetLoader.execute(name)

@@ -265,7 +265,10 @@ OTHER_SIZES = {"block_out_channels": [320, 640, 1280, 1280]}
     ("text", "said"),
     [
         (json.dumps({**CONFIG, "with_noise": False, **OTHER_SIZES}), "a network of other sizes (320, 640, 1280, 1280)"),
-        (json.dumps({**CONFIG, "_class_name": "UNet2DConditionModel"}), "'UNet2DConditionModel' and not PromptNetModel"),
+        (
+            json.dumps({**CONFIG, "_class_name": "UNet2DConditionModel"}),
+            "'UNet2DConditionModel' and not PromptNetModel",
+        ),
         ('{"with_noise": false}', "says of no class"),
         ("[]", "says of no class"),
         ('"x"', "says of no class"),
@@ -295,7 +298,9 @@ def test_where_nobody_listens_the_log_has_it_once(official, tmp_path, caplog):
 def test_a_config_json_that_cannot_be_read_is_an_error_that_names_it(official, tmp_path, text):
     path = written(tmp_path, official)
     path.with_name("config.json").write_bytes(text.encode() if isinstance(text, str) else text)
-    with pytest.raises(PromptNetError, match=r"config\.json' beside it cannot be read as JSON.*[Dd]ownload it once more"):
+    with pytest.raises(
+        PromptNetError, match=r"config\.json' beside it cannot be read as JSON.*[Dd]ownload it once more"
+    ):
         load_promptnet(path)
 
 
