@@ -49,19 +49,22 @@ class Fitted(NamedTuple):
     note: str
 
 
-def gather(images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor] | None = None) -> list[Shown]:
+def gather(
+    images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor] | None = None, measured: str = ""
+) -> list[Shown]:
     """Every picture of a host's IMAGE, or of a list of them, each of its own size, with its object's mask.
 
     images: (M, H, W, C) or (H, W, C). C is 1 (grey), 2 (grey, alpha), 3 or 4 (RGB, alpha); alpha is a mask too, and
     what is transparent turns grey. masks: (N, H, W) or (H, W), white at the object: one for each picture or one for
-    all, of any size with the picture's proportions. Raises PictureError, which says what is wrong with which.
+    all, of any size with the picture's proportions. measured: the masks' input, where nothing is learned. Raises
+    PictureError, which says what is wrong with which.
     """
     pictures = list(_pictures(images))
     if not pictures:
         raise PictureError("no pictures: connect one to five pictures of the concept")
     shown = [_opaque(picture, number) for number, picture in enumerate(pictures, start=1)]
     if masks is not None:
-        drawn = _masks(masks, len(shown))
+        drawn = _masks(masks, len(shown), measured)
         shown = [Shown(one.colours, one.weight * _fitting(mask, one)) for one, mask in zip(shown, drawn, strict=True)]
     empty = next((number for number, one in enumerate(shown, start=1) if not one.weight.any()), None)
     if empty:
@@ -119,7 +122,7 @@ def concept_pictures(
     return together(gather(images, masks), multiple, native)
 
 
-def check_not_inverted(mask: Tensor, said: str, fix: str) -> None:
+def check_not_inverted(mask: Tensor, said: str, fix: str, learned: bool = True) -> None:
     """Raise PictureError where a mask (H, W) is white all around and black inside: most likely it is the wrong way
     round. All around: at the four corners and along three whole borders, since a bust reaches one. said: which mask and
     how it looks; fix: what to do."""
@@ -128,7 +131,8 @@ def check_not_inverted(mask: Tensor, said: str, fix: str) -> None:
     corners = all(bool(border[0] & border[-1]) for border in borders)
     whole = sum(bool(border.all()) for border in borders)
     if corners and whole >= 3 and (~white).float().mean() > HOLE:
-        raise PictureError(f"{said}, so it seems to be inverted: what surrounds the object would be learned. {fix}")
+        harm = ": what surrounds the object would be learned" * learned
+        raise PictureError(f"{said}, so it seems to be inverted{harm}. {fix}")
 
 
 def over_grey(colours: Tensor, alpha: Tensor) -> Tensor:
@@ -166,21 +170,22 @@ def _opaque(picture: Tensor, number: int) -> Shown:
     return Shown(over_grey(colours, alpha), alpha)
 
 
-def _masks(masks: Tensor | Sequence[Tensor], count: int) -> list[Tensor]:
+def _masks(masks: Tensor | Sequence[Tensor], count: int, measured: str = "") -> list[Tensor]:
     """(H, W) each, in [0, 1], as many as there are pictures."""
     parts = [masks] if isinstance(masks, Tensor) else masks
     drawn = [mask.float() for part in parts for mask in part.reshape(-1, *part.shape[-2:])]
     if len(drawn) not in (1, count):
         raise PictureError(f"{len(drawn)} masks for {count} pictures: give one for each, or one for all")
+    of = f" of {measured}" * bool(measured)
     for number, mask in enumerate(drawn, start=1):
         if not torch.isfinite(mask).all():
             raise PictureError("a mask has values that are not numbers: the node that made it overflowed")
         if not (mask > 0).any():
             raise PictureError(
-                f"mask {number} is all black, so nothing of its picture would be learned. Paint the object white in "
-                "it, or connect no mask"
+                f"mask {number}{of} is all black{', so nothing of its picture would be learned' * (not of)}. Paint the "
+                "object white in it, or connect no mask"
             )
-        check_not_inverted(mask, f"mask {number} is white all around and black inside", INVERT_MASK)
+        check_not_inverted(mask, f"mask {number}{of} is white all around and black inside", INVERT_MASK, not of)
     drawn = [mask.clamp(0, 1) for mask in drawn]
     return drawn if len(drawn) == count else drawn * count
 

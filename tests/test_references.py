@@ -75,6 +75,20 @@ def test_a_camera_s_photo_alone_is_brought_to_the_models_own_area(count, size, n
     assert f"the model's own {native}x{native} pixels" in note
 
 
+def test_masks_that_nothing_is_learned_from_are_named_by_their_input():
+    """Concept Scores has two inputs of masks."""
+    around = torch.ones(1, 32, 32)
+    around[:, 8:24, 8:24] = 0
+    with pytest.raises(PictureError, match="mask 2 of reference_masks is white all around") as problem:
+        gather(noise(2, 32, 32, 3), [1 - around, around], "reference_masks")
+    assert "learned" not in str(problem.value) and "seems to be inverted. Load Image" in str(problem.value)
+    with pytest.raises(PictureError, match="mask 1 of masks is all black. Paint") as problem:
+        gather(noise(1, 32, 32, 3), torch.zeros(1, 32, 32), "masks")
+    assert "learned" not in str(problem.value)
+    with pytest.raises(PictureError, match="mask 1 is white all around.*would be learned"):
+        gather(noise(1, 32, 32, 3), around)
+
+
 def test_up_to_four_times_the_models_own_area_and_without_one_pictures_keep_their_size():
     assert concept_pictures(noise(1, 1024, 1024, 3), native=512).pictures.shape == (1, 1024, 1024, 3)
     assert concept_pictures(noise(1, 1600, 1600, 3)).pictures.shape == (1, 1600, 1600, 3)
