@@ -186,15 +186,19 @@ def _tuples(entries: Mapping[str, object]) -> dict[str, object]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()}
 
 
-def _check_shapes(config: PromptNetConfig, state: Mapping[str, Tensor]) -> None:
-    """Raise PromptNetError unless the tensors, in our names, are those of this configuration: nothing is built yet."""
+def _check_shapes(
+    config: PromptNetConfig, state: Mapping[str, Tensor], theirs: Mapping[str, str] | None = None
+) -> None:
+    """Raise PromptNetError unless the tensors, in our names, are those of this configuration: nothing is built yet.
+    theirs: how the file names them, where that is otherwise."""
     found = {name: tuple(value.shape) for name, value in state.items()}
     # One that asks for far more than there is need not be listed to its end.
     expected = dict(itertools.islice(promptnet_shapes(config), len(found) + 1000))
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
+        named = some([(theirs or {}).get(name, name) for name in wrong])
         raise PromptNetError(
-            f"{len(wrong)} of its tensors do not fit a PromptNet of {config.architecture}: {some(wrong)}; the first "
+            f"{len(wrong)} of its tensors do not fit a PromptNet of {config.architecture}: {named}; the first "
             f"should be {expected.get(wrong[0], 'absent')} and is {found.get(wrong[0], 'absent')}"
         )
     other = [name for name, value in state.items() if value.dtype not in _READ]
@@ -268,7 +272,7 @@ def official_promptnet(
         raise PromptNetError(f"it has the authors' layout, but also {some(unknown)}, which no PromptNet of theirs has")
     state["start"] = torch.zeros(config.tokens, config.text_width)
     state["spread"] = torch.ones(config.text_width)
-    _check_shapes(config, state)
+    _check_shapes(config, state, names)
     return _built(config, state, dtype or tensors[_OFFICIAL].dtype, poll)
 
 

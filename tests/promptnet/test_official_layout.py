@@ -217,6 +217,13 @@ def test_names_with_a_known_prefix_are_the_same_network(official, tmp_path, pref
         assert found.keys() == plain.keys() and all(torch.equal(value, plain[name]) for name, value in found.items())
 
 
+def test_a_missing_tensor_is_named_as_the_file_names_it(official, tmp_path):
+    state = {name: value for name, value in official.items() if name != "conv_in.bias"}
+    with pytest.raises(PromptNetError, match="conv_in.bias; the first should be .* and is absent") as problem:
+        load_promptnet(written(tmp_path, state), unet=UNET)
+    assert "input_blocks" not in str(problem.value)
+
+
 def test_an_unknown_prefix_is_not_guessed_at(official, tmp_path):
     with pytest.raises(PromptNetError, match="else than the authors' PromptNet"):
         load_promptnet(written(tmp_path, {f"banana.{name}": value for name, value in official.items()}), unet=UNET)
