@@ -15,13 +15,14 @@ from profusion.infusion import architecture_name, cross_attention_layers
 from profusion.models.configs import SD15, SD21, SDXL
 from profusion.models.unet import UNet
 from profusion.residual import Origin, Residual, save_residual
+from profusion.residual.origin import Sample
 from profusion.residual.training import NOUN_PROMPTS
 from profusion.toybox.configs import TOYBOX
 
 ORIGIN = Origin(
     base="v1-5-pruned-emaonly-fp16.safetensors",
     base_hash="0123456789",
-    sample="A" * 44,
+    sample=Sample("A" * 44),
     learning_rate=0.02,
     prompts=NOUN_PROMPTS,
     version=__version__,

@@ -116,7 +116,7 @@ class ConceptAugment(io.ComfyNode):
             model, clip, vae, pictures, masks, texts, count, seed, sampling, feather, object_place
         )
         images = torch.stack(pictures * include_picture + drawn)
-        text = f"{count} variants of {note}"
+        text = f"{count} variant{'s' * (count != 1)} of {note}"
         shown = show(cls, text, captioned(tiled(images), text), previewed=True)
         return io.NodeOutput(images, torch.stack(masks * include_picture + drawn_masks), ui=shown)
 

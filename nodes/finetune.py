@@ -8,7 +8,7 @@ from ..profusion.pictures import captioned, from_image
 from ..profusion.promptnet.finetune import FinetuneOptions
 from ..profusion.references import gather
 from . import inputs
-from .host.display import keeping, show, warn_under
+from .host.display import Remarks, keeping, show, warn_under
 from .host.encoding import check_connected
 from .host.files import PATCHES, listed_name
 from .host.finetuning import Finetuning, FinetuningRun
@@ -140,7 +140,7 @@ class PromptNetFinetune(io.ComfyNode):
             mixed=mix_variants,
         )
         given = gather(images, masks)
-        warn = warn_under(cls)
+        remarks = Remarks(cls)
         finetuning = Finetuning(
             promptnet,
             model,
@@ -152,13 +152,13 @@ class PromptNetFinetune(io.ComfyNode):
             train_attention,
             options,
             gradient_checkpointing,
-            warn,
+            remarks,
         )
-        run = FinetuningRun(finetuning, filename_prefix, save_promptnet, warn)
+        run = FinetuningRun(finetuning, filename_prefix, save_promptnet, warn_under(cls))
         with keeping(cls, run.keep):
             saved = run.train()
         name = listed_name(PATCHES, run.patch_path) if run.patch_path else ""
-        plot, text = run.plot(), f"{steps} steps\n{finetuning.about}\n{saved}"
+        plot, text = run.plot(), remarks.after(f"{steps} steps\n{finetuning.about}\n{saved}")
         shown = show(cls, text, captioned(plot, text), previewed=True)
         return io.NodeOutput(finetuning.promptnet(), finetuning.patched_model(), name, from_image(plot)[None], ui=shown)
 

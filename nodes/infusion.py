@@ -19,8 +19,8 @@ from .host.words import WORD
 
 OWN_TRAJECTORY, SHARED_LATENT = "own trajectory", "shared latent"
 NO_CONCEPT = (
-    "This model was sampled without a concept, so the picture is the plain one. Connect this node's CONDITIONING "
-    "output, unchanged, to the sampler's positive."
+    "A sampler drew with this model and without a concept: as on the plain model. Connect this node's CONDITIONING "
+    "output, unchanged, to that sampler's positive."
 )
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from comfy_api.latest import io
 
 from ..profusion.metrics.chart import chart
 from ..profusion.pictures import captioned, from_image, stacked
 from . import inputs
-from .host.display import show
+from .host.display import show, warn_under
 from .host.drawing import Sampling, empty_latents
 from .host.encoding import check_connected
+from .host.identity import other_bases
 from .host.overfit import NOUN, PicturePlan, report, shown_pictures, subjects
 from .host.placing import MORE_CONCEPTS
 
@@ -125,7 +127,11 @@ class OverfitReport(io.ComfyNode):
         empty = empty_latents(model, latent)
         sampling = Sampling(steps, cfg, sampler_name, scheduler)
         pictures = PicturePlan(tuple(empty.shape[1:]), len(empty), seed, sampling)
+        others = other_bases([residual for residual in residuals.values() if residual is not None], model)
+        if others:
+            warn_under(cls)("\n".join(others))
         scores, drawn = report(model, clip, customisations, prompts, class_prompt, draws, pictures)
+        scores = replace(scores, notes=(*others, *scores.notes))
         image = captioned(chart(scores), "\n".join(scores.notes))
         if vae is not None:
             image = stacked([shown_pictures(model, vae, drawn), image])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from comfy_api.latest import io
 
 from ..profusion.infusion import architecture_name
@@ -15,6 +17,7 @@ from .host.display import Progress, show
 from .host.encoding import check_connected, encode_references, model_layers, native_size
 from .host.evaluation import TrainedModel
 from .host.files import find_promptnet, fingerprint, promptnet_names, why_not_found
+from .host.identity import BaseFile, origin_on
 from .host.placing import encode_training_prompts
 from .host.words import WordInPrompt, encode_pictures, load
 
@@ -51,10 +54,13 @@ class PromptNetLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, promptnet) -> io.NodeOutput:
-        loaded = load(find_promptnet(promptnet))
+        notes: list[str] = []
+        loaded = load(find_promptnet(promptnet), notes.append)
         kind = "made at every step" if loaded.config.with_noise else "made before sampling"
         words = f"{loaded.config.tokens} pseudo-word{'s' * (loaded.config.tokens > 1)}"
-        return io.NodeOutput(loaded, ui=show(cls, f"{loaded.config.architecture}: {words}, {kind}"))
+        return io.NodeOutput(
+            loaded, ui=show(cls, "\n".join([f"{loaded.config.architecture}: {words}, {kind}", *notes]))
+        )
 
 
 class PromptNetEncode(io.ComfyNode):
@@ -154,13 +160,13 @@ class ResidualFromPromptNet(io.ComfyNode):
                     tooltip="For Residual Trainer's resume, Infusion Attention Patch or Residual Saver."
                 )
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
     def execute(cls, promptnet, clip, clip_vision, vae, model, images, noun, masks=None) -> io.NodeOutput:
         check_connected(clip=clip, clip_vision=clip_vision, vae=vae)
-        noun, layers = noun.strip(), model_layers(model)
+        noun, layers, base = noun.strip(), model_layers(model), BaseFile.of_node(cls)
         check_fits(promptnet.config, architecture=architecture_name(layers))
         conditionings, rows = encode_training_prompts(clip, noun, layers)
         given = gather(images, masks)
@@ -182,7 +188,11 @@ class ResidualFromPromptNet(io.ComfyNode):
 
         trained.run(work, (seeding.batch_size, *references[0].latent.shape))
         said = f"{note}\nPromptNet sees {seen.note}"
-        return io.NodeOutput(seeding.residual(), ui=show(cls, said, captioned(tiled(seen.pictures), said)))
+        base.wait()
+        origin = replace(origin_on(model, base), base_hash=base.hash_so_far())
+        return io.NodeOutput(
+            replace(seeding.residual(), origin=origin), ui=show(cls, said, captioned(tiled(seen.pictures), said))
+        )
 
 
 NODES = [PromptNetLoader, PromptNetEncode, ResidualFromPromptNet]

@@ -9,7 +9,7 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..profusion.metrics import Pictures, concept_scores
+from ..profusion.metrics import Pictures, concept_scores, prompt_lines
 from ..profusion.metrics.chart import chart
 from ..profusion.metrics.encoders import ImageEncoder, PairedEncoder
 from ..profusion.pictures import captioned, from_image
@@ -19,9 +19,9 @@ from .host.backbones import ClipPair, VisionEncoder, watched
 from .host.display import Progress, show
 
 
-def _pictures(images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor] | None) -> Pictures:
+def _pictures(images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor] | None, named: str) -> Pictures:
     """A host's IMAGE and MASK; what is transparent is grey, and so has no background that could be compared."""
-    shown = gather(images, masks)
+    shown = gather(images, masks, named)
     return Pictures(
         [one.colours.cpu() for one in shown], None if masks is None else [one.weight.cpu() for one in shown]
     )
@@ -106,7 +106,8 @@ class ConceptScores(io.ComfyNode):
         masks=None,
         reference_masks=None,
     ) -> io.NodeOutput:
-        generated, known = _pictures(images, masks), _pictures(references, reference_masks)
+        generated = _pictures(images, masks, "masks")
+        known = _pictures(references, reference_masks, "reference_masks")
         encoders = _backbones(clip, clip_vision, image_encoder)
         pairs = sum(isinstance(encoder, PairedEncoder) for encoder in encoders)
         views = 3 if generated.masks is not None and known.masks is not None else 1
@@ -115,7 +116,7 @@ class ConceptScores(io.ComfyNode):
         scores = concept_scores(
             generated,
             known,
-            [line for line in prompt.splitlines() if line.strip()],
+            prompt_lines(prompt, len(generated.images)),
             [watched(encoder, tell) for encoder in encoders],
         )
         picture = captioned(chart(scores), "\n".join(scores.notes))

@@ -7,9 +7,9 @@ from comfy_api.latest import io
 from ..profusion.pictures import captioned, from_image
 from ..profusion.residual.training import TrainingOptions
 from . import inputs
-from .host.display import keeping, show, warn_under
+from .host.display import Remarks, keeping, show, warn_under
 from .host.drawing import Sampling
-from .host.identity import BaseFile
+from .host.identity import BaseFile, other_bases
 from .host.residual_training import Samples, prepare_training
 
 
@@ -138,7 +138,9 @@ class ResidualTrainer(io.ComfyNode):
     ) -> io.NodeOutput:
         options = TrainingOptions(steps, learning_rate, batch_size, seed, flip, preserve)
         samples = Samples(sample_prompt, sample_every, Sampling(sample_steps, sample_cfg))
-        noun = noun.strip()
+        noun, remarks = noun.strip(), Remarks(cls)
+        if resume is not None and (others := other_bases([resume], model)):
+            remarks(others[0])
         run = prepare_training(
             model,
             clip,
@@ -151,11 +153,12 @@ class ResidualTrainer(io.ComfyNode):
             samples,
             gradient_checkpointing,
             warn_under(cls),
+            remarks,
             BaseFile.of_node(cls),
         )
         with keeping(cls, run.keep):
             run.train()
-        text = f"{noun}: {steps} steps\n{run.about}\n{run.saved.path}\n{run.saved.size:,} bytes"
+        text = remarks.after(f"{noun}: {steps} steps\n{run.about}\n{run.saved.path}\n{run.saved.size:,} bytes")
         plot = run.plot()
         shown = show(cls, text, captioned(plot, text), previewed=True)
         return io.NodeOutput(run.residual(), from_image(plot)[None], run.samples(), ui=shown)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .problems import Explained, why
 
@@ -32,8 +32,8 @@ OTHER_SUFFIXES = (
     ".pgm",
     ".pdf",
 )
-OTHER_SUFFIXES += (".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf")
-"""Of pictures that are not read."""
+RAW_SUFFIXES = (".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf")
+"""Of pictures that are not read; those of cameras' raw files seem to be TIFF, with a small picture in them."""
 OWN_PIXELS = 2**21  # a picture of its own size has no more: every image encoder takes far fewer
 MOST_BYTES = 144 << 20
 
@@ -44,6 +44,7 @@ _DEEP_BYTES = 16  # more than eight bits of a colour, which are scaled
 _JPEG_AT_ONCE, _JPEG_IN_SCANS = 1, 6  # in several scans, as progressive ones are, the whole is kept until the last
 
 _DEEP = ("I", "F")  # modes of the library: I, I;16, I;16B, F
+BEYOND = 2.0  # times a range: floats that reach no further are of that range, which sharp resampling overshoots
 _HEIF = (".heic", ".heif")
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -61,19 +62,17 @@ class PictureError(Explained, ValueError):
     """Pictures that cannot be used. The message says which, why and what to do."""
 
 
-def decode(path: Path, side: int | None = None) -> Image.Image:
-    """A picture as RGBA, turned as its camera says: of its own size, at most OWN_PIXELS, or the centre of it as a
-    square of `side` pixels. Raises PictureError, which names the file."""
+def decode(path: Path) -> Image.Image:
+    """A picture as RGBA, turned as its camera says: of its own size, at most OWN_PIXELS. Raises PictureError, which
+    names the file."""
     try:
-        picture = _decoded(path, side)
+        picture = _decoded(path)
     except PictureError as problem:
         raise PictureError(f"{path} is {problem}") from problem
     except Image.DecompressionBombError as problem:
         raise PictureError(f"{path} is too large: it has hundreds of megapixels") from problem
     except Exception as problem:  # whatever a damaged file makes of the library
         raise PictureError(f"{path} cannot be read as a picture: {why(problem)}") from problem
-    if side is not None:
-        return ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
     share = (OWN_PIXELS / (picture.width * picture.height)) ** 0.5
     if share >= 1:
         return picture
@@ -81,15 +80,15 @@ def decode(path: Path, side: int | None = None) -> Image.Image:
     return picture.resize(sides, Image.Resampling.LANCZOS)
 
 
-def _decoded(path: Path, side: int | None) -> Image.Image:
+def _decoded(path: Path) -> Image.Image:
     """All of it, but smaller by a whole number where it is much larger than it need be."""
     if path.suffix.lower() in _HEIF:
         _learn_heif()
     with Image.open(path, formats=[name for name in FORMATS if name in _known_formats()]) as file:
         _check_size(file, path)
-        factor = _factor(file.size, side)
+        factor = _factor(file.size)
         file.draft(None, (file.width // factor, file.height // factor))
-        factor = _factor(file.size, side)
+        factor = _factor(file.size)
         if file.mode.startswith(_DEEP):
             picture = _eight_bits(file)
         elif file.mode not in ("L", "RGB", "RGBA") or "transparency" in file.info:
@@ -104,7 +103,8 @@ def _decoded(path: Path, side: int | None) -> Image.Image:
 
 def _eight_bits(file: Image.Image) -> Image.Image:
     """Grey of more than eight bits, by its range: that of 16 bits, or, where the type says nothing (32 bits, floats),
-    the least of 1 (floats), 255, 65535 and its own largest that holds all of it."""
+    the least of 1 (floats), 255, 65535 and its own largest that holds all of it. Floats may go beyond a range, as
+    resampling makes them, and are clipped to it."""
     values = np.asarray(file)
     if not np.isfinite(values).all():
         raise PictureError("no picture: it has values that are not numbers")
@@ -112,7 +112,9 @@ def _eight_bits(file: Image.Image) -> Image.Image:
     if file.mode.startswith("I;16") or file.format == "PNG":
         top = 65535.0
     else:
-        top = next((one for one in (1.0, 255.0, 65535.0) if most <= one and (one > 1 or file.mode == "F")), most)
+        floats = file.mode == "F"
+        ranges = (1.0, 255.0, 65535.0) if floats else (255.0, 65535.0)
+        top = next((one for one in ranges if most <= one * (BEYOND if floats else 1)), most)
     scaled = np.clip(values, 0, top).astype(np.float32)
     scaled *= 255 / top
     return Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
@@ -133,6 +135,18 @@ def _learn_heif() -> None:
     pillow_heif.register_heif_opener()
 
 
+def is_picture(path: Path) -> bool:
+    """Whether a file, whatever its name, is of a format that is read, by its first bytes."""
+    _learn_heif()
+    try:
+        Image.open(path, formats=[name for name in FORMATS if name in _known_formats()]).close()
+    except Image.DecompressionBombError:
+        return True  # which decoding it will say
+    except Exception:  # whatever another kind of file makes of the library
+        return False
+    return True
+
+
 def unreadable(paths: Iterable[Path]) -> list[Path]:
     """Those of these pictures, by their names, whose formats nothing here reads."""
     paths = list(paths)
@@ -143,12 +157,9 @@ def unreadable(paths: Iterable[Path]) -> list[Path]:
     return [path for path, kind in kinds.items() if kind not in FORMATS or kind not in Image.OPEN]
 
 
-def _factor(size: tuple[int, int], side: int | None) -> int:
-    """How much smaller each side may be: OWN_PIXELS stay, or twice the square that is wanted."""
-    most = (size[0] * size[1] / OWN_PIXELS) ** 0.5
-    if side is not None:
-        most = min(most, min(size) / (2 * side))
-    return max(1, int(most))
+def _factor(size: tuple[int, int]) -> int:
+    """How much smaller each side may be, so that OWN_PIXELS stay."""
+    return max(1, int((size[0] * size[1] / OWN_PIXELS) ** 0.5))
 
 
 def _check_size(file: Image.Image, path: Path) -> None:

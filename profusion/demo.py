@@ -170,7 +170,9 @@ def run(
     started = time.monotonic()
     judge, fused = Judge.load(), FusedToybox.load()  # the judge first: an installed pack has none
     toybox = fused.toybox
-    say(f"learning {concept.name!r} (noun {concept.noun!r}) from {len(concept.pictures)} pictures")
+    say(
+        f"learning {concept.name!r} (noun {concept.noun!r}) from {concept.about or f'{len(concept.pictures)} pictures'}"
+    )
     trained = train(toybox, concept, options, say, out)
     residual = trained.residual
     drawings = []

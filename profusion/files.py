@@ -295,6 +295,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise _not_safetensors(problem) from problem
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as a safetensors file does, whatever its name. Raises OSError."""
+    with path.open("rb") as file:
+        beginning = file.read(9)
+    return beginning[8:] == b"{" and int.from_bytes(beginning[:8], "little") <= MAX_HEADER_BYTES
+
+
 def _not_safetensors(problem: safetensors.SafetensorError) -> FileFormatError:
     return FileFormatError(f"it is cut short, damaged, or not a safetensors file at all ({problems.why(problem)})")
 
@@ -349,7 +356,10 @@ def what_it_is(data: bytes) -> str:
         return "it is a PyTorch checkpoint under another name, which could run code and is never opened"
     if data.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer and not the file itself, which was not downloaded"
-    if data[:64].lstrip().lower().startswith((b"<!doctype", b"<html")):
+    text = data[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith((b"<?xml", b"{", b"[")):
+        return "it is a text, most likely an error message of a server that was saved in place of the file"
+    if text.startswith((b"<!doctype", b"<html")):
         return "it is a web page: the download got an error page in place of the file"
     return "it is not a safetensors file, or its first bytes are damaged"
 

@@ -6,8 +6,8 @@ program that would rebuild it is listed, not followed.
 
 from __future__ import annotations
 
+import io
 import json
-import pickletools  # which lists what a file would do, and does none of it
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -15,12 +15,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-MAX_HEADER_BYTES = 8 << 20  # SDXL's checkpoint has a quarter of one
-MAX_PROGRAM_BYTES = 4 << 20
+from . import programs
 
-# What is called by those who mean harm; other calls than a checkpoint needs are refused too, see promptnet/released.py.
-_HARMFUL = ("os.", "posix.", "nt.", "sys.", "shutil.", "webbrowser.", "pty.")
-_HARMFUL += tuple(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("eval", "exec", "getattr"))
+MAX_HEADER_BYTES = 8 << 20  # SDXL's checkpoint has a quarter of one
+
+# torch's old format is five programs in a row: this number, its version, the machine, what is kept, and the names of
+# its tensors' memory.
+_OLD_FORMAT = 0x1950A86A20F9469CFC6C
+_OLD_PROGRAMS = 5
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Kind:
 @dataclass(frozen=True)
 class Inside:
     """Names in a file: of its tensors, or whatever texts an archive's program has. metadata: a safetensors file's.
-    calls: what an archive's program would call."""
+    calls: what an archive's program would call, as "module name"."""
 
     names: tuple[str, ...] = ()
     metadata: Mapping[str, str] | None = None
@@ -70,6 +72,10 @@ DIFFUSION_MODEL = Kind(
     "PromptNet Loader takes promptnet/diffusion_pytorch_model.bin, not the file of the same name in unet.",
 )
 VAE = Kind("a VAE", "Put it into models/vae and choose it in Load VAE.")
+T2I_ADAPTER = Kind("a T2I-Adapter", "Put it into models/controlnet and choose it in Load ControlNet Model.")
+TAESD = Kind("TAESD, a small VAE for previews", "Put it into models/vae_approx.")
+UPSCALER = Kind("an upscaler", "Put it into models/upscale_models and choose it in Load Upscale Model.")
+HYPERNETWORK = Kind("a hypernetwork", "Put it into models/hypernetworks and choose it in HypernetworkLoader.")
 TEXT_ENCODER = Kind("a text encoder", "Put it into models/text_encoders and choose it in Load CLIP.")
 VISION_ENCODER = Kind("an image encoder", "Put it into models/clip_vision and choose it in Load CLIP Vision.")
 
@@ -90,11 +96,22 @@ _TENSORS_OF_A_LORA = (
 )
 _PROMPTNETS_OWN = ("region_prompt_output.weight", "promptnet_cond_embedding.", "second_latent.")
 
+
+def _is_glora(inside: Inside) -> bool:
+    ends = {name.rpartition(".")[0].rpartition(".")[2] for name in inside.names if name.endswith(".weight")}
+    return {"a1", "b1"} <= ends
+
+
 # In this order: what is more telling comes first.
 _KINDS: tuple[tuple[Kind, Callable[[Inside], bool]], ...] = (
     (INFUSION, lambda inside: inside.any_has("target_output")),
     (PROMPTNET, lambda inside: inside.any_has(*_PROMPTNETS_OWN)),
     (LORA, lambda inside: inside.any_has(*_TENSORS_OF_A_LORA) or inside.any_begins("lora_unet_", "lora_te")),
+    (LORA, lambda inside: _is_glora(inside) or any(name.endswith((".diff", ".diff_b")) for name in inside.names)),
+    (T2I_ADAPTER, lambda inside: inside.any_begins("adapter.body.", "body.0.block1.")),
+    (UPSCALER, lambda inside: inside.any_has(".RDB1.", ".rdb1.", "RRDB_trunk.")),
+    (HYPERNETWORK, lambda inside: any(re.match(r"\d{3,4}\.\d+\.linear\b", name) for name in inside.names)),
+    (TAESD, lambda inside: any(re.fullmatch(r"(taesd_\w+\.)?\d+\.conv\.0\.weight", name) for name in inside.names)),
     (IP_ADAPTER, lambda inside: inside.any_begins("ip_adapter.", "image_proj.")),
     (EMBEDDING, lambda inside: bool(_EMBEDDING_NAMES & set(inside.names[:50])) and len(inside.names) < 500),
     (EMBEDDING, lambda inside: len(inside.names) <= 2 and inside.any_begins("<")),
@@ -131,11 +148,11 @@ def another_kind(path: str | Path, wanted: Kind) -> str | None:
 
 
 def _kind(inside: Inside) -> Kind | None:
-    danger = next((call for call in inside.calls if call.startswith(_HARMFUL)), None)
+    danger = next((call for call in inside.calls if not programs.of_models(call)), None)
     if danger is not None:
         return Kind(
-            f"a file that would run code if it were opened: {danger:.60}",
-            "No model needs that. Delete it, and open it with nothing.",
+            f"a file that would run code if it were opened: {danger.replace(' ', '.', 1):.60}",
+            "No model needs that. Delete it without opening it.",
         )
     own = _OURS.get((inside.metadata or {}).get("format", ""))
     return own or next((kind for kind, fits in _KINDS if fits(inside)), None)
@@ -152,7 +169,7 @@ def names_in(path: Path) -> Inside:
         length = int.from_bytes(beginning, "little")
         if length > MAX_HEADER_BYTES:
             if beginning[:1] == b"\x80":  # torch's old format, which is a few pickles in a row
-                return _in_program(beginning + file.read(MAX_PROGRAM_BYTES))
+                return _in_programs(beginning + file.read(programs.MAX_BYTES))
             raise ValueError("no safetensors header")
         header: dict[str, object] = json.loads(file.read(length))
     metadata = header.pop("__metadata__", None)
@@ -161,23 +178,26 @@ def names_in(path: Path) -> Inside:
 
 def _in_archive(path: Path) -> Inside:
     with zipfile.ZipFile(path) as archive:
-        program = next(record for record in archive.infolist() if re.fullmatch(r"(.*/)?data\.pkl", record.filename))
-        if program.file_size > MAX_PROGRAM_BYTES or program.compress_type != zipfile.ZIP_STORED:
+        found = [record for record in archive.infolist() if re.fullmatch(r"(.*/)?data\.pkl", record.filename)]
+        if len(found) != 1 or found[0].file_size > programs.MAX_BYTES or found[0].compress_type != zipfile.ZIP_STORED:
             raise ValueError("no archive of torch's")
-        return _in_program(archive.read(program))
+        return _in_programs(archive.read(found[0]))
 
 
-def _in_program(program: bytes) -> Inside:
-    """The texts of a pickle's program, and what it would call; to where it is cut short."""
+def _in_programs(data: bytes) -> Inside:
+    """The texts of a program, or of all of torch's old format, and what it would call; to where it is cut short."""
     texts: list[str] = []
     calls: list[str] = []
+    stream, old = io.BytesIO(data), False
     with suppress(ValueError):
-        for code, argument, _ in pickletools.genops(program):
-            if code.name in ("GLOBAL", "INST"):
-                calls.append(str(argument).replace(" ", "."))
-            elif code.name == "STACK_GLOBAL":
-                calls.append(".".join(texts[-2:]))
-            elif isinstance(argument, str):
-                texts.append(argument)
+        for number in range(_OLD_PROGRAMS):
+            for step in programs.steps(stream):
+                old |= number == 0 and step.number == _OLD_FORMAT
+                if step.name is not None:
+                    calls.append(step.name)
+                if step.text is not None:
+                    texts.append(step.text)
+            if not old:
+                break
     names = (text for text in texts if not re.fullmatch(r"storage|cpu|cuda(:\d+)?|\d*", text))
     return Inside(tuple(dict.fromkeys(names)), calls=tuple(dict.fromkeys(calls)))

@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from .decoding import OTHER_SUFFIXES, SUFFIXES, PictureError, decode, unreadable
+from .decoding import OTHER_SUFFIXES, RAW_SUFFIXES, SUFFIXES, PictureError, decode, is_picture, unreadable
 from .devices import area_means
-from .references import INVERT_ALPHA, check_not_inverted, over_grey
+from .references import INVERT_ALPHA, Fitted, Shown, check_not_inverted, framed, over_grey
 
 MOST_NAMES = 20  # of files, in a message
 MOST_LINES, LONGEST_LINE = 200, 256  # of a caption; a path has at most 4096 letters
@@ -27,18 +27,35 @@ def latent_masks(masks: Tensor, cells: Sequence[int]) -> Tensor:
     return area_means(masks[:, None].float(), cells)[:, 0]
 
 
-def read_pictures(folder: Path, size: int) -> tuple[Tensor, Tensor]:
-    """Every picture of a folder, by name -> IMAGE (M, size, size, 3) and MASK (M, size, size).
+def read_pictures(folder: Path, size: int) -> Fitted:
+    """Every picture of a folder, by name, as squares of `size` pixels: see `references.framed`.
 
-    Centre-cropped to a square. An alpha channel is the object's mask; without one the whole picture counts.
-    Raises PictureError where there are none, or one cannot be read.
+    An alpha channel is the object's mask; without one the whole picture counts. Raises PictureError where there are
+    none, or one cannot be read.
     """
-    pictures, masks = zip(*(read_picture(path, size) for path in picture_paths(folder)), strict=True)
-    return torch.stack(pictures), torch.stack(masks)
+    paths = picture_paths(folder)
+    return framed((Shown(*one) for one in read_each(paths)), size, [path.name for path in paths])
+
+
+def read_each(paths: Sequence[Path]) -> Iterator[tuple[Tensor, Tensor]]:
+    """`read_picture` of one after the other. Raises PictureError, which names all that cannot be read."""
+    problems: list[str] = []
+    for path in paths:
+        try:
+            picture = read_picture(path)
+        except PictureError as problem:
+            problems.append(str(problem))
+        else:
+            if not problems:
+                yield picture
+    if problems:
+        more = [f"and {len(problems) - MOST_NAMES} more"] * (len(problems) > MOST_NAMES)
+        raise PictureError("\n".join([*problems[:MOST_NAMES], *more]))
 
 
 def picture_paths(folder: Path) -> list[Path]:
-    """The pictures of a folder, by name; hidden files are none, such as those that macOS leaves beside pictures.
+    """The pictures of a folder, by name: what is one by its bytes, whatever it is called. Hidden files are none, such
+    as those that macOS leaves beside pictures.
 
     Raises PictureError where there are none, and for those that nothing here reads, by their names: to leave them out
     would be to learn from fewer pictures than there seem to be.
@@ -46,8 +63,13 @@ def picture_paths(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise PictureError(f"{folder} is not a folder; give one that holds pictures of the concept")
     visible = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
-    paths = [path for path in visible if path.suffix.lower() in SUFFIXES]
-    other = unreadable(paths) + [path for path in visible if path.suffix.lower() in OTHER_SUFFIXES]
+    raw = {path for path in visible if path.suffix.lower() in RAW_SUFFIXES}
+    named = [path for path in visible if path.suffix.lower() in SUFFIXES]
+    strange = unreadable(named)
+    readable = set(named) - set(strange)
+    paths = [path for path in visible if path in readable or (path not in raw and is_picture(path))]
+    other = strange + [path for path in visible if path in raw or path.suffix.lower() in OTHER_SUFFIXES]
+    other = [path for path in other if path not in paths]
     if other:
         more = f" and {len(other) - MOST_NAMES} more" * (len(other) > MOST_NAMES)
         raise PictureError(
@@ -55,17 +77,18 @@ def picture_paths(folder: Path) -> list[Path]:
             "Save them as PNG or JPEG, or take them out of the folder. For HEIC there is also `pip install pillow-heif`"
         )
     if not paths:
-        raise PictureError(f"no pictures in {folder}: it holds no {', '.join(SUFFIXES)} file")
+        raise PictureError(
+            f"no pictures in {folder}: it holds no {', '.join(SUFFIXES)} file, nor another that is one inside"
+        )
     return paths
 
 
-def read_picture(path: Path, size: int | None = None) -> tuple[Tensor, Tensor]:
-    """(H, W, 3) and its mask (H, W): of its own size, or the centre of it as a square of `size` pixels a side.
+def read_picture(path: Path) -> tuple[Tensor, Tensor]:
+    """(H, W, 3) and its mask (H, W), of its own size; one of more than two megapixels is reduced to them.
 
-    One of more than two megapixels is reduced to them, in its proportions. Raises PictureError, also where it is too
-    large to be decoded at all.
+    Raises PictureError, also where it is too large to be decoded at all.
     """
-    values = torch.from_numpy(np.array(decode(path, size))).float().div_(255)
+    values = torch.from_numpy(np.array(decode(path))).float().div_(255)
     mask = values[..., 3]
     if not mask.any():
         raise PictureError(f"{path} is wholly transparent, so there is no object to learn")

@@ -64,15 +64,28 @@ def form_to_write(text: str, noun: str) -> str:
 
     Found are plurals, the singular of a plural, words that are joined, hyphenated or apart, and longer words.
     """
-    words = re.split(r"[-_\s]+", noun.strip())
+    words = [word for word in re.split(r"[-_\s]+", noun) if word]
+    if not words:
+        return ""
     *first, last = map(re.escape, words)
     forms = "|".join(re.escape(form) for form in sorted(_numbers(words[-1]), key=len, reverse=True))
     pattern = "[-_\\s]*".join([*first, f"(?:{forms})"])
     found = re.search(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE)
     if found and found[0].lower() != noun.lower():
         return f"Write {noun!r} where it has {found[0]!r}."
-    inside = re.search(rf"\S*{'[-_ ]*'.join([*first, last])}\S*", text, re.IGNORECASE)
-    return f"Write {noun!r} as a word of its own: it is only a part of {inside[0]!r}." if inside else ""
+    inside = re.search("[-_ ]*".join([*first, last]), text, re.IGNORECASE)
+    if inside is None:
+        return ""
+    return f"Write {noun!r} as a word of its own: it is only a part of {_to_blanks(text, *inside.span())!r}."
+
+
+def _to_blanks(text: str, start: int, end: int) -> str:
+    """A part of a text, widened to the blanks around it."""
+    while start and not text[start - 1].isspace():
+        start -= 1
+    while end < len(text) and not text[end].isspace():
+        end += 1
+    return text[start:end]
 
 
 def _numbers(word: str) -> set[str]:

@@ -10,7 +10,7 @@ from PIL import Image
 from profusion import demo, keeping
 from profusion.residual import load_residual
 from profusion.residual.training import ResidualTraining, TrainingOptions
-from profusion.toybox.concepts import drawn_concept
+from profusion.toybox.concepts import drawn_concept, own_concept
 from profusion.toybox.drawing import SIZE
 from profusion.toybox.fused import FusedToybox
 from profusion.toybox.judge import Judge
@@ -37,6 +37,18 @@ def concept():
 def drawing(fused, concept):
     residual = demo.train(fused.toybox, concept, TrainingOptions(steps=1), lambda _: None).residual
     return demo.draw(fused, residual, concept.pictures[:1], "a photo of a {} on snow", SEEDS, STEPS)
+
+
+def test_what_was_done_to_the_users_own_pictures_is_said(tmp_path, monkeypatch):
+    """Before the training, which is left out here."""
+    (folder := tmp_path / "own").mkdir()
+    Image.new("RGB", (200, 100), "red").save(folder / "a.png")
+    monkeypatch.setattr(demo, "train", None)
+    said = []
+    with pytest.raises(TypeError):
+        demo.run(tmp_path / "out", own_concept(folder, "ball"), TrainingOptions(steps=2), say=said.append)
+    cropped = "1 picture of 96x96 pixels, cropped and resized from 200x100"
+    assert said == [f"learning 'your ball' (noun 'ball') from {cropped}"]
 
 
 def test_it_writes_its_report_and_a_grid_of_both_methods(tmp_path, concept):

@@ -1,12 +1,13 @@
 """What a residual's file says of its training: to people, to model managers, and to nobody who would believe it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from profusion.residual import Origin, Residual, load_residual, save_residual
-from profusion.residual.origin import distance, sample_of
+from profusion.residual.origin import Sample, apart, distance, sample_of
 
 ORIGIN = Origin(
     base="v1-5-pruned-emaonly-fp16.safetensors",
@@ -16,6 +17,7 @@ ORIGIN = Origin(
     prompts=("a photo of a {}", "a picture of a {}", "a {}"),
     version="0.1.0",
     day="2026-11-27",
+    patched=96,
 )
 
 
@@ -87,15 +89,64 @@ def test_nonsense_is_left_out(name, text):
     assert not value or distance(value, value) is None
 
 
-def test_weights_are_known_again_in_any_precision_and_others_are_not():
+PRECISIONS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def network(seed, scale=0.03):
+    generator = torch.Generator().manual_seed(seed)
+    return [scale * torch.randn(20, 64, generator=generator) for _ in range(16)]
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.03, 0.008])
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_weights_are_known_again_in_any_precision(dtype, scale):
+    """Also where the residual was trained on the rounded ones. A network's own rounding is expected, and no more."""
+    far, whole_far = [], []
+    for seed in range(200):
+        weights = network(seed, scale)
+        whole, rounded = sample_of(weights), sample_of([weight.to(dtype) for weight in weights])
+        assert apart(whole, rounded) is None and apart(rounded, whole) is None, seed
+        assert len(rounded.numbers) == 44 and whole.rounding == 0
+        far.append(distance(whole, rounded))
+        whole_far.append(rounded.rounding)
+    if dtype.itemsize > 1:
+        assert max(far) < 0.01 and not any(whole_far)
+    else:
+        root = lambda shares: (sum(share**2 for share in shares) / len(shares)) ** 0.5  # noqa: E731
+        assert 0.8 < root(far) / root(whole_far) < 1.25
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_other_weights_are_told(dtype):
+    for seed in range(50):
+        sample = sample_of([weight.to(dtype) for weight in network(seed)])
+        assert apart(sample, sample_of(network(seed + 1000))) > 0.5
     generator = torch.Generator().manual_seed(3)
-    weights = [0.03 * torch.randn(width, 768, generator=generator) for width in (320, 640, 1280)]
-    sample = sample_of(weights)
-    assert len(sample) == 44
-    for dtype, most in ((torch.float16, 0.01), (torch.bfloat16, 0.01), (torch.float8_e4m3fn, 0.04)):
-        assert distance(sample, sample_of([weight.to(dtype) for weight in weights])) <= most
+    weights = network(3)
     tuned = [weight + 0.1 * 0.03 * torch.randn(weight.shape, generator=generator) for weight in weights]
-    assert 0.04 < distance(sample, sample_of(tuned)) < 0.2
-    other = [0.03 * torch.randn(weight.shape, generator=generator) for weight in weights]
-    assert distance(sample, sample_of(other)) > 0.5
-    assert distance(sample, "") is None and sample_of([]) == ""
+    assert 0.04 < apart(sample_of(weights), sample_of(tuned)) < 0.2
+
+
+class Packed(torch.Tensor):
+    """As quantised forms of other libraries are."""
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.randint(0, 256, (320, 432), dtype=torch.uint8), torch.ones(64, 64, dtype=torch.int8)]
+    + [torch.ones(64, 64).as_subclass(Packed)],
+    ids=["4 bits in bytes", "int8", "a kind of its own"],
+)
+def test_what_is_stored_as_something_else_has_no_sample(weight):
+    assert sample_of([weight] * 16) == Sample() == sample_of([]) == sample_of([torch.ones(9, 9)] * 15 + [weight])
+    assert distance(sample_of(network(1)), Sample()) is None and apart(sample_of(network(1)), Sample()) is None
+
+
+def test_what_rounding_did_is_in_the_file(tmp_path):
+    sample = sample_of([weight.to(torch.float8_e5m2) for weight in network(1)])
+    assert 0.03 < sample.rounding < 0.1
+    saved = save_residual(make_residual(origin=replace(ORIGIN, sample=sample)), tmp_path / "cat.safetensors")
+    assert load_residual(saved.path).origin.sample == sample and saved.size <= 11_000
+    said = replace(ORIGIN, sample=sample).as_metadata("cat", "SD 1.x")
+    for nonsense in ("1e9", "nan", "5.0", "-0.1", "0.5555"):
+        assert Origin.of_metadata({**said, "base_rounding": nonsense}).sample == sample._replace(rounding=0)

@@ -23,7 +23,7 @@ from profusion.pictures import (
     tiled,
     to_image,
 )
-from profusion.references import concept_pictures
+from profusion.references import concept_pictures, framed, gather
 
 
 def test_pictures_are_read_by_name_with_alpha_as_mask(tmp_path):
@@ -32,9 +32,10 @@ def test_pictures_are_read_by_name_with_alpha_as_mask(tmp_path):
     half.paste((0, 255, 0, 0), (0, 0, 50, 100))
     half.save(tmp_path / "a.png")
     (tmp_path / "notes.txt").write_text("not a picture")
-    pictures, masks = read_pictures(tmp_path, 64)
+    pictures, masks, note = read_pictures(tmp_path, 64)
     assert pictures.shape == (2, 64, 64, 3) and masks.shape == (2, 64, 64)
     assert masks[0, :, :28].max() < 0.01 and masks[0, :, 36:].min() == 1 and masks[1].min() == 1
+    assert note == "2 pictures of 64x64 pixels, cropped and resized from 100x100, 300x200"
     assert torch.allclose(pictures[0, 32, 10], torch.tensor(0.5), atol=0.01), "hidden colours must not be learned"
 
 
@@ -99,6 +100,32 @@ def test_a_format_that_people_do_not_send_is_not_opened(tmp_path):
         read_picture(tmp_path / "a.png")
 
 
+@pytest.mark.parametrize("name", ["a.jpe", "a.JFIF", "a.apng", "a", "a.jpg~", "a.png.part", "a.tga", "a.ppm"])
+def test_what_is_a_picture_is_read_whatever_its_name(tmp_path, name):
+    kind = "JPEG" if "j" in name.lower() else "PNG"
+    Image.new("RGB", (9, 9), "red").save(tmp_path / name, kind)
+    (tmp_path / "notes").write_text("a red thing")
+    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "empty").write_bytes(b"")
+    assert [path.name for path in picture_paths(tmp_path)] == [name]
+    assert read_pictures(tmp_path, 16).pictures.shape == (1, 16, 16, 3)
+
+
+def test_a_camera_s_raw_file_is_not_taken_for_the_small_picture_in_it(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.dng", "TIFF")
+    with pytest.raises(PictureError, match="pictures that cannot be read: a.dng"):
+        picture_paths(tmp_path)
+
+
+def test_all_broken_pictures_are_named_at_once(tmp_path):
+    for name in ("a.png", "c.jpg", "d.webp"):
+        (tmp_path / name).write_bytes(b"broken")
+    Image.new("RGB", (9, 9)).save(tmp_path / "b.png")
+    with pytest.raises(PictureError) as problem:
+        read_pictures(tmp_path, 16)
+    assert all(f"{name} cannot be read" in str(problem.value) for name in ("a.png", "c.jpg", "d.webp"))
+
+
 RAMP = np.linspace(0, 1, 24 * 32).reshape(24, 32)
 
 
@@ -114,6 +141,11 @@ RAMP = np.linspace(0, 1, 24 * 32).reshape(24, 32)
         ("a.tiff", RAMP.astype(np.float32), RAMP),
         ("a.tiff", (RAMP * 0.25 - 0.1).astype(np.float32), np.clip(RAMP * 0.25 - 0.1, 0, 1)),
         ("a.tiff", (RAMP * 255).astype(np.float32), RAMP),
+        ("a.tiff", (RAMP * 1.0001).astype(np.float32), RAMP),
+        ("a.tiff", (RAMP * 2 - 0.5).astype(np.float32), np.clip(RAMP * 2 - 0.5, 0, 1)),
+        ("a.tiff", (RAMP * 280).astype(np.float32), np.clip(RAMP * 280 / 255, 0, 1)),
+        ("a.tiff", (RAMP * 9000).astype(np.float32), RAMP * 9000 / 65535),
+        ("a.tif", np.rint(RAMP * 280).astype(np.int32), RAMP * 280 / 65535),
         ("a.tiff", (RAMP * 1e6).astype(np.float32), RAMP),
         ("a.tiff", np.full((24, 32), -5, np.float32), RAMP * 0),
     ],
@@ -124,7 +156,7 @@ def test_grey_of_many_bits_is_scaled_by_its_range(tmp_path, name, values, expect
     picture, mask = read_picture(tmp_path / name)
     assert mask.min() == 1 and (picture[..., 0] == picture[..., 2]).all()
     assert np.abs(picture[..., 0].numpy() - expected).max() < 0.6 / 255
-    assert read_picture(tmp_path / name, 16)[0].shape == (16, 16, 3)
+    assert read_pictures(tmp_path, 16).pictures.shape == (1, 16, 16, 3)
 
 
 def test_a_float_picture_with_nan_in_it_is_named(tmp_path):
@@ -160,17 +192,39 @@ def test_hidden_files_are_no_pictures_and_what_cannot_be_read_is_named_one_by_on
         read_pictures(tmp_path, 16)
 
 
-@pytest.mark.parametrize("size", [None, 32])
-def test_an_inverted_cut_out_is_asked_about(tmp_path, size):
+@pytest.mark.parametrize("left", [10, 100, 330])
+def test_a_folder_is_cropped_around_its_objects_as_a_node_does_it(tmp_path, left):
+    """A cut-out of 60 x 60 in a picture of 400 x 100: whole, wherever it is."""
+    values = np.full((100, 400, 4), 120, np.uint8)
+    values[..., 3] = 0
+    values[20:80, left : left + 60, 3] = 255
+    Image.fromarray(values).save(tmp_path / "cut.png")
+    found, node = read_pictures(tmp_path, 96), framed(gather(torch.from_numpy(values[None]).float() / 255), 96)
+    assert abs(float(found.masks.mean()) - 0.36) < 0.002
+    assert all(torch.equal(*pair) for pair in zip(found[:2], node[:2], strict=True)) and found.note == node.note
+
+
+def test_what_a_folder_loses_of_an_object_is_said_by_name(tmp_path):
+    values = np.full((96, 400, 4), 120, np.uint8)
+    values[:, 40:360, 3] = 0
+    Image.fromarray(values).save(tmp_path / "both ends.png")
+    Image.new("RGB", (96, 96), "red").save(tmp_path / "whole.png")
+    assert read_pictures(tmp_path, 96).note.endswith(
+        ". Of its object both ends.png keeps 50%: crop it yourself to show more"
+    )
+
+
+@pytest.mark.parametrize("read", [read_picture, lambda path: read_pictures(path.parent, 32)])
+def test_an_inverted_cut_out_is_asked_about(tmp_path, read):
     picture = Image.new("RGBA", (48, 48), (200, 30, 30, 255))
     picture.paste((200, 30, 30, 0), (10, 10, 30, 30))
     picture.save(tmp_path / "a.png")
     with pytest.raises(PictureError, match="a.png is opaque all around and transparent inside, so it seems to be inv"):
-        read_picture(tmp_path / "a.png", size)
+        read(tmp_path / "a.png")
     picture.putpixel((0, 0), (0, 0, 0, 0))
     picture.paste((0, 0, 0, 0), (0, 0, 4, 4))
     picture.save(tmp_path / "a.png")
-    assert read_picture(tmp_path / "a.png", size)[1].min() == 0
+    assert read(tmp_path / "a.png")[1].min() == 0
 
 
 def test_image_round_trip():

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from profusion.models.tokenizer import END, START, id_to_text, words_to_ids
@@ -137,7 +139,35 @@ def test_a_noun_that_is_part_of_a_longer_word_is_shown_there(text, noun, within)
 
 
 @pytest.mark.parametrize(
-    ("text", "noun"), [("a dog", "cat"), ("", "cat"), ("a (b", "a (c"), ("grass", "glass"), ("x" * 9000, "cat")]
+    ("text", "noun"),
+    [("a", "ball"), ("teddy", "teddy bear"), (" ", "-ball"), ("-", "ball-"), ("teddy ", "teddy bear"), ("- ", "a b")],
+)
+def test_a_prompt_of_any_length_takes_time_by_its_length(text, noun):
+    """Four times the text: what grew with its square took sixteen times as long."""
+
+    def seconds(length):
+        long, found = (text * length)[:length], []
+        for _ in range(3):
+            started = time.process_time()
+            form_to_write(long, noun)
+            form_to_write(f"x{long.strip() or 'x'}ball", noun)
+            found.append(time.process_time() - started)
+        return min(found)
+
+    assert seconds(32_000) < 9 * seconds(8_000) + 0.005
+
+
+@pytest.mark.parametrize(
+    ("text", "noun"),
+    [
+        ("a dog", "cat"),
+        ("a - b", "-"),
+        ("a b", " _ "),
+        ("", "cat"),
+        ("a (b", "a (c"),
+        ("grass", "glass"),
+        ("x" * 9000, "cat"),
+    ],
 )
 def test_where_nothing_is_like_it_nothing_is_advised(text, noun):
     assert form_to_write(text, noun) == ""

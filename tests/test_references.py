@@ -62,10 +62,41 @@ def test_mixed_sizes_become_the_mean_of_their_proportions_at_the_models_own_area
 def test_what_is_done_is_said_with_the_models_own_size():
     assert concept_pictures(noise(2, 96, 96, 3), native=96).note == "2 pictures of 96x96 pixels"
     assert concept_pictures(noise(1, 100, 90, 3)).note == "1 picture of 88x96 pixels, cropped from 90x100"
-    note = concept_pictures(noise(2, 384, 384, 3), native=96).note
-    assert note.startswith("2 pictures of 384x384 pixels. The model's own size is 96x96 pixels: resize")
+    note = concept_pictures(noise(2, 192, 192, 3), native=96).note
+    assert note.startswith("2 pictures of 192x192 pixels. The model's own size is 96x96 pixels: resize")
     many = concept_pictures([noise(1, 96, 96 + index, 3) for index in range(9)], native=96).note
     assert "from 96x96, 97x96, 98x96, 99x96 and 5 other sizes" in many
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "native", "expected"),
+    [(1, (2000, 3000), 512, (416, 624)), (2, (384, 384), 96, (96, 96)), (1, (1032, 1024), 512, (512, 512))],
+)
+def test_a_camera_s_photo_alone_is_brought_to_the_models_own_area(count, size, native, expected):
+    """At its own size its training ran out of memory."""
+    pictures, masks, note = concept_pictures(noise(count, *size, 3), torch.ones(1, *size), native=native)
+    assert pictures.shape == (count, *expected, 3) and masks.shape == (count, *expected) and masks.min() == 1
+    assert f"of {expected[1]}x{expected[0]} pixels, cropped and resized from {size[1]}x{size[0]}. More than 4" in note
+    assert f"the model's own {native}x{native} pixels" in note
+
+
+def test_masks_that_nothing_is_learned_from_are_named_by_their_input():
+    """Concept Scores has two inputs of masks."""
+    around = torch.ones(1, 32, 32)
+    around[:, 8:24, 8:24] = 0
+    with pytest.raises(PictureError, match="mask 2 of reference_masks is white all around") as problem:
+        gather(noise(2, 32, 32, 3), [1 - around, around], "reference_masks")
+    assert "learned" not in str(problem.value) and "seems to be inverted. Load Image" in str(problem.value)
+    with pytest.raises(PictureError, match="mask 1 of masks is all black. Paint") as problem:
+        gather(noise(1, 32, 32, 3), torch.zeros(1, 32, 32), "masks")
+    assert "learned" not in str(problem.value)
+    with pytest.raises(PictureError, match="mask 1 is white all around.*would be learned"):
+        gather(noise(1, 32, 32, 3), around)
+
+
+def test_up_to_four_times_the_models_own_area_and_without_one_pictures_keep_their_size():
+    assert concept_pictures(noise(1, 1024, 1024, 3), native=512).pictures.shape == (1, 1024, 1024, 3)
+    assert concept_pictures(noise(1, 1600, 1600, 3)).pictures.shape == (1, 1600, 1600, 3)
 
 
 def test_a_mask_goes_where_its_picture_goes():
@@ -85,6 +116,50 @@ def test_the_crop_has_the_object_in_its_middle_and_stays_inside():
     assert note == "1 picture of 100x100 pixels, cropped and resized from 300x100"
     at_the_edge = gather(noise(1, 100, 300, 3), square(100, 300, 0, 290, 10))
     assert torch.equal(framed(at_the_edge, 100).pictures[0], at_the_edge[0].colours[:, 200:])
+
+
+def ends(height, width, *sides):
+    """A mask (height, width) that is white at both ends, as far as these."""
+    mask = torch.zeros(height, width)
+    mask[:, : sides[0]] = mask[:, width - sides[-1] :] = 1
+    return mask
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["wide", "tall"])
+@pytest.mark.parametrize("sides", [(40, 40), (30, 50)], ids=str)
+def test_the_crop_falls_on_an_object_and_never_between_two(turned, sides):
+    """Their middle is where nothing is."""
+    picture, mask = noise(96, 400, 3), ends(96, 400, *sides)
+    if turned:
+        picture, mask = picture.transpose(0, 1), mask.T
+    fitted = framed(gather(picture, mask), 96)
+    assert fitted.masks.sum() == 96 * max(sides)
+    kept = {40: 50, 50: 62}[max(sides)]
+    assert fitted.note.endswith(f". Of its object picture 1 keeps {kept}%: crop it yourself to show more"), fitted.note
+    whole = torch.cat([picture, mask[..., None]], -1)
+    assert torch.equal(framed(gather(whole), 96).masks, fitted.masks)
+
+
+def test_which_of_several_pictures_loses_its_object_is_said():
+    images = [noise(96, 400, 3), noise(400, 96, 3)]
+    fitted = concept_pictures(images, [ends(96, 400, 40), torch.ones(400, 96)], native=96)
+    assert fitted.masks[0].any() and "Of its object picture 1 keeps 50%" in fitted.note
+    assert "picture 2" not in fitted.note  # it has no mask: what its object is nobody said
+    assert concept_pictures(images, native=96).note.endswith("cropped and resized from 400x96, 96x400")
+
+
+def test_many_that_lose_their_objects_are_not_all_listed():
+    note = framed(gather(noise(7, 96, 400, 3), ends(96, 400, 40)), 96).note
+    assert note.endswith("picture 4 keeps 50%, and 3 more lose as much: crop it yourself to show more")
+    named = framed(iter(gather(noise(2, 96, 400, 3), ends(96, 400, 40))), 96, ("a.png", "b.png")).note
+    assert ". Of its object a.png keeps 50%, b.png keeps 50%: crop" in named
+
+
+def test_an_object_at_the_edge_is_not_trimmed_away():
+    mask = torch.zeros(96, 103)
+    mask[:, :3] = 1
+    one = concept_pictures(noise(96, 103, 3), mask)
+    assert one.masks.sum() == mask.sum() and one.note == "1 picture of 96x96 pixels, cropped from 103x96"
 
 
 @pytest.mark.parametrize("size", [(300, 200), (201, 333), (50, 70)])

@@ -27,11 +27,12 @@ from PIL import Image
 from profusion.pictures import read_picture
 from profusion.promptnet.file import load_promptnet, load_training
 from profusion.promptnet.released import check_archive, check_stored
+from profusion.references import Shown, framed
 from profusion.residual import load_residual
 loaders = {
     "residual": load_residual, "promptnet": load_promptnet, "training": load_training,
     "bin": lambda path: (check_archive(path), check_stored(torch.load(path, weights_only=True))),
-    "whole": read_picture, "square": lambda path: read_picture(path, 96),
+    "whole": read_picture, "square": lambda path: framed([Shown(*read_picture(path))], 96),
 }
 torch.set_num_threads(1)
 torch.isfinite(torch.ones(3)).all()

@@ -63,6 +63,21 @@ def warn_under(node: type[io.ComfyNode]) -> Callable[[str], None]:
     return warn
 
 
+class Remarks:
+    """What is said under a node while it works, as `warn_under` does, and once more in its final text."""
+
+    def __init__(self, node: type[io.ComfyNode]):
+        self._warn, self.said = warn_under(node), []
+
+    def __call__(self, text: str) -> None:
+        self.said.append(text)
+        self._warn(text)
+
+    def after(self, text: str) -> str:
+        """A final text with all of it, a line each."""
+        return "\n".join([text, *dict.fromkeys(self.said)])
+
+
 @contextmanager
 def keeping(node: type[io.ComfyNode], keep: Callable[[], str]) -> Iterator[None]:
     """Whatever stops a training, Cancel included: `keep` saves what has been learned and says where. The node shows it.

@@ -31,6 +31,7 @@ from ...profusion.patched import (
     SavableWeights,
     differentiable_patches,
     is_inference,
+    name_of,
     names_on,
     same_memory,
     without_shortcuts,
@@ -227,7 +228,13 @@ class TrainedModel:
                 f"out of memory while training on {shape[0]} pictures of {shape[-1]}x{shape[-2]} latent cells at a "
                 f"time. {advice} batch_size, or give smaller pictures"
             )
-        names = ", ".join(names_on(self.model))
+        names, wrapper = ", ".join(names_on(self.model)), self._wrapper()
+        gradient_lost = isinstance(error, TrainingError) and str(error).startswith("no gradient reaches")
+        if wrapper and (gradient_lost or not isinstance(error, Explained) and known(error) is None):
+            return (
+                f"a training cannot go through {wrapper}, which calls the model in a way of its own: connect the model "
+                f"as it was before that ({why(error)})"
+            )
         if isinstance(error, Explained):
             return f"{str(error).removesuffix('.')}. On the model: {names}" if names else None
         if known(error) is not None:
@@ -236,6 +243,11 @@ class TrainedModel:
         if names:
             return f"{said} On the model: {names}. Connect the model as it was before that"
         return f"{said} ComfyUI's log says where. Load the model with one of ComfyUI's own loaders"
+
+    def _wrapper(self) -> str | None:
+        """What calls the model in a way of its own, as packs that sample in tiles do."""
+        wrapper = self.model.model_options.get("model_function_wrapper")
+        return None if wrapper is None else name_of(wrapper)
 
     def _work_in(self, guider: Any, model_options: dict, work: Callable[[], None]) -> None:
         if self._gradients:

@@ -66,9 +66,13 @@ class FusionGuider(comfy.samplers.CFGGuider):
         self, terms: Sequence[list], negative: list, guidance: Guidance, text_in_fusion: bool = False
     ) -> None:
         """What guides a run. text_in_fusion: whether terms without S* guide the fusion stage too, where others have
-        it."""
+        it.
+
+        A term of no weight is left out: the host would copy its areas into the others.
+        """
         if len(terms) != len(guidance.weights):
             raise ValueError(f"{len(terms)} conditionings and {len(guidance.weights)} weights: give each a weight")
+        terms, guidance = _weighing(terms, guidance)
         if not text_in_fusion:
             guidance = replace(guidance, fusion_weights=_weights_of_words(terms, guidance.weights))
         self.guidance = guidance
@@ -181,6 +185,15 @@ class FusionGuider(comfy.samplers.CFGGuider):
             context[:, list(word.rows)] *= gamma
         model_conds = {**cond["model_conds"], "c_crossattn": comfy.conds.CONDCrossAttn(context)}
         return {**cond, "cross_attn": context, "model_conds": model_conds}
+
+
+def _weighing(terms: Sequence[list], guidance: Guidance) -> tuple[list[list], Guidance]:
+    """The terms that have a weight in either stage, and the guidance by them."""
+    stages = [guidance.weights_in("refinement"), guidance.weights_in("fusion")]
+    kept = [index for index in range(len(terms)) if any(weights[index] for weights in stages)]
+    ours, fusion = (tuple(weights[index] for index in kept) for weights in stages)
+    fusion = None if guidance.fusion_weights is None else fusion
+    return [terms[index] for index in kept], replace(guidance, weights=ours, fusion_weights=fusion)
 
 
 def _weights_of_words(terms: Sequence[list], weights: Sequence[float]) -> tuple[float, ...] | None:

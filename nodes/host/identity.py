@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
+from ...profusion import __version__
 from ...profusion.keeping import digest
-from ...profusion.residual import Residual
-from ...profusion.residual.origin import distance, sample_of
+from ...profusion.residual import Origin, Residual
+from ...profusion.residual.origin import Sample, apart, sample_of
+from ...profusion.residual.training import NOUN_PROMPTS
 
 # The inputs by which the host's loaders, and those of others, name a model's file, and the folders it may be in.
 _FILE_INPUTS = ("ckpt_name", "unet_name", "model_name", "diffusion_model")
@@ -23,7 +28,8 @@ _FOLDERS = ("checkpoints", "diffusion_models", "unet_gguf")
 _MAX_NODES = 100  # between a loader and a trainer
 _TOYBOX = "ProFusion_ToyboxLoader"
 _PIECE = 1 << 24
-_ROUNDED = 0.04  # how far eight bits move the weights of one and the same model; sixteen do by a tenth of it
+MOST_SECONDS, _SLICE = 5.0, 0.1  # that a finished training waits for its hash, and until it looks for Cancel again
+_SAMPLED = "attn2.to_v.weight"
 
 _hashes: dict[tuple[str, int, int], str] = {}
 """The hashes of files that were trained on, by path, time and size."""
@@ -57,9 +63,12 @@ class BaseFile:
         return self._hash[:10]
 
     def wait(self) -> None:
-        """Until the file has been read."""
-        if self._thread is not None:
-            self._thread.join()
+        """Until the file has been read, or MOST_SECONDS: disks are slow at times. Raises what the host raises at
+        Cancel."""
+        until = time.monotonic() + MOST_SECONDS
+        while self._thread is not None and self._thread.is_alive() and time.monotonic() < until:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            self._thread.join(_SLICE)
 
     def _read(self, path: Path) -> None:
         try:
@@ -77,19 +86,26 @@ class BaseFile:
 
 
 def _named(graph: Mapping[str, Any], node: str, socket: str) -> str | None:
-    """What the loader before a node names, along the inputs called `model`; None where there is none to be found."""
+    """What the loader before a node names, along the inputs called `model`; None where there is none to be found.
+
+    A node that takes a model itself may name a file of another kind, as loaders of motion modules do.
+    """
     for _ in range(_MAX_NODES):
         link = _inputs(graph, node).get(socket)
-        if not isinstance(link, Sequence) or isinstance(link, str) or len(link) != 2:
+        if not _is_link(link):
             return None
         node, socket = str(link[0]), "model"
         if isinstance(graph.get(node), Mapping) and graph[node].get("class_type") == _TOYBOX:
             return "Toybox"
         inputs = _inputs(graph, node)
-        name = next((inputs[name] for name in _FILE_INPUTS if isinstance(inputs.get(name), str)), None)
-        if name is not None:
-            return name
+        if any("model" in name and _is_link(value) for name, value in inputs.items()):
+            continue
+        return next((inputs[name] for name in _FILE_INPUTS if isinstance(inputs.get(name), str)), None)
     return None
+
+
+def _is_link(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
 
 
 def _inputs(graph: Mapping[str, Any], node: str) -> Mapping[str, Any]:
@@ -105,39 +121,56 @@ def _full_path(kind: str, name: str) -> str | None:
         return None
 
 
-def weights_sample(patcher: ModelPatcher) -> str:
+def origin_on(patcher: ModelPatcher, base: BaseFile, learning_rate: float = 0.0) -> Origin:
+    """What is learned on a MODEL today comes from, but for the hash of its file, which may still be being read."""
+    return Origin(
+        base=base.name,
+        sample=weights_sample(patcher),
+        learning_rate=learning_rate,
+        prompts=NOUN_PROMPTS,
+        version=__version__,
+        day=date.today().isoformat(),
+        patched=sum(name.startswith("diffusion_model.") for name in patcher.patches),
+    )
+
+
+def weights_sample(patcher: ModelPatcher) -> Sample:
     """A sample of what a UNet's cross-attention reads of a prompt, as the weights are without patches; see `sample_of`.
 
-    Empty where they cannot be read, as some quantised forms cannot.
+    Empty where they cannot be read, as quantised forms cannot.
     """
     try:
-        weights = [
-            entries[0][0] if isinstance(entries[0], tuple) else entries[0]
-            for name, entries in patcher.get_key_patches("diffusion_model.").items()
-            if name.endswith("attn2.to_v.weight")
-        ]
-        return sample_of(weights)
+        patches = patcher.get_key_patches("diffusion_model.")
+        return sample_of([_weight(entries[0]) for name, entries in patches.items() if name.endswith(_SAMPLED)])
     except Exception:  # whatever a form that we have never seen raises: no training may be lost to it
-        return ""
+        return Sample()
+
+
+def _weight(entry: Any) -> Tensor:
+    """A weight of an entry of the host's. Raises ValueError where its values are stored in another form."""
+    weight, convert = entry if isinstance(entry, tuple) else (entry, None)
+    if convert is not None and convert(weight, inplace=False) is not weight:
+        raise ValueError("stored in a form of its own")
+    return weight
 
 
 def other_bases(residuals: Sequence[Residual], patcher: ModelPatcher) -> list[str]:
     """A warning for each residual that was trained on other weights of the model's architecture; none for those that
     were on these, or of which nobody can tell."""
-    told = [residual for residual in residuals if residual.origin is not None and residual.origin.sample]
-    sample = weights_sample(patcher) if told else ""
+    told = [residual for residual in residuals if residual.origin is not None and residual.origin.sample.numbers]
+    sample = weights_sample(patcher) if told else Sample()
     return [text for residual in told if (text := _other_base(residual, sample)) is not None]
 
 
-def _other_base(residual: Residual, sample: str) -> str | None:
+def _other_base(residual: Residual, sample: Sample) -> str | None:
     origin = residual.origin
-    apart = distance(origin.sample, sample)
-    if apart is None or apart <= _ROUNDED:
+    share = apart(origin.sample, sample)
+    if share is None:
         return None
     base = f"{origin.base} ({origin.base_hash})" if origin.base_hash else origin.base or "another model"
     return (
         f"The residual of '{residual.noun}' was trained on {base}. This model has the same architecture and other "
-        f"weights ({apart:.0%} apart where it reads the prompt), so the concept may look less like itself: load that "
+        f"weights ({share:.0%} apart where it reads the prompt), so the concept may look less like itself: load that "
         "model, or train the residual on this one."
     )
 

@@ -109,29 +109,46 @@ def carrying(conditioning: list, concepts: Sequence[PlacedConcept]) -> list:
 def placed_in(clip: CLIP, text: str, conditioning: list, concepts: Sequence[PlacedConcept]) -> list:
     """A CONDITIONING that is encoded already, with these concepts in each entry that is of this text.
 
-    An entry with S* knows its own prompt; any other one must be what this CLIP makes of the text. Raises ValueError
-    where none is: the concepts would be put on other words.
+    An entry with S* knows its own prompt; any other one must be what this CLIP makes of the text, at whichever of its
+    last layers, and however scaled. Raises ValueError where none is: the concepts might be put on other words.
     """
     own = encode_prompt(clip, text, ())
     fits = [WORD_KEY in entry[1] or _is_one_of(entry, own) for entry in conditioning]
+    for layer in _LAYERS:  # as CLIP Set Last Layer sets it
+        if not any(fits):
+            skipping = clip.clone()
+            skipping.clip_layer(layer)
+            fits = [_is_one_of(entry, encode_prompt(skipping, text, ())) for entry in conditioning]
     if not any(fits):
         rows, expected = conditioning[0][0].shape[1], own[0][0].shape[1]
-        lengths = f" It has {rows} rows, and the text makes {expected}." if rows != expected else ""
+        why = (
+            f"nouns stand elsewhere in it. It has {rows} rows, and the text makes {expected}"
+            if rows != expected
+            else "nouns may stand elsewhere in it: it is encoded otherwise than this clip encodes the text"
+        )
         raise ValueError(
-            f"conditioning is not of the prompt in text, {text!r}: nouns stand elsewhere in it.{lengths} Encode this "
-            "text with the same clip and connect that, or leave conditioning unconnected"
+            f"conditioning is not of the prompt in text, {text!r}: {why}. Encode this text with the same clip and "
+            "connect that, or leave conditioning unconnected"
         )
     times = _rows_of_token(clip.tokenize(text), own)
     concepts = [_with_rows_of_token(concept, times) for concept in concepts]
     return [carrying([entry], concepts)[0] if fit else entry for entry, fit in zip(conditioning, fits, strict=True)]
 
 
+_LAYERS = (-1, -2, -3)
+_ALIKE = 0.995  # a cosine: devices and precisions leave more of it, another word less
+
+
 def _is_one_of(entry: list, own: list) -> bool:
-    """Whether an entry's context is one of these, but for the rounding of another device or precision."""
-    context = entry[0]
-    return any(
-        context.shape == other.shape and (context - other.to(context)).norm() <= 0.01 * other.norm() for other, _ in own
-    )
+    """Whether each row of an entry's context has the direction that it has in one of these: a pack may scale it."""
+    return any(entry[0].shape == other.shape and _least_cosine(entry[0], other) >= _ALIKE for other, _ in own)
+
+
+def _least_cosine(context: Tensor, other: Tensor) -> float:
+    """Of two contexts (B, L, D), the cosine of those rows that differ most."""
+    one, other = context.float(), other.to(context.device).float()
+    norms = one.norm(dim=-1) * other.norm(dim=-1)
+    return float(((one * other).sum(dim=-1) / norms.clamp_min(1e-12)).min())
 
 
 def encode_training_prompts(clip: CLIP, noun: str, layers: Sequence[Layer]) -> tuple[list[list], list[Span]]:
@@ -145,9 +162,8 @@ def encode_training_prompts(clip: CLIP, noun: str, layers: Sequence[Layer]) -> t
     conditionings = [encode_prompt(clip, prompt, ()) for prompt in prompts]
     check_context_width(conditionings[0][0][0].shape[-1], layers)
     times = _rows_of_token(clip.tokenize(prompts[0]), conditionings[0])
-    return conditionings, [
-        _at_rows_of_token(places[-1], times) for places in spans
-    ]  # the last: the noun may be "photo"
+    # The last of each: the noun may be "photo".
+    return conditionings, [_at_rows_of_token(places[-1], times) for places in spans]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,21 +12,20 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from torch import Tensor
 
-from ...profusion import __version__
 from ...profusion.infusion import CONCEPTS_KEY
 from ...profusion.keeping import Partial, digest
 from ...profusion.pictures import loss_plot, stacked, to_image
 from ...profusion.prompt import NounError
 from ...profusion.references import concept_pictures
 from ...profusion.residual import Origin, Residual, ResidualError, SavedResidual, save_residual
-from ...profusion.residual.training import NOUN_PROMPTS, Reference, ResidualTraining, TrainingOptions
+from ...profusion.residual.training import Reference, ResidualTraining, TrainingOptions
 from .budget import plan_training
 from .display import Progress
 from .drawing import Sampling, draw
 from .encoding import check_connected, encode_references, model_layers, native_size
 from .evaluation import TrainedModel
 from .files import RESIDUALS, check_writable, save_residual_numbered, with_noun
-from .identity import BaseFile, weights_sample
+from .identity import BaseFile, origin_on
 from .placing import ConceptInput, encode_prompt, encode_training_prompts, place_concepts
 from .streams import add_streams
 
@@ -138,14 +136,20 @@ class TrainingRun:
         for stop in _stops(self.training.step, options.steps, self._sample_every):
             self._model.run(lambda stop=stop: self._train_until(stop), shape)
             if stop == options.steps:
-                self._base.wait()
-                self.saved = _save(self.residual(), f"{stop}_steps")
-                self._partial.discard()
+                self._finish(f"{stop}_steps")
             else:
                 self._partial.at_a_pause()
             self.pictures.insert(0, self._samples.draw(self.training.residual()))
             self._progress.report(stop, self._preview())
         _unsaved.pop(self._identity, None)
+
+    def _finish(self, name: str) -> None:
+        """Save what has been learned, with the hash of the model's file unless that takes long or Cancel is pressed."""
+        try:
+            self._base.wait()
+        finally:
+            self.saved = _save(self.residual(), name)
+            self._partial.discard()
 
     def _train_until(self, stop: int) -> None:
         for _ in self.training.steps(self._partial):
@@ -248,11 +252,13 @@ def prepare_training(
     samples: Samples,
     checkpointing: str,
     warn: Callable[[str], None],
+    remark: Callable[[str], None],
     base: BaseFile,
 ) -> TrainingRun:
     """Check the inputs and encode them, once. Errors name the input.
 
-    checkpointing: see `plan_training`. warn: see `TrainingRun`. base: the model's file.
+    checkpointing: see `plan_training`. warn: see `TrainingRun`. remark: told what takes no part. base: the
+    model's file.
     """
     layers = model_layers(model)
     check_connected(clip=clip, vae=vae)
@@ -261,7 +267,7 @@ def prepare_training(
     references = encode_references(model, vae, pictures, weights)
     identity = _identity(model, conditionings, references, noun, options, resume)
     budget = plan_training(model, (options.batch_size, *references[0].latent.shape), checkpointing)
-    trained = TrainedModel(model, conditionings, memory=budget.step, checkpointing=budget.checkpointing, warn=warn)
+    trained = TrainedModel(model, conditionings, memory=budget.step, checkpointing=budget.checkpointing, warn=remark)
     flipped = encode_references(model, vae, pictures.flip(2), weights.flip(2)) if options.flip else ()
     if resume is not None and resume.steps >= options.steps:
         raise ResidualError(
@@ -274,14 +280,7 @@ def prepare_training(
     )
     text = samples.prompt.replace("%noun%", noun)
     drawn = SamplePictures(model, clip, vae, text, training.latent_size, options.seed, samples.sampling)
-    origin = Origin(
-        base=base.name,
-        sample=weights_sample(model),
-        learning_rate=options.learning_rate,
-        prompts=NOUN_PROMPTS,
-        version=__version__,
-        day=date.today().isoformat(),
-    )
+    origin = origin_on(model, base, options.learning_rate)
     run = TrainingRun(training, trained, drawn, samples.every, identity, about, warn, origin, base)
     run.check()
     return run

@@ -14,11 +14,14 @@ from comfy_api.latest import io
 
 from .guarding import InputError
 
+MOST_EMPTY = 20  # that a message lists
+
 
 def taking_sets(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     """The node, taking lists for the inputs in its SETS, where it has such; any other node as it is.
 
-    A list of texts becomes one text with a line for each. Who calls `execute` itself gives values, as for any node.
+    A list of texts becomes one text with a line for each, and none of them may be empty. Who calls `execute` itself
+    gives values, as for any node.
     """
     sets = getattr(node, "SETS", ())
     if not sets:
@@ -48,7 +51,7 @@ def _runs(named: dict[str, list], sets: tuple[str, ...]) -> list[dict[str, Any]]
     empty = next((name for name, value in named.items() if not value), None)
     if empty:
         raise InputError(f"{empty} is an empty list: the node before it made nothing")
-    shared = {name: _joined(value) for name, value in named.items() if name in sets}
+    shared = {name: _joined(name, value) for name, value in named.items() if name in sets}
     single = {name: value for name, value in named.items() if name not in sets}
     count = max((len(value) for value in single.values()), default=1)
     return [
@@ -57,11 +60,19 @@ def _runs(named: dict[str, list], sets: tuple[str, ...]) -> list[dict[str, Any]]
     ]
 
 
-def _joined(value: list) -> Any:
+def _joined(name: str, value: list) -> Any:
     """A list as it is, unless it is one of texts."""
-    if not all(isinstance(item, str) for item in value):
-        return value
-    return value[0] if len(value) == 1 else "\n".join(" ".join(text.split()) for text in value)
+    if len(value) == 1 or not all(isinstance(item, str) for item in value):
+        return value[0] if isinstance(value[0], str) else value
+    lines = [" ".join(text.split()) for text in value]
+    empty = [str(number) for number, line in enumerate(lines, start=1) if not line]
+    if empty and any(lines):
+        more = f" and {len(empty) - MOST_EMPTY} more" * (len(empty) > MOST_EMPTY)
+        raise InputError(
+            f"{name}: of the {len(lines)} texts in its list these are empty: {', '.join(empty[:MOST_EMPTY])}{more}. "
+            "Give each picture its text; a loader of folders gives an empty one where a picture has no file of texts"
+        )
+    return "\n".join(lines)
 
 
 def _merged(outputs: list[io.NodeOutput]) -> io.NodeOutput:

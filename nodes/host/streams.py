@@ -144,8 +144,9 @@ def _sampler_wrapper(
             following = _with_stream(own_args, streams.following(foundation))
             own_guider = streams.customised_calls.of(_numbered(own_guider, len(noise)))
             samples = run(following, callback, noise, disable_pbar, own_executor, own_guider)
+            finished = foundation.finish()  # also for what it leaves to the next run, as a plain run does
             if on_foundation is not None:
-                on_foundation(foundation.finish())
+                on_foundation(finished)
             return samples
         finally:
             foundation.close()
@@ -235,8 +236,10 @@ class _Streams:
             )
 
     def evaluate_both(self, evaluate, model, conds, x, sigma, options):
-        """C on a shared latent: F looks at it first."""
+        """C on a shared latent: F looks at it first, and draws from the global generators what C will draw again."""
+        before = _random_state(x.device)
         self._foundation(lambda *given: evaluate(*given, apart=self._apart), conds, x, sigma)
+        _set_random_state(x.device, before)
         return self._customised(evaluate, model, conds, x, sigma, options)
 
     def _foundation(self, evaluate, conds, x, sigma):

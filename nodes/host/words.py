@@ -18,6 +18,7 @@ from comfy.sd import CLIP, VAE
 from torch import Tensor
 
 from ...profusion.diffusion import noised
+from ...profusion.files import is_safetensors
 from ...profusion.kinds import PROMPTNET, another_kind
 from ...profusion.problems import why
 from ...profusion.promptnet.file import SUFFIX, load_promptnet, official_promptnet
@@ -51,22 +52,25 @@ class LoadedPromptNet:
         return self.network.config
 
 
-def load(path: Path) -> LoadedPromptNet:
-    """Read a PromptNet's file, in half precision where the host would run a UNet so."""
+def load(path: Path, warn: Callable[[str], None]) -> LoadedPromptNet:
+    """Read a PromptNet's file, in half precision where the host would run a UNet so. warn: told of a config.json beside
+    it that was not used."""
     device = comfy.model_management.get_torch_device()
     half = comfy.model_management.should_use_fp16(device, prioritize_performance=False)
     dtype = torch.float16 if half else torch.float32
     poll = comfy.model_management.throw_exception_if_processing_interrupted
-    network = load_promptnet(path, dtype, poll=poll) if path.suffix == SUFFIX else _released(path, dtype)
+    renamed = path.suffix != SUFFIX and path.is_file() and is_safetensors(path)
+    ours = path.suffix == SUFFIX or renamed
+    network = load_promptnet(path, dtype, poll=poll, warn=warn) if ours else _released(path, dtype, warn)
     return handed_to_the_host(network, path.stem)
 
 
-def _released(path: Path, dtype: torch.dtype) -> PromptNet:
+def _released(path: Path, dtype: torch.dtype, warn: Callable[[str], None]) -> PromptNet:
     """The authors' checkpoint as they released it: a .bin of torch's, which the host reads as tensors alone."""
     try:
         check_archive(path)
         tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
-        return official_promptnet(tensors, dtype, beside=config_beside(path))
+        return official_promptnet(tensors, dtype, beside=config_beside(path, warn), warn=warn)
     except Exception as problem:  # torch raises whatever a damaged file makes of it
         advice = f"A {path.suffix} file must be the authors' released checkpoint; other PromptNets are {SUFFIX} files."
         reason = another_kind(path, PROMPTNET) or f"{why(problem)}. {advice}"

@@ -46,6 +46,21 @@ class Pictures:
         return torch.cat(rows)
 
 
+def prompt_lines(text: str, pictures: int) -> list[str]:
+    """The prompts of a text, one a line; empty lines part them and are none.
+
+    Raises MetricError where an empty line seems to stand for the prompt of a picture: there are as many as pictures.
+    """
+    lines = [line.strip() for line in text.splitlines()]
+    empty = [str(number) for number, line in enumerate(lines, start=1) if not line]
+    if empty and any(lines) and len(lines) == pictures:
+        raise MetricError(
+            f"of {len(lines)} lines of prompts for {pictures} pictures these are empty: {', '.join(empty)}. Write a "
+            "prompt there, or take the empty lines out"
+        )
+    return [line for line in lines if line]
+
+
 def concept_scores(
     generated: Pictures,
     references: Pictures,

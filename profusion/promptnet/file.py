@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..models.configs import MAX_LEVELS, UNetConfig
 from ..problems import why
 from ..residual.concept import some
 from .network import ENCODER, PromptNet, PromptNetConfig, PromptNetError, feature_blocks
-from .released import ReleasedConfig, check_stored, config_beside, without_prefix
+from .released import ReleasedConfig, check_stored, config_beside, not_used, without_prefix
 from .shapes import promptnet_shapes
 
 PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
@@ -42,6 +43,9 @@ _UNUSED = ("residual_projections.", "residual_projections_2.", "mid_residual_pro
 _EXPECTED = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError)
 
 Poll = Callable[[], None]
+Warn = Callable[[str], None]
+
+_LOG = logging.getLogger("ProFusion")
 
 
 def _never() -> None:
@@ -99,6 +103,7 @@ def load_promptnet(
     unet: UNetConfig | None = None,
     with_noise: bool = True,
     poll: Poll = _never,
+    warn: Warn = _LOG.warning,
 ) -> PromptNet:
     """Read a PromptNet of either layout, in evaluation mode and frozen, on the CPU.
 
@@ -106,7 +111,8 @@ def load_promptnet(
     serves (default: told from the shapes, with the heads of Stable Diffusion 1 or 2), and `with_noise` whether its
     second latent is the one being denoised, as in their training, or the reference once more.
     Sizes are compared before any value is read, and nothing is built that the file does not fill. poll: called before
-    each tensor; it stops by raising. Raises PromptNetError, which names the file, what is wrong and what to do.
+    each tensor; it stops by raising. warn: told of a config.json that was not used. Raises PromptNetError, which names
+    the file, what is wrong and what to do.
     """
     path = Path(path)
     advice = "Choose a file that the PromptNet training wrote, copy it once more, or train it again."
@@ -117,7 +123,7 @@ def load_promptnet(
             raise PromptNetError(f"it is larger than {MAX_FILE_BYTES >> 30} GiB, so it must be another kind of model")
         tensors, metadata = files.read_tensors(path)
         if any(name.endswith(_OFFICIAL) for name in tensors):
-            return official_promptnet(tensors, dtype, unet, with_noise, poll, config_beside(path))
+            return official_promptnet(tensors, dtype, unet, with_noise, poll, config_beside(path, warn), warn)
         return _ours(tensors, metadata, dtype, poll)
     except OSError as problem:
         raise PromptNetError(f"The PromptNet file '{path}' cannot be read: {files.why_not_read(problem)}") from problem
@@ -180,15 +186,19 @@ def _tuples(entries: Mapping[str, object]) -> dict[str, object]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()}
 
 
-def _check_shapes(config: PromptNetConfig, state: Mapping[str, Tensor]) -> None:
-    """Raise PromptNetError unless the tensors, in our names, are those of this configuration: nothing is built yet."""
+def _check_shapes(
+    config: PromptNetConfig, state: Mapping[str, Tensor], theirs: Mapping[str, str] | None = None
+) -> None:
+    """Raise PromptNetError unless the tensors, in our names, are those of this configuration: nothing is built yet.
+    theirs: how the file names them, where that is otherwise."""
     found = {name: tuple(value.shape) for name, value in state.items()}
     # One that asks for far more than there is need not be listed to its end.
     expected = dict(itertools.islice(promptnet_shapes(config), len(found) + 1000))
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
+        named = some([(theirs or {}).get(name, name) for name in wrong])
         raise PromptNetError(
-            f"{len(wrong)} of its tensors do not fit a PromptNet of {config.architecture}: {some(wrong)}; the first "
+            f"{len(wrong)} of its tensors do not fit a PromptNet of {config.architecture}: {named}; the first "
             f"should be {expected.get(wrong[0], 'absent')} and is {found.get(wrong[0], 'absent')}"
         )
     other = [name for name, value in state.items() if value.dtype not in _READ]
@@ -235,18 +245,21 @@ def official_promptnet(
     with_noise: bool = True,
     poll: Poll = _never,
     beside: ReleasedConfig | None = None,
+    warn: Warn = _LOG.warning,
 ) -> PromptNet:
     """The PromptNet of the authors' state dict, whatever file it was in; see `load_promptnet`.
 
     beside: what config.json says of it, which counts for more than `with_noise`, unless it is of a network of other
-    sizes. Raises PromptNetError.
+    sizes: then `warn` is told. Raises PromptNetError.
     """
     tensors = without_prefix(tensors, _OFFICIAL)
     if _OFFICIAL not in tensors:
         raise PromptNetError(f"it holds something else than the authors' PromptNet (its tensors: {some(tensors)})")
     check_stored(tensors)
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-    beside = beside if beside is not None and beside.widths in (None, _level_widths(shapes)) else None
+    if beside is not None and beside.widths not in (None, widths := _level_widths(shapes)):
+        warn(not_used(beside.path, f"is of a network of other sizes {beside.widths}, and this one has {widths}"))
+        beside = None
     with_noise = with_noise if beside is None else beside.with_noise
     config = _told_from_shapes(shapes, unet, beside and beside.heads)
     config = replace(config, second_latent="noisy" if with_noise else "reference")
@@ -259,7 +272,7 @@ def official_promptnet(
         raise PromptNetError(f"it has the authors' layout, but also {some(unknown)}, which no PromptNet of theirs has")
     state["start"] = torch.zeros(config.tokens, config.text_width)
     state["spread"] = torch.ones(config.text_width)
-    _check_shapes(config, state)
+    _check_shapes(config, state, names)
     return _built(config, state, dtype or tensors[_OFFICIAL].dtype, poll)
 
 

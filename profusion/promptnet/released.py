@@ -10,22 +10,22 @@ the names of its tensors.
 from __future__ import annotations
 
 import json
-import pickletools  # which lists what a file would do, and does none of it
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from .. import files
+from .. import files, programs
 from ..problems import why
 
 MAX_RECORDS = 20_000
-MAX_PROGRAM_BYTES = 2 << 20
 
 _NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
 _NAMES |= {f"torch {kind}Storage" for kind in ("Half", "BFloat16", "Float", "Double", "Long", "Int", "Bool")}
+_LISTS = {"EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
+_ENDS = {"STOP", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 _CALLS = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"}
 
 
@@ -52,16 +52,26 @@ def _program(archive: zipfile.ZipFile, size: int) -> bytes:
     packed = [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]
     if packed or sum(record.file_size for record in records) > size:
         raise files.FileFormatError("it is compressed, or its records overlap, and a checkpoint of torch's never is")
-    programs = [record for record in records if record.filename.endswith("/data.pkl")]
-    if len(records) > MAX_RECORDS or len(programs) != 1 or programs[0].file_size > MAX_PROGRAM_BYTES:
+    found = [record for record in records if record.filename.endswith("/data.pkl")]
+    if len(records) > MAX_RECORDS or len(found) != 1 or found[0].file_size > programs.MAX_BYTES:
         raise files.FileFormatError("it is an archive, but not a checkpoint of torch's")
-    return archive.read(programs[0])
+    return archive.read(found[0])
 
 
 def _check_program(program: bytes) -> None:
-    for code, argument, _ in pickletools.genops(program):
-        if code.name in _CALLS or (code.name == "GLOBAL" and argument not in _NAMES):
-            raise files.FileFormatError(f"it asks for more than tensors: {code.name} {argument!s:.80}")
+    first = last = None
+    for step in programs.steps(program):
+        first = step if first is None and step.code not in ("PROTO", "FRAME") else first
+        last = last if step.code in _ENDS else step
+        if step.code in _CALLS or (step.name is not None and step.name not in _NAMES):
+            raise files.FileFormatError(f"it asks for more than tensors: {step.code} {step.name or '':.80}".rstrip())
+    what = None
+    if last is not None and last.code in _LISTS:
+        what = "a list of tensors"
+    elif last is not None and last.code == "REDUCE" and "_rebuild_" in (first.name or ""):
+        what = "one tensor"
+    if what:
+        raise files.FileFormatError(f"it is {what} without a name, and those of a PromptNet have one each")
 
 
 def check_stored(tensors: Mapping[str, Tensor]) -> None:
@@ -106,6 +116,7 @@ class ReleasedConfig:
     with_noise: bool = True
     heads: tuple[int, ...] | None = None
     widths: tuple[int, ...] | None = None
+    path: Path = Path(CONFIG_FILE)
 
 
 def without_prefix(tensors: Mapping[str, Tensor], known: str) -> Mapping[str, Tensor]:
@@ -120,19 +131,28 @@ def without_prefix(tensors: Mapping[str, Tensor], known: str) -> Mapping[str, Te
     return tensors
 
 
-def config_beside(path: Path) -> ReleasedConfig | None:
-    """What config.json in a file's folder says, where it is a PromptNet's.
+def config_beside(path: Path, warn: Callable[[str], None]) -> ReleasedConfig | None:
+    """What config.json in a file's folder says, where it is a PromptNet's; warn: told where it is another program's.
 
-    Raises FileFormatError, which names the field, where it is of a network that cannot be built here.
+    Raises FileFormatError, which names the file and the field, where it cannot be read, or is of a network that cannot
+    be built here.
     """
     beside = path.with_name(CONFIG_FILE)
     try:
         if beside.stat().st_size > MAX_CONFIG_BYTES:
+            warn(not_used(beside, f"is larger than {MAX_CONFIG_BYTES >> 20} MiB"))
             return None
-        found = json.loads(beside.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None  # none, or another program's
-    if not isinstance(found, dict) or found.get("_class_name") != _CLASS:
+        found = json.loads(beside.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise files.FileFormatError(
+            f"'{beside}' beside it cannot be read as JSON ({why(problem)}). Download it once more from where the "
+            "PromptNet is from, or move it out of this folder if it belongs to something else"
+        ) from problem
+    named = found.get("_class_name") if isinstance(found, dict) else None
+    if named != _CLASS:
+        warn(not_used(beside, f"is of {named!r:.60} and not {_CLASS}" if named else "says of no class that it is its"))
         return None
     for field, values in _FIXED.items():
         said = found.get(field, values[0])
@@ -144,7 +164,22 @@ def config_beside(path: Path) -> ReleasedConfig | None:
     levels = _numbers(found.get("block_out_channels"))
     heads = found.get("attention_head_dim")
     heads = _numbers([heads] * len(levels or ()) if isinstance(heads, int) else heads)
-    return ReleasedConfig(bool(found.get("with_noise", True)), heads, levels)
+    with_noise = found.get("with_noise", True)
+    if not isinstance(with_noise, bool):
+        raise files.FileFormatError(
+            f"'{beside}' beside it says with_noise={with_noise!r:.60}: write true or false there, as it was released, "
+            "or download it once more"
+        )
+    return ReleasedConfig(with_noise, heads, levels, beside)
+
+
+def not_used(beside: Path, reason: str) -> str:
+    """That a config.json says nothing of the network, and what is taken for granted instead; a sentence."""
+    return (
+        f"'{beside}' {reason}, so it was not used. In its place: PromptNet looks at the latent being denoised "
+        "(with_noise), and has as many heads as Stable Diffusion's UNet of its size. Put the PromptNet's own "
+        "config.json there, or the PromptNet into a folder of its own."
+    )
 
 
 def _numbers(values: object) -> tuple[int, ...] | None:

@@ -13,15 +13,19 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 MAX_NAME = 64
 MAX_PROMPTS = 120
 
 _SAMPLES = 16
 _WINDOW = 64
+_SAME = 0.04  # samples of one network in 16 or 32 bits lie apart by a tenth of it at most
+_BEYOND_ROUNDING = 2.5  # times what rounding is expected to do: with 16 numbers it does not do more by chance
 _MODELSPEC = "modelspec."
 _ARCHITECTURES = {
     "SD 1.x": "stable-diffusion-v1",
@@ -30,32 +34,47 @@ _ARCHITECTURES = {
 }
 
 
+class Sample(NamedTuple):
+    """What a network is known again by, see `sample_of`.
+
+    numbers: 16 of them, in 44 characters; empty where they are unknown. rounding: how far apart from themselves the
+    weights' own precision is expected to have moved them, as a share of their size; 0 for 16 and 32 bits.
+    """
+
+    numbers: str = ""
+    rounding: float = 0.0
+
+
 @dataclass(frozen=True)
 class Origin:
     """What a residual was trained on, as far as it is known; empty where it is not.
 
     base: the file name of the base model, base_hash: the first ten hexadecimal digits of the file's SHA-256, as model
     sites have it, sample: see `sample_of`. learning_rate: 0 where unknown. prompts: with {} for the noun. version: of
-    this package. day: ISO 8601.
+    this package. day: ISO 8601. patched: how many of the base's weights had others laid over them, as LoRAs and merges
+    do.
     """
 
     base: str = ""
     base_hash: str = ""
-    sample: str = ""
+    sample: Sample = Sample()
     learning_rate: float = 0.0
     prompts: tuple[str, ...] = ()
     version: str = ""
     day: str = ""
+    patched: int = 0
 
     def as_metadata(self, noun: str, architecture: str) -> dict[str, str]:
         """Metadata of a file, without what is unknown."""
         own = {
             "base": self.base[-MAX_NAME:],
             "base_hash": self.base_hash,
-            "base_sample": self.sample,
+            "base_sample": self.sample.numbers,
+            "base_rounding": f"{self.sample.rounding:g}" if self.sample.rounding else "",
             "learning_rate": f"{self.learning_rate:g}" if self.learning_rate else "",
             "prompts": "|".join(self.prompts)[:MAX_PROMPTS],
             "profusion": self.version,
+            "base_patched": str(self.patched or ""),
         }
         known = _ARCHITECTURES.get(architecture, re.sub(r"[^a-z0-9.]+", "-", architecture.lower()).strip("-"))
         spec = {
@@ -82,10 +101,13 @@ class Origin:
         return cls(
             base=text("base", rf"[^<>\x00-\x1f]{{1,{MAX_NAME}}}") if metadata.get("base", "").isprintable() else "",
             base_hash=text("base_hash", r"[0-9a-f]{10}"),
-            sample=text("base_sample", r"[A-Za-z0-9+/=]{1,64}"),
+            sample=Sample(
+                text("base_sample", r"[A-Za-z0-9+/=]{1,64}"), _number(text("base_rounding", r"0\.[0-9]{1,2}"))
+            ),
             learning_rate=_number(rate),
             prompts=tuple(prompts.split("|")) if prompts.isprintable() and prompts else (),
             version=text("profusion", r"[0-9A-Za-z.+-]{1,20}"),
+            patched=int(text("base_patched", r"[0-9]{1,6}") or 0),
             day=_day(metadata.get(f"{_MODELSPEC}date", "")),
         )
 
@@ -105,29 +127,47 @@ def _day(text: str) -> str:
         return ""
 
 
-def sample_of(weights: Sequence[Tensor]) -> str:
-    """A sample of a network's weights, by which it is known again in any precision: 16 numbers, in 44 characters.
+def sample_of(weights: Sequence[Tensor]) -> Sample:
+    """A sample of a network's weights, by which it is known again in any precision.
 
     weights: its tensors in a fixed order, such as every cross-attention's W_V. Each number is the mean of 64 in a row,
-    which rounding moves by as small a share as it moves each of them.
+    which rounding moves by as small a share as it moves each of them. Of weights that are stored as something else than
+    their values there is none.
     """
-    if not weights:
-        return ""
-    numbers = []
-    for index in range(_SAMPLES):
-        weight = weights[index * len(weights) // _SAMPLES].detach().reshape(-1)
-        start = (len(weight) - _WINDOW) * (index + 1) // (_SAMPLES + 1) if len(weight) > _WINDOW else 0
-        numbers.append(weight[start : start + _WINDOW].to("cpu", torch.float32).mean())
-    stored = torch.stack(numbers).to(torch.bfloat16).view(torch.uint8)
-    return base64.b64encode(stored.numpy().tobytes()).decode()
+    chosen = [weights[index * len(weights) // _SAMPLES] for index in range(_SAMPLES * bool(weights))]
+    if not chosen or not all(type(one) in (Tensor, Parameter) and one.is_floating_point() for one in chosen):
+        return Sample()
+    numbers, variances = [], []
+    for index, weight in enumerate(chosen):
+        values = weight.detach().reshape(-1)
+        start = (len(values) - _WINDOW) * (index + 1) // (_SAMPLES + 1) if len(values) > _WINDOW else 0
+        window = values[start : start + _WINDOW].to("cpu", torch.float32)
+        numbers.append(window.mean())
+        variances.append((_steps(window, weight.dtype) ** 2 / 12).sum() / len(window) ** 2)
+    sample = torch.stack(numbers)
+    rounding = torch.stack(variances).sum().sqrt() / sample.norm().clamp_min(1e-12)
+    stored = base64.b64encode(sample.to(torch.bfloat16).view(torch.uint8).numpy().tobytes()).decode()
+    return Sample(stored, min(0.99, round(float(rounding), 2)))
 
 
-def distance(one: str, other: str) -> float | None:
+def _steps(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far each value lies from the next one that this type has."""
+    limits = torch.finfo(dtype)
+    return limits.eps * torch.exp2(values.abs().clamp_min(limits.smallest_normal).log2().floor())
+
+
+def distance(one: Sample, other: Sample) -> float | None:
     """How far two samples lie apart, as a share of the first's size; None where one of them cannot be read."""
-    first, second = _numbers(one), _numbers(other)
+    first, second = _numbers(one.numbers), _numbers(other.numbers)
     if first is None or second is None:
         return None
     return float((first - second).norm() / first.norm().clamp_min(1e-12))
+
+
+def apart(one: Sample, other: Sample) -> float | None:
+    """The distance of two samples of different networks; None where they may be one's, in two precisions."""
+    found, rounding = distance(one, other), math.hypot(one.rounding, other.rounding)
+    return None if found is None or found <= max(_SAME, _BEYOND_ROUNDING * rounding) else found
 
 
 def _numbers(sample: str) -> Tensor | None:

@@ -28,12 +28,16 @@ DEMO_PROMPTS = (
 @dataclass(frozen=True)
 class Concept:
     """What is to be learned: pictures (M, SIZE, SIZE, 3), masks (M, SIZE, SIZE), the class noun, and words for
-    people."""
+    people.
+
+    about: what was done to the pictures, in words.
+    """
 
     name: str
     noun: str
     pictures: Tensor
     masks: Tensor
+    about: str = ""
 
 
 def drawn_concept(name: str = CONCEPT, count: int = PICTURES, seed: int = 0) -> Concept:
@@ -47,5 +51,4 @@ def drawn_concept(name: str = CONCEPT, count: int = PICTURES, seed: int = 0) -> 
 
 def own_concept(folder: Path, noun: str) -> Concept:
     """The user's pictures; an alpha channel is the object's mask."""
-    pictures, masks = read_pictures(folder, SIZE)
-    return Concept(f"your {noun}", noun, pictures, masks)
+    return Concept(f"your {noun}", noun, *read_pictures(folder, SIZE))

@@ -47,7 +47,8 @@ def toybox_pictures(
     if source == "toybox":
         pictures, what = drawn_pictures(count, seed), f"{count} pictures drawn from seed {seed}"
     else:
-        read, _ = read_pictures(Path(source), SIZE)
+        read, _, note = read_pictures(Path(source), SIZE)
+        say(note)
         contents = hashlib.sha256((read * 255).round().byte().numpy().tobytes()).hexdigest()[:16]
         pictures, count, what = iter(read), len(read), f"{len(read)} pictures {contents}"
     key = json.dumps([what, *(digest(weight_file(network)) for network in ("vae", "vision"))])

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..metrics.chart import chart
 from ..metrics.checks import MetricError
-from ..metrics.concept import Pictures, concept_scores
+from ..metrics.concept import Pictures, concept_scores, prompt_lines
 from ..metrics.encoders import ImageEncoder
 from ..metrics.libraries import CLIP_MODELS, DINO, OPENAI, OpenClip, Timm
 from ..metrics.scores import Scores
-from ..pictures import picture_paths, read_picture
+from ..pictures import picture_paths, read_each, read_picture
 from ..references import check_not_inverted
 from .encoder import ToyboxEncoder
 
@@ -65,7 +65,9 @@ def run(options: argparse.Namespace) -> Scores:
         _pictures(paths, options.masks),
         _pictures(picture_paths(options.references), options.reference_masks),
     )
-    prompts = [options.prompt] if options.prompts is None else _lines(options.prompts)
+    prompts = [options.prompt]
+    if options.prompts is not None:
+        prompts = prompt_lines(options.prompts.read_text(encoding="utf-8"), len(paths))
     encoders = [_pair(name) for name in options.clip or ["toybox"]]
     if options.dino is not None:
         encoders.append(Timm(options.dino))
@@ -80,7 +82,7 @@ def run(options: argparse.Namespace) -> Scores:
 
 def _pictures(paths: list[Path], masks: Path | None) -> Pictures:
     """Each of its own size; what is transparent is grey."""
-    images = [read_picture(path)[0] for path in paths]
+    images = [picture for picture, _ in read_each(paths)]
     return Pictures(images, None if masks is None else [_mask(path) for path in picture_paths(masks)])
 
 
@@ -90,10 +92,6 @@ def _mask(path: Path) -> Tensor:
     fix = "Invert it. If the object does reach all edges, paint a corner black"
     check_not_inverted(mask, f"{path} is white all around and black inside", fix)
     return mask
-
-
-def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _pair(name: str) -> ImageEncoder:

@@ -31,6 +31,14 @@ def mask():
     return found
 
 
+def test_one_variant_is_no_variants(augment, host, monkeypatch):
+    shown = []
+    monkeypatch.setattr(host.augment, "show", lambda _, text, *__, **___: shown.append(text) or {})
+    augment(count=1)
+    augment(count=2)
+    assert [text.split(" of ")[0] for text in shown] == ["1 variant", "2 variants"]
+
+
 @pytest.fixture
 def augment(host):
     """Run the node as the host does, in inference mode: -> (images, masks)."""

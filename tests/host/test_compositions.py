@@ -367,7 +367,11 @@ def test_a_clip_that_makes_two_rows_of_a_token(infused, pack, couple):
 
 @pytest.mark.parametrize(
     "composition",
-    [line for line in COMPOSITIONS if line.options.get("steps", 2) > 2 or line.options.get("batch") == 2],
+    [
+        line
+        for line in COMPOSITIONS
+        if line.options.get("steps", 2) > 2 or line.options.get("batch") == 2 or line.name == "ToMe"
+    ],
     ids=lambda line: line.name,
 )
 def test_a_composition_on_a_shared_latent(infused, composition):
@@ -379,3 +383,15 @@ def test_a_composition_on_a_shared_latent(infused, composition):
     looked_at, seen = watched(infused, model)
     assert not torch.equal(infused.run(looked_at, positive, **composition.options), plain)
     assert {call for call in seen.calls if len(call) > 1} == {(PROMPT, NOUN_ROW)}
+
+
+def test_what_guidance_remembers_after_a_run_is_what_a_plain_one_leaves(infused):
+    """APG looks back at the noise level before, over the end of a run, as in sampling in two parts."""
+    momentum = core("nodes_apg", "APG", eta=1.0, norm_threshold=5.0, momentum=-0.5)
+
+    def both(model, positive):
+        return [infused.run(model, positive, steps=steps, denoise=share) for steps, share in ((4, 1.0), (2, 0.5))]
+
+    plain = both(momentum(infused, infused.model), infused.positive)
+    zero = both(*infused.patch(infused.residual(0.0), momentum(infused, infused.model)))
+    assert torch.equal(zero[0], plain[0]) and torch.equal(zero[1], plain[1])

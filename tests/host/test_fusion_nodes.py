@@ -377,3 +377,24 @@ def test_a_term_of_weight_zero_costs_nothing(node, counted, texts):
     positive, text, negative = texts
     node(counted.model, positive, negative, text=text, text_weight=0.0, fusion_steps=0)
     assert all(rows == 2 for rows, _, _ in counted.calls)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_term_of_weight_zero_leaves_its_areas_to_itself(pack, model, texts, count):
+    """The host copies a conditioning's area into the conditionings that have none there."""
+    positive, text, negative = texts
+
+    def within(conditioning, left):
+        return [[context, {**extras, "area": (8, 5, 0, left)}] for context, extras in conditioning]
+
+    others = {f"conditioning_{index}": within(text, 3 * (index % 2)) for index in range(2, count + 1)}
+    weights = {f"weight_{index}": 0.0 for index in range(2, count + 1)}
+    given = (1.0, negative, 5.0, 3.0, 0.8, "dependent")
+    sampler, sigmas = comfy_samplers.sampler_object("euler"), torch.tensor([9.0, 5.0, 2.0, 0.0])
+    zeros = torch.zeros(1, 4, 8, 8)
+    noise, results = comfy.sample.prepare_noise(zeros, 7), []
+    for more in ({}, {**others, **weights}, others | dict.fromkeys(weights, 0.5)):
+        guider = pack.nodes.fusion.FusionGuiderNode.execute(model, within(positive, 0), *given, **more).args[0]
+        with torch.inference_mode():
+            results.append(guider.sample(noise, zeros, sampler, sigmas, disable_pbar=True, seed=7))
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])

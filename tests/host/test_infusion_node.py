@@ -233,6 +233,49 @@ def test_a_conditioning_of_another_text_is_refused(infused):
         infused.patch(infused.residual(), text=longer, conditioning=infused.encode(PROMPT))
 
 
+def scaled(conditioning, by):
+    return [[context * by, extras] for context, extras in conditioning]
+
+
+@pytest.mark.parametrize("by", [1.05, 0.2, 40.0, "each row"])
+def test_a_conditioning_of_the_same_text_is_taken_however_scaled(infused, generator, by):
+    by = 0.5 + torch.rand(1, 77, 1, generator=generator) if by == "each row" else by
+    own = scaled(infused.positive, by)
+    _, placed = infused.patch(infused.residual(), conditioning=own)
+    assert torch.equal(placed[0][0], own[0][0]) and "profusion_infusion" in placed[0][1]
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_a_conditioning_of_the_same_text_is_taken_from_any_of_the_last_layers(infused, layer):
+    skipping = infused.clip.clone()
+    skipping.clip_layer(layer)
+    own = tiny.encode(skipping, PROMPT)
+    assert torch.equal(own[0][0], infused.positive[0][0]) == (layer == -1)
+    _, placed = infused.patch(infused.residual(), conditioning=own)
+    assert "profusion_infusion" in placed[0][1]
+    with pytest.raises(ValueError, match="not of the prompt in text"):
+        infused.patch(infused.residual(), conditioning=tiny.encode(skipping, f"one {PROMPT}"))
+    assert infused.clip.layer_idx is None
+
+
+@pytest.mark.parametrize("change", ["turned", "zeroed", "another word", "words in another order", "one more"])
+def test_a_conditioning_of_as_many_rows_that_may_be_of_another_text_is_refused(infused, change, generator):
+    """Also in long texts, of which most stays."""
+    filler = "a very large field of grass under a wide sky, " * 3
+    text = f"{filler}a photo of a ball and a star"
+    own = infused.encode(text)
+    other = {
+        "turned": lambda: scaled(own, -1),
+        "zeroed": lambda: scaled(own, 0),
+        "another word": lambda: infused.encode(text.replace("ball", "cup")),
+        "words in another order": lambda: infused.encode(f"{filler}a photo of a star and a ball"),
+        "one more": lambda: infused.encode(f"the {text}"),
+    }[change]()
+    assert other[0][0].shape == own[0][0].shape
+    with pytest.raises(ValueError, match="may stand elsewhere in it: it is encoded otherwise than this clip"):
+        infused.patch(infused.residual(), text=text, conditioning=other)
+
+
 def test_a_concept_is_placed_in_the_entry_that_is_of_the_text(infused):
     """As Conditioning (Combine) leaves several."""
     both = [*infused.encode("a star at night"), *infused.encode(PROMPT)]

@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,21 @@ def test_several_residuals_have_their_own_nouns(host, report):
         "residual (ball)",
         "residual_3 (cup)",
     }
+
+
+@pytest.mark.parametrize("weights", ["the same", "others"])
+def test_a_residual_of_another_base_is_noted(host, report, weights, caplog):
+    identity = sys.modules[f"{host.pack.__name__}.nodes.host.identity"]
+    origin_of = sys.modules[f"{host.pack.__name__}.profusion.residual"].Origin
+    model = host.infused.model
+    told = replace(host.infused.residual(), origin=origin_of("base.ckpt", sample=identity.weights_sample(model)))
+    if weights == "others":
+        model = tiny.model()
+        tiny.randomise(model.model.diffusion_model, seed=99)
+    table, _, _, notes = report(model=model, residual=told)
+    said = [note for note in notes if "was trained on base.ckpt" in note]
+    assert len(said) == (weights == "others") == caplog.text.count("was trained on base.ckpt")
+    assert all(note in table for note in said)
 
 
 def test_the_same_seed_gives_the_same_report_and_another_one_does_not(host, report):

@@ -336,6 +336,10 @@ def test_a_residual_from_a_promptnet_is_drawn_and_saved(studio, infused_toybox, 
     assert drawn[0].isfinite().all() and not torch.equal(*drawn)
     path = files.save_residual(residual, tmp_path / "start.safetensors", "float32").path
     assert torch.equal(files.load_residual(path).delta, residual.delta)
+    origin = files.load_residual(path).origin
+    sample = sys.modules[f"{studio.pack.__name__}.nodes.host.identity"].weights_sample(studio.model)
+    assert origin == residual.origin and origin.sample == sample and sample.numbers
+    assert origin.version and origin.day and "a photo of a {}" in origin.prompts
 
 
 def test_a_training_starts_from_a_residual_from_a_promptnet(studio, tmp_path, monkeypatch):
@@ -558,8 +562,25 @@ def test_the_authors_release_is_read_as_it_is(studio, tmp_path, monkeypatch):
     again = nodes.PromptNetLoader.execute("pretrained/promptnet/diffusion_pytorch_model.bin").args[0].network
     assert again.config.second_latent == "reference" and again.config.unet == config.unet
     assert again.state_dict().keys() == loaded.state_dict().keys()
+    (pipeline / "config.json").write_text(json.dumps({**said, "_class_name": "UNet2DConditionModel"}))
+    shown = nodes.PromptNetLoader.execute("pretrained/promptnet/diffusion_pytorch_model.bin")
+    assert shown.args[0].config.with_noise
+    assert "config.json' is of 'UNet2DConditionModel' and not PromptNetModel, so it was not used" in shown.ui["text"][0]
+    (pipeline / "config.json").write_text("{")
+    with pytest.raises(network.PromptNetError, match="config.json' beside it cannot be read as JSON"):
+        nodes.PromptNetLoader.execute("pretrained/promptnet/diffusion_pytorch_model.bin")
     torch.save({"model": torch.zeros(3)}, tmp_path / "other.bin")
     (tmp_path / "damaged.bin").write_bytes(b"not a checkpoint")
+    torch.save([torch.zeros(3)], tmp_path / "list.bin")
+    torch.save((torch.zeros(3),), tmp_path / "tuple.bin")
+    torch.save(torch.zeros(3), tmp_path / "tensor.bin")
+    torch.save(torch.nn.Parameter(torch.zeros(3)), tmp_path / "parameter.bin")
+    for name, said in {"list": "a list", "tuple": "a list", "tensor": "one tensor", "parameter": "one tensor"}.items():
+        with pytest.raises(network.PromptNetError, match=f"it is {said}.* without a name"):
+            nodes.PromptNetLoader.execute(f"{name}.bin")
+    file.save_promptnet(loaded, tmp_path / "mine.safetensors")
+    (tmp_path / "mine.safetensors").rename(tmp_path / "mine.bin")
+    assert nodes.PromptNetLoader.execute("mine.bin").args[0].config == loaded.config
     for name in ("other.bin", "damaged.bin"):
         with pytest.raises(network.PromptNetError, match="authors' released checkpoint"):
             nodes.PromptNetLoader.execute(name)

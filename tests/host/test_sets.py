@@ -217,6 +217,22 @@ def test_scores_take_lists_of_pictures_and_of_prompts(host):
     assert Counted.seen[0] == Counted.seen[1]
 
 
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["", "a mushroom", " \n"], "prompt: of the 3 texts in its list these are empty: 1, 3. Give"),
+        (["a mushroom", "", "a ball"], "prompt: of the 3 texts in its list these are empty: 2. Give"),
+        (["", "", ""], "0 prompts for 3 pictures"),
+    ],
+)
+def test_an_empty_text_of_a_list_is_not_left_out_for_the_next_one(host, texts, message):
+    """A loader of folders gives one for each picture that has no caption."""
+    Listed.made = {**in_a_list(host.pack), "texts": texts}
+    scores = node("ProFusion_ConceptScores", images=["2", 0], references=["1", 4], prompt=["2", 2])
+    with pytest.raises(RuntimeError, match=message):
+        host.run({"1": toybox(2), "2": node("Listed"), "3": scores})
+
+
 def test_an_empty_list_and_one_of_nonsense_are_named(host):
     graph = {"1": toybox(), "2": node("Listed"), "3": trainer()}
     for made, message in (

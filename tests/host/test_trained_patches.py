@@ -194,7 +194,8 @@ def test_what_only_a_whole_sampling_can_use_is_left_out_and_said(train, told, ca
     untouched = repr((model.model_options, model.wrappers))
     told.clear()
     assert equal(train(model), plain)
-    (line,) = [text for text in told if "left out" in text]
+    line, last = [text for text in told if "left out" in text]
+    assert line in last.splitlines() and last == told[-1] and "3 steps" in last
     assert line.startswith(f"{name} on the model: left out of the training") and line in caplog.text
     assert repr((model.model_options, model.wrappers)) == untouched
 
@@ -225,9 +226,34 @@ Tiles.__module__ = "/comfy/custom_nodes/ComfyUI-Tiles.tiles"
 def test_what_knows_no_gradient_is_named(host, train):
     model = tiny.model()
     model.set_model_unet_function_wrapper(Tiles())
+    with pytest.raises(host.loop_kernel.TrainingError, match=r"cannot go through Tiles \(ComfyUI-Tiles\)") as caught:
+        train(model)
+    assert "no gradient reaches" in str(caught.value)
+    model = tiny.model()
+    model.add_wrapper("diffusion_model", lambda executor, *given, **named: executor(*given, **named).detach())
     with pytest.raises(host.loop_kernel.TrainingError, match="no gradient reaches") as caught:
         train(model)
-    assert "On the model: Tiles (ComfyUI-Tiles)\n" in str(caught.value)
+    assert "On the model: test_what_knows_no_gradient_is_named\n" in str(caught.value)
+
+
+class Halves:
+    """As a pack that mixes tiles: each call is of a part, and C's parts are not F's."""
+
+    calls = 0
+
+    def __call__(self, apply_model, arguments):
+        Halves.calls += 1
+        raise RuntimeError("the foundation stream left no queries for layer input.1.0")
+
+
+def test_what_calls_the_model_in_a_way_of_its_own_is_named_first(host, train):
+    model = tiny.model()
+    model.set_model_unet_function_wrapper(Halves())
+    with pytest.raises(
+        host.loop_kernel.TrainingError, match="cannot go through Halves, which calls the model"
+    ) as caught:
+        train(model)
+    assert "left no queries" in str(caught.value) and Halves.calls
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,13 @@ def test_names_with_a_known_prefix_are_the_same_network(official, tmp_path, pref
         assert found.keys() == plain.keys() and all(torch.equal(value, plain[name]) for name, value in found.items())
 
 
+def test_a_missing_tensor_is_named_as_the_file_names_it(official, tmp_path):
+    state = {name: value for name, value in official.items() if name != "conv_in.bias"}
+    with pytest.raises(PromptNetError, match="conv_in.bias; the first should be .* and is absent") as problem:
+        load_promptnet(written(tmp_path, state), unet=UNET)
+    assert "input_blocks" not in str(problem.value)
+
+
 def test_an_unknown_prefix_is_not_guessed_at(official, tmp_path):
     with pytest.raises(PromptNetError, match="else than the authors' PromptNet"):
         load_promptnet(written(tmp_path, {f"banana.{name}": value for name, value in official.items()}), unet=UNET)
@@ -258,16 +265,62 @@ def test_config_json_says_what_the_tensors_do_not(official, tmp_path, with_noise
     assert eight == replace(UNET, num_heads=8, head_channels=None)
 
 
-def test_a_config_json_that_is_not_its_own_says_nothing(official, tmp_path):
+OTHER_SIZES = {"block_out_channels": [320, 640, 1280, 1280]}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (json.dumps({**CONFIG, "with_noise": False, **OTHER_SIZES}), "a network of other sizes (320, 640, 1280, 1280)"),
+        (
+            json.dumps({**CONFIG, "_class_name": "UNet2DConditionModel"}),
+            "'UNet2DConditionModel' and not PromptNetModel",
+        ),
+        ('{"with_noise": false}', "says of no class"),
+        ("[]", "says of no class"),
+        ('"x"', "says of no class"),
+        (f'{{"with_noise": false, "x": "{"y" * (1 << 20)}"}}', "larger than"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_a_config_json_that_is_not_its_own_is_not_used_and_that_is_said(official, tmp_path, text, said):
     guessed = replace(UNET, num_heads=8, head_channels=None)
-    for change in ({"block_out_channels": [320, 640, 1280, 1280]}, {"_class_name": "UNet2DConditionModel"}):
-        path = beside(tmp_path, official, with_noise=False, **change)
-        assert load_promptnet(path, unet=guessed).config.with_noise
-    for text in ("{", "[]", '"x"', "[" * 100_000, "\x00"):
-        path.with_name("config.json").write_text(text)
-        assert load_promptnet(path, unet=guessed).config.with_noise
+    path, told = written(tmp_path, official), []
+    path.with_name("config.json").write_text(text)
+    network = load_promptnet(path, unet=guessed, warn=told.append)
+    assert network.config.with_noise and network.config.unet == guessed
+    (note,) = told
+    assert str(path.with_name("config.json")) in note and said in note
+    assert "was not used" in note and "the latent being denoised" in note
     path.with_name("config.json").unlink()
-    assert load_promptnet(path, unet=guessed).config.with_noise
+    assert load_promptnet(path, unet=guessed, warn=told.append).config.with_noise and len(told) == 1
+
+
+def test_where_nobody_listens_the_log_has_it_once(official, tmp_path, caplog):
+    load_promptnet(beside(tmp_path, official, **OTHER_SIZES), unet=replace(UNET, num_heads=8, head_channels=None))
+    assert [record.getMessage().count("was not used") for record in caplog.records] == [1]
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "\x00", "", "<html>", "\ufeff{]", b"\xff\xfe{", '{"a": NaN'])
+def test_a_config_json_that_cannot_be_read_is_an_error_that_names_it(official, tmp_path, text):
+    path = written(tmp_path, official)
+    path.with_name("config.json").write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(
+        PromptNetError, match=r"config\.json' beside it cannot be read as JSON.*[Dd]ownload it once more"
+    ):
+        load_promptnet(path)
+
+
+@pytest.mark.parametrize("said", ["false", 0, None, [True], "yes"])
+def test_with_noise_must_be_true_or_false(official, tmp_path, said):
+    with pytest.raises(PromptNetError, match=r"config\.json' beside it says with_noise=.*write true or false"):
+        load_promptnet(beside(tmp_path, official, with_noise=said))
+
+
+def test_a_config_json_may_begin_with_a_mark_of_its_encoding(official, tmp_path):
+    path = beside(tmp_path, official, with_noise=False)
+    path.with_name("config.json").write_bytes(b"\xef\xbb\xbf" + path.with_name("config.json").read_bytes())
+    assert not load_promptnet(path).config.with_noise
 
 
 @pytest.mark.parametrize(

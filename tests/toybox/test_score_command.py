@@ -53,6 +53,9 @@ def test_a_prompt_for_each_picture_and_no_objects_without_masks(folders, capsys)
     assert score(folders, "--prompts", prompts) == 0 and "object" not in capsys.readouterr().out
     assert score(folders, "--prompts", prompts, "--masks", folders / "images-masks") == 0
     assert "both the generated pictures and the references have masks" in capsys.readouterr().out
+    prompts.write_text("\na ball at night\n")
+    assert score(folders, "--prompts", prompts) == 1
+    assert "of 2 lines of prompts for 2 pictures these are empty: 1. Write" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

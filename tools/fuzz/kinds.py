@@ -27,6 +27,7 @@ from profusion.promptnet.file import (
 )
 from profusion.promptnet.network import PromptNet, PromptNetConfig, PromptNetError
 from profusion.promptnet.released import check_archive
+from profusion.references import Shown, framed
 from profusion.residual import PRECISIONS, Residual, ResidualError, load_residual, save_residual
 from profusion.toybox.picture_sets import read_cache
 
@@ -303,7 +304,13 @@ def _pictures() -> list[Kind]:
         accidents = (*BYTES, _other_size) if suffix == "png" else (*BYTES, _any_number)
         name = f"picture {suffix} {mode} {'whole' if side is None else 'square'}"
         examples = example(0), example(1)
-        load = lambda path: read_picture(path, side)  # noqa: E731
+
+        def load(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+            if side is None:
+                return read_picture(path)
+            pictures, masks, _ = framed([Shown(*read_picture(path))], side)
+            return pictures[0], masks[0]
+
         return Kind(name, f".{suffix}", examples, load, (PictureError,), check, None, accidents)
 
     return [
