@@ -33,8 +33,10 @@ def parser() -> argparse.ArgumentParser:
         "--images", type=Path, help="learn from the pictures in this folder instead; alpha is the object's mask"
     )
     one.add_argument("--noun", choices=world.NOUNS, help="what the pictures in --images show")
-    one.add_argument("--steps", type=int, default=400, help="training steps (default: %(default)s)")
-    one.add_argument("--learning-rate", type=float, default=0.01, help="AdamW's (default: %(default)s)")
+    one.add_argument("--steps", type=int, default=demo.OPTIONS.steps, help="training steps (default: %(default)s)")
+    one.add_argument(
+        "--learning-rate", type=float, default=demo.OPTIONS.learning_rate, help="AdamW's (default: %(default)s)"
+    )
     one.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
     one.set_defaults(prepare=_demo)
     promptnet.add_to(commands).set_defaults(prepare=_promptnet)

@@ -27,7 +27,8 @@ DEMO_PROMPTS = (
 
 @dataclass(frozen=True)
 class Concept:
-    """What is to be learned: pictures (M, 96, 96, 3), masks (M, 96, 96), the class noun, and words for people.
+    """What is to be learned: pictures (M, SIZE, SIZE, 3), masks (M, SIZE, SIZE), the class noun, and words for
+    people.
 
     about: what was done to the pictures, in words.
     """

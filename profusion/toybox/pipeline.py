@@ -23,19 +23,22 @@ from ..residual import Residual
 from ..residual.training import NOUN_PROMPTS, PredictWithPatches, Reference, ResidualTraining, TrainingOptions
 from ..streams import Evaluate, two_stream_denoiser
 from .configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE, TOYBOX_VISION
+from .drawing import SIZE
 
 if TYPE_CHECKING:
     from ..models.clip import TextModel, VisionModel
 
 WEIGHTS = Path(__file__).with_name("weights")
 NETWORKS = ("unet", "vae", "text", "vision")
-SIZE = 96  # pixels a side
+CELLS = SIZE // 8  # latent cells a side
 GUIDANCE = 4.0
 CUSTOMISED_GUIDANCE = 2.0  # a residual is amplified with the rest of the condition: what is right at 1 is garish at 4
 STEPS = 30
 Callback = Callable[[int, Tensor], None]
 _TABLE = "text_model.embeddings.token_embedding.weight"
 _TOKENS = "token_ids"
+_STEP = ".step"
+EIGHT_BITS = ("mmdit",)  # with it in fp16 all files together would be more than an extension should weigh
 
 
 _REINSTALL = "They ship with the pack: reinstall it, or train them with `python -m training.toybox` from a checkout."
@@ -60,6 +63,7 @@ def load_network(network: str, folder: Path | None = None) -> dict[str, Tensor]:
     means nothing to it.
     """
     state = {name: value.float() for name, value in load_file(weight_file(network, folder)).items() if name != _TOKENS}
+    state = _from_eight_bits(state)
     if network == "text":
         with safe_open(weight_file(network, folder), "pt") as file:
             tokens = file.get_tensor(_TOKENS)
@@ -69,22 +73,51 @@ def load_network(network: str, folder: Path | None = None) -> dict[str, Tensor]:
     return state
 
 
+def save_network(network: str, module: nn.Module, folder: Path | None = None, tokens: Tensor | None = None) -> int:
+    """Write one network's file, where `load_network` finds it: in fp16, and the matrices of those of EIGHT_BITS in 8
+    bits; of the text tower's table the rows of `tokens` alone. Returns the bytes written."""
+    state = {name: value.detach().float().cpu() for name, value in module.state_dict().items()}
+    state = _in_eight_bits(state) if network in EIGHT_BITS else {name: value.half() for name, value in state.items()}
+    state = {name: value.contiguous() for name, value in state.items()}
+    if network == "text":
+        state[_TABLE] = state[_TABLE][tokens].contiguous()
+        state[_TOKENS] = tokens.to(torch.int32)
+    folder = folder or WEIGHTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"toybox_{network}.safetensors"
+    save_file(state, path, metadata={"format": "pt", "architecture": "Toybox", "network": network})
+    return path.stat().st_size
+
+
+def _in_eight_bits(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices as whole numbers in -127..127, each row with its own step, which is beside them; the rest in fp16."""
+    packed = {}
+    for name, value in state.items():
+        if value.ndim < 2:
+            packed[name] = value.half()
+            continue
+        rows = value.flatten(1)
+        step = rows.abs().amax(dim=1).clamp(min=1e-8) / 127
+        packed[name] = (rows / step[:, None]).round().to(torch.int8).view(value.shape)
+        packed[name + _STEP] = step
+    return packed
+
+
+def _from_eight_bits(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    steps = {name.removesuffix(_STEP): value for name, value in state.items() if name.endswith(_STEP)}
+    return {
+        name: value * steps[name].view(-1, *[1] * (value.ndim - 1)) if name in steps else value
+        for name, value in state.items()
+        if not name.endswith(_STEP)
+    }
+
+
 def save_weights(
     folder: str | Path | None, *, unet: nn.Module, vae: nn.Module, text: nn.Module, vision: nn.Module, tokens: Tensor
 ) -> dict[str, int]:
-    """Write the four files in fp16; `tokens` are the ids whose embedding rows are kept. Returns bytes by network."""
-    folder = Path(folder or WEIGHTS)
-    folder.mkdir(parents=True, exist_ok=True)
-    sizes = {}
-    for network, module in zip(NETWORKS, (unet, vae, text, vision), strict=True):
-        state = {name: value.detach().half().contiguous() for name, value in module.state_dict().items()}
-        if network == "text":
-            state[_TABLE] = state[_TABLE][tokens].contiguous()
-            state[_TOKENS] = tokens.to(torch.int32)
-        path = folder / f"toybox_{network}.safetensors"
-        save_file(state, path, metadata={"format": "pt", "architecture": "Toybox", "network": network})
-        sizes[network] = path.stat().st_size
-    return sizes
+    """Write the four files. Returns bytes by network."""
+    networks, folder = dict(zip(NETWORKS, (unet, vae, text, vision), strict=True)), Path(folder or WEIGHTS)
+    return {name: save_network(name, module, folder, tokens) for name, module in networks.items()}
 
 
 @dataclass
@@ -107,14 +140,18 @@ class Toybox:
             network.eval().requires_grad_(False)
         return cls(*networks)
 
-    @torch.no_grad()
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.unet.parameters()).device
+
     def context(self, prompts: str | Sequence[str]) -> Tensor:
         """Prompts -> (B, 77, 128)."""
-        return self.text(tokenize([prompts] if isinstance(prompts, str) else list(prompts)))
+        return encode_prompts(self.text, prompts)
 
     def evaluator(self, context: Tensor, guidance: float = GUIDANCE) -> Evaluate:
-        """The UNet under classifier-free guidance as `evaluate(x, sigma, patches) -> denoised`; context
-        (B, 77, 128)."""
+        """The UNet under classifier-free guidance as `evaluate(x, sigma, patches) -> denoised`; context (B, 77,
+        128)."""
         both_contexts = torch.cat([context, self.context("").expand_as(context)])
 
         def evaluate(x: Tensor, sigma: Tensor, patches: Patches) -> Tensor:
@@ -138,10 +175,10 @@ class Toybox:
         guidance: float = GUIDANCE,
         callback: Callback | None = None,
     ) -> Tensor:
-        """One picture a prompt, each from its own generator -> latents (B, 4, 12, 12)."""
+        """One picture a prompt, each from its own CPU generator -> latents (B, 4, CELLS, CELLS)."""
         evaluate = self.evaluator(self.context(prompts), guidance)
-        noise = initial_noise(generators)
-        return sample_euler(lambda x, sigma: evaluate(x, sigma, {}), noise, sampling_sigmas(steps), callback)
+        noise, sigmas = initial_noise(generators).to(self.device), sampling_sigmas(steps).to(self.device)
+        return sample_euler(lambda x, sigma: evaluate(x, sigma, {}), noise, sigmas, callback)
 
     @torch.no_grad()
     def generate_customised(
@@ -155,7 +192,8 @@ class Toybox:
         shared_latent: bool = False,
         callback: Callback | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Both streams of a prompt, a picture a generator -> plain and customised latents, (B, 4, 12, 12) each."""
+        """Both streams of a prompt, a picture a generator -> plain and customised latents, (B, 4, CELLS, CELLS)
+        each."""
         placements = [
             Placement(item.delta, item.layers, noun_rows(prompt, item.noun), strength=strength) for item in residuals
         ]
@@ -210,6 +248,13 @@ class Toybox:
         return [Reference(latent, weight) for latent, weight in zip(latents, weights, strict=True)]
 
 
+@torch.no_grad()
+def encode_prompts(text: TextModel, prompts: str | Sequence[str]) -> Tensor:
+    """Prompts through the text tower, (B, 77, width), on its device."""
+    tokens = tokenize([prompts] if isinstance(prompts, str) else list(prompts))
+    return text(tokens.to(next(text.parameters()).device))
+
+
 def noun_rows(prompt: str, noun: str) -> tuple[int, ...]:
     """The context rows of a noun's last place in a prompt ("a photo of a photo"); NounError, which quotes the prompt,
     if it has none."""
@@ -221,7 +266,7 @@ def noun_rows(prompt: str, noun: str) -> tuple[int, ...]:
     return spans[-1]
 
 
-def initial_noise(generators: Sequence[torch.Generator], cells: int = SIZE // 8) -> Tensor:
+def initial_noise(generators: Sequence[torch.Generator], cells: int = CELLS) -> Tensor:
     """Unit noise (B, 4, cells, cells), each row from its own generator."""
     return torch.stack([torch.randn(4, cells, cells, generator=generator) for generator in generators])
 

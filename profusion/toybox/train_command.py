@@ -8,24 +8,27 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from ..keeping import Partial
+from ..pictures import grid
 from ..promptnet.file import SUFFIX, load_promptnet, save_promptnet
 from ..promptnet.network import PromptNet, PromptNetConfig, PromptNetError
 from ..promptnet.training import PictureSet, PromptNetOptions, PromptNetTraining
 from . import world
 from .configs import TOYBOX_PROMPTNET
+from .fused import FusedToybox
 from .picture_sets import Say, toybox_pictures
 from .pipeline import Toybox
 from .promptnet import new_promptnet, toybox_training
 
 KEPT = 64  # most pictures that are kept from training, to see whether it helps with new ones
 REPORT_EVERY = 50
+SHOWN, SHEET_STEPS = 8, 20
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,23 @@ class Command:
     tokens: int = TOYBOX_PROMPTNET.tokens
     save_every: int = 250
     device: str = "cpu"
+    bfloat16: bool = False
+    minutes: float | None = None
+    sheet_every: int = 2000
 
     def __post_init__(self) -> None:
         if self.out.suffix != SUFFIX:
             raise ValueError(f"--out {self.out}: give it a name that ends in {SUFFIX}")
-        if self.pictures < 1 or self.tokens < 1 or self.save_every < 1:
-            raise ValueError("--pictures, --tokens and --save-every must be at least 1")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"--device {self.device}: there is no such device here; leave it out to train on the CPU")
+        if min(self.pictures, self.tokens, self.save_every, self.sheet_every) < 1:
+            raise ValueError("--pictures, --tokens, --save-every and --sheet-every must be at least 1")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"--minutes {self.minutes}: give a time above 0, or leave it out to train to the end")
+        try:
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"--device {self.device}: there is no such device here; leave it out to train on the CPU"
+            ) from error
 
     @property
     def checkpoint(self) -> Path:
@@ -60,6 +72,11 @@ class Command:
     def cache(self) -> Path:
         """Where the encoded pictures are kept."""
         return self.out.with_suffix(f".pictures{SUFFIX}")
+
+
+def sheet(command: Command, name: str) -> Path:
+    """Where to look at what S* draws."""
+    return command.out.with_suffix(".sheets") / f"{name}.png"
 
 
 def add_to(commands) -> argparse.ArgumentParser:
@@ -87,6 +104,7 @@ def add_to(commands) -> argparse.ArgumentParser:
         ),
         ("--tokens", int, TOYBOX_PROMPTNET.tokens, "pseudo-words in S*"),
         ("--save-every", int, 250, "steps between checkpoints"),
+        ("--sheet-every", int, 2000, "steps between sheets of pictures that S* draws"),
         ("--seed", int, 0, "of the pictures, the network and the training"),
     )
     for name, kind, default, text in numbers:
@@ -100,6 +118,10 @@ def add_to(commands) -> argparse.ArgumentParser:
     train.add_argument("--with-noise", action="store_true", help="S* also looks at the latent being denoised")
     train.add_argument("--constant", action="store_true", help="keep the learning rate; default is half a cosine")
     train.add_argument("--device", default="cpu", help="of torch, such as cuda (default: %(default)s)")
+    train.add_argument(
+        "--bf16", action="store_true", dest="bfloat16", help="in bfloat16: for accelerators, on a CPU it does not pay"
+    )
+    train.add_argument("--minutes", type=float, help="stop after so many; run it again to go on")
     return train
 
 
@@ -117,16 +139,18 @@ def from_arguments(given: argparse.Namespace) -> Command:
     )
     more = {
         name: getattr(given, name)
-        for name in ("noun", "start", "with_noise", "tokens", "save_every", "device", "pictures")
+        for name in ("noun", "start", "with_noise", "tokens", "save_every", "sheet_every", "device", "pictures")
     }
+    more |= {"bfloat16": given.bfloat16, "minutes": given.minutes}
     return Command(given.data, given.out, options, **more)
 
 
 def run(command: Command, toybox: Toybox | None = None, say: Say = print) -> dict[str, object]:
-    """Train, saving a checkpoint every so many steps and seconds, and at Ctrl-C or SIGTERM; where there is one already,
-    go on from it.
+    """Train, saving a checkpoint every so many steps and seconds, at Ctrl-C or SIGTERM, and when the minutes are over;
+    where there is one already, go on from it.
 
-    Writes the PromptNet in float16 at the end, and returns what to report of it.
+    Writes the PromptNet in float16 at the end, and returns what to report of it; of a run whose minutes were over, how
+    far it got.
     """
     toybox = toybox or Toybox.load()
     seed = command.options.seed
@@ -139,11 +163,15 @@ def run(command: Command, toybox: Toybox | None = None, say: Say = print) -> dic
     network = network.to(command.device)
     for module in (toybox.unet, toybox.text):
         module.to(command.device)
-    training = toybox_training(toybox, network, pictures, command.options)
+    training = toybox_training(toybox, network, pictures, command.options, command.bfloat16)
     if command.checkpoint.is_file():
         training.resume(command.checkpoint, same_start=True)
         say(f"going on from step {training.step} of {command.checkpoint}")
-    seconds = _train(command, training, kept, say)
+    shown = pictures if kept is None else kept
+    seconds = _train(command, training, kept, lambda name: say(_look(command, toybox, network, shown, name)), say)
+    if training.step < command.options.steps:
+        say("the minutes are over; the same command goes on from here")
+        return {"checkpoint": str(command.checkpoint), "steps": training.step, "seconds": round(seconds, 1)}
     notes = {"data": command.data, "pictures": pictures.fingerprint(), "steps": str(training.step), "seed": str(seed)}
     size = save_promptnet(network.cpu(), command.out, notes=notes)
     return {
@@ -174,22 +202,50 @@ def _split(pictures: PictureSet) -> tuple[PictureSet, PictureSet | None]:
     return first, PictureSet(pictures.latents[-kept:], pictures.image_tokens[-kept:])
 
 
-def _train(command: Command, training: PromptNetTraining, kept: PictureSet | None, say: Say) -> float:
-    """The seconds that the rest of a training took. Raises KeyboardInterrupt after an interrupted step, when it is
-    saved."""
+@torch.no_grad()
+def _look(command: Command, toybox: Toybox, network: PromptNet, pictures: PictureSet, name: str) -> str:
+    """Write a sheet of up to SHOWN pictures, and under each what its S* alone draws; says where it is."""
+    if network.config.with_noise:
+        return "no sheet: this S* depends on the latent being drawn, and only Fusion KSampler draws with it"
+    some = PictureSet(pictures.latents[:SHOWN], pictures.image_tokens[:SHOWN])
+    for module in (toybox.vae, network):
+        module.to(command.device)
+    drawn = FusedToybox(toybox, network).drawn_alone(some, SHEET_STEPS)
+    rows = [toybox.vae.pictures(latents.to(command.device)).cpu() for latents in (some.latents, drawn)]
+    path = sheet(command, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    captions = [str(number) for number in range(1, len(some) + 1)]
+    grid([("picture", list(rows[0])), ("S* alone", list(rows[1]))], captions).save(path)
+    return f"look at {path}"
+
+
+def _train(
+    command: Command,
+    training: PromptNetTraining,
+    kept: PictureSet | None,
+    look: Callable[[str], None],
+    say: Say,
+) -> float:
+    """The seconds that the rest of a training took, or what of it there was time for. Raises KeyboardInterrupt after an
+    interrupted step, when it is saved."""
     started, first = time.monotonic(), training.step
     partial = Partial(lambda: _checkpoint(command, training))
     with _interrupts() as interrupts:
         for _ in training.steps(partial):
             last = training.step == training.options.steps
+            late = command.minutes is not None and time.monotonic() - started > 60 * command.minutes
             if training.step % REPORT_EVERY == 0 or last:
                 say(_progress(training, (time.monotonic() - started) / (training.step - first)))
-            if training.step % command.save_every == 0 or last or interrupts:
+            if training.step % command.save_every == 0 or last or late or interrupts:
                 say(f"saved {partial.save()} at step {training.step}")
             if interrupts and not last:
                 raise KeyboardInterrupt
             if training.step % command.save_every == 0 or last:
                 say(_check(training, kept))
+            if training.step % command.sheet_every == 0 or last:
+                look("finished" if last else f"{training.step:05}")
+            if late and not last:
+                break
     return time.monotonic() - started
 
 

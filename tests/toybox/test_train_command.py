@@ -4,8 +4,10 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from profusion import __main__ as program
 from profusion import keeping
@@ -16,6 +18,7 @@ from profusion.promptnet import PromptNetError, load_promptnet
 from profusion.promptnet.file import load_training
 from profusion.toybox import train_command as commands
 from profusion.toybox.configs import TOYBOX_PROMPTNET
+from profusion.toybox.drawing import SIZE
 from profusion.toybox.picture_sets import drawn_pictures, encoded_pictures, read_cache, toybox_pictures
 from profusion.toybox.pipeline import Toybox
 from profusion.toybox.promptnet import new_promptnet
@@ -38,7 +41,7 @@ def command(out, *more):
 def test_an_interrupted_run_goes_on_and_ends_as_one_that_was_not(toybox, tmp_path, number):
     said = []
     whole = commands.run(command(tmp_path / "whole.safetensors", "--steps", "3"), toybox, said.append)
-    assert whole["steps"] == 3 and whole["pictures"] == 9 and whole["bytes"] <= 7_300_000
+    assert whole["steps"] == 3 and whole["pictures"] == 9 and whole["bytes"] <= 8_400_000
     assert any(text.startswith("step 3/3") for text in said) and any("kept from it" in text for text in said)
 
     def interrupt(text):
@@ -63,6 +66,37 @@ def test_an_interrupted_run_goes_on_and_ends_as_one_that_was_not(toybox, tmp_pat
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
     with pytest.raises(Exception, match="seed=0, not 1"):
         commands.run(command(tmp_path / "halved.safetensors", "--steps", "3", "--seed", "1"), toybox, said.append)
+
+
+def test_a_run_in_slices_of_minutes_ends_as_one_in_one_go_and_leaves_sheets_to_look_at(toybox, tmp_path, monkeypatch):
+    said = []
+    whole = command(tmp_path / "whole.safetensors", "--steps", "4", "--sheet-every", "2")
+    commands.run(whole, toybox, said.append)
+    sliced = command(tmp_path / "sliced.safetensors", "--steps", "4", "--sheet-every", "2", "--minutes", "1")
+    clock = iter(range(0, 10_000, 61))
+    monkeypatch.setattr(commands.time, "monotonic", lambda: next(clock))
+    for step in (1, 2, 3):
+        assert commands.run(sliced, toybox, said.append)["steps"] == step and not sliced.out.exists()
+        assert said[-1] == "the minutes are over; the same command goes on from here"
+    assert commands.run(sliced, toybox, said.append)["promptnet"] == str(sliced.out)
+    one, other = (load_promptnet(made.out).state_dict() for made in (whole, sliced))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    for made in (whole, sliced):
+        for name in ("00002", "finished"):
+            path = commands.sheet(made, name)
+            assert f"look at {path}" in said
+            with Image.open(path) as shown:
+                assert shown.width >= SIZE and shown.height >= 2 * SIZE
+    looks = [np.asarray(Image.open(commands.sheet(whole, name))) for name in ("00002", "finished")]
+    assert looks[0].shape == looks[1].shape and (looks[0] != looks[1]).any()
+
+
+def test_bfloat16_trains_to_nearly_the_same(toybox, tmp_path):
+    losses = []
+    for more in ((), ("--bf16",)):
+        made = command(tmp_path / f"{len(more)}.safetensors", "--steps", "2", *more)
+        losses.append(commands.run(made, toybox, lambda text: None)["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
 
 
 def test_it_is_saved_every_so_many_seconds_too_and_never_goes_on_from_another_start(toybox, tmp_path, monkeypatch):
@@ -104,10 +138,12 @@ def test_the_command_line_reports_and_says_what_is_wrong(toybox, tmp_path, capsy
     monkeypatch.setattr(commands.Toybox, "load", lambda: toybox)
     assert program.main(arguments(tmp_path / "one.safetensors", "--steps", "1")) == 0
     report = json.loads(capsys.readouterr().out.partition("{")[2].join(["{", ""]))
-    assert report["steps"] == 1 and report["parameters"] == 3_605_408
+    assert report["steps"] == 1 and report["parameters"] == 4_178_848
     for more, message in (
         (("--steps", "0"), "steps=0"),
         (("--save-every", "0"), "--save-every"),
+        (("--minutes", "0"), "--minutes 0.0"),
+        (("--device", "nowhere"), "--device nowhere"),
         (("--data", str(tmp_path / "none")), "is not a folder"),
     ):
         assert program.main(arguments(tmp_path / "two.safetensors", *more)) == 1
@@ -145,7 +181,7 @@ def test_pictures_of_a_folder_are_read_and_kept(toybox, tmp_path):
 def test_drawn_pictures_are_what_the_seed_says():
     one, again, other = (list(drawn_pictures(3, seed)) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True)) and not torch.equal(one[0], other[0])
-    assert one[0].shape == (96, 96, 3) and one[0].min() >= 0 and one[0].max() <= 1
+    assert one[0].shape == (SIZE, SIZE, 3) and one[0].min() >= 0 and one[0].max() <= 1
 
 
 def test_toyboxs_starts_from_its_networks(toybox):
