@@ -36,6 +36,10 @@ class TrainingError(Explained, RuntimeError):
     """Training cannot start or go on. The message says why and what to do."""
 
 
+class NoGradientError(TrainingError):
+    """No gradient reaches what is to be learned."""
+
+
 @dataclass(frozen=True)
 class LoopOptions:
     """How any method is trained. `steps` counts from nothing: a resumed training does what is left of them.
@@ -210,7 +214,7 @@ class TrainingLoop(ABC):
                 if larger >= overflowed_at and not raised:
                     raise TrainingError(self._overflow())  # too much at one scale, nothing at the next
                 if not gradient.attached or larger >= overflowed_at or larger > LARGEST_SCALE:
-                    raise TrainingError(f"no gradient reaches {gradient.missing.name}: {gradient.missing.because}")
+                    raise NoGradientError(f"no gradient reaches {gradient.missing.name}: {gradient.missing.because}")
                 scale, raised = larger, True
             else:
                 self.loss_scale = scale

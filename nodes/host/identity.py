@@ -19,7 +19,7 @@ from torch import Tensor
 from ...profusion import __version__
 from ...profusion.keeping import digest
 from ...profusion.residual import Origin, Residual
-from ...profusion.residual.origin import Sample, apart, sample_of
+from ...profusion.residual.origin import Sample, beyond_rounding, sample_of
 from ...profusion.residual.training import NOUN_PROMPTS
 
 # The inputs by which the host's loaders, and those of others, name a model's file, and the folders it may be in.
@@ -164,7 +164,7 @@ def other_bases(residuals: Sequence[Residual], patcher: ModelPatcher) -> list[st
 
 def _other_base(residual: Residual, sample: Sample) -> str | None:
     origin = residual.origin
-    share = apart(origin.sample, sample)
+    share = beyond_rounding(origin.sample, sample)
     if share is None:
         return None
     base = f"{origin.base} ({origin.base_hash})" if origin.base_hash else origin.base or "another model"

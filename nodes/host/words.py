@@ -59,8 +59,7 @@ def load(path: Path, warn: Callable[[str], None]) -> LoadedPromptNet:
     half = comfy.model_management.should_use_fp16(device, prioritize_performance=False)
     dtype = torch.float16 if half else torch.float32
     poll = comfy.model_management.throw_exception_if_processing_interrupted
-    renamed = path.suffix != SUFFIX and path.is_file() and is_safetensors(path)
-    ours = path.suffix == SUFFIX or renamed
+    ours = path.suffix == SUFFIX or (path.is_file() and is_safetensors(path))  # whatever it was renamed to
     network = load_promptnet(path, dtype, poll=poll, warn=warn) if ours else _released(path, dtype, warn)
     return handed_to_the_host(network, path.stem)
 

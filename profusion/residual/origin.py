@@ -164,7 +164,7 @@ def distance(one: Sample, other: Sample) -> float | None:
     return float((first - second).norm() / first.norm().clamp_min(1e-12))
 
 
-def apart(one: Sample, other: Sample) -> float | None:
+def beyond_rounding(one: Sample, other: Sample) -> float | None:
     """The distance of two samples of different networks; None where they may be one's, in two precisions."""
     found, rounding = distance(one, other), math.hypot(one.rounding, other.rounding)
     return None if found is None or found <= max(_SAME, _BEYOND_ROUNDING * rounding) else found
