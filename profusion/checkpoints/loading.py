@@ -1,0 +1,198 @@
+"""The kernel's networks of a checkpoint: every tensor of the file is used, or known to be none of theirs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion import Prediction
+from ..models.conditioning import TextTowers
+from ..models.configs import TextConfig, UNetConfig, VAEConfig
+from ..models.unet import UNet
+from ..models.vae import VAE as Autoencoder
+from . import openclip, sizes
+from .contents import CheckpointError, Contents, Shapes, on_meta, read_contents, refusal
+from .families import UNET, VAE, Family, Tower, family_of, prefix_of
+from .openclip import Source, Sources
+
+# What checkpoints hold beside their networks' weights: averages, what training kept, schedules, positions, logits.
+_IGNORED = re.compile(
+    r"(.*\.)?(position_ids|attn_mask|logit_scale)"
+    r"|(model_ema|loss|first_stage_model\.(loss|model_ema)|denoiser|sampler|optimizer|callbacks|lr_schedulers)\..*"
+    r"|((sqrt|log|posterior)_.*|betas|alphas_cumprod(_prev)?|lvlb_weights|logvar|v_pred|scale_factor|global_step|epoch)"
+    r"|conditioner\.embedders\.[2-9]\..*"
+)
+_V_STATISTIC, _V_FROM = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
+
+
+@dataclass(frozen=True)
+class TowerPlan:
+    """A text tower of a file: its configuration, and where each tensor of its state dict is, by whole names."""
+
+    config: TextConfig
+    sources: Sources
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a checkpoint's header says: which networks it has, of which sizes, and from where they are filled."""
+
+    contents: Contents
+    family: Family
+    unet: UNetConfig
+    vae: VAEConfig
+    towers: tuple[TowerPlan, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's networks, in evaluation mode and frozen, and what its UNet predicts."""
+
+    family: Family
+    unet: UNet
+    vae: Autoencoder
+    text: TextTowers
+    prediction: Prediction
+
+
+def plan(path: str | Path) -> Plan:
+    """Read a checkpoint's header and plan its networks. Raises CheckpointError, which says what the file is instead."""
+    contents = read_contents(path)
+    family = family_of(contents)
+    what = f"it is an {family.name} checkpoint"
+    try:
+        unet = sizes.unet_config(contents.under(UNET), **family.heads)
+        vae = sizes.vae_config(contents.under(VAE), family.scale_factor)
+        towers = tuple(_tower_plan(contents, tower) for tower in family.towers)
+    except sizes.UnlikeSD as problem:
+        raise refusal(contents.path, f"it is a checkpoint like {family.name} whose UNet {problem}") from problem
+    except KeyError as problem:
+        raise refusal(contents.path, f"{what} that lacks '{problem.args[0]:.80}'") from problem
+    except (ValueError, IndexError, ZeroDivisionError) as problem:
+        raise refusal(contents.path, f"{what} of sizes unknown here ({problem})") from problem
+    made = Plan(contents, family, unet, vae, towers)
+    _check_used(made)
+    return made
+
+
+def load_checkpoint(path: str | Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
+    """Load a checkpoint of SD 1.x, SD 2.x or SDXL into the kernel's networks, with weights of this type.
+
+    Raises CheckpointError, which says what the file is instead, or what it lacks.
+    """
+    from ..models.clip import TextModel  # with transformers, which the pack does not wait for
+
+    made = plan(path)
+    contents = made.contents
+    unet = fill(contents, UNet, made.unet, prefixed(contents, UNET), dtype, "UNet")
+    vae = fill(contents, Autoencoder, made.vae, prefixed(contents, VAE), dtype, "VAE")
+    towers = tuple(fill(contents, TextModel, it.config, it.sources, dtype, "text encoder") for it in made.towers)
+    return Checkpoint(made.family, unet, vae, TextTowers(towers), prediction(contents, made.family))
+
+
+def prediction(contents: Contents, family: Family) -> Prediction:
+    """What the UNet predicts, decided as the host decides it: SD 2.x by a statistic of one tensor, SDXL by a key."""
+    if family.name == "SDXL":
+        return "v" if "v_pred" in contents.shapes else "eps"
+    name = UNET + _V_STATISTIC
+    if family.name == "SD 2.x" and name in contents.shapes:
+        (_, tensor), *_ = contents.tensors([name])
+        return "v" if torch.std(tensor, unbiased=False) > _V_FROM else "eps"
+    return "eps"
+
+
+def prefixed(contents: Contents, prefix: str) -> Sources:
+    """Sources of a network that the file has under a prefix and otherwise with its own names."""
+    return {name: Source(prefix + name) for name in contents.under(prefix) if not _IGNORED.fullmatch(prefix + name)}
+
+
+def fill(
+    contents: Contents, build: Callable, config: object, sources: Sources, dtype: torch.dtype, what: str
+) -> nn.Module:
+    """A network of this configuration with the file's weights, frozen. Raises CheckpointError if they do not fit it."""
+    network = on_meta(build, config)
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    _check_fit(contents, expected, sources, what)
+    by_file: dict[str, list[str]] = {}
+    for name, source in sources.items():
+        by_file.setdefault(source.name, []).append(name)
+    contents.check_types(by_file)
+    state: dict[str, Tensor] = {}
+    for in_file, tensor in contents.tensors(by_file):
+        for name in by_file[in_file]:
+            value = sources[name].take(tensor).reshape(expected[name])
+            state[name] = value.to(dtype, copy=True).contiguous()
+    network.load_state_dict(state, strict=True, assign=True)
+    _positions_again(network)
+    return network.eval().requires_grad_(False)
+
+
+def _check_fit(contents: Contents, expected: Shapes, sources: Sources, what: str) -> None:
+    missing, strange = sorted(set(expected) - set(sources)), sorted(set(sources) - set(expected))
+    if missing:
+        raise refusal(contents.path, f"{len(missing)} tensors of its {what} are missing, such as '{missing[0]}'")
+    if strange:
+        raise refusal(
+            contents.path,
+            f"its {what} has {len(strange)} tensors more than one of its sizes has, such as '{strange[0]:.80}'",
+        )
+    for name, shape in expected.items():
+        found = sources[name].shape(contents.shapes[sources[name].name])
+        if found != shape and not _a_pointwise_convolution(found, shape):
+            raise refusal(contents.path, f"'{name}' of its {what} has the shape {found} where {shape} fits the others")
+
+
+def _a_pointwise_convolution(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether these are a matrix and a convolution of one cell with the same numbers, as tools exchange them."""
+    short, long = sorted((one, other), key=len)
+    return len(short) == 2 and long == (*short, 1, 1)
+
+
+def _positions_again(network: nn.Module) -> None:
+    """transformers keeps the numbers of the positions beside the weights, in no file: made on meta, they are none."""
+    for module in network.modules():
+        ids = getattr(module, "position_ids", None)
+        if isinstance(ids, Tensor):
+            module.position_ids = torch.arange(ids.shape[-1]).expand(1, -1)
+
+
+def _tower_plan(contents: Contents, tower: Tower) -> TowerPlan:
+    prefix = prefix_of(contents, tower)
+    shapes = {name: shape for name, shape in contents.under(prefix).items() if not _IGNORED.fullmatch(prefix + name)}
+    if tower.open_clip:
+        sources = openclip.text_sources(shapes)
+    else:  # the oldest files leave `text_model.` out
+        bare = "" if any(name.startswith("text_model.") for name in shapes) else "text_model."
+        sources = {bare + name: Source(name) for name in shapes}
+    named = {name: source.shape(shapes[source.name]) for name, source in sources.items()}
+    config = sizes.text_config(named, **tower.taken)
+    if config.skip and config.final_norm and (config.width, config.layers) == (1024, 23):
+        # SD 2.x converted from diffusers' files, which leave the layer out that SD 2.x does not use
+        config = sizes.text_config(named, **{**tower.taken, "skip": 0})
+    whole = {name: Source(prefix + source.name, source.third, source.turned) for name, source in sources.items()}
+    return TowerPlan(config, whole)
+
+
+def _check_used(made: Plan) -> None:
+    """Raise CheckpointError for a tensor that no network of the family has and that is not known to be ignored."""
+    used = {source.name for tower in made.towers for source in tower.sources.values()}
+    unknown = [name for name in _unused(made.contents, used) if not _IGNORED.fullmatch(name)]
+    if unknown:
+        raise refusal(
+            made.contents.path,
+            f"it is an {made.family.name} checkpoint with {len(unknown)} tensors more, which are unknown here, such as "
+            f"'{unknown[0]:.80}'. Leaving them out might make another model of it",
+        )
+
+
+def _unused(contents: Contents, used: Iterable[str]) -> list[str]:
+    used = set(used)
+    return [name for name in contents.shapes if name not in used and not name.startswith((UNET, VAE))]
+
+
+__all__ = ["Checkpoint", "CheckpointError", "Plan", "load_checkpoint", "plan", "prediction"]
