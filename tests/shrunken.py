@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from profusion.models.clip import TextModel, VisionModel
-from profusion.models.configs import TextConfig, UNetConfig, VAEConfig
+from profusion.models.configs import TextConfig, UNetConfig, VAEConfig, VisionConfig
 from profusion.models.unet import UNet
 from profusion.models.vae import VAE
 
@@ -33,6 +33,10 @@ TEXT_PREFIXES = {
     "SDXL": ["conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."],
 }
 FAMILIES = tuple(UNETS)
+VISIONS = {  # as deep as the real ones, by which they are told apart
+    "ViT-L/14": VisionConfig(32, 24, 16, 64, image_size=28, patch_size=7, projection=24),
+    "ViT-H/14": VisionConfig(48, 32, 16, 64, image_size=21, patch_size=7, projection=16, activation="gelu"),
+}
 KINDS = [("SD 1.x", "eps"), ("SD 2.x", "eps"), ("SD 2.x", "v"), ("SDXL", "eps"), ("SDXL", "v")]
 STATISTIC = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 

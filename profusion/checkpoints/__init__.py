@@ -3,5 +3,15 @@
 from .contents import CheckpointError
 from .families import FAMILIES
 from .loading import Checkpoint, Plan, load_checkpoint, plan
+from .vision import load_image_tower, vision_plan
 
-__all__ = ["FAMILIES", "Checkpoint", "CheckpointError", "Plan", "load_checkpoint", "plan"]
+__all__ = [
+    "FAMILIES",
+    "Checkpoint",
+    "CheckpointError",
+    "Plan",
+    "load_checkpoint",
+    "load_image_tower",
+    "plan",
+    "vision_plan",
+]

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors
-import torch
 from torch import Tensor
 
 from .. import files, problems
@@ -118,9 +117,3 @@ def _checked(path: Path, header: dict, size: int) -> Contents:
             "end: get it again",
         )
     return Contents(path, shapes, types, metadata if isinstance(metadata, dict) else {})
-
-
-def on_meta(build, config) -> torch.nn.Module:
-    """A network of this configuration with shapes and without memory."""
-    with torch.device("meta"):
-        return build(config)

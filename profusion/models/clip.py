@@ -93,7 +93,7 @@ class VisionModel(CLIPVisionModelWithProjection):
         sizes = CLIPVisionConfig(
             hidden_size=config.width,
             intermediate_size=config.intermediate,
-            projection_dim=config.projection,
+            projection_dim=config.projection or config.width,
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
             image_size=config.image_size,
@@ -101,6 +101,8 @@ class VisionModel(CLIPVisionModelWithProjection):
             hidden_act=config.activation,
         )
         super().__init__(sizes)
+        if config.projection is None:
+            self.visual_projection = None
         _drawn_as_torch_does(self)
 
     def preprocess(self, pictures: Tensor) -> Tensor:
@@ -121,7 +123,9 @@ class VisionModel(CLIPVisionModelWithProjection):
         return self.vision_model(pixel_values=pixels).last_hidden_state
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """(B, 3, size, size) -> L2-normalised image embeddings, (B, projection)."""
+        """(B, 3, size, size) -> L2-normalised image embeddings, (B, projection). ValueError without a projection."""
+        if self.visual_projection is None:
+            raise ValueError("this image tower has no projection: its file has none, so it gives no image embeddings")
         pooled = self.vision_model(pixel_values=pixels).pooler_output
         return F.normalize(self.visual_projection(pooled), dim=-1)
 

@@ -131,7 +131,7 @@ class VisionConfig:
     intermediate: int
     image_size: int
     patch_size: int
-    projection: int
+    projection: int | None  # None where its file has none, so that it gives no embeddings
     activation: str = "quick_gelu"
 
 

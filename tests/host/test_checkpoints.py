@@ -1,5 +1,7 @@
 """Checkpoints in the kernel against the host's own classes, given the same tensors: each part, and pictures to 1e-4."""
 
+import json
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ import comfy.supported_models
 import comfy.text_encoders.sd2_clip
 import tiny
 
-from profusion.checkpoints import load_checkpoint, plan
+from profusion.checkpoints import load_checkpoint, load_image_tower, plan
 from profusion.diffusion import denoiser, sample_euler, sampling_sigmas
 from profusion.models.conditioning import size_vector
 from profusion.models.unet import UNet
@@ -209,3 +211,29 @@ def test_the_hosts_full_size_networks_are_what_the_kernel_makes_of_their_names(t
         ours = UNet(made.unet)
     assert {name: tuple(x.shape) for name, x in ours.state_dict().items()} == theirs
     assert sum(p.numel() for p in ours.parameters()) == parameters
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("open_clip", [False, True])
+@pytest.mark.parametrize("name", shrunken.VISIONS)
+def test_the_image_tower_gives_what_promptnet_takes(tmp_path, monkeypatch, name, open_clip):
+    """The host's own reader of such a file, which tells it by its names; its sizes are the shrunken ones."""
+    config = shrunken.VISIONS[name]
+    state = {key: x.half().float() for key, x in shrunken.vision_state(config).items()}  # as the host keeps them
+    if open_clip:
+        state = {f"visual.{key}": x for key, x in shrunken.as_open_clip(state).items()}
+    ours = load_image_tower(shrunken.written(tmp_path / "clip.safetensors", state))
+    shrunk = {
+        "hidden_size": config.width,
+        "intermediate_size": config.intermediate,
+        "projection_dim": config.projection,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+    }
+    read = json.load
+    monkeypatch.setattr(comfy.clip_vision.json, "load", lambda file: read(file) | shrunk)
+    theirs = comfy.clip_vision.load_clipvision_from_sd(dict(state), "visual." if open_clip else "", open_clip)
+    pictures = torch.rand(2, 40, 30, 3)
+    output, pixels = theirs.encode_image(pictures), ours.preprocess(pictures)
+    close(ours(pixels), output["last_hidden_state"])
+    close(ours.embed(pixels), torch.nn.functional.normalize(output["image_embeds"], dim=-1))
