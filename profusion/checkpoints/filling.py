@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,26 +13,50 @@ from .contents import Contents, Shapes, refusal
 from .openclip import Sources
 
 
-def fill(
-    contents: Contents, build: Callable, config: object, sources: Sources, dtype: torch.dtype, what: str
-) -> nn.Module:
-    """A network of this configuration with the file's weights, frozen. Raises CheckpointError if they do not fit it."""
-    with torch.device("meta"):  # shapes without memory
-        network = build(config)
-    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    _check_fit(contents, expected, sources, what)
-    by_file: dict[str, list[str]] = {}
-    for name, source in sources.items():
+@dataclass(frozen=True)
+class Part:
+    """A network to make of a file: its class and configuration, where each tensor of its state dict is, its name."""
+
+    build: Callable[[Any], nn.Module]
+    config: object
+    sources: Sources
+    what: str
+
+
+def fill(contents: Contents, parts: Sequence[Part], dtype: torch.dtype) -> list[nn.Module]:
+    """Networks with the file's weights, as this type, frozen.
+
+    Raises CheckpointError, before anything is read, where the weights of one of them do not fit it.
+    """
+    networks = []
+    for part in parts:
+        contents.check_types(source.name for source in part.sources.values())
+        with torch.device("meta"):  # shapes without memory
+            network = part.build(part.config)
+        _check_fit(contents, _shapes(network), part.sources, part.what)
+        networks.append(network)
+    for network, part in zip(networks, parts, strict=True):
+        network.load_state_dict(_state(contents, network, part, dtype), strict=True, assign=True)
+        _positions_again(network)
+        network.eval().requires_grad_(False)
+    return networks
+
+
+def _shapes(network: nn.Module) -> Shapes:
+    return {name: tuple(value.shape) for name, value in network.state_dict().items()}
+
+
+def _state(contents: Contents, network: nn.Module, part: Part, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A network's state dict; a tensor of the file that has several of its is read once."""
+    expected, by_file = _shapes(network), {}
+    for name, source in part.sources.items():
         by_file.setdefault(source.name, []).append(name)
-    contents.check_types(by_file)
-    state: dict[str, Tensor] = {}
+    state = {}
     for in_file, tensor in contents.tensors(by_file):
         for name in by_file[in_file]:
-            value = sources[name].take(tensor).reshape(expected[name])
+            value = part.sources[name].take(tensor).reshape(expected[name])
             state[name] = value.to(dtype, copy=True).contiguous()
-    network.load_state_dict(state, strict=True, assign=True)
-    _positions_again(network)
-    return network.eval().requires_grad_(False)
+    return state
 
 
 def _check_fit(contents: Contents, expected: Shapes, sources: Sources, what: str) -> None:

@@ -15,9 +15,9 @@ from ..models.configs import TextConfig, UNetConfig, VAEConfig
 from ..models.unet import UNet
 from ..models.vae import VAE as Autoencoder
 from . import openclip, sizes
-from .contents import Contents, read_contents, refusal
+from .contents import CheckpointError, Contents, read_contents, refusal
 from .families import UNET, VAE, Family, Tower, family_of, prefix_of
-from .filling import fill
+from .filling import Part, fill
 from .openclip import Source, Sources
 
 # What checkpoints hold beside their networks' weights: averages, what training kept, schedules, positions, logits.
@@ -63,18 +63,19 @@ class Checkpoint:
 def plan(path: str | Path) -> Plan:
     """Read a checkpoint's header and plan its networks. Raises CheckpointError, which says what the file is instead."""
     contents = read_contents(path)
-    family = family_of(contents)
-    what = f"it is an {family.name} checkpoint"
     try:
+        family = family_of(contents)
         unet = sizes.unet_config(contents.under(UNET), **family.heads)
         vae = sizes.vae_config(contents.under(VAE), family.scale_factor)
         towers = tuple(_tower_plan(contents, tower) for tower in family.towers)
+    except CheckpointError:
+        raise
     except sizes.UnlikeSD as problem:
-        raise refusal(contents.path, f"it is a checkpoint like {family.name} whose UNet {problem}") from problem
+        raise refusal(contents.path, f"it is a checkpoint like SD's whose UNet {problem}") from problem
     except KeyError as problem:
-        raise refusal(contents.path, f"{what} that lacks '{problem.args[0]:.80}'") from problem
+        raise refusal(contents.path, f"it is a checkpoint that lacks '{problem.args[0]:.80}'") from problem
     except (ValueError, IndexError, ZeroDivisionError) as problem:
-        raise refusal(contents.path, f"{what} of sizes unknown here ({problem})") from problem
+        raise refusal(contents.path, f"it is a checkpoint of sizes unknown here ({problem})") from problem
     made = Plan(contents, family, unet, vae, towers)
     _check_used(made)
     return made
@@ -89,10 +90,13 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype = torch.float32) -> Che
 
     made = plan(path)
     contents = made.contents
-    unet = fill(contents, UNet, made.unet, prefixed(contents, UNET), dtype, "UNet")
-    vae = fill(contents, Autoencoder, made.vae, prefixed(contents, VAE), dtype, "VAE")
-    towers = tuple(fill(contents, TextModel, it.config, it.sources, dtype, "text encoder") for it in made.towers)
-    return Checkpoint(made.family, unet, vae, TextTowers(towers), prediction(contents, made.family))
+    parts = [
+        Part(UNet, made.unet, prefixed(contents, UNET), "UNet"),
+        Part(Autoencoder, made.vae, prefixed(contents, VAE), "VAE"),
+        *(Part(TextModel, tower.config, tower.sources, "text encoder") for tower in made.towers),
+    ]
+    unet, vae, *towers = fill(contents, parts, dtype)
+    return Checkpoint(made.family, unet, vae, TextTowers(tuple(towers)), prediction(contents, made.family))
 
 
 def prediction(contents: Contents, family: Family) -> Prediction:
@@ -131,6 +135,8 @@ def _tower_plan(contents: Contents, tower: Tower) -> TowerPlan:
 def _check_used(made: Plan) -> None:
     """Raise CheckpointError for a tensor that no network of the family has and that is not known to be ignored."""
     used = {source.name for tower in made.towers for source in tower.sources.values()}
+    networks = (name for name in made.contents.shapes if name.startswith((UNET, VAE)) and not _IGNORED.fullmatch(name))
+    made.contents.check_types((*networks, *used))
     unknown = [name for name in _unused(made.contents, used) if not _IGNORED.fullmatch(name)]
     if unknown:
         raise refusal(

@@ -50,7 +50,8 @@ class Source:
         """The shape of what is taken from a tensor of this shape."""
         if self.turned:
             return whole[::-1]
-        return whole if self.third is None else (whole[0] // 3, *whole[1:])
+        parted = self.third is not None and whole and whole[0] % 3 == 0
+        return (whole[0] // 3, *whole[1:]) if parted else whole
 
     def take(self, whole: Tensor) -> Tensor:
         """What is meant of the file's tensor."""

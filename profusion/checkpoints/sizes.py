@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
-from ..models.configs import TextConfig, UNetConfig, VAEConfig
+from ..models.configs import MAX_LEVELS, TextConfig, UNetConfig, VAEConfig
 from .contents import Shapes
+
+MAX_BLOCKS = 64  # of a half of a UNet; the largest has 12
 
 
 class UnlikeSD(ValueError):
@@ -31,7 +33,10 @@ def unet_config(shapes: Shapes, **heads: int) -> UNetConfig:
     Raises ValueError where there is none: it says which size makes no sense.
     """
     channels, depths, levels = shapes["input_blocks.0.0.weight"][0], [[]], [[]]
-    for index in range(1, count(shapes, "input_blocks.")):
+    blocks = count(shapes, "input_blocks.")
+    if blocks > MAX_BLOCKS:
+        raise ValueError(f"{blocks} input blocks")
+    for index in range(1, blocks):
         block = f"input_blocks.{index}"
         if f"{block}.0.op.weight" in shapes:
             levels.append([])
@@ -62,6 +67,8 @@ def vae_config(shapes: Shapes, scale_factor: float) -> VAEConfig:
     """A VAE's configuration; the scale of its latents is the family's, shapes do not say it."""
     channels, levels = shapes["encoder.conv_in.weight"][0], count(shapes, "encoder.down.")
     widths = [shapes[f"encoder.down.{level}.block.0.conv2.weight"][0] for level in range(levels)]
+    if not 1 <= levels <= MAX_LEVELS or channels % 32 or any(width % channels or not width for width in widths):
+        raise ValueError(f"a VAE of {channels} channels with levels of {widths!s:.60}")
     return VAEConfig(
         channels,
         tuple(width // channels for width in widths),
@@ -74,6 +81,8 @@ def vae_config(shapes: Shapes, scale_factor: float) -> VAEConfig:
 def text_config(shapes: Shapes, **as_family_has_it) -> TextConfig:
     """A text tower's configuration, from transformers' names. CLIP's heads are 64 wide in every checkpoint."""
     vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
+    if width % 64 or not width:
+        raise ValueError(f"a text encoder of width {width}")
     return TextConfig(
         width,
         count(shapes, "text_model.encoder.layers."),

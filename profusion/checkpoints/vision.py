@@ -12,7 +12,7 @@ from .. import kinds
 from ..models.configs import VisionConfig
 from . import openclip
 from .contents import CheckpointError, Contents, Shapes, read_contents, refusal
-from .filling import fill
+from .filling import Part, fill
 from .openclip import Source, Sources
 from .sizes import count
 
@@ -58,7 +58,8 @@ def load_image_tower(path: str | Path, dtype: torch.dtype = torch.float32) -> Vi
     from ..models.clip import VisionModel  # with transformers, which the pack does not wait for
 
     contents, config, sources = vision_plan(path)
-    return fill(contents, VisionModel, config, sources, dtype, "image encoder")
+    (tower,) = fill(contents, [Part(VisionModel, config, sources, "image encoder")], dtype)
+    return tower
 
 
 def _sources(contents: Contents) -> Sources:
