@@ -1,0 +1,83 @@
+"""A checkpoint as a model without a host: pictures, and a residual's training, of all families, for eps and for v."""
+
+import pytest
+import torch
+
+from profusion.pipeline import seeded
+from profusion.residual import load_residual, save_residual
+from profusion.residual.training import TrainingOptions
+from profusion.stable_diffusion import StableDiffusion
+from tests import shrunken
+
+SIZE = 16
+
+
+@pytest.fixture(scope="module", params=shrunken.KINDS, ids="-".join)
+def model(request, tmp_path_factory):
+    family, prediction = request.param
+    path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
+    loaded = StableDiffusion.load(shrunken.written(path, shrunken.checkpoint(family, prediction)), SIZE)
+    assert (loaded.family, loaded.prediction, loaded.size) == (family, prediction, SIZE)
+    return loaded
+
+
+def trained(model, steps=3, resume=None):
+    pictures = torch.rand(2, SIZE, SIZE, 3, generator=torch.manual_seed(0))
+    training = model.training(pictures, torch.ones(2, SIZE, SIZE), "cat", TrainingOptions(steps=steps), resume)
+    return training, list(training.steps())
+
+
+def test_a_prompt_draws_its_own_picture_alone_and_in_a_batch(model):
+    both = model.generate(["a cat", "snow"], seeded(1, 2), steps=2)
+    assert both.shape == (2, 4, 8, 8) and both.isfinite().all()
+    alone = model.generate(["snow"], seeded(2), steps=2)
+    torch.testing.assert_close(both[1:], alone, rtol=1e-3, atol=1e-3)
+    other = model.generate(["a cat"], seeded(2), steps=2)
+    assert (other - alone).abs().max() > 1e-2
+    assert model.vae.pictures(alone).shape == (1, SIZE, SIZE, 3)
+
+
+def test_no_residual_draws_the_plain_picture_in_both_streams(model):
+    plain, customised = model.generate_customised("a photo of a cat", [], seeded(1, 2), steps=2)
+    expected = model.generate(["a photo of a cat"] * 2, seeded(1, 2), steps=2)
+    torch.testing.assert_close(plain, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(customised, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_residual_is_trained_kept_and_drawn(model, tmp_path):
+    training, losses = trained(model)
+    residual = training.residual()
+    assert len(losses) == 3 and all(loss > 0 for loss in losses)
+    assert len(residual.layers) == model.unet.config.cross_attentions
+    loaded = load_residual(save_residual(residual, tmp_path / "residual.safetensors", "float32").path)
+    plain, customised = model.generate_customised("a photo of a cat", [loaded], seeded(1), steps=2, strength=50.0)
+    assert (plain - customised).abs().max() > 1e-3
+
+
+def test_a_training_goes_on_from_its_file_with_the_losses_it_would_have_had(model, tmp_path):
+    whole, losses = trained(model, 3)
+    begun = model.training(
+        torch.rand(2, SIZE, SIZE, 3, generator=torch.manual_seed(0)),
+        torch.ones(2, SIZE, SIZE),
+        "cat",
+        TrainingOptions(steps=3),
+    )
+    steps = begun.steps()
+    next(steps)
+    path = save_residual(begun.residual(), tmp_path / "begun.safetensors", "float32").path
+    again, rest = trained(model, 3, load_residual(path))
+    assert rest == losses[1:]
+    assert torch.equal(again.residual().delta, whole.residual().delta)
+
+
+def test_a_size_that_no_latent_has_is_refused(tmp_path):
+    path = shrunken.written(tmp_path / "model.safetensors", shrunken.checkpoint("SD 1.x"))
+    with pytest.raises(ValueError, match="size=17: give a multiple of 2"):
+        StableDiffusion.load(path, 17)
+
+
+def test_weights_in_half_precision_draw_and_train_in_single(tmp_path):
+    path = shrunken.written(tmp_path / "model.safetensors", shrunken.checkpoint("SDXL"), torch.bfloat16)
+    model = StableDiffusion.load(path, SIZE, torch.bfloat16)
+    latents = model.generate(["a cat"], seeded(1), steps=2)
+    assert latents.dtype == torch.float32 and latents.isfinite().all()
