@@ -1,4 +1,4 @@
-"""The main job on a checkpoint of the user's own, without a host: a concept from a few pictures, drawn in new places."""
+"""The main job on the user's own checkpoint, without a host: a concept from a few pictures, drawn in new places."""
 
 from __future__ import annotations
 
@@ -47,10 +47,8 @@ def run(
 
     Until then what has been learned is in training_<digits>.safetensors, from which the same command goes on.
     """
-    for prompt in prompts:
-        noun_rows(
-            prompt.format(concept.noun), concept.noun
-        )  # a noun that no prompt can have is said before the training
+    for prompt in prompts:  # a noun that no prompt can have is said before the training
+        noun_rows(prompt.format(concept.noun), concept.noun)
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     kind = f"{model.family}, {model.prediction}-prediction, {model.size} pixels"
