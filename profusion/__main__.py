@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from . import checkpoint_demo, demo
 from .problems import Explained, known, printable
 from .residual.training import TrainingOptions
@@ -136,6 +138,15 @@ def _check_demo(command_line: argparse.ArgumentParser, options: argparse.Namespa
             command_line.error(f"--noun {options.noun!r}: Toybox knows {', '.join(world.NOUNS)}")
     elif options.images is None:
         command_line.error("--checkpoint needs --images and --noun: it knows nothing of Toybox's concepts")
+    elif not _is_here(options.device):
+        command_line.error(f"--device {options.device}: there is no such device here; leave it out for the CPU")
+
+
+def _is_here(device: str) -> bool:
+    try:
+        return torch.zeros(1, device=device).device.type != "meta"
+    except (RuntimeError, AssertionError, NotImplementedError):  # torch's words for it differ by device
+        return False
 
 
 def _failed(message: str) -> int:

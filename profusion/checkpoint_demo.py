@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL.Image import Image
 from torch import Tensor
 
@@ -78,12 +77,7 @@ def draw(model: StableDiffusion, residual: Residual, prompt: str, seeds: Sequenc
     """prompt: with {} for the noun."""
     text = prompt.format(residual.noun)
     both = model.generate_customised(text, [residual], seeded(*seeds), steps)
-    return Drawing(text, *(_pictures(model, latents) for latents in both))
-
-
-def _pictures(model: StableDiffusion, latents: Tensor) -> Tensor:
-    """One after another: a VAE takes more memory than the UNet."""
-    return torch.cat([model.vae.pictures(latent) for latent in latents.split(1)]).cpu()
+    return Drawing(text, *(model.pictures(latents) for latents in both))
 
 
 def _write(

@@ -159,9 +159,15 @@ class Pipeline:
 
     def references(self, pictures: Tensor, masks: Tensor) -> list[Reference]:
         """Pictures (M, H, W, 3) and masks (M, H, W) as a training takes them."""
-        latents = self.vae.latents(pictures)
-        weights = latent_masks(masks, latents.shape[-2:])
+        latents = self.vae.latents(pictures.to(self.vae.quant_conv.weight)).to(pictures.dtype)
+        weights = latent_masks(masks.to(latents.device), latents.shape[-2:])
         return [Reference(latent, weight) for latent, weight in zip(latents, weights, strict=True)]
+
+    def pictures(self, latents: Tensor) -> Tensor:
+        """Latents (B, 4, cells, cells) -> pictures (B, size, size, 3) in [0, 1] on the CPU, one after another: a VAE
+        takes more memory than a UNet."""
+        weight = self.vae.quant_conv.weight
+        return torch.cat([self.vae.pictures(latent.to(weight)).float().cpu() for latent in latents.split(1)])
 
 
 def noun_rows(prompt: str, noun: str) -> tuple[int, ...]:

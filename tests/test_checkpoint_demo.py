@@ -75,6 +75,8 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, images, capsys):
         (["--size", "64"], "go with --checkpoint"),
         (["--images", "x", "--noun", "hedgehog"], "Toybox knows"),
         (["--checkpoint", "x", "--images", "y"], "go together"),
+        (["--checkpoint", "x", "--images", "y", "--noun", "z", "--device", "warp:9"], "no such device"),
+        (["--checkpoint", "x", "--images", "y", "--noun", "z", "--device", "meta"], "no such device"),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path, capsys, options, words):

@@ -76,8 +76,27 @@ def test_a_size_that_no_latent_has_is_refused(tmp_path):
         StableDiffusion.load(path, 17)
 
 
-def test_weights_in_half_precision_draw_and_train_in_single(tmp_path):
-    path = shrunken.written(tmp_path / "model.safetensors", shrunken.checkpoint("SDXL"), torch.bfloat16)
+@pytest.mark.parametrize("kind", [("SD 2.x", "v"), ("SDXL", "eps")], ids="-".join)
+def test_it_draws_and_trains_on_any_device_as_on_the_cpu(tmp_path, device, kind):
+    path = shrunken.written(tmp_path / "model.safetensors", shrunken.checkpoint(*kind))
+    found = []
+    for place in ("cpu", device):
+        model = StableDiffusion.load(path, SIZE).to(place)
+        latents = model.generate(["a cat"], seeded(1), steps=2)
+        assert latents.device.type == torch.device(place).type
+        _, losses = trained(model, 2)
+        found.append((model.pictures(latents), losses))
+    (pictures, losses), (others, other_losses) = found
+    torch.testing.assert_close(pictures, others, rtol=1e-3, atol=1e-3)
+    assert other_losses == pytest.approx(losses, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", shrunken.KINDS, ids="-".join)
+def test_weights_in_half_precision_draw_and_train_in_single(tmp_path, kind):
+    path = shrunken.written(tmp_path / "model.safetensors", shrunken.checkpoint(*kind), torch.bfloat16)
     model = StableDiffusion.load(path, SIZE, torch.bfloat16)
     latents = model.generate(["a cat"], seeded(1), steps=2)
     assert latents.dtype == torch.float32 and latents.isfinite().all()
+    assert model.pictures(latents).dtype == torch.float32
+    training, losses = trained(model, 2)
+    assert training.residual().delta.dtype == torch.float32 and all(0 < loss < 100 for loss in losses)
