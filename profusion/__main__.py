@@ -57,20 +57,24 @@ def _demo(options: argparse.Namespace) -> Work:
     training = TrainingOptions(steps=options.steps, learning_rate=options.learning_rate, seed=options.seed)
 
     def work() -> int:
-        if options.checkpoint is not None:
-            report = _on_checkpoint(options, training)
-            print(json.dumps(report, indent=2))
-            print(f"\nLook at {options.out / 'grid.png'}")
-            return 0
-        if options.images is None:
-            concept = concepts.drawn_concept(options.concept)
-        else:
-            concept = concepts.own_concept(options.images, options.noun)
-        print(json.dumps(demo.run(options.out, concept, training), indent=2))
+        try:
+            report = _on_toybox(options, training) if options.checkpoint is None else _on_checkpoint(options, training)
+        except KeyboardInterrupt:
+            print("profusion: interrupted; the same command goes on from what it last kept", file=sys.stderr)
+            return 130
+        print(json.dumps(report, indent=2))
         print(f"\nLook at {options.out / 'grid.png'}")
         return 0
 
     return work
+
+
+def _on_toybox(options: argparse.Namespace, training: TrainingOptions) -> demo.Report:
+    if options.images is None:
+        concept = concepts.drawn_concept(options.concept)
+    else:
+        concept = concepts.own_concept(options.images, options.noun)
+    return demo.run(options.out, concept, training)
 
 
 def _on_checkpoint(options: argparse.Namespace, training: TrainingOptions) -> demo.Report:

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .checkpoints import load_checkpoint
+from .checkpoints import CheckpointError, load_checkpoint
 from .diffusion import Prediction
 from .models.conditioning import TextTowers, size_vector
 from .models.unet import UNet
@@ -34,12 +34,12 @@ class StableDiffusion(Pipeline):
     def load(cls, path: str | Path, size: int | None = None, dtype: torch.dtype = torch.float32) -> StableDiffusion:
         """A checkpoint's file. size: the pictures' side in pixels, that of the family's training where left out.
 
-        Raises CheckpointError, which says what the file is instead, and ValueError for a size that the VAE cannot give.
+        Raises CheckpointError, which says what the file is instead, or which sizes the VAE can give.
         """
         loaded = load_checkpoint(path, dtype)
         size, step = size or loaded.family.size, 2 ** (len(loaded.vae.config.channel_mult) - 1)
         if size < step or size % step:
-            raise ValueError(f"size={size}: give a multiple of {step} pixels")
+            raise CheckpointError(f"size={size}: give a multiple of {step} pixels for this checkpoint.")
         return cls(loaded.unet, loaded.vae, loaded.text, loaded.prediction, size, loaded.family.name)
 
     @torch.no_grad()

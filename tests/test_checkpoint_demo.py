@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 
 from profusion import __main__ as program
-from profusion import checkpoint_demo
+from profusion import checkpoint_demo, keeping
 from profusion.pipeline import noun_rows, seeded
 from profusion.residual import load_residual
+from profusion.residual.training import ResidualTraining
 from profusion.stable_diffusion import StableDiffusion
 from tests import shrunken
 
@@ -83,3 +84,25 @@ def test_options_that_do_not_go_together(tmp_path, capsys, options, words):
     with pytest.raises(SystemExit):
         program.main(["demo", "--out", str(tmp_path), *options])
     assert words in capsys.readouterr().err
+
+
+def test_a_run_that_is_interrupted_says_so_and_goes_on(tmp_path, images, short, capsys, monkeypatch):
+    checkpoint = shrunken.written(tmp_path / "model.safetensors", shrunken.checkpoint("SD 1.x"))
+    out, step = tmp_path / "out", ResidualTraining._one_step
+    monkeypatch.setattr(keeping, "SECONDS", 0.0)
+    monkeypatch.setattr(keeping, "SHARE", 1e9)
+
+    def interrupted(training):
+        if training.step == 1:
+            raise KeyboardInterrupt
+        return step(training)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResidualTraining, "_one_step", interrupted)
+        assert run(out, checkpoint, images) == 130
+    assert "the same command goes on" in capsys.readouterr().err and len(list(out.iterdir())) == 1
+    assert run(out, checkpoint, images) == 0
+    assert "going on from step 1" in capsys.readouterr().out
+    resumed = load_residual(out / "residual.safetensors")
+    assert run(tmp_path / "whole", checkpoint, images) == 0
+    assert torch.equal(resumed.delta, load_residual(tmp_path / "whole" / "residual.safetensors").delta)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from profusion.checkpoints import CheckpointError
 from profusion.pipeline import seeded
 from profusion.residual import load_residual, save_residual
 from profusion.residual.training import TrainingOptions
@@ -72,7 +73,7 @@ def test_a_training_goes_on_from_its_file_with_the_losses_it_would_have_had(mode
 
 def test_a_size_that_no_latent_has_is_refused(tmp_path):
     path = shrunken.written(tmp_path / "model.safetensors", shrunken.checkpoint("SD 1.x"))
-    with pytest.raises(ValueError, match="size=17: give a multiple of 2"):
+    with pytest.raises(CheckpointError, match="size=17: give a multiple of 2"):
         StableDiffusion.load(path, 17)
 
 
