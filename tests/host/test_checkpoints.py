@@ -21,8 +21,14 @@ import tiny
 
 from profusion.checkpoints import load_checkpoint, load_image_tower, plan
 from profusion.diffusion import denoiser, sample_euler, sampling_sigmas
+from profusion.infusion import Placement, on_conditional
 from profusion.models.conditioning import size_vector
 from profusion.models.unet import UNet
+from profusion.pipeline import noun_rows
+from profusion.residual import save_residual
+from profusion.residual.training import TrainingOptions
+from profusion.stable_diffusion import StableDiffusion
+from profusion.streams import two_stream_denoiser
 from tests import shrunken
 
 CONFIGS = {
@@ -237,3 +243,31 @@ def test_the_image_tower_gives_what_promptnet_takes(tmp_path, monkeypatch, name,
     output, pixels = theirs.encode_image(pictures), ours.preprocess(pictures)
     close(ours(pixels), output["last_hidden_state"])
     close(ours.embed(pixels), torch.nn.functional.normalize(output["image_embeds"], dim=-1))
+
+
+def test_a_residual_of_the_kernel_draws_in_the_host_what_it_draws_in_the_kernel(pair, pack, tmp_path):
+    """Trained on the checkpoint without a host, loaded by the node's own loader, patched in by the node."""
+    from infused import Infused
+
+    kernel = StableDiffusion(pair.ours.unet, pair.ours.vae, pair.ours.text, pair.prediction, 16, pair.family)
+    options = TrainingOptions(steps=2, learning_rate=5.0)
+    training = kernel.training(torch.rand(1, 16, 16, 3), torch.ones(1, 16, 16), "cat", options)
+    list(training.steps())
+    path = save_residual(training.residual(), tmp_path / "residual.safetensors", "float32").path
+    infused, prompt = Infused(pack, pair.model(), pair.clip()), "a photo of a cat"
+    residual = pack.profusion.residual.load_residual(path)
+    assert residual.layers == tuple(layer.name for layer in infused.layers)
+    patched, positive = infused.patch(residual, text=prompt)
+    run = {"negative": infused.encode(""), "scheduler": "simple", "steps": 3, "cfg": 3.0, "size": (8, 8)}
+    theirs, foundation = (pair.config.latent_format.process_in(x) for x in infused.run_both(patched, positive, **run))
+    noise = torch.randn(1, 4, 8, 8, generator=torch.manual_seed(7))
+    kernel.size = 64  # what the host takes a latent of 8 cells for, whatever its VAE does
+    context, y = kernel.embedded(prompt, (64, 64))
+    evaluate = kernel.evaluator(context, 3.0, y)
+    placement = Placement(residual.delta, residual.layers, noun_rows(prompt, "cat"))
+    denoise = two_stream_denoiser(evaluate, on_conditional([placement]))
+    with torch.no_grad():
+        plain, ours = sample_euler(denoise, torch.cat([noise, noise]), sampling_sigmas(3)).chunk(2)
+    assert (ours - plain).abs().max() > 1e-2 * plain.abs().max()
+    assert (plain - foundation).abs().max() <= 1e-4 * plain.abs().max()
+    assert (ours - theirs).abs().max() <= 1e-4 * ours.abs().max()
