@@ -37,7 +37,7 @@ class StableDiffusion(Pipeline):
         Raises CheckpointError, which says what the file is instead, or which sizes the VAE can give.
         """
         loaded = load_checkpoint(path, dtype)
-        size, step = size or loaded.family.size, 2 ** (len(loaded.vae.config.channel_mult) - 1)
+        size, step = size or loaded.size, 2 ** (len(loaded.vae.config.channel_mult) - 1)
         if size < step or size % step:
             raise CheckpointError(f"size={size}: give a multiple of {step} pixels for this checkpoint.")
         return cls(loaded.unet, loaded.vae, loaded.text, loaded.prediction, size, loaded.family.name)

@@ -59,6 +59,11 @@ class Checkpoint:
     text: TextTowers
     prediction: Prediction
 
+    @property
+    def size(self) -> int:
+        """The side of the pictures that it was trained on: 512 for SD 2.x too, where it predicts eps."""
+        return 512 if (self.family.name, self.prediction) == ("SD 2.x", "eps") else self.family.size
+
 
 def plan(path: str | Path) -> Plan:
     """Read a checkpoint's header and plan its networks. Raises CheckpointError, which says what the file is instead."""

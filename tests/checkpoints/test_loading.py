@@ -78,6 +78,25 @@ def test_the_averages_beside_the_weights_are_left_alone(tmp_path):
     assert load_checkpoint(path).family.name == "SD 1.x"
 
 
+SCHEDULE = (
+    "betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod "
+    "log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance "
+    "posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2 logvar"
+)
+BESIDE = {
+    "SD 1.x": f"{SCHEDULE} model_ema.decay model_ema.num_updates first_stage_model.loss.logvar",
+    "SD 2.x": f"{SCHEDULE} cond_stage_model.model.logit_scale cond_stage_model.model.attn_mask",
+    "SDXL": "denoiser.sigmas conditioner.embedders.1.model.logit_scale conditioner.embedders.0.logit_scale "
+    "conditioner.embedders.1.model.transformer.text_model.embeddings.position_ids",
+}
+
+
+def test_what_released_files_hold_beside_their_networks_is_left_alone(tmp_path, family, tensors):
+    beside = {name: torch.zeros(3) for name in BESIDE[family].split()}
+    loaded = load_checkpoint(shrunken.written(tmp_path / "model.safetensors", tensors | beside))
+    assert loaded.family.name == family
+
+
 def test_the_oldest_names_of_sd_1s_text_encoder_load(tmp_path):
     tensors = shrunken.checkpoint("SD 1.x")
     old = {name.replace("transformer.text_model.", "transformer."): x for name, x in tensors.items()}
