@@ -71,7 +71,7 @@ def test_a_training_goes_on_from_its_file_with_the_losses_it_would_have_had(mode
     assert torch.equal(again.residual().delta, whole.residual().delta)
 
 
-@pytest.mark.parametrize(("kind", "size"), zip(shrunken.KINDS, (512, 512, 768, 1024, 1024), strict=True))
+@pytest.mark.parametrize(("kind", "size"), list(zip(shrunken.KINDS, (512, 512, 768, 1024, 1024), strict=True)))
 def test_a_size_that_is_left_out_is_that_of_the_models_training(tmp_path, kind, size):
     path = shrunken.written(tmp_path / "model.safetensors", shrunken.checkpoint(*kind))
     assert StableDiffusion.load(path).size == size
