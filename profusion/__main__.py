@@ -8,9 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import demo
+import torch
+
+from . import checkpoint_demo, demo
 from .problems import Explained, known, printable
 from .residual.training import TrainingOptions
+from .stable_diffusion import StableDiffusion
 from .toybox import concepts, world
 from .toybox import score_command as score
 from .toybox import train_command as promptnet
@@ -32,7 +35,15 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--images", type=Path, help="learn from the pictures in this folder instead; alpha is the object's mask"
     )
-    one.add_argument("--noun", choices=world.NOUNS, help="what the pictures in --images show")
+    one.add_argument(
+        "--noun",
+        help=f"what the pictures in --images show: any word with --checkpoint, else of {', '.join(world.NOUNS)}",
+    )
+    one.add_argument(
+        "--checkpoint", type=Path, help="draw with this checkpoint of SD 1.x, SD 2.x or SDXL in place of Toybox"
+    )
+    one.add_argument("--size", type=int, help="pictures' side in pixels with --checkpoint (default: its family's)")
+    one.add_argument("--device", default="cpu", help="of --checkpoint, such as cuda (default: %(default)s)")
     one.add_argument("--steps", type=int, default=400, help="training steps (default: %(default)s)")
     one.add_argument("--learning-rate", type=float, default=0.01, help="AdamW's (default: %(default)s)")
     one.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
@@ -46,15 +57,30 @@ def _demo(options: argparse.Namespace) -> Work:
     training = TrainingOptions(steps=options.steps, learning_rate=options.learning_rate, seed=options.seed)
 
     def work() -> int:
-        if options.images is None:
-            concept = concepts.drawn_concept(options.concept)
-        else:
-            concept = concepts.own_concept(options.images, options.noun)
-        print(json.dumps(demo.run(options.out, concept, training), indent=2))
+        try:
+            report = _on_toybox(options, training) if options.checkpoint is None else _on_checkpoint(options, training)
+        except KeyboardInterrupt:
+            print("profusion: interrupted; the same command goes on from what it last kept", file=sys.stderr)
+            return 130
+        print(json.dumps(report, indent=2))
         print(f"\nLook at {options.out / 'grid.png'}")
         return 0
 
     return work
+
+
+def _on_toybox(options: argparse.Namespace, training: TrainingOptions) -> demo.Report:
+    if options.images is None:
+        concept = concepts.drawn_concept(options.concept)
+    else:
+        concept = concepts.own_concept(options.images, options.noun)
+    return demo.run(options.out, concept, training)
+
+
+def _on_checkpoint(options: argparse.Namespace, training: TrainingOptions) -> demo.Report:
+    model = StableDiffusion.load(options.checkpoint, options.size).to(options.device)
+    concept = concepts.own_concept(options.images, options.noun, model.size)
+    return checkpoint_demo.run(options.out, model, concept, training)
 
 
 def _promptnet(options: argparse.Namespace) -> Work:
@@ -88,8 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     command_line = parser()
     options = command_line.parse_args(arguments)
-    if options.command == "demo" and (options.images is None) != (options.noun is None):
-        command_line.error("--images and --noun go together: whose pictures, and what is in them")
+    if options.command == "demo":
+        _check_demo(command_line, options)
     try:
         work = options.prepare(options)
     except ValueError as error:
@@ -103,6 +129,28 @@ def main(arguments: list[str] | None = None) -> int:
         if words is None:
             raise
         return _failed(words)
+
+
+def _check_demo(command_line: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the program where the demo's options do not go together."""
+    if (options.images is None) != (options.noun is None):
+        command_line.error("--images and --noun go together: whose pictures, and what is in them")
+    if options.checkpoint is None:
+        if options.size is not None or options.device != "cpu":
+            command_line.error("--size and --device go with --checkpoint")
+        if options.noun is not None and options.noun not in world.NOUNS:
+            command_line.error(f"--noun {options.noun!r}: Toybox knows {', '.join(world.NOUNS)}")
+    elif options.images is None:
+        command_line.error("--checkpoint needs --images and --noun: it knows nothing of Toybox's concepts")
+    elif not _is_here(options.device):
+        command_line.error(f"--device {options.device}: there is no such device here; leave it out for the CPU")
+
+
+def _is_here(device: str) -> bool:
+    try:
+        return torch.zeros(1, device=device).device.type != "meta"
+    except (RuntimeError, AssertionError, NotImplementedError):  # torch's words for it differ by device
+        return False
 
 
 def _failed(message: str) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .keeping import Partial, digest
 from .pictures import grid, loss_plot, to_image
+from .pipeline import Pipeline
 from .promptnet.pseudo_word import PLACEHOLDER
 from .residual import SUFFIX, Residual, ResidualError, load_residual, save_residual
 from .residual.training import TrainingOptions
@@ -42,20 +43,20 @@ class Trained:
     partial: Partial | None = None
 
 
-def train(toybox: Toybox, concept: Concept, options: TrainingOptions, say: Say, folder: Path | None = None) -> Trained:
+def train(model: Pipeline, concept: Concept, options: TrainingOptions, say: Say, folder: Path | None = None) -> Trained:
     """Learn the concept. folder: where the file of the unfinished training is written now and then; where one of the
     same training lies there already, it goes on from that."""
     started = time.monotonic()
-    training = toybox.training(concept.pictures, concept.masks, concept.noun, options)
+    training = model.training(concept.pictures, concept.masks, concept.noun, options)
     partial = None
     if folder is not None:
-        path = folder / f"training_{digest(training.identity, dict(toybox.unet.named_parameters()))}{SUFFIX}"
+        path = folder / f"training_{digest(training.identity, dict(model.unet.named_parameters()))}{SUFFIX}"
         begun = _begun(path, options, say)
         if begun is None and path.is_file():  # of a longer training, or damaged: it stays as it is
             path = path.with_stem(f"{path.stem}_{options.steps}")
             begun = _begun(path, options, say)
         if begun is not None:
-            training = toybox.training(concept.pictures, concept.masks, concept.noun, options, begun)
+            training = model.training(concept.pictures, concept.masks, concept.noun, options, begun)
         partial = Partial(lambda: save_residual(training.residual(), path, "float32").path)
         if begun is not None:
             partial.take(path)

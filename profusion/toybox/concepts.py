@@ -48,6 +48,6 @@ def drawn_concept(name: str = CONCEPT, count: int = PICTURES, seed: int = 0) -> 
     return Concept(name, noun, pictures, masks)
 
 
-def own_concept(folder: Path, noun: str) -> Concept:
-    """The user's pictures; an alpha channel is the object's mask."""
-    return Concept(f"your {noun}", noun, *read_pictures(folder, SIZE))
+def own_concept(folder: Path, noun: str, size: int = SIZE) -> Concept:
+    """The user's pictures, as squares of `size` pixels; an alpha channel is the object's mask."""
+    return Concept(f"your {noun}", noun, *read_pictures(folder, size))

@@ -1,0 +1,191 @@
+"""A text-to-image model without a host: texts to latents, plain and with residuals, and the training of a residual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .diffusion import Prediction, denoiser, noise_predictor, sample_euler, sampling_sigmas
+from .infusion import Patches, Placement, cross_attention_layers, on_conditional
+from .models.tokenizer import START, id_to_text, words_to_ids
+from .models.unet import UNet
+from .models.vae import VAE
+from .pictures import latent_masks
+from .prompt import NounError, find_noun
+from .residual import Residual
+from .residual.training import NOUN_PROMPTS, PredictWithPatches, Reference, ResidualTraining, TrainingOptions
+from .streams import Evaluate, two_stream_denoiser
+
+Callback = Callable[[int, Tensor], None]
+STEPS = 30
+
+
+class Pipeline:
+    """What every model here does with its networks, in whichever way it encodes its prompts.
+
+    size: the pictures' side, in pixels. prediction: what the UNet predicts. guidance: the scale of plain pictures.
+    """
+
+    unet: UNet
+    vae: VAE
+    size: int
+    prediction: Prediction
+    guidance: ClassVar[float]
+
+    def embedded(self, prompts: str | Sequence[str], size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        """Prompts -> contexts (B, 77, D), and SDXL's vectors y (B, adm) for pictures of this height and width."""
+        raise NotImplementedError
+
+    def predict(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None, patches: Patches, rows: list) -> Tensor:
+        """The UNet in the precision of its weights: what it predicts of x_t (B, 4, H, W), in x_t's own.
+
+        rows: the host's `cond_or_uncond`, 0 for each part of the batch that is conditioned on the prompt.
+        """
+        weight = self.unet.out[2].weight
+        options = {"patches": patches, "cond_or_uncond": rows}
+        y = None if y is None else y.to(weight)
+        return self.unet(x.to(weight), t, context.to(weight), y, transformer_options=options).to(x)
+
+    def evaluator(self, context: Tensor, guidance: float | None = None, y: Tensor | None = None) -> Evaluate:
+        """The UNet under classifier-free guidance as `evaluate(x, sigma, patches) -> denoised`; context (B, 77, D), y
+        (B, adm) where the UNet takes one."""
+        scale = self.guidance if guidance is None else guidance
+        nothing, nothing_y = self.embedded("", (self.size, self.size))
+        contexts = torch.cat([context, nothing.expand_as(context)])
+        ys = None if y is None else torch.cat([y, nothing_y.expand_as(y)])
+
+        def evaluate(x: Tensor, sigma: Tensor, patches: Patches) -> Tensor:
+            def predict(x: Tensor, t: Tensor) -> Tensor:
+                both = self.predict(torch.cat([x, x]), torch.cat([t, t]), contexts, ys, patches, [0, 1])
+                conditional, unconditional = both.chunk(2)
+                return unconditional + scale * (conditional - unconditional)
+
+            return denoiser(predict, self.prediction)(x, sigma)
+
+        return evaluate
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        generators: Sequence[torch.Generator],
+        steps: int = STEPS,
+        guidance: float | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """One picture a prompt, each from its own generator -> latents (B, 4, cells, cells)."""
+        evaluate = self.evaluator(*self._guided(prompts, guidance))
+        noise = self._noise(generators)
+        return sample_euler(lambda x, sigma: evaluate(x, sigma, {}), noise, self._sigmas(steps), callback)
+
+    @torch.no_grad()
+    def generate_customised(
+        self,
+        prompt: str,
+        residuals: Sequence[Residual],
+        generators: Sequence[torch.Generator],
+        steps: int = STEPS,
+        guidance: float | None = None,
+        strength: float = 1.0,
+        shared_latent: bool = False,
+        callback: Callback | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Both streams of a prompt, a picture a generator -> plain and customised latents, (B, 4, cells, cells)
+        each."""
+        placements = [
+            Placement(item.delta, item.layers, noun_rows(prompt, item.noun), strength=strength) for item in residuals
+        ]
+        evaluate = self.evaluator(*self._guided([prompt] * len(generators), guidance))
+        denoise = two_stream_denoiser(evaluate, on_conditional(placements), shared_latent)
+        noise = self._noise(generators)
+        plain, customised = sample_euler(denoise, torch.cat([noise, noise]), self._sigmas(steps), callback).chunk(2)
+        return plain, customised
+
+    def _guided(self, prompts: Sequence[str], guidance: float | None) -> tuple[Tensor, float | None, Tensor | None]:
+        """What `evaluator` takes; a prompt that is there more than once is encoded once."""
+        different = list(dict.fromkeys(prompts))
+        context, y = self.embedded(different, (self.size, self.size))
+        rows = [different.index(prompt) for prompt in prompts]
+        return context[rows], guidance, None if y is None else y[rows]
+
+    def _noise(self, generators: Sequence[torch.Generator]) -> Tensor:
+        cells = self.size // 2 ** (len(self.vae.config.channel_mult) - 1)
+        return initial_noise(generators, cells).to(self.unet.out[2].weight.device)
+
+    def _sigmas(self, steps: int) -> Tensor:
+        return sampling_sigmas(steps).to(self.unet.out[2].weight.device)
+
+    def noise_predictor(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> PredictWithPatches:
+        """How `ResidualTraining` evaluates the model with these prompts, which are encoded once, for pictures of this
+        height and width (`size` by `size` where that is left out)."""
+        contexts, ys = self.embedded(prompts, size or (self.size, self.size))
+
+        def predict(x: Tensor, sigma: Tensor, prompt: int, patches: Patches) -> Tensor:
+            context = contexts[prompt].expand(len(x), -1, -1)
+            y = None if ys is None else ys[prompt].expand(len(x), -1)
+            network = noise_predictor(lambda x, t: self.predict(x, t, context, y, patches, [0]), self.prediction)
+            return network(x, sigma)
+
+        return predict
+
+    def training(
+        self,
+        pictures: Tensor,
+        masks: Tensor,
+        noun: str,
+        options: TrainingOptions,
+        resume: Residual | None = None,
+    ) -> ResidualTraining:
+        """A residual's training on pictures (M, H, W, 3) in [0, 1] and masks (M, H, W); H and W multiples of 8."""
+        prompts = [prompt.format(noun) for prompt in NOUN_PROMPTS]
+        sides = [self.references(pictures, masks)]
+        if options.flip:
+            sides.append(self.references(pictures.flip(2), masks.flip(2)))
+        layers = cross_attention_layers(dict(self.unet.named_parameters()))
+        rows = [noun_rows(prompt, noun) for prompt in prompts]
+        return ResidualTraining(
+            self.noise_predictor(prompts, tuple(pictures.shape[1:3])),
+            sides[0],
+            rows,
+            layers,
+            noun,
+            options,
+            sides[-1] if options.flip else (),
+            resume,
+        )
+
+    def references(self, pictures: Tensor, masks: Tensor) -> list[Reference]:
+        """Pictures (M, H, W, 3) and masks (M, H, W) as a training takes them."""
+        latents = self.vae.latents(pictures.to(self.vae.quant_conv.weight)).to(pictures.dtype)
+        weights = latent_masks(masks.to(latents.device), latents.shape[-2:])
+        return [Reference(latent, weight) for latent, weight in zip(latents, weights, strict=True)]
+
+    def pictures(self, latents: Tensor) -> Tensor:
+        """Latents (B, 4, cells, cells) -> pictures (B, size, size, 3) in [0, 1] on the CPU, one after another: a VAE
+        takes more memory than a UNet."""
+        weight = self.vae.quant_conv.weight
+        return torch.cat([self.vae.pictures(latent.to(weight)).float().cpu() for latent in latents.split(1)])
+
+
+def noun_rows(prompt: str, noun: str) -> tuple[int, ...]:
+    """The context rows of a noun's last place in a prompt ("a photo of a photo"); NounError, which quotes the prompt,
+    if it has none."""
+    ids, wanted = words_to_ids(prompt), words_to_ids(noun)
+    chunk = [(START, 0), *((token, 1) for token in ids)]
+    spans = find_noun([chunk], wanted, lambda token: id_to_text(token).endswith("</w>"))
+    if not spans:
+        raise NounError(f"the noun {noun!r} is not in the prompt {prompt!r}; write it there as a word of its own")
+    return spans[-1]
+
+
+def initial_noise(generators: Sequence[torch.Generator], cells: int) -> Tensor:
+    """Unit noise (B, 4, cells, cells), each row from its own generator."""
+    return torch.stack([torch.randn(4, cells, cells, generator=generator) for generator in generators])
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    """A CPU generator per seed."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
