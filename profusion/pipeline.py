@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from .prompt import NounError, find_noun
 from .residual import Residual
 from .residual.training import NOUN_PROMPTS, PredictWithPatches, Reference, ResidualTraining, TrainingOptions
 from .streams import Evaluate, two_stream_denoiser
+
+if TYPE_CHECKING:
+    from .models.clip import TextModel
 
 Callback = Callable[[int, Tensor], None]
 STEPS = 30
@@ -37,6 +40,11 @@ class Pipeline:
 
     def embedded(self, prompts: str | Sequence[str], size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """Prompts -> contexts (B, 77, D), and SDXL's vectors y (B, adm) for pictures of this height and width."""
+        raise NotImplementedError
+
+    @property
+    def towers(self) -> tuple[TextModel, ...]:
+        """The text towers, in the order in which their contexts lie side by side."""
         raise NotImplementedError
 
     def predict(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None, patches: Patches, rows: list) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from .models.conditioning import TextTowers, size_vector
 from .models.unet import UNet
 from .models.vae import VAE
 from .pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from .models.clip import TextModel
 
 
 @dataclass
@@ -41,6 +44,10 @@ class StableDiffusion(Pipeline):
         if size < step or size % step:
             raise CheckpointError(f"size={size}: give a multiple of {step} pixels for this checkpoint.")
         return cls(loaded.unet, loaded.vae, loaded.text, loaded.prediction, size, loaded.family.name)
+
+    @property
+    def towers(self) -> tuple[TextModel, ...]:
+        return self.text.towers
 
     @torch.no_grad()
     def embedded(self, prompts: str | Sequence[str], size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:

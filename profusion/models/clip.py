@@ -53,14 +53,18 @@ class TextModel(CLIPTextModelWithProjection):
         return self.text_model.final_layer_norm(hidden) if self.sizes.final_norm else hidden, last
 
     def encode_embeddings(self, x: Tensor) -> Tensor:
-        """Token embeddings with positions added, (B, L, width) -> (B, L, width); autograd goes through.
+        """The context of token embeddings with positions added, (B, L, width) each; autograd goes through."""
+        return self.encode_with_last(x)[0]
+
+    def encode_with_last(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What `encode` makes of token embeddings with positions added, (B, L, width).
 
         A hook puts them in the place of what the tower embeds. (Not every transformers takes embeddings for ids.)
         """
         unread = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
         hook = self.text_model.embeddings.register_forward_hook(lambda module, inputs, output: x)
         try:
-            return self(unread)
+            return self.encode(unread)
         finally:
             hook.remove()
 

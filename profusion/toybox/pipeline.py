@@ -120,6 +120,10 @@ class Toybox(Pipeline):
             network.eval().requires_grad_(False)
         return cls(*networks)
 
+    @property
+    def towers(self) -> tuple[TextModel, ...]:
+        return (self.text,)
+
     @torch.no_grad()
     def context(self, prompts: str | Sequence[str]) -> Tensor:
         """Prompts -> (B, 77, 128)."""
