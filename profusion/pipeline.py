@@ -47,6 +47,15 @@ class Pipeline:
         """The text towers, in the order in which their contexts lie side by side."""
         raise NotImplementedError
 
+    @property
+    def cell(self) -> int:
+        """Pixels a side of a latent cell."""
+        return 2 ** (len(self.vae.config.channel_mult) - 1)
+
+    def picture_size(self, latents: Tensor) -> tuple[int, int]:
+        """Height and width in pixels of the pictures of latents (..., H, W)."""
+        return latents.shape[-2] * self.cell, latents.shape[-1] * self.cell
+
     def predict(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None, patches: Patches, rows: list) -> Tensor:
         """The UNet in the precision of its weights: what it predicts of x_t (B, 4, H, W), in x_t's own.
 
@@ -120,8 +129,7 @@ class Pipeline:
         return context[rows], guidance, None if y is None else y[rows]
 
     def _noise(self, generators: Sequence[torch.Generator]) -> Tensor:
-        cells = self.size // 2 ** (len(self.vae.config.channel_mult) - 1)
-        return initial_noise(generators, cells).to(self.unet.out[2].weight.device)
+        return initial_noise(generators, self.size // self.cell).to(self.unet.out[2].weight.device)
 
     def _sigmas(self, steps: int) -> Tensor:
         return sampling_sigmas(steps).to(self.unet.out[2].weight.device)

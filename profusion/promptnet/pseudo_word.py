@@ -133,20 +133,28 @@ def encode_tokens(
     return scaled(_with_word(text, ids, rows, pseudo_word, holds_position)[0], rows, gamma)
 
 
+def tower_tokens(towers: Sequence[TextModel], prompt: str, tokens: int = 1) -> list[tuple[Tensor, tuple[int, ...]]]:
+    """`prompt_tokens` for each text tower, whose paddings differ. Raises PlaceholderError."""
+    return [prompt_tokens(prompt, tokens, tower.sizes.pad) for tower in towers]
+
+
 def encode_in_towers(
-    towers: Sequence[TextModel], prompt: str, pseudo_word: Tensor, gamma: float = 1.0, holds_position: bool = False
+    towers: Sequence[TextModel],
+    tokens: Sequence[tuple[Tensor, Sequence[int]]],
+    pseudo_word: Tensor,
+    gamma: float = 1.0,
+    holds_position: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """A prompt with S* in one text tower, or in SDXL's two, between which S* (B, tokens, width of all) is cut.
 
-    Returns the contexts side by side (B, 77, width of all) and, of two towers, the second's projected pooled state
-    (B, width), which S* is also part of. gamma, holds_position and errors: as `encode`.
+    tokens: of `tower_tokens`. Returns the contexts side by side (B, 77, width of all) and, of two towers, the second's
+    projected pooled state (B, width), which S* is also part of. gamma and holds_position: as `encode`.
     """
     widths = [tower.text_model.embeddings.token_embedding.weight.shape[1] for tower in towers]
     if pseudo_word.shape[-1] != sum(widths):
         raise ValueError(_other_width(pseudo_word.shape[-1], sum(widths)))
     contexts, pooled = [], None
-    for tower, part in zip(towers, pseudo_word.split(widths, dim=-1), strict=True):
-        ids, rows = prompt_tokens(prompt, part.shape[1], tower.sizes.pad)
+    for tower, (ids, rows), part in zip(towers, tokens, pseudo_word.split(widths, dim=-1), strict=True):
         context, last = _with_word(tower, ids, rows, part, holds_position)
         contexts.append(scaled(context, rows, gamma))
     if len(towers) > 1:

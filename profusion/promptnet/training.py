@@ -135,13 +135,19 @@ class DrawnNoise:
 
 
 def draw_noise(
-    options: PromptNetOptions, sigmas: Tensor, shape: tuple[int, int, int], generator: torch.Generator
+    options: PromptNetOptions,
+    sigmas: Tensor,
+    shape: tuple[int, int, int],
+    generator: torch.Generator,
+    count: int | None = None,
 ) -> DrawnNoise:
-    """A prompt, and for each of `batch_size` rows a noise level of the rising `sigmas` (n,) and noise of (C, H, W)."""
+    """A prompt, and for each of `count` rows (default: `batch_size`) a noise level of the rising `sigmas` (n,) and
+    noise of (C, H, W)."""
+    count = options.batch_size if count is None else count
     prompt = int(torch.randint(len(options.prompts), (), generator=generator))
-    share = torch.rand(options.batch_size, generator=generator) ** (1 / (1 + options.level_bias))
+    share = torch.rand(count, generator=generator) ** (1 / (1 + options.level_bias))
     sigma = sigmas[(share * len(sigmas)).long().clamp_max(len(sigmas) - 1)]
-    return DrawnNoise(prompt, sigma, torch.randn((options.batch_size, *shape), generator=generator))
+    return DrawnNoise(prompt, sigma, torch.randn((count, *shape), generator=generator))
 
 
 def words_of(

@@ -1,0 +1,52 @@
+"""From pictures to what PromptNet is trained on: latents and CLIP image tokens, by the base's frozen networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..models.vae import VAE
+
+if TYPE_CHECKING:
+    from ..models.clip import VisionModel
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The VAE and CLIP's image tower, on the device that they work on, in the precision of their weights."""
+
+    vae: VAE
+    vision: VisionModel
+
+    @property
+    def device(self) -> torch.device:
+        return self.vae.quant_conv.weight.device
+
+    @torch.no_grad()
+    def features(self, pictures: Tensor, most: int = 8) -> tuple[Tensor, Tensor]:
+        """Pictures (B, H, W, 3), uint8, -> scaled latents (B, C, h, w) and image tokens (B, L, width), float32.
+
+        most: pictures at once, as a VAE takes more memory than a UNet.
+        """
+        found = [self._few(few) for few in pictures.split(most)]
+        latents, image_tokens = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return latents, image_tokens
+
+    def _few(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        unit = pictures.to(self.device).float() / 255
+        latents = self.vae.latents(unit.to(self.vae.quant_conv.weight)).float()
+        tower = next(self.vision.parameters())
+        return latents, self.vision(self.vision.preprocess(unit).to(tower)).float()
+
+    @torch.no_grad()
+    def embeddings(self, pictures: Tensor, most: int = 8) -> Tensor | None:
+        """Pictures (B, H, W, 3) in [0, 1] -> CLIP's unit vectors (B, D); None where the tower's file has no
+        projection."""
+        if self.vision.visual_projection is None:
+            return None
+        tower = next(self.vision.parameters())
+        parts = pictures.to(self.device, torch.float32).split(most)
+        return torch.cat([self.vision.embed(self.vision.preprocess(few).to(tower)).float() for few in parts])
