@@ -1,0 +1,1 @@
+"""Pre-training of a PromptNet at size: pictures from anywhere, on one process or many."""
