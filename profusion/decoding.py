@@ -80,11 +80,11 @@ def decode(path: Path) -> Image.Image:
 def decode_bytes(data: bytes, name: str, factor: Callable[[tuple[int, int]], int]) -> Image.Image:
     """The picture in a file's bytes as L, RGB or RGBA, turned as its camera says.
 
-    factor: of a size (width, height), the whole number by which each side may be smaller. Raises PictureError, which
-    begins with the name.
+    factor: of a size (width, height), the number by which each side may be smaller. A JPEG is where that saves time,
+    and others are not. Raises PictureError, which begins with the name.
     """
     with _explained(name):
-        return _decoded(io.BytesIO(data), PurePath(name).suffix, factor)
+        return _decoded(io.BytesIO(data), PurePath(name).suffix, factor, reduced=False)
 
 
 @contextlib.contextmanager
@@ -100,15 +100,18 @@ def _explained(name: str) -> Iterator[None]:
         raise PictureError(f"{name} cannot be read as a picture: {why(problem)}") from problem
 
 
-def _decoded(data: BinaryIO, suffix: str, factor_of: Callable[[tuple[int, int]], int]) -> Image.Image:
-    """All of it as L, RGB or RGBA, but smaller by a whole number where it is much larger than it need be."""
+def _decoded(
+    data: BinaryIO, suffix: str, factor_of: Callable[[tuple[int, int]], int], reduced: bool = True
+) -> Image.Image:
+    """All of it as L, RGB or RGBA, but smaller by a whole number where it is much larger than it need be; if not
+    `reduced`, only where its decoder can do that."""
     if suffix.lower() in _HEIF:
         _learn_heif()
     with Image.open(data, formats=[name for name in FORMATS if name in _known_formats()]) as file:
         _check_size(file, data)
         factor = factor_of(file.size)
         file.draft(None, (file.width // factor, file.height // factor))
-        factor = factor_of(file.size)
+        factor = factor_of(file.size) if reduced else 1
         if file.mode.startswith(_DEEP):
             picture = _eight_bits(file)
         elif file.mode not in ("L", "RGB", "RGBA") or "transparency" in file.info:

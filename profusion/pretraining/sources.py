@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..decoding import OTHER_SUFFIXES, RAW_SUFFIXES, SUFFIXES, PictureError
+from ..problems import why
 from .squares import MOST_BYTES
 
 _SAMPLES = 1000  # files of a folder whose sizes are in its fingerprint
@@ -94,14 +95,14 @@ class Folder(Source):
         return self._names[entry]
 
     def read(self, entry: int) -> bytes:
-        path = self._folder / self._names[entry]
+        name = self._names[entry]
         try:
-            with path.open("rb") as file:
+            with (self._folder / name).open("rb") as file:
                 data = file.read(MOST_BYTES + 1)
         except OSError as problem:
-            raise PictureError(f"{path} cannot be read: {problem.strerror or problem}") from problem
+            raise PictureError(f"{name} cannot be opened: {why(problem)}") from problem
         if len(data) > MOST_BYTES:
-            raise PictureError(f"{path} is too large: more than {MOST_BYTES >> 20} MiB")
+            raise PictureError(f"{name} is too large: more than {MOST_BYTES >> 20} MiB")
         return data
 
     def fingerprint(self) -> str:
@@ -125,7 +126,7 @@ def _files_under(folder: Path) -> Iterable[str]:
             here = os.stat(folder / inner)
             listed = os.scandir(folder / inner)
         except OSError as problem:
-            raise PictureError(f"{folder / inner} cannot be listed: {problem.strerror or problem}") from problem
+            raise PictureError(f"{folder / inner} cannot be listed: {why(problem)}") from problem
         if (here.st_dev, here.st_ino) in seen and here.st_ino:
             continue
         seen.add((here.st_dev, here.st_ino))

@@ -1,8 +1,8 @@
 """A picture file's bytes as a square of 8 bits, as training takes it, within the bounds of `profusion.decoding`.
 
 What is transparent turns grey, as in `profusion.pictures`. The largest square is cropped and resized by Lanczos
-(antialiased), which is what PromptNet's authors do. A picture that is more than GAP times too large is first reduced
-by a whole number, a JPEG while it is decoded.
+(antialiased), which is what PromptNet's authors do. What is more than GAP times too large is first reduced by a whole
+number, a JPEG while it is decoded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..problems import Explained
 from ..references import SMALLEST
 
 CROPS = ("center", "random")
-GAP = 2  # times the size, to which a picture may be reduced before it is resampled: no difference is seen
+GAP = 2.0  # times the size, to which a picture may be reduced before it is resampled: no difference is seen
 MOST_BYTES = 1 << 28  # of a picture's file
 _GREY = 128  # as `references.over_grey` has it
 
@@ -49,7 +49,7 @@ def square(data: bytes, name: str, framing: Framing, generator: torch.Generator 
     transparent.
     """
     size = framing.size
-    picture = decode_bytes(data, name, lambda sides: max(1, min(sides) // (GAP * size)))
+    picture = decode_bytes(data, name, lambda sides: max(1, int(min(sides) / (GAP * size))))
     if min(picture.size) < SMALLEST:
         raise PictureError(f"{name} is too small: it has {picture.width}x{picture.height} pixels")
     if picture.mode == "RGBA":
@@ -65,6 +65,5 @@ def square(data: bytes, name: str, framing: Framing, generator: torch.Generator 
     else:
         share = torch.rand(2, generator=generator).tolist()
         left, top = (min(int(part * (free + 1)), free) for part, free in zip(share, room, strict=True))
-    box = (left, top, left + side, top + side)
-    picture = picture.resize((size, size), Image.Resampling.LANCZOS, box=box)
-    return torch.from_numpy(np.array(picture))
+    picture = picture.crop((left, top, left + side, top + side))
+    return torch.from_numpy(np.array(picture.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=GAP)))

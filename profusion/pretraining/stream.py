@@ -128,7 +128,7 @@ class _Rows(Dataset):
 
 def reason(problem: PictureError, name: str) -> str:
     """Why a picture is left out, without its name and its numbers: few kinds, to be counted."""
-    return str(problem).removeprefix(name).strip().split(":")[0]
+    return str(problem).removeprefix(name).split(":")[0].strip().removeprefix("is ")
 
 
 class _Tasks(Sampler):

@@ -1,22 +1,15 @@
 """Pictures in their order: the same batches for any number of ranks and workers, and from any step on."""
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from profusion.decoding import PictureError
 from profusion.pretraining.order import Order, OrderError, Share, epoch_order
 from profusion.pretraining.sources import open_source
 from profusion.pretraining.stream import PictureStream
+from tests.pretraining.examples import broken, coded, picture
 
 COUNT, SIZE, BATCH = 13, 16, 8
-
-
-def picture(number: int, size: tuple[int, int] = (24, 16)) -> Image.Image:
-    """One that is told from the others by its colour."""
-    values = np.random.default_rng(number).integers(0, 40, (size[1], size[0], 3)) + 5 * number
-    return Image.fromarray(values.astype(np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +112,65 @@ def test_an_order_within_windows_of_shards():
     runs = {tuple(sorted(set(shard[at : at + 2]))) for at in range(24)}
     assert len(set(shard[:5])) <= 2 and len(runs) < 15  # few shards are open at a time
     assert order.tolist() != epoch_order(25, seed=1, epoch=1, parts=parts, window=2).tolist()
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """A folder of good pictures and as many of no use."""
+    folder = tmp_path_factory.mktemp("damaged")
+    for number, (name, data) in enumerate(broken().items()):
+        (folder / f"{number}-{name}.jpg").write_bytes(data)
+        (folder / f"{number}-good.png").write_bytes(coded(picture(number)))
+    return folder
+
+
+def test_the_next_one_that_can_be_read_stands_in(damaged):
+    source = open_source(str(damaged))
+    order = Order(len(source), 3)
+    for batch in taken(source, 6):
+        for position, entry in zip(batch.positions.tolist(), batch.entries.tolist(), strict=True):
+            following = (order.entry_after(position, tries) for tries in range(len(source)))
+            assert entry == next(one for one in following if "good" in source.key(one))
+        assert [source.key(entry) for entry in batch.entries.tolist()] == list(batch.keys)
+
+
+@pytest.mark.parametrize("world, workers", [(2, 0), (4, 2), (1, 2)])
+def test_the_same_ones_stand_in_for_any_ranks_and_workers(damaged, world, workers):
+    source = open_source(str(damaged))
+    shares = [taken(source, 5, share=Share(rank, world), workers=workers) for rank in range(world)]
+    for step, batch in enumerate(taken(source, 5)):
+        assert batch.keys == sum((parts[step].keys for parts in shares), ())
+        assert torch.equal(batch.pictures, torch.cat([parts[step].pictures for parts in shares]))
+
+
+def test_what_is_skipped_is_counted_once_and_named(damaged):
+    stream = PictureStream(open_source(str(damaged)), size=SIZE, batch=BATCH, workers=2)
+    for _ in zip(stream.batches(), range(6), strict=False):
+        pass
+    assert stream.skipped.reasons == {
+        "cannot be read as a picture": 3,
+        "too large": 2,
+        "too small": 1,
+        "wholly transparent": 1,
+    }
+    assert len(stream.skipped) == 7 and "3-bomb.jpg" in stream.skipped.names
+    assert str(stream.skipped).startswith("7 skipped (3 cannot be read as a picture, 2 too large, 1 ")
+
+
+def test_a_picture_that_goes_away_is_skipped(folder, tmp_path):
+    for number in range(4):
+        picture(number).save(tmp_path / f"{number}.png")
+    source = open_source(str(tmp_path))
+    (tmp_path / "2.png").unlink()
+    stream = PictureStream(source, size=SIZE, batch=4, workers=0)
+    assert "2.png" not in next(stream.batches()).keys
+    assert stream.skipped.reasons == {"cannot be opened": 1}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_that_can_be_read_is_an_error(tmp_path, workers):
+    for number in range(5):
+        (tmp_path / f"{number}.png").write_bytes(b"no picture")
+    stream = PictureStream(open_source(str(tmp_path)), size=SIZE, batch=4, workers=workers)
+    with pytest.raises(PictureError, match=r"^none of 5 pictures in a row of .* can be read: \d.png cannot be read as"):
+        next(stream.batches())
