@@ -65,6 +65,11 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """16 hexadecimal digits that other pictures, or these in another order, do not have."""
 
+    def note(self) -> str:
+        """What was left out, as sentences after another one."""
+        counted = ", ".join(f"{count} {reason}" for reason, count in self.left_out.most_common())
+        return f" {self.left_out.total()} left out ({counted})." if self.left_out else ""
+
 
 class Folder(Source):
     """The pictures of a folder and of those in it, by their suffixes and in the order of their names' bytes.
@@ -138,11 +143,3 @@ def _files_under(folder: Path) -> Iterable[str]:
                     waiting.append(f"{inner}{one.name}/")
                 elif one.is_file():
                     yield inner + one.name
-
-
-def open_source(where: str) -> Source:
-    """The pictures of a folder and of the folders in it. Raises PictureError where there are none."""
-    path = Path(where)
-    if path.is_dir():
-        return Folder(path)
-    raise PictureError(f"{where} is not a folder of pictures")

@@ -2,7 +2,9 @@
 
 import io
 import struct
+import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -42,3 +44,12 @@ def broken() -> dict[str, bytes]:
         "tiny": coded(picture(2, (3, 3))),
         "clear": coded(Image.new("RGBA", (20, 20), (9, 9, 9, 0))),
     }
+
+
+def packed(path: Path, members: dict[str, bytes], mode: str = "w") -> None:
+    """A tar of these files."""
+    with tarfile.open(path, mode) as archive:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from profusion.decoding import PictureError
+from profusion.pretraining.opening import open_source
 from profusion.pretraining.order import Order, OrderError, Share, epoch_order
-from profusion.pretraining.sources import open_source
 from profusion.pretraining.stream import PictureStream
 from tests.pretraining.examples import broken, coded, picture
 
