@@ -1,0 +1,27 @@
+"""What a text says about where the pictures are: a folder, tar shards, or commands that write such shards out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..decoding import PictureError
+from .patterns import shards
+from .shards import Shards
+from .sources import Folder, Source
+
+
+def open_source(where: str, index: Path | None = None, say: Callable[[str], None] = lambda _: None) -> Source:
+    """The pictures of a folder and of the folders in it, or in tar shards; see `patterns.shards`.
+
+    index: a folder for what is known of shards; default: beside each. say: told how far it is. Raises PictureError,
+    which says what is missing, where there are none.
+    """
+    path = Path(where).expanduser()
+    if path.is_dir():
+        return Folder(path)
+    found = shards(where)
+    folders = [one for one in found if Path(one).is_dir()]
+    if folders:
+        raise PictureError(f"{folders[0]} is a folder: give one folder alone, or the shards in it")
+    return Shards([Path(one) for one in found], where, index, say)
