@@ -13,6 +13,8 @@ from ..models.vae import VAE
 if TYPE_CHECKING:
     from ..models.clip import VisionModel
 
+_AT_ONCE = 4 * 512 * 512  # pixels
+
 
 @dataclass(frozen=True)
 class Encoders:
@@ -26,12 +28,12 @@ class Encoders:
         return self.vae.quant_conv.weight.device
 
     @torch.no_grad()
-    def features(self, pictures: Tensor, most: int = 8) -> tuple[Tensor, Tensor]:
+    def features(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures (B, H, W, 3), uint8, -> scaled latents (B, C, h, w) and image tokens (B, L, width), float32.
 
-        most: pictures at once, as a VAE takes more memory than a UNet.
+        A few at once: a VAE takes more memory than a UNet.
         """
-        found = [self._few(few) for few in pictures.split(most)]
+        found = [self._few(few) for few in pictures.split(_at_once(pictures))]
         latents, image_tokens = (torch.cat(parts) for parts in zip(*found, strict=True))
         return latents, image_tokens
 
@@ -42,11 +44,15 @@ class Encoders:
         return latents, self.vision(self.vision.preprocess(unit).to(tower)).float()
 
     @torch.no_grad()
-    def embeddings(self, pictures: Tensor, most: int = 8) -> Tensor | None:
+    def embeddings(self, pictures: Tensor) -> Tensor | None:
         """Pictures (B, H, W, 3) in [0, 1] -> CLIP's unit vectors (B, D); None where the tower's file has no
         projection."""
         if self.vision.visual_projection is None:
             return None
         tower = next(self.vision.parameters())
-        parts = pictures.to(self.device, torch.float32).split(most)
+        parts = pictures.to(self.device, torch.float32).split(_at_once(pictures))
         return torch.cat([self.vision.embed(self.vision.preprocess(few).to(tower)).float() for few in parts])
+
+
+def _at_once(pictures: Tensor) -> int:
+    return max(1, _AT_ONCE // (pictures.shape[1] * pictures.shape[2]))

@@ -43,8 +43,8 @@ class PretrainingOptions(PromptNetOptions):
         check_whole(self, "micro")
         if self.micro < 0 or not 0 <= self.ema < 1 or not self.weight_decay >= 0:
             raise ValueError(
-                f"micro={self.micro} and weight_decay={self.weight_decay} must not be negative, and ema={self.ema} must "
-                "lie in [0, 1)"
+                f"micro={self.micro} and weight_decay={self.weight_decay} must not be negative, and ema={self.ema} "
+                "must lie in [0, 1)"
             )
 
 
@@ -155,8 +155,8 @@ class Engine:
         self.step += 1
         if self.skipped_in_a_row >= MOST_SKIPPED:
             raise TrainingError(
-                f"{skipped} for {MOST_SKIPPED} steps in a row, up to step {self.step}; what was learned before is kept. "
-                f"Lower the learning rate ({self.options.learning_rate}), or train without bfloat16"
+                f"{skipped} for {MOST_SKIPPED} steps in a row, up to step {self.step}; what was learned before is "
+                f"kept. Lower the learning rate ({self.options.learning_rate}), or train without bfloat16"
             )
         return Step(self.step, mean, norm, rate, skipped)
 

@@ -75,8 +75,8 @@ class Objective(nn.Module):
             return words_of(self.network, latents, image_tokens, sigma, noisy).float()
 
     def context(self, prompt: str, pseudo_word: Tensor, latents: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One of the prompts with S* (B, tokens, width), or `ALONE` -> context (B, 77, D), and SDXL's y (B, adm) for pictures of the size
-        of these latents (B, C, H, W)."""
+        """One of the prompts with S* (B, tokens, width), or `ALONE` -> context (B, 77, D), and SDXL's y (B, adm)
+        for pictures of the size of these latents (B, C, H, W)."""
         context, pooled = encode_in_towers(
             self.base.towers,
             self._tokens[prompt],

@@ -118,8 +118,8 @@ def _answering() -> Iterator[None]:
 def lost(error: BaseException) -> LostProcess:
     """The error of a process whose partner has gone."""
     return LostProcess(
-        f"another process of this training ended or does not answer ({why(error):.200}). Look at what it said, and start "
-        "the same command again: it goes on from the last checkpoint"
+        f"another process of this training ended or does not answer ({why(error):.200}). Look at what it said, and "
+        "start the same command again: it goes on from the last checkpoint"
     )
 
 
