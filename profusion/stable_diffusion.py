@@ -48,7 +48,7 @@ class StableDiffusion(Pipeline):
         return context, None if pooled is None else size_vector(pooled, size)
 
     def context(self, prompts: str | Sequence[str]) -> Tensor:
-        """Prompts -> (B, 77, D)."""
+        """Prompts -> (B, L, D); see `encode_prompts`."""
         return self.embedded(prompts, (self.size, self.size))[0]
 
     def to(self, device: str | torch.device) -> StableDiffusion:
