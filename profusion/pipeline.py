@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -28,7 +29,9 @@ STEPS = 30
 class Pipeline:
     """What every model here does with its networks, in whichever way it encodes its prompts.
 
-    size: the pictures' side, in pixels. prediction: what the UNet predicts. guidance: the scale of plain pictures.
+    size: the pictures' side, in pixels. prediction: what the UNet predicts. guidance: the scale of plain pictures, and
+    customised_guidance that of those with residuals. base: what its file, or it, is called. path: its file, if it is of
+    one.
     """
 
     unet: UNet
@@ -36,6 +39,9 @@ class Pipeline:
     size: int
     prediction: Prediction
     guidance: ClassVar[float]
+    customised_guidance: ClassVar[float]
+    base: str
+    path: Path | None
 
     def embedded(self, prompts: str | Sequence[str], size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """Prompts -> contexts (B, L, D), and SDXL's vectors y (B, adm) for pictures of this height and width.
@@ -190,7 +196,9 @@ class Pipeline:
 
     def references(self, pictures: Tensor, masks: Tensor) -> list[Reference]:
         """Pictures (M, H, W, 3) and masks (M, H, W) as a training takes them."""
-        latents = self.vae.latents(pictures.to(self.vae.quant_conv.weight)).to(pictures.dtype)
+        like = self.vae.quant_conv.weight
+        # one after another: a VAE takes more memory than a UNet
+        latents = torch.cat([self.vae.latents(one.to(like)) for one in pictures.split(1)]).to(pictures.dtype)
         weights = latent_masks(masks.to(latents.device), latents.shape[-2:])
         return [Reference(latent, weight) for latent, weight in zip(latents, weights, strict=True)]
 

@@ -122,7 +122,8 @@ def kernel_imports(path: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.level:
             base = [*package[: len(package) + 1 - node.level], *(node.module or "").split(".")]
             base = [part for part in base if part]
-            found |= {".".join([*base, alias.name]) for alias in node.names} if not node.module else {".".join(base)}
+            names = (alias.name for alias in node.names if alias.name != "__version__")
+            found |= {".".join([*base, name]) for name in names} if not node.module else {".".join(base)}
     return found
 
 

@@ -108,6 +108,9 @@ class Toybox(Pipeline):
     size: ClassVar[int] = SIZE
     prediction: ClassVar[Prediction] = "eps"
     guidance: ClassVar[float] = GUIDANCE
+    customised_guidance: ClassVar[float] = CUSTOMISED_GUIDANCE
+    base: ClassVar[str] = "Toybox"
+    path: ClassVar[None] = None
 
     @classmethod
     def load(cls, folder: Path | None = None) -> Toybox:

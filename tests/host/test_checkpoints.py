@@ -23,6 +23,7 @@ import tiny
 from profusion.checkpoints import load_checkpoint, load_image_tower, plan
 from profusion.diffusion import denoiser, sample_euler, sampling_sigmas
 from profusion.infusion import Placement, on_conditional
+from profusion.learning import weights_sample
 from profusion.models.chunks import chunks
 from profusion.models.conditioning import size_vector
 from profusion.models.unet import UNet
@@ -122,6 +123,12 @@ def test_unet(pair):
     x, t, context = torch.randn(2, 4, 9, 8), torch.tensor([30, 900]), torch.randn(2, 77, config.context_dim)
     y = torch.randn(2, config.adm_channels) if config.adm_channels else None
     close(pair.ours.unet(x, t, context, y), pair.model().model.diffusion_model(x, t, context, y=y))
+
+
+def test_its_weights_are_known_again_in_the_host(pair, pack):
+    kernel = StableDiffusion(pair.ours.unet, pair.ours.vae, pair.ours.text, pair.prediction, 16, pair.family)
+    sample = weights_sample(kernel)
+    assert sample.numbers and sample == tuple(pack.nodes.host.identity.weights_sample(pair.model()))
 
 
 @torch.no_grad()
