@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 
 from . import checkpoint_demo, demo
+from .learning import Report, own_concept
 from .problems import Explained, known, printable
 from .residual.training import TrainingOptions
 from .stable_diffusion import StableDiffusion
 from .toybox import concepts, world
 from .toybox import score_command as score
 from .toybox import train_command as promptnet
+from .toybox.pipeline import SIZE
 
 Work = Callable[[], int]
 """What a command does once its options make sense; returns the exit status."""
@@ -69,17 +71,17 @@ def _demo(options: argparse.Namespace) -> Work:
     return work
 
 
-def _on_toybox(options: argparse.Namespace, training: TrainingOptions) -> demo.Report:
+def _on_toybox(options: argparse.Namespace, training: TrainingOptions) -> Report:
     if options.images is None:
         concept = concepts.drawn_concept(options.concept)
     else:
-        concept = concepts.own_concept(options.images, options.noun)
+        concept = own_concept(options.images, options.noun, SIZE)
     return demo.run(options.out, concept, training)
 
 
-def _on_checkpoint(options: argparse.Namespace, training: TrainingOptions) -> demo.Report:
+def _on_checkpoint(options: argparse.Namespace, training: TrainingOptions) -> Report:
     model = StableDiffusion.load(options.checkpoint, options.size).to(options.device)
-    concept = concepts.own_concept(options.images, options.noun, model.size)
+    concept = own_concept(options.images, options.noun, model.size)
     return checkpoint_demo.run(options.out, model, concept, training)
 
 

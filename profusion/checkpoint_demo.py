@@ -11,14 +11,12 @@ from pathlib import Path
 from PIL.Image import Image
 from torch import Tensor
 
-from .demo import Report, Trained, train
+from .learning import Concept, Report, Say, Trained, train
 from .pictures import grid, loss_plot, to_image
 from .pipeline import noun_rows, seeded
 from .residual import Residual, save_residual
 from .residual.training import TrainingOptions
 from .stable_diffusion import StableDiffusion
-from .toybox.concepts import Concept
-from .toybox.picture_sets import Say
 
 PROMPTS = ("a photo of a {} on grass", "a photo of a {} in the snow", "a photo of a {} on a beach at night")
 

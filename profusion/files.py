@@ -47,6 +47,7 @@ Contents = dict[str, tuple[str, list[int], bytes]]
 CHECKSUM = "checksum"
 MAX_HEADER_BYTES = 1 << 20
 MAX_DIMENSIONS = 8
+_PIECE = 1 << 24  # bytes of a file that are read at once
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EINVAL}
 
@@ -216,6 +217,15 @@ def why_not_written(problem: Exception) -> str:
 def why_not_read(problem: Exception) -> str:
     """Why a file could not be read, and what to do."""
     return f"{problems.why(problem)}. Check the name, the folder and its permissions."
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file of any size, in hexadecimal digits. Raises OSError."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            sha.update(piece)
+    return sha.hexdigest()
 
 
 def tensors_to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor
 
 from .diffusion import Prediction, denoiser, noise_predictor, sample_euler, sampling_sigmas
 from .infusion import Patches, Placement, cross_attention_layers, on_conditional
-from .models.tokenizer import START, id_to_text, words_to_ids
+from .models.chunks import chunks
+from .models.conditioning import of_one_length
+from .models.tokenizer import id_to_text
 from .models.unet import UNet
 from .models.vae import VAE
 from .pictures import latent_masks
-from .prompt import NounError, find_noun
-from .residual import Residual
+from .prompt import NounError, Span, Wanted, find_noun, rows_of
+from .residual import Residual, check_architecture
 from .residual.training import NOUN_PROMPTS, PredictWithPatches, Reference, ResidualTraining, TrainingOptions
 from .streams import Evaluate, two_stream_denoiser
 
@@ -29,7 +32,9 @@ STEPS = 30
 class Pipeline:
     """What every model here does with its networks, in whichever way it encodes its prompts.
 
-    size: the pictures' side, in pixels. prediction: what the UNet predicts. guidance: the scale of plain pictures.
+    size: the pictures' side, in pixels. prediction: what the UNet predicts. guidance: the scale of plain pictures, and
+    customised_guidance that of those with residuals. base: what its file, or it, is called. path: its file, if it is of
+    one.
     """
 
     unet: UNet
@@ -37,9 +42,15 @@ class Pipeline:
     size: int
     prediction: Prediction
     guidance: ClassVar[float]
+    customised_guidance: ClassVar[float]
+    base: str
+    path: Path | None
 
     def embedded(self, prompts: str | Sequence[str], size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-        """Prompts -> contexts (B, 77, D), and SDXL's vectors y (B, adm) for pictures of this height and width."""
+        """Prompts -> contexts (B, L, D), and SDXL's vectors y (B, adm) for pictures of this height and width.
+
+        See `encode_prompts`: L is 77 rows for each chunk of the longest prompt, and shorter ones are repeated.
+        """
         raise NotImplementedError
 
     @property
@@ -66,13 +77,16 @@ class Pipeline:
         y = None if y is None else y.to(weight)
         return self.unet(x.to(weight), t, context.to(weight), y, transformer_options=options).to(x)
 
-    def evaluator(self, context: Tensor, guidance: float | None = None, y: Tensor | None = None) -> Evaluate:
-        """The UNet under classifier-free guidance as `evaluate(x, sigma, patches) -> denoised`; context (B, 77, D), y
-        (B, adm) where the UNet takes one."""
+    def evaluator(
+        self, context: Tensor, guidance: float | None = None, y: Tensor | None = None, negative: str = ""
+    ) -> Evaluate:
+        """The UNet under classifier-free guidance as `evaluate(x, sigma, patches) -> denoised`; context (B, L, D), y
+        (B, adm) where the UNet takes one. negative: the prompt that guidance leads away from."""
         scale = self.guidance if guidance is None else guidance
-        nothing, nothing_y = self.embedded("", (self.size, self.size))
-        contexts = torch.cat([context, nothing.expand_as(context)])
-        ys = None if y is None else torch.cat([y, nothing_y.expand_as(y)])
+        away, away_y = self.embedded(negative, (self.size, self.size))
+        context, away = of_one_length([context, away])
+        contexts = torch.cat([context, away.expand_as(context)])
+        ys = None if y is None else torch.cat([y, away_y.expand_as(y)])
 
         def evaluate(x: Tensor, sigma: Tensor, patches: Patches) -> Tensor:
             def predict(x: Tensor, t: Tensor) -> Tensor:
@@ -92,9 +106,10 @@ class Pipeline:
         steps: int = STEPS,
         guidance: float | None = None,
         callback: Callback | None = None,
+        negative: str = "",
     ) -> Tensor:
         """One picture a prompt, each from its own generator -> latents (B, 4, cells, cells)."""
-        evaluate = self.evaluator(*self._guided(prompts, guidance))
+        evaluate = self.evaluator(*self._guided(prompts, guidance), negative)
         noise = self._noise(generators)
         return sample_euler(lambda x, sigma: evaluate(x, sigma, {}), noise, self._sigmas(steps), callback)
 
@@ -106,20 +121,41 @@ class Pipeline:
         generators: Sequence[torch.Generator],
         steps: int = STEPS,
         guidance: float | None = None,
-        strength: float = 1.0,
+        strength: float | Sequence[float] = 1.0,
         shared_latent: bool = False,
         callback: Callback | None = None,
+        negative: str = "",
     ) -> tuple[Tensor, Tensor]:
         """Both streams of a prompt, a picture a generator -> plain and customised latents, (B, 4, cells, cells)
-        each."""
-        placements = [
-            Placement(item.delta, item.layers, noun_rows(prompt, item.noun), strength=strength) for item in residuals
-        ]
-        evaluate = self.evaluator(*self._guided([prompt] * len(generators), guidance))
+        each. strength: of all residuals, or one for each. Raises what `placements` raises."""
+        placements = self.placements(prompt, residuals, strength)
+        evaluate = self.evaluator(*self._guided([prompt] * len(generators), guidance), negative)
         denoise = two_stream_denoiser(evaluate, on_conditional(placements), shared_latent)
         noise = self._noise(generators)
         plain, customised = sample_euler(denoise, torch.cat([noise, noise]), self._sigmas(steps), callback).chunk(2)
         return plain, customised
+
+    def placements(
+        self,
+        prompt: str,
+        residuals: Sequence[Residual],
+        strength: float | Sequence[float] = 1.0,
+        names: Sequence[str] | None = None,
+    ) -> list[Placement]:
+        """The residuals at their nouns in a prompt, as the node places them: at each place of the noun, or at one each
+        where several have the same noun. names: what messages call them.
+
+        Raises NounError where the prompt has no place for one, ResidualError where one is of another architecture.
+        """
+        layers = cross_attention_layers(dict(self.unet.named_parameters()))
+        for residual in residuals:
+            check_architecture(residual, layers)
+        rows = places(prompt, [residual.noun for residual in residuals], names)
+        strengths = [strength] * len(residuals) if isinstance(strength, (int, float)) else strength
+        return [
+            Placement(one.delta, one.layers, where, strength=much, context_length=context_length(prompt))
+            for one, where, much in zip(residuals, rows, strengths, strict=True)
+        ]
 
     def _guided(self, prompts: Sequence[str], guidance: float | None) -> tuple[Tensor, float | None, Tensor | None]:
         """What `evaluator` takes; a prompt that is there more than once is encoded once."""
@@ -138,9 +174,10 @@ class Pipeline:
         """How `ResidualTraining` evaluates the model with these prompts, which are encoded once, for pictures of this
         height and width (`size` by `size` where that is left out)."""
         contexts, ys = self.embedded(prompts, size or (self.size, self.size))
+        lengths = [context_length(prompt) for prompt in prompts]
 
         def predict(x: Tensor, sigma: Tensor, prompt: int, patches: Patches) -> Tensor:
-            context = contexts[prompt].expand(len(x), -1, -1)
+            context = contexts[prompt, : lengths[prompt]].expand(len(x), -1, -1)
             y = None if ys is None else ys[prompt].expand(len(x), -1)
             network = noise_predictor(lambda x, t: self.predict(x, t, context, y, patches, [0]), self.prediction)
             return network(x, sigma)
@@ -175,7 +212,9 @@ class Pipeline:
 
     def references(self, pictures: Tensor, masks: Tensor) -> list[Reference]:
         """Pictures (M, H, W, 3) and masks (M, H, W) as a training takes them."""
-        latents = self.vae.latents(pictures.to(self.vae.quant_conv.weight)).to(pictures.dtype)
+        like = self.vae.quant_conv.weight
+        # one after another: a VAE takes more memory than a UNet
+        latents = torch.cat([self.vae.latents(one.to(like)) for one in pictures.split(1)]).to(pictures.dtype)
         weights = latent_masks(masks.to(latents.device), latents.shape[-2:])
         return [Reference(latent, weight) for latent, weight in zip(latents, weights, strict=True)]
 
@@ -186,15 +225,32 @@ class Pipeline:
         return torch.cat([self.vae.pictures(latent.to(weight)).float().cpu() for latent in latents.split(1)])
 
 
-def noun_rows(prompt: str, noun: str) -> tuple[int, ...]:
+def noun_spans(prompt: str, noun: str) -> list[Span]:
+    """The context rows of each occurrence of a noun in a prompt, as the text towers take both."""
+    wanted = [token.id for chunk in chunks(noun, weights=False) for token in chunk if token.part]
+    parted = [[(token.id, token.part) for token in chunk] for chunk in chunks(prompt)]
+    return find_noun(parted, wanted, lambda token: id_to_text(token).endswith("</w>"))
+
+
+def noun_rows(prompt: str, noun: str) -> Span:
     """The context rows of a noun's last place in a prompt ("a photo of a photo"); NounError, which quotes the prompt,
     if it has none."""
-    ids, wanted = words_to_ids(prompt), words_to_ids(noun)
-    chunk = [(START, 0), *((token, 1) for token in ids)]
-    spans = find_noun([chunk], wanted, lambda token: id_to_text(token).endswith("</w>"))
+    spans = noun_spans(prompt, noun)
     if not spans:
         raise NounError(f"the noun {noun!r} is not in the prompt {prompt!r}; write it there as a word of its own")
     return spans[-1]
+
+
+def places(prompt: str, nouns: Sequence[str], names: Sequence[str] | None = None) -> list[Span]:
+    """The context rows that concepts of these nouns take in a prompt; see `rows_of`. names: what messages call them."""
+    names = names or [f"residual {number}" for number in range(1, len(nouns) + 1)]
+    wanted = [Wanted(*one) for one in zip(names, nouns, strict=True)]
+    return [rows_of(wanted, index, prompt, lambda noun: noun_spans(prompt, noun)) for index in range(len(wanted))]
+
+
+def context_length(prompt: str) -> int:
+    """How many rows a prompt's context has."""
+    return sum(map(len, chunks(prompt)))
 
 
 def initial_noise(generators: Sequence[torch.Generator], cells: int) -> Tensor:

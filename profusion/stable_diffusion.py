@@ -31,11 +31,14 @@ class StableDiffusion(Pipeline):
     prediction: Prediction
     size: int
     family: str
+    path: Path | None = None
     guidance: ClassVar[float] = 7.0
+    customised_guidance: ClassVar[float] = 7.0
 
     @classmethod
     def load(cls, path: str | Path, size: int | None = None, dtype: torch.dtype = torch.float32) -> StableDiffusion:
-        """A checkpoint's file. size: the pictures' side in pixels, that of the family's training where left out.
+        """A checkpoint's file. size: the pictures' side in pixels, that of the family's training where left out. dtype:
+        of the weights; the VAE's stay float32 where this is float16, in which SDXL's overflows.
 
         Raises CheckpointError, which says what the file is instead, or which sizes the VAE can give.
         """
@@ -43,7 +46,11 @@ class StableDiffusion(Pipeline):
         size, step = size or loaded.size, 2 ** (len(loaded.vae.config.channel_mult) - 1)
         if size < step or size % step:
             raise CheckpointError(f"size={size}: give a multiple of {step} pixels for this checkpoint.")
-        return cls(loaded.unet, loaded.vae, loaded.text, loaded.prediction, size, loaded.family.name)
+        return cls(loaded.unet, loaded.vae, loaded.text, loaded.prediction, size, loaded.family.name, Path(path))
+
+    @property
+    def base(self) -> str:
+        return "" if self.path is None else self.path.name
 
     @property
     def towers(self) -> tuple[TextModel, ...]:
@@ -55,7 +62,7 @@ class StableDiffusion(Pipeline):
         return context, None if pooled is None else size_vector(pooled, size)
 
     def context(self, prompts: str | Sequence[str]) -> Tensor:
-        """Prompts -> (B, 77, D)."""
+        """Prompts -> (B, L, D); see `encode_prompts`."""
         return self.embedded(prompts, (self.size, self.size))[0]
 
     def to(self, device: str | torch.device) -> StableDiffusion:

@@ -15,16 +15,18 @@ from .openclip import Sources
 
 @dataclass(frozen=True)
 class Part:
-    """A network to make of a file: its class and configuration, where each tensor of its state dict is, its name."""
+    """A network to make of a file: its class and configuration, where each tensor of its state dict is, its name, and
+    the type that its weights are to have."""
 
     build: Callable[[Any], nn.Module]
     config: object
     sources: Sources
     what: str
+    dtype: torch.dtype
 
 
-def fill(contents: Contents, parts: Sequence[Part], dtype: torch.dtype) -> list[nn.Module]:
-    """Networks with the file's weights, as this type, frozen.
+def fill(contents: Contents, parts: Sequence[Part]) -> list[nn.Module]:
+    """Networks with the file's weights, frozen.
 
     Raises CheckpointError, before anything is read, where the weights of one of them do not fit it.
     """
@@ -36,7 +38,7 @@ def fill(contents: Contents, parts: Sequence[Part], dtype: torch.dtype) -> list[
         _check_fit(contents, _shapes(network), part.sources, part.what)
         networks.append(network)
     for network, part in zip(networks, parts, strict=True):
-        network.load_state_dict(_state(contents, network, part, dtype), strict=True, assign=True)
+        network.load_state_dict(_state(contents, network, part), strict=True, assign=True)
         _positions_again(network)
         network.eval().requires_grad_(False)
     return networks
@@ -46,7 +48,7 @@ def _shapes(network: nn.Module) -> Shapes:
     return {name: tuple(value.shape) for name, value in network.state_dict().items()}
 
 
-def _state(contents: Contents, network: nn.Module, part: Part, dtype: torch.dtype) -> dict[str, Tensor]:
+def _state(contents: Contents, network: nn.Module, part: Part) -> dict[str, Tensor]:
     """A network's state dict; a tensor of the file that has several of its is read once."""
     expected, by_file = _shapes(network), {}
     for name, source in part.sources.items():
@@ -55,7 +57,7 @@ def _state(contents: Contents, network: nn.Module, part: Part, dtype: torch.dtyp
     for in_file, tensor in contents.tensors(by_file):
         for name in by_file[in_file]:
             value = part.sources[name].take(tensor).reshape(expected[name])
-            state[name] = value.to(dtype, copy=True).contiguous()
+            state[name] = value.to(part.dtype, copy=True).contiguous()
     return state
 
 

@@ -87,7 +87,8 @@ def plan(path: str | Path) -> Plan:
 
 
 def load_checkpoint(path: str | Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
-    """Load a checkpoint of SD 1.x, SD 2.x or SDXL into the kernel's networks, with weights of this type.
+    """Load a checkpoint of SD 1.x, SD 2.x or SDXL into the kernel's networks, with weights of this type; the VAE's are
+    float32 where it is float16, whose numbers are too small for SDXL's.
 
     Raises CheckpointError, which says what the file is instead, or what it lacks.
     """
@@ -95,12 +96,13 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype = torch.float32) -> Che
 
     made = plan(path)
     contents = made.contents
+    autoencoders = torch.float32 if dtype == torch.float16 else dtype
     parts = [
-        Part(UNet, made.unet, prefixed(contents, UNET), "UNet"),
-        Part(Autoencoder, made.vae, prefixed(contents, VAE), "VAE"),
-        *(Part(TextModel, tower.config, tower.sources, "text encoder") for tower in made.towers),
+        Part(UNet, made.unet, prefixed(contents, UNET), "UNet", dtype),
+        Part(Autoencoder, made.vae, prefixed(contents, VAE), "VAE", autoencoders),
+        *(Part(TextModel, tower.config, tower.sources, "text encoder", dtype) for tower in made.towers),
     ]
-    unet, vae, *towers = fill(contents, parts, dtype)
+    unet, vae, *towers = fill(contents, parts)
     return Checkpoint(made.family, unet, vae, TextTowers(tuple(towers)), prediction(contents, made.family))
 
 

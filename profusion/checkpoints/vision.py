@@ -58,7 +58,7 @@ def load_image_tower(path: str | Path, dtype: torch.dtype = torch.float32) -> Vi
     from ..models.clip import VisionModel  # with transformers, which the pack does not wait for
 
     contents, config, sources = vision_plan(path)
-    (tower,) = fill(contents, [Part(VisionModel, config, sources, "image encoder")], dtype)
+    (tower,) = fill(contents, [Part(VisionModel, config, sources, "image encoder", dtype)])
     return tower
 
 

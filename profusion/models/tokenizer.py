@@ -38,7 +38,7 @@ def id_to_text(token: int) -> str:
 
 
 def tokenize(texts: str | list[str], pad: int | None = None) -> Tensor:
-    """Prompts -> ids (B, 77) with start, end and padding. Longer prompts are cut: the kernel has no chunks.
+    """Texts -> ids (B, 77) with start, end and padding. Longer ones are cut; `chunks` goes on, and reads weights.
 
     pad: what follows the end, None for the end token again.
     """

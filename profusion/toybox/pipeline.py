@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import pipeline
 from ..diffusion import Prediction
-from ..models.tokenizer import tokenize
+from ..models.conditioning import encode_prompts
 from ..models.unet import UNet
 from ..models.vae import VAE
 from ..pipeline import STEPS, Pipeline, noun_rows, seeded
@@ -108,6 +108,9 @@ class Toybox(Pipeline):
     size: ClassVar[int] = SIZE
     prediction: ClassVar[Prediction] = "eps"
     guidance: ClassVar[float] = GUIDANCE
+    customised_guidance: ClassVar[float] = CUSTOMISED_GUIDANCE
+    base: ClassVar[str] = "Toybox"
+    path: ClassVar[None] = None
 
     @classmethod
     def load(cls, folder: Path | None = None) -> Toybox:
@@ -126,8 +129,8 @@ class Toybox(Pipeline):
 
     @torch.no_grad()
     def context(self, prompts: str | Sequence[str]) -> Tensor:
-        """Prompts -> (B, 77, 128)."""
-        return self.text(tokenize([prompts] if isinstance(prompts, str) else list(prompts)))
+        """Prompts -> (B, L, 128); see `encode_prompts`."""
+        return encode_prompts([self.text], prompts)[0]
 
     def embedded(self, prompts: str | Sequence[str], size: tuple[int, int]) -> tuple[Tensor, None]:
         return self.context(prompts), None

@@ -1,6 +1,7 @@
 """Checkpoints in the kernel against the host's own classes, given the same tensors: each part, and pictures to 1e-4."""
 
 import json
+from random import Random
 
 import pytest
 import torch
@@ -22,9 +23,11 @@ import tiny
 from profusion.checkpoints import load_checkpoint, load_image_tower, plan
 from profusion.diffusion import denoiser, sample_euler, sampling_sigmas
 from profusion.infusion import Placement, on_conditional
+from profusion.learning import weights_sample
+from profusion.models.chunks import chunks
 from profusion.models.conditioning import size_vector
 from profusion.models.unet import UNet
-from profusion.pipeline import noun_rows
+from profusion.pipeline import noun_rows, noun_spans
 from profusion.residual import save_residual
 from profusion.residual.training import TrainingOptions
 from profusion.stable_diffusion import StableDiffusion
@@ -122,6 +125,12 @@ def test_unet(pair):
     close(pair.ours.unet(x, t, context, y), pair.model().model.diffusion_model(x, t, context, y=y))
 
 
+def test_its_weights_are_known_again_in_the_host(pair, pack):
+    kernel = StableDiffusion(pair.ours.unet, pair.ours.vae, pair.ours.text, pair.prediction, 16, pair.family)
+    sample = weights_sample(kernel)
+    assert sample.numbers and sample == tuple(pack.nodes.host.identity.weights_sample(pair.model()))
+
+
 @torch.no_grad()
 def test_vae(pair):
     theirs, pictures = pair.vae(), torch.rand(2, 16, 24, 3)
@@ -147,6 +156,64 @@ def test_text_towers_and_their_tokens(pair):
         close(contexts[index : index + 1], context)
         if pooled is not None:
             close(pooled[index : index + 1], theirs)
+
+
+LONG = "a quiet, wide street in the old town at dawn, " * 9 + "and on it (a small cat:1.4) that sleeps"
+WEIGHED = [
+    "a photo of a (cat:1.3) on [grass]",
+    "((fluffy)) (cat:0.5), \\(really\\)",
+    "(a (red:1.5) ball:0.8) beside (a box",
+    LONG,
+    "(" + "snow and ice " * 50 + ":1.2) cat",
+]
+
+
+@torch.no_grad()
+def test_weights_and_long_prompts_are_encoded_as_by_the_host(pair):
+    clip = pair.clip()
+    for prompt in WEIGHED:
+        (ours, pooled), (theirs, their_pooled) = pair.ours.text.encode(prompt), encoded(pair, clip, prompt)
+        assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+        if pooled is not None:
+            assert (pooled - their_pooled).abs().max() <= 1e-5 * their_pooled.abs().max()
+    assert theirs.shape[1] > 77
+
+
+def test_any_prompt_is_parted_as_by_the_host(pair):
+    """Brackets in every order, escaped and not, numbers and none; words that do not fit into what is left."""
+    clip, random = pair.clip(), Random(0)
+    parts = [
+        "(",
+        ")",
+        ")",
+        ":1.2)",
+        ":0)",
+        ":x)",
+        "\\(",
+        "\\)",
+        ":",
+        " ",
+        " cat",
+        " a very long-winded phrase,",
+        "()",
+        "\n",
+    ]
+    for _ in range(300):
+        text = "".join(random.choices(parts, k=random.choice([3, 8, 20, 90])))
+        for key, theirs in clip.tokenize(text, return_word_ids=True).items():
+            ours = chunks(text, pair.ours.text.towers[-1 if key == "g" else 0].sizes.pad)
+            assert [[token[:2] for token in chunk] for chunk in ours] == [[x[:2] for x in chunk] for chunk in theirs], (
+                text
+            )
+            words = [[token.part > 0 for token in chunk] for chunk in ours]
+            assert words == [[entry[2] > 0 for entry in chunk] for chunk in theirs], text
+
+
+def test_a_noun_is_found_where_the_node_finds_it(pair, pack):
+    placing, clip = pack.nodes.host.placing, pair.clip()
+    for prompt in [*WEIGHED, f"cat. {LONG}", "a catalogue", "cat (cat:1.2) CAT", "a snow(cat)"]:
+        assert noun_spans(prompt, "cat") == placing.noun_spans(clip, prompt, "cat"), prompt
+    assert max(noun_spans(LONG, "cat")[0]) > 77
 
 
 @torch.no_grad()
