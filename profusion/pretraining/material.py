@@ -1,0 +1,129 @@
+"""What a training stands on, made of a command line's words: the base, the pictures, and those kept apart."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoints import load_image_tower
+from ..decoding import PictureError
+from ..learning import Say
+from ..pipeline import Pipeline
+from ..stable_diffusion import StableDiffusion
+from .arguments import Data
+from .command import Command, Material
+from .encoding import Encoders
+from .feeds import Encoded, Streamed
+from .opening import open_source
+from .order import Order, Share
+from .promptnet import config_for
+from .ranks import Ranks
+from .sources import Source
+from .squares import Framing, square
+from .stream import PictureStream
+
+if TYPE_CHECKING:
+    from ..models.clip import VisionModel
+
+
+class Rest(Source):
+    """A source without some of its pictures, which are kept apart: their numbers, rising, (K,) int64."""
+
+    def __init__(self, source: Source, kept: np.ndarray):
+        self._source, self._kept = source, kept
+        self.where, self.left_out = source.where, Counter(source.left_out)
+        self.parts = self._parts()
+
+    def _parts(self) -> list[int]:
+        ends = np.cumsum(self._source.parts) if len(self._source.parts) else []
+        return [int(size) for size in np.diff(ends - np.searchsorted(self._kept, ends), prepend=0)] if len(ends) else []
+
+    def __len__(self) -> int:
+        return len(self._source) - len(self._kept)
+
+    def _whole(self, entry: int) -> int:
+        # The number among all: as many more as there are kept ones before it.
+        return entry + int(np.searchsorted(self._kept - np.arange(len(self._kept)), entry, side="right"))
+
+    def key(self, entry: int) -> str:
+        return self._source.key(self._whole(entry))
+
+    def read(self, entry: int) -> bytes:
+        return self._source.read(self._whole(entry))
+
+    def fingerprint(self) -> str:
+        return f"{self._source.fingerprint()} without {len(self._kept)}"
+
+
+def kept_apart(source: Source, count: int) -> np.ndarray:
+    """Numbers of pictures to keep from a training, evenly over all: so many, or a tenth where there are few."""
+    count = min(count, len(source) // 10)
+    return np.linspace(0, len(source) - 1, count).round().astype(np.int64)
+
+
+def read_squares(source: Source, entries: np.ndarray, size: int) -> Tensor:
+    """Pictures of these numbers that can be read, (V, size, size, 3), uint8. Raises PictureError where none can."""
+    found, problem = [], None
+    for entry in entries.tolist():
+        try:
+            found.append(square(source.read(entry), source.key(entry), Framing(size)))
+        except PictureError as error:
+            problem = error
+    if not found:
+        raise problem or PictureError(f"{source.where} has no pictures to check with")
+    return torch.stack(found)
+
+
+def on_checkpoint(command: Command, data: Data, checkpoint: Path, tower: Path, ranks: Ranks, say: Say) -> Material:
+    """A checkpoint of SD 1.x, SD 2.x or SDXL, and pictures of a folder or of tar shards. Raises CheckpointError and
+    PictureError."""
+    kind = torch.bfloat16 if command.bfloat16 else torch.float32
+    say(f"reading {checkpoint}")
+    base = StableDiffusion.load(checkpoint, data.size, kind).to(ranks.device)
+    vision = load_image_tower(tower, kind).to(ranks.device)
+    config = config_for(base, vision, command.tokens, command.with_noise, command.layout)
+    return of_source(command, data, open_source(data.where, say=say), base, vision, config, ranks, say)
+
+
+def of_source(
+    command: Command,
+    data: Data,
+    source: Source,
+    base: Pipeline,
+    vision: VisionModel,
+    config,
+    ranks: Ranks,
+    say: Say,
+) -> Material:
+    """The material of any source of pictures."""
+    kept = kept_apart(source, data.kept)
+    few = not len(kept)
+    shown = read_squares(source, np.arange(min(len(source), data.kept)) if few else kept, base.size)
+    rest = Rest(source, kept)
+    fingerprint = f"{rest.fingerprint()} {base.size} {data.crop}"
+    say(
+        f"{len(rest):,} pictures of {data.where}, and {len(shown)} "
+        + ("of them to check with: there are too few to keep any apart" if few else "kept apart to check with")
+    )
+    options = command.options
+    encoders = Encoders(base.vae, vision)
+    stream = PictureStream(
+        rest, base.size, options.batch_size, options.seed, Share(ranks.rank, ranks.world), data.workers, data.crop
+    )
+    feed = Streamed(stream, encoders)
+
+    def skipped() -> str:
+        return f"pictures: {stream.skipped}" if len(stream.skipped) else ""
+
+    return Material(base, vision, feed, shown, config, fingerprint, skipped)
+
+
+def encoded_order(rest: Source, options, ranks: Ranks, features) -> Encoded:
+    """Features of pictures that were encoded before, in the order in which a stream has the pictures."""
+    rows = Share(ranks.rank, ranks.world).rows(options.batch_size)
+    return Encoded(features, Order(len(rest), options.seed, rest.parts), options.batch_size, rows)
