@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,18 @@ import torch
 
 from . import checkpoint_demo, demo
 from .learning import Report, own_concept
+from .pretraining import arguments, plan
+from .pretraining import command as pretraining
+from .pretraining.command import silent
+from .pretraining.material import on_checkpoint, sizes_of
+from .pretraining.ranks import joined
 from .problems import Explained, known, printable
 from .residual.training import TrainingOptions
 from .stable_diffusion import StableDiffusion
 from .toybox import concepts, world
 from .toybox import score_command as score
-from .toybox import train_command as promptnet
 from .toybox.pipeline import SIZE
+from .toybox.pretraining import on_toybox, toybox_sizes
 
 Work = Callable[[], int]
 """What a command does once its options make sense; returns the exit status."""
@@ -50,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--learning-rate", type=float, default=0.01, help="AdamW's (default: %(default)s)")
     one.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
     one.set_defaults(prepare=_demo)
-    promptnet.add_to(commands).set_defaults(prepare=_promptnet)
+    arguments.add_to(commands).set_defaults(prepare=_promptnet)
     score.add_to(commands).set_defaults(prepare=_score)
     return top
 
@@ -86,18 +92,41 @@ def _on_checkpoint(options: argparse.Namespace, training: TrainingOptions) -> Re
 
 
 def _promptnet(options: argparse.Namespace) -> Work:
-    command = promptnet.from_arguments(options)
+    command, data = arguments.command_of(options), arguments.data_of(options)
+    checkpoint, tower = options.checkpoint, options.clip_vision
 
-    def work() -> int:
-        try:
-            report = promptnet.run(command)
-        except KeyboardInterrupt:
-            print("profusion: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-            return 130
-        print(json.dumps(report, indent=2))
+    def planned() -> int:
+        sizes = toybox_sizes(command) if checkpoint is None else sizes_of(command, data, checkpoint, tower)
+        world = options.cards or max(1, int(os.environ.get("WORLD_SIZE", "1")))
+        found = plan.need(
+            sizes,
+            command.options,
+            world,
+            command.bfloat16,
+            command.checkpointing,
+            command.shard,
+            encode=not data.cache,
+        )
+        cards = [plan.CARDS[name] for name in options.card]
+        print(plan.report(found, command.options, cards, world, options.samples_a_second, options.price))
         return 0
 
-    return work
+    def work() -> int:
+        with joined(options.device) as ranks:
+            say = print if ranks.first else silent
+            try:
+                if checkpoint is None:
+                    material = on_toybox(command, data, ranks, say)
+                else:
+                    material = on_checkpoint(command, data, checkpoint, tower, ranks, say)
+                report = pretraining.run(command, material, ranks, say)
+            except KeyboardInterrupt:
+                say("profusion: interrupted; the same command goes on from the last checkpoint")
+                return 130
+            say(json.dumps(report, indent=2))
+            return 0
+
+    return planned if options.plan else work
 
 
 def _score(options: argparse.Namespace) -> Work:

@@ -121,11 +121,9 @@ def _add_machine(train: argparse.ArgumentParser) -> None:
 
 def command_of(given: argparse.Namespace) -> Command:
     """The command of parsed arguments. Raises ValueError, which names the argument."""
-    named = {
-        name: getattr(given, name) for name in ("steps", "batch", "learning_rate", "warmup", "weight_cap", "tokens")
-    }
     defaults = _DEFAULTS[given.checkpoint is None]
-    chosen = {name: defaults[name] if value is None else value for name, value in named.items()}
+    asked = {name: getattr(given, name) for name in defaults}
+    chosen = {name: defaults[name] if value is None else value for name, value in asked.items()}
     if given.layout == "authors" and given.tokens is None:
         chosen["tokens"] = 1
     options = PretrainingOptions(

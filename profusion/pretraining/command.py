@@ -3,7 +3,6 @@ at any moment."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -105,7 +104,7 @@ def run(command: Command, material: Material, ranks: Ranks, say: Say = print) ->
     KeyboardInterrupt after an interrupted step, when it is saved, TrainingError, and PromptNetError.
     """
     rounds(command.options, ranks.world)
-    say = say if ranks.first else _silent
+    say = say if ranks.first else silent
     network = _begun(command, material, ranks, say)
     bfloat16 = command.bfloat16
     objective = Objective(network, material.base, command.options.prompts, command.options.weight_cap, bfloat16)
@@ -122,7 +121,7 @@ def run(command: Command, material: Material, ranks: Ranks, say: Say = print) ->
     return _finished(command, material, engine, course)
 
 
-def _silent(_: str) -> None:
+def silent(_: str) -> None:
     """Another process reports."""
 
 
@@ -137,9 +136,8 @@ def _begun(command: Command, material: Material, ranks: Ranks, say: Say) -> Prom
                 f"--start {command.start}: its sizes are {network.config}, and these are to be trained: {config}"
             )
     count = sum(value.numel() for value in network.parameters())
-    say(
-        f"{count:,} numbers to train, for {config.architecture}, in {ranks.world} process{'es'[: 2 * (ranks.world > 1)]}"
-    )
+    processes = "1 process" if ranks.world == 1 else f"{ranks.world} processes"
+    say(f"{count:,} numbers to train, for {config.architecture}, in {processes}")
     return network.to(ranks.device)
 
 
@@ -299,19 +297,15 @@ class _Course:
 
 
 def _finished(command: Command, material: Material, engine: Engine, course: _Course) -> Report:
-    weights = engine.weights(averaged=True)
+    weights, config = engine.weights(averaged=True), engine.objective.network.config
     notes = {**command.notes, "data": material.data, "steps": str(engine.step), "seed": str(command.options.seed)}
     report: Report = {"promptnet": str(command.out)}
     if engine.ranks.first:
-        report["bytes"] = save_weights(weights, engine.objective.network.config, command.out, notes=notes)
+        report["bytes"] = save_weights(weights, config, command.out, notes=notes)
         if command.layout == "authors":
-            report["authors"] = str(
-                released.save(weights, engine.objective.network.config, command.out.with_suffix(""))
-            )
+            report["authors"] = str(released.save(weights, config, command.out.with_suffix("")))
     report |= {
-        "parameters": sum(value.numel() for value in weights.values())
-        - weights["start"].numel()
-        - weights["spread"].numel(),
+        "parameters": sum(weights[name].numel() for name in engine.parameters),
         "steps": engine.step,
         "seconds": round(course.seconds, 1),
         "loss": round(course.last_loss, 5),
@@ -341,8 +335,3 @@ def _time(seconds: float) -> str:
     if seconds < 5400:
         return f"{math.ceil(seconds / 60)} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
-
-
-def as_json(report: Report) -> str:
-    """For people and programs."""
-    return json.dumps(report, indent=2)

@@ -1,4 +1,4 @@
-"""What a step is fed: the rows of one process, as features, from pictures that are encoded on the way or were before."""
+"""What a step is fed: one process's rows, as features of pictures that are encoded on the way or were before."""
 
 from __future__ import annotations
 

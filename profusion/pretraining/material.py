@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import load_image_tower
+from ..checkpoints.loading import plan
+from ..checkpoints.vision import vision_plan
 from ..decoding import PictureError
 from ..learning import Say
 from ..pipeline import Pipeline
@@ -21,6 +23,7 @@ from .encoding import Encoders
 from .feeds import Encoded, Streamed
 from .opening import open_source
 from .order import Order, Share
+from .plan import Sizes
 from .promptnet import config_for
 from .ranks import Ranks
 from .sources import Source
@@ -79,6 +82,21 @@ def read_squares(source: Source, entries: np.ndarray, size: int) -> Tensor:
     return torch.stack(found)
 
 
+def sizes_of(command: Command, data: Data, checkpoint: Path, tower: Path) -> Sizes:
+    """The sizes of a checkpoint and of an image tower, from the headers of their files. Raises CheckpointError."""
+    base, (_, vision, _) = plan(checkpoint), vision_plan(tower)
+    towers = tuple(one.config for one in base.towers)
+    config = config_for(
+        base.unet,
+        [one.width for one in towers],
+        vision.width,
+        command.tokens,
+        command.with_noise,
+        command.layout,
+    )
+    return Sizes(base.unet, base.vae, towers, vision, config, data.size or base.family.size)
+
+
 def on_checkpoint(command: Command, data: Data, checkpoint: Path, tower: Path, ranks: Ranks, say: Say) -> Material:
     """A checkpoint of SD 1.x, SD 2.x or SDXL, and pictures of a folder or of tar shards. Raises CheckpointError and
     PictureError."""
@@ -86,7 +104,10 @@ def on_checkpoint(command: Command, data: Data, checkpoint: Path, tower: Path, r
     say(f"reading {checkpoint}")
     base = StableDiffusion.load(checkpoint, data.size, kind).to(ranks.device)
     vision = load_image_tower(tower, kind).to(ranks.device)
-    config = config_for(base, vision, command.tokens, command.with_noise, command.layout)
+    widths = [tower.sizes.width for tower in base.towers]
+    config = config_for(
+        base.unet.config, widths, vision.config.hidden_size, command.tokens, command.with_noise, command.layout
+    )
     return of_source(command, data, open_source(data.where, say=say), base, vision, config, ranks, say)
 
 

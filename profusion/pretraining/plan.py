@@ -16,9 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..checkpoints.loading import Plan
 from ..models.conditioning import TextTowers
-from ..models.configs import VisionConfig
+from ..models.configs import TextConfig, UNetConfig, VAEConfig, VisionConfig
 from ..models.unet import UNet
 from ..models.vae import VAE
 from ..promptnet.network import PromptNet, PromptNetConfig
@@ -61,9 +60,12 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a plan is made of: a checkpoint's header and an image tower's, and the PromptNet between them."""
+    """What a plan is made of: the sizes of the base's networks, of the image tower and of the PromptNet between them,
+    and the pictures' side in pixels."""
 
-    checkpoint: Plan
+    unet: UNetConfig
+    vae: VAEConfig
+    towers: tuple[TextConfig, ...]
     vision: VisionConfig
     config: PromptNetConfig
     size: int
@@ -156,10 +158,9 @@ def _tokens(vision: VisionConfig) -> int:
 def _base(sizes: Sizes, kind: torch.dtype) -> StableDiffusion:
     from ..models.clip import TextModel  # with transformers, which the pack does not wait for
 
-    checkpoint = sizes.checkpoint
-    unet, vae = _made(UNet, checkpoint.unet, kind), _made(VAE, checkpoint.vae, kind)
-    towers = tuple(_made(TextModel, tower.config, kind) for tower in checkpoint.towers)
-    return StableDiffusion(unet, vae, TextTowers(towers), "eps", sizes.size, checkpoint.family.name)
+    unet, vae = _made(UNet, sizes.unet, kind), _made(VAE, sizes.vae, kind)
+    towers = tuple(_made(TextModel, tower, kind) for tower in sizes.towers)
+    return StableDiffusion(unet, vae, TextTowers(towers), "eps", sizes.size, sizes.config.architecture)
 
 
 def _vision(config: VisionConfig) -> nn.Module:

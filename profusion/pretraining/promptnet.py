@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..models.configs import UNetConfig
 from ..models.tokenizer import words_to_ids
 from ..pipeline import Pipeline
 from ..promptnet.network import PromptNet, PromptNetConfig, PromptNetError, typical_embedding
 from ..promptnet.pseudo_word import prompt_tokens
 from ..promptnet.training import WORD_PROMPTS
 
-if TYPE_CHECKING:
-    from ..models.clip import VisionModel
-
 Layout = Literal["profusion", "authors"]
 
 
 def config_for(
-    base: Pipeline, vision: VisionModel, tokens: int = 1, with_noise: bool = False, layout: Layout = "profusion"
+    unet: UNetConfig,
+    text_widths: Sequence[int],
+    image_width: int,
+    tokens: int = 1,
+    with_noise: bool = False,
+    layout: Layout = "profusion",
 ) -> PromptNetConfig:
-    """The sizes of a PromptNet for a base model and an image tower.
+    """The sizes of a PromptNet for a base's UNet, its text towers of these widths and an image tower of this width.
 
     layout: "authors" is one that their released class reads: one word that holds its position, no norm, and the latent
     being denoised as its second one. Raises PromptNetError where theirs has no such thing.
     """
-    unet = replace(base.unet.config, adm_channels=None)
-    widths = tuple(tower.text_model.embeddings.token_embedding.weight.shape[1] for tower in base.towers)
-    config = PromptNetConfig(
-        unet, vision.config.hidden_size, widths, tokens=tokens, second_latent="noisy" if with_noise else "none"
-    )
+    second = "noisy" if with_noise else "none"
+    config = PromptNetConfig(unet, image_width, tuple(text_widths), tokens=tokens, second_latent=second)
     if layout == "profusion":
         return config
-    if len(widths) > 1 or tokens > 1:
+    if len(text_widths) > 1 or tokens > 1:
         raise PromptNetError(
             "the authors' PromptNet makes one word for one text encoder: leave --tokens at 1, and train in our own "
             "layout for a model with two"

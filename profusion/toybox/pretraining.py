@@ -10,15 +10,18 @@ import numpy as np
 from PIL import Image
 
 from ..learning import Say
-from ..pretraining.arguments import TOYBOX, Data
+from ..pretraining.arguments import TOYBOX as DRAWN
+from ..pretraining.arguments import Data
 from ..pretraining.command import Command, Material
 from ..pretraining.material import of_source
 from ..pretraining.opening import open_source
+from ..pretraining.plan import Sizes
 from ..pretraining.ranks import Ranks
 from ..pretraining.sources import Source
+from ..promptnet.network import PromptNetConfig
 from . import world
-from .configs import TOYBOX_PROMPTNET
-from .pipeline import Toybox
+from .configs import TOYBOX, TOYBOX_PROMPTNET, TOYBOX_TEXT, TOYBOX_VAE, TOYBOX_VISION
+from .pipeline import SIZE, Toybox
 
 
 class DrawnPictures(Source):
@@ -49,12 +52,21 @@ class DrawnPictures(Source):
         return f"{self._count} pictures drawn from seed {self._seed}"
 
 
+def config_of(command: Command) -> PromptNetConfig:
+    """The sizes of the PromptNet that a command asks for."""
+    second = "noisy" if command.with_noise else "none"
+    return replace(TOYBOX_PROMPTNET, tokens=command.tokens, second_latent=second)
+
+
+def toybox_sizes(command: Command) -> Sizes:
+    """For a plan."""
+    return Sizes(TOYBOX, TOYBOX_VAE, (TOYBOX_TEXT,), TOYBOX_VISION, config_of(command), SIZE)
+
+
 def on_toybox(command: Command, data: Data, ranks: Ranks, say: Say, toybox: Toybox | None = None) -> Material:
     """Toybox, and pictures that are drawn or those of a folder or of tar shards. Raises PictureError."""
     toybox = toybox or Toybox.load()
     for module in (toybox.unet, toybox.vae, toybox.text, toybox.vision):
         module.to(ranks.device)
-    source = DrawnPictures(data.pictures, command.options.seed) if data.where == TOYBOX else open_source(data.where)
-    second = "noisy" if command.with_noise else "none"
-    config = replace(TOYBOX_PROMPTNET, tokens=command.tokens, second_latent=second)
-    return of_source(command, data, source, toybox, toybox.vision, config, ranks, say)
+    source = DrawnPictures(data.pictures, command.options.seed) if data.where == DRAWN else open_source(data.where)
+    return of_source(command, data, source, toybox, toybox.vision, config_of(command), ranks, say)
