@@ -166,12 +166,12 @@ class Engine:
         shape = tuple(latents.shape[1:])
         drawn = draw_noise(self.options, self._sigmas, shape, generator_of(self._seed()))
         rows = self.ranks.rows(self.options.batch_size)
-        device = self.ranks.device
+        device, kind = self.ranks.device, next(iter(self.parameters.values())).dtype
         given = [
-            values.to(device, torch.float32, non_blocking=True).contiguous().chunk(self._rounds)
+            values.to(device, kind, non_blocking=True).contiguous().chunk(self._rounds)
             for values in (latents, image_tokens, drawn.noise[rows], drawn.sigma[rows])
         ]
-        total = torch.zeros((), device=device)
+        total = torch.zeros((), device=device, dtype=kind)
         for index, parts in enumerate(zip(*given, strict=True)):
             last = index == self._rounds - 1
             with self._unsynchronised(not last), self._twice():

@@ -72,7 +72,7 @@ class Objective(nn.Module):
     def words(self, latents: Tensor, image_tokens: Tensor, sigma: Tensor, noisy: Tensor) -> Tensor:
         """S* of pictures while `noisy` (B, C, H, W) is drawn at sigma (B,): (B, tokens, text_width)."""
         with torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
-            return words_of(self.network, latents, image_tokens, sigma, noisy).float()
+            return words_of(self.network, latents, image_tokens, sigma, noisy).to(latents)
 
     def context(self, prompt: str, pseudo_word: Tensor, latents: Tensor) -> tuple[Tensor, Tensor | None]:
         """One of the prompts with S* (B, tokens, width), or `ALONE` -> context (B, 77, D), and SDXL's y (B, adm)
