@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from .squares import Framing, square
 
 _MOST_TRIES = 10_000  # pictures in a row that cannot be read, after which nothing is believed to be readable
 _CROPS = 2  # what a generator is for; see `order.generator_of`
+_BEFORE = "could not be read before, as the cache says"
 NO_ENTRY = -1  # of a picture that has no number, as in a stream
 
 
@@ -34,18 +35,23 @@ class Unreadable(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Some rows of a batch. rows: which of the share's. problem: why they cannot be had."""
+    """Some rows of a batch. rows: which of the share's. cached: which of these need not be decoded; the pictures are
+    those of the others. problem: why they cannot be had."""
 
     pictures: Tensor
     rows: list[int]
     entries: list[int]
     keys: list[str]
+    cached: list[bool]
     unreadable: list[Unreadable]
     problem: str = ""
 
-    def add(self, entry: int, key: str) -> None:
+    def add(self, entry: int, key: str, picture: Tensor | None) -> None:
+        if picture is not None:
+            self.pictures[self.cached.count(False)] = picture
         self.entries.append(entry)
         self.keys.append(key)
+        self.cached.append(picture is None)
 
 
 class Task(NamedTuple):
@@ -56,12 +62,18 @@ class Task(NamedTuple):
     entries: Sequence[int]
 
 
+class Known(Protocol):
+    """What a cache knows of each picture by now: 0 nothing, 1 all that is needed, 2 that it cannot be read."""
+
+    def __getitem__(self, entry: int) -> int: ...
+
+
 class IndexedRows(Dataset):
     """`rows[Task]`: a Chunk. Each process remembers what it could not read."""
 
-    def __init__(self, source: Source, order: Order, framing: Framing):
-        self._source, self._order, self._framing = source, order, framing
-        self._known: dict[int, Unreadable] = {}
+    def __init__(self, source: Source, order: Order, framing: Framing, cached: Known | None = None):
+        self._source, self._order, self._framing, self._cached = source, order, framing, cached
+        self._unreadable: dict[int, Unreadable] = {}
 
     def __getitem__(self, task: Task) -> Chunk:
         chunk = _empty(self._framing, range(task.row, task.row + len(task.entries)))
@@ -75,18 +87,25 @@ class IndexedRows(Dataset):
         most = min(_MOST_TRIES, len(self._source))
         for tries in range(most):
             entry = self._order.entry_after(position, tries) if tries else entry
-            if entry not in self._known:
-                name = self._source.key(entry)
-                try:
-                    data = self._source.read(entry)
-                    chunk.pictures[row] = _square(data, name, self._framing, self._order.seed, position)
-                except PictureError as problem:
-                    self._known[entry] = Unreadable(entry, name, reason(problem, name))
-                else:
-                    chunk.add(entry, name)
-                    return
-            chunk.unreadable.append(self._known[entry])
-        raise _nothing(self._source.where, most, self._known[entry])
+            name = self._source.key(entry)
+            try:
+                picture = self._picture(entry, name, position)
+            except PictureError as problem:
+                self._unreadable[entry] = Unreadable(entry, name, reason(problem, name))
+                chunk.unreadable.append(self._unreadable[entry])
+            else:
+                chunk.add(entry, name, picture)
+                return
+        raise _nothing(self._source.where, most, self._unreadable[entry])
+
+    def _picture(self, entry: int, name: str, position: int) -> Tensor | None:
+        """None where the cache has it. Raises PictureError."""
+        known = self._cached[entry] if self._cached is not None else 0
+        if known == 1:
+            return None
+        if entry in self._unreadable or known == 2:
+            raise PictureError(f"{name} {self._unreadable[entry].reason if entry in self._unreadable else _BEFORE}")
+        return _square(self._source.read(entry), name, self._framing, self._order.seed, position)
 
 
 class LaneRows(IterableDataset):
@@ -132,8 +151,7 @@ class LaneRows(IterableDataset):
                 except PictureError as problem:
                     held.reason, held.data = reason(problem, held.name), b""
                 else:
-                    chunk.pictures[len(chunk.keys)] = found
-                    chunk.add(NO_ENTRY, held.name)
+                    chunk.add(NO_ENTRY, held.name, found)
                     return
             chunk.unreadable.append(Unreadable(NO_ENTRY, held.name, held.reason))
         raise _nothing(self._source.where, _MOST_TRIES, chunk.unreadable[-1])
@@ -151,7 +169,7 @@ def _square(data: bytes, name: str, framing: Framing, seed: int, position: int) 
 
 def _empty(framing: Framing, rows: Sequence[int]) -> Chunk:
     pictures = torch.empty(len(rows), framing.size, framing.size, 3, dtype=torch.uint8)
-    return Chunk(pictures, list(rows), [], [], [])
+    return Chunk(pictures, list(rows), [], [], [], [])
 
 
 def _filled(chunk: Chunk, fill: Callable[[], None]) -> Chunk:
@@ -160,7 +178,8 @@ def _filled(chunk: Chunk, fill: Callable[[], None]) -> Chunk:
         fill()
     except PictureError as problem:
         return chunk._replace(problem=str(problem))
-    return chunk
+    decoded = chunk.cached.count(False)
+    return chunk if decoded == len(chunk.rows) else chunk._replace(pictures=chunk.pictures[:decoded].clone())
 
 
 def _nothing(where: str, tries: int, last: Unreadable) -> PictureError:

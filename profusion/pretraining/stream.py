@@ -20,7 +20,7 @@ from ..decoding import PictureError
 from ..problems import printable, why
 from .lanes import Streamed
 from .order import WHOLE, Order, Share
-from .rows import NO_ENTRY, Chunk, IndexedRows, LaneRows, Task, Unreadable
+from .rows import NO_ENTRY, Chunk, IndexedRows, Known, LaneRows, Task, Unreadable
 from .sources import Source
 from .squares import Framing, StreamError
 
@@ -33,8 +33,9 @@ _NAMED = 8  # pictures by name, in a message
 class Batch:
     """Rows of one global batch.
 
-    pictures: (B, size, size, 3) uint8. positions: (B,) int64, see `order`. entries: (B,) int64, which picture of the
-    source each is, in its place or in that of one that cannot be read; -1 where it is streamed. keys: their names.
+    pictures: (B, size, size, 3) uint8, without those that a cache has: `cached` (B,) says which. positions: (B,) int64,
+    see `order`. entries: (B,) int64, which picture of the source each is, in its place or in that of one that cannot be
+    read; -1 where it is streamed. keys: their names.
     """
 
     step: int
@@ -42,6 +43,7 @@ class Batch:
     positions: Tensor
     entries: Tensor
     keys: tuple[str, ...]
+    cached: Tensor
 
 
 @dataclass
@@ -125,23 +127,26 @@ class PictureStream:
         """The epoch of a step's first row; None where nobody knows how many pictures there are."""
         return None if self._order is None else step * self.batch // self._order.count
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
+    def batches(self, start: int = 0, cached: Known | None = None) -> Iterator[Batch]:
         """The batches of this share from step `start` on, without an end.
 
-        Raises PictureError where nothing can be read, or a command fails; StreamError where a worker ends by itself.
+        cached: what a cache knows, such as `FeatureCache.states`; what it has is not decoded. Raises PictureError where
+        nothing can be read, or a command fails; StreamError where a worker ends by itself.
         """
-        loader, chunks = self._loader(start)
+        if cached is not None and (self._order is None or self._framing.crop != "center"):
+            raise StreamError("a cache has one square of each picture: give a folder or shards, and crop='center'")
+        loader, chunks = self._loader(start, cached)
         for step, parts in _grouped(_guarded(loader), chunks, start):
             yield self._batch(step, parts)
 
-    def _loader(self, start: int) -> tuple[DataLoader, int]:
+    def _loader(self, start: int, cached: Known | None) -> tuple[DataLoader, int]:
         """What gives chunks, and how many of them are a batch."""
         if self._order is None:
             rows, tasks = LaneRows(self.source, self.batch, self._rows, self._seed, self._framing, start), None
             workers = min(self.workers, len(rows.own))
             chunks, ahead = max(1, workers), _AHEAD
         else:
-            rows = IndexedRows(self.source, self._order, self._framing)
+            rows = IndexedRows(self.source, self._order, self._framing, cached)
             tasks, workers = _Tasks(self._order, self.batch, self._rows, start), self.workers
             chunks = -(-len(self._rows) // _CHUNK)
             ahead = max(_AHEAD, -(-_AHEAD * chunks // max(1, workers)))
@@ -158,21 +163,27 @@ class PictureStream:
         return loader, chunks
 
     def _batch(self, step: int, chunks: Sequence[Chunk]) -> Batch:
-        count = len(self._rows)
-        size = self._framing.size
-        pictures = torch.empty(count, size, size, 3, dtype=torch.uint8)
-        entries, keys = torch.empty(count, dtype=torch.int64), [""] * count
+        count, size = len(self._rows), self._framing.size
+        entries, keys, cached = (
+            torch.empty(count, dtype=torch.int64),
+            [""] * count,
+            torch.zeros(count, dtype=torch.bool),
+        )
         for chunk in chunks:
             for one in chunk.unreadable:
                 self.skipped.add(one)
             if chunk.problem:
                 raise PictureError(chunk.problem)
-            pictures[chunk.rows] = chunk.pictures
-            entries[chunk.rows] = torch.tensor(chunk.entries)
+            entries[chunk.rows], cached[chunk.rows] = torch.tensor(chunk.entries), torch.tensor(chunk.cached)
             for row, key in zip(chunk.rows, chunk.keys, strict=True):
                 keys[row] = key
+        pictures = torch.empty(int((~cached).sum()), size, size, 3, dtype=torch.uint8)
+        places = (~cached).cumsum(0) - 1
+        for chunk in chunks:
+            rows = torch.tensor(chunk.rows)
+            pictures[places[rows[~cached[rows]]]] = chunk.pictures
         first = step * self.batch + self._rows.start
-        return Batch(step, pictures, torch.arange(first, first + count), entries, tuple(keys))
+        return Batch(step, pictures, torch.arange(first, first + count), entries, tuple(keys), cached)
 
 
 def _grouped(parts: Iterator[Chunk], size: int, step: int) -> Iterator[tuple[int, list[Chunk]]]:
