@@ -1,5 +1,6 @@
 """Shards that can only be read on: in lanes, the same for any ranks and workers, and up to where they fail."""
 
+import pickle
 import tarfile
 
 import pytest
@@ -11,6 +12,8 @@ from profusion.pretraining.lanes import Streamed
 from profusion.pretraining.opening import open_source
 from profusion.pretraining.order import Share
 from profusion.pretraining.patterns import shards
+from profusion.pretraining.rows import LaneRows
+from profusion.pretraining.squares import Framing
 from profusion.pretraining.stream import PictureStream
 from tests.pretraining.examples import broken, coded, packed, picture
 
@@ -194,3 +197,11 @@ def test_where_the_commands_are_left_out_that_is_said(folder, monkeypatch):
 def test_local_shards_among_them_must_be_there(folder):
     with pytest.raises(PictureError, match=r"shards are not there: .*9\.tar"):
         open_source(f"{folder}/9.tar,pipe:cat {folder}/0.tar")
+
+
+def test_it_can_be_sent_to_processes_that_are_begun_anew(folder):
+    """As on systems that cannot copy a process."""
+    source = streamed(folder, lanes=4)
+    rows = LaneRows(source, BATCH, range(2, 6), 5, Framing(16), 3)
+    chunks = [next(iter(one)) for one in (rows, pickle.loads(pickle.dumps(rows)))]
+    assert chunks[0].keys == chunks[1].keys and torch.equal(chunks[0].pictures, chunks[1].pictures)
