@@ -1,40 +1,41 @@
 """An endless stream of batches of pictures, decoded in worker processes, the same for any number of ranks and workers.
 
-The order is that of `order`: by seed and epoch alone. A picture that cannot be read is counted, and the next one of
-the epoch's order that can be stands in its place, on every rank alike.
+The order is that of `order`, by seed and epoch alone, or of `lanes` where shards can only be read on. What cannot be
+read is left out as `rows` says.
 """
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from ..decoding import PictureError
-from ..problems import why
-from .order import WHOLE, Order, Share, generator_of
+from ..problems import printable, why
+from .lanes import Streamed
+from .order import WHOLE, Order, Share
+from .rows import NO_ENTRY, Chunk, IndexedRows, Known, LaneRows, Task, Unreadable
 from .sources import Source
-from .squares import Framing, StreamError, square
+from .squares import Framing, StreamError
 
 _CHUNK = 8  # rows that a worker decodes at once
 _AHEAD = 2  # batches that are decoded before they are asked for
-_MOST_TRIES = 10_000  # pictures in a row that cannot be read, after which nothing is believed to be readable
 _NAMED = 8  # pictures by name, in a message
-_CROPS = 2  # what a generator is for; see `order.generator_of`
 
 
 @dataclass(frozen=True)
 class Batch:
     """Rows of one global batch.
 
-    pictures: (B, size, size, 3) uint8. positions: (B,) int64, see `order`. entries: (B,) int64, which picture of the
-    source each is, in its place or in that of one that cannot be read. keys: their names.
+    pictures: (B, size, size, 3) uint8, without those that a cache has: `cached` (B,) says which. positions: (B,) int64,
+    see `order`. entries: (B,) int64, which picture of the source each is, in its place or in that of one that cannot be
+    read; -1 where it is streamed. keys: their names.
     """
 
     step: int
@@ -42,6 +43,7 @@ class Batch:
     positions: Tensor
     entries: Tensor
     keys: tuple[str, ...]
+    cached: Tensor
 
 
 @dataclass
@@ -50,85 +52,28 @@ class Skipped:
 
     reasons: Counter[str] = field(default_factory=Counter)
     names: list[str] = field(default_factory=list)
-    entries: set[int] = field(default_factory=set)
+    _seen: set[int | str] = field(default_factory=set, repr=False)
+
+    @property
+    def entries(self) -> list[int]:
+        """Which pictures of the source."""
+        return sorted(one for one in self._seen if isinstance(one, int))
 
     def __len__(self) -> int:
         return self.reasons.total()
 
     def add(self, one: Unreadable) -> None:
-        if one.entry in self.entries:
+        known = one.name if one.entry == NO_ENTRY else one.entry
+        if known in self._seen:
             return
-        self.entries.add(one.entry)
+        self._seen.add(known)
         self.reasons[one.reason] += 1
         if len(self.names) < _NAMED:
-            self.names.append(one.name)
+            self.names.append(printable(one.name))
 
     def __str__(self) -> str:
         counted = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
         return f"{len(self)} skipped ({counted}), such as {', '.join(self.names)}" if self.reasons else "none skipped"
-
-
-class Unreadable(NamedTuple):
-    """A picture that could not be read, and why."""
-
-    entry: int
-    name: str
-    reason: str
-
-
-class _Chunk(NamedTuple):
-    """What a worker gives for some rows. problem: why it cannot."""
-
-    pictures: Tensor
-    entries: list[int]
-    keys: list[str]
-    unreadable: list[Unreadable]
-    problem: str = ""
-
-
-class _Rows(Dataset):
-    """`rows[(first position, entries)]`: a _Chunk. Each process remembers what it could not read."""
-
-    def __init__(self, source: Source, order: Order, framing: Framing):
-        self._source, self._order, self._framing = source, order, framing
-        self._known: dict[int, Unreadable] = {}
-
-    def __getitem__(self, task: tuple[int, Sequence[int]]) -> _Chunk:
-        first, entries = task
-        size = self._framing.size
-        chunk = _Chunk(torch.empty(len(entries), size, size, 3, dtype=torch.uint8), [], [], [])
-        try:
-            for row, entry in enumerate(entries):
-                self._fill(chunk, row, first + row, entry)
-        except PictureError as problem:
-            return chunk._replace(problem=str(problem))
-        return chunk
-
-    def _fill(self, chunk: _Chunk, row: int, position: int, entry: int) -> None:
-        most = min(_MOST_TRIES, len(self._source))
-        for tries in range(most):
-            entry = self._order.entry_after(position, tries) if tries else entry
-            if entry not in self._known:
-                name = self._source.key(entry)
-                try:
-                    generator = generator_of(_CROPS, self._order.seed, position)
-                    chunk.pictures[row] = square(self._source.read(entry), name, self._framing, generator)
-                except PictureError as problem:
-                    self._known[entry] = Unreadable(entry, name, reason(problem, name))
-                else:
-                    chunk.entries.append(entry)
-                    chunk.keys.append(name)
-                    return
-            chunk.unreadable.append(self._known[entry])
-        last = self._known[entry]
-        raise PictureError(
-            f"none of {most} pictures in a row of {self._source.where} can be read: {last.name} {last.reason}"
-        )
-
-
-def reason(problem: PictureError, name: str) -> str:
-    """Why a picture is left out, without its name and its numbers: few kinds, to be counted."""
-    return str(problem).removeprefix(name).split(":")[0].strip().removeprefix("is ")
 
 
 class _Tasks(Sampler):
@@ -137,14 +82,12 @@ class _Tasks(Sampler):
     def __init__(self, order: Order, batch: int, rows: range, start: int):
         self._order, self._batch, self._rows, self._start = order, batch, rows, start
 
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        step = self._start
-        while True:
+    def __iter__(self) -> Iterator[Task]:
+        for step in itertools.count(self._start):
             first = step * self._batch + self._rows.start
             entries = self._order.entries(first, len(self._rows)).tolist()
-            for at in range(0, len(entries), _CHUNK):
-                yield first + at, entries[at : at + _CHUNK]
-            step += 1
+            for row in range(0, len(entries), _CHUNK):
+                yield Task(row, first + row, entries[row : row + _CHUNK])
 
 
 class PictureStream:
@@ -152,14 +95,15 @@ class PictureStream:
 
     size: pixels a side. batch: rows of the global batch. share: which of them are this process's. workers: processes
     that decode; 0 decodes in this one. crop: "center", or "random", a part of each picture that is drawn by the seed
-    and its position. window: shuffle within so many shards at a time, see `order.epoch_order`; 0 shuffles all.
+    and its position. window: shuffle within so many shards at a time, see `order.epoch_order`; 0 shuffles all. Where
+    shards can only be read on, no more workers are started than the share has lanes.
 
     skipped: what this process could not read. Raises StreamError and OrderError for what cannot be.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: Source | Streamed,
         size: int = 512,
         batch: int = 64,
         seed: int = 0,
@@ -171,51 +115,78 @@ class PictureStream:
         self.source, self.batch, self.share, self.workers = source, batch, share, workers
         if workers < 0:
             raise StreamError(f"workers={workers} must not be negative; 0 decodes in the training's own process")
-        self._framing, self._rows = Framing(size, crop), share.rows(batch)
-        self._order = Order(len(source), seed, source.parts, window)
+        self._framing, self._rows, self._seed = Framing(size, crop), share.rows(batch), seed
+        self._order = None
+        if isinstance(source, Streamed):
+            source.lanes_for(batch)
+        else:
+            self._order = Order(len(source), seed, source.parts, window)
         self.skipped = Skipped()
 
-    def epoch_of(self, step: int) -> int:
-        """The epoch of a step's first row."""
-        return step * self.batch // len(self.source)
+    def epoch_of(self, step: int) -> int | None:
+        """The epoch of a step's first row; None where nobody knows how many pictures there are."""
+        return None if self._order is None else step * self.batch // self._order.count
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
+    def batches(self, start: int = 0, cached: Known | None = None) -> Iterator[Batch]:
         """The batches of this share from step `start` on, without an end.
 
-        Raises PictureError where nothing can be read, StreamError where a worker ends by itself.
+        cached: what a cache knows, such as `FeatureCache.states`; what it has is not decoded. Raises PictureError where
+        nothing can be read, or a command fails; StreamError where a worker ends by itself.
         """
-        tasks = _Tasks(self._order, self.batch, self._rows, start)
-        chunks = -(-len(self._rows) // _CHUNK)
-        ahead = {"prefetch_factor": max(2, -(-_AHEAD * chunks // self.workers))} if self.workers else {}
-        loader = DataLoader(
-            _Rows(self.source, self._order, self._framing),
-            batch_size=None,
-            sampler=tasks,
-            num_workers=self.workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=_quiet,
-            **ahead,
-        )
+        if cached is not None and (self._order is None or self._framing.crop != "center"):
+            raise StreamError("a cache has one square of each picture: give a folder or shards, and crop='center'")
+        loader, chunks = self._loader(start, cached)
         for step, parts in _grouped(_guarded(loader), chunks, start):
             yield self._batch(step, parts)
 
-    def _batch(self, step: int, chunks: Sequence[_Chunk]) -> Batch:
+    def _loader(self, start: int, cached: Known | None) -> tuple[DataLoader, int]:
+        """What gives chunks, and how many of them are a batch."""
+        if self._order is None:
+            rows, tasks = LaneRows(self.source, self.batch, self._rows, self._seed, self._framing, start), None
+            workers = min(self.workers, len(rows.own))
+            chunks, ahead = max(1, workers), _AHEAD
+        else:
+            rows = IndexedRows(self.source, self._order, self._framing, cached)
+            tasks, workers = _Tasks(self._order, self.batch, self._rows, start), self.workers
+            chunks = -(-len(self._rows) // _CHUNK)
+            ahead = max(_AHEAD, -(-_AHEAD * chunks // max(1, workers)))
+        loader = DataLoader(
+            rows,
+            batch_size=None,
+            sampler=tasks,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_quiet,
+            prefetch_factor=ahead if workers else None,
+            generator=torch.Generator(),  # or it would draw from everybody's
+        )
+        return loader, chunks
+
+    def _batch(self, step: int, chunks: Sequence[Chunk]) -> Batch:
+        count, size = len(self._rows), self._framing.size
+        entries, keys, cached = (
+            torch.empty(count, dtype=torch.int64),
+            [""] * count,
+            torch.zeros(count, dtype=torch.bool),
+        )
         for chunk in chunks:
             for one in chunk.unreadable:
                 self.skipped.add(one)
             if chunk.problem:
                 raise PictureError(chunk.problem)
+            entries[chunk.rows], cached[chunk.rows] = torch.tensor(chunk.entries), torch.tensor(chunk.cached)
+            for row, key in zip(chunk.rows, chunk.keys, strict=True):
+                keys[row] = key
+        pictures = torch.empty(int((~cached).sum()), size, size, 3, dtype=torch.uint8)
+        places = (~cached).cumsum(0) - 1
+        for chunk in chunks:
+            rows = torch.tensor(chunk.rows)
+            pictures[places[rows[~cached[rows]]]] = chunk.pictures
         first = step * self.batch + self._rows.start
-        return Batch(
-            step,
-            torch.cat([chunk.pictures for chunk in chunks]),
-            torch.arange(first, first + len(self._rows)),
-            torch.tensor([entry for chunk in chunks for entry in chunk.entries]),
-            tuple(key for chunk in chunks for key in chunk.keys),
-        )
+        return Batch(step, pictures, torch.arange(first, first + count), entries, tuple(keys), cached)
 
 
-def _grouped(parts: Iterator[_Chunk], size: int, step: int) -> Iterator[tuple[int, list[_Chunk]]]:
+def _grouped(parts: Iterator[Chunk], size: int, step: int) -> Iterator[tuple[int, list[Chunk]]]:
     """So many at a time, numbered from `step` on."""
     found = []
     for part in parts:
@@ -225,7 +196,7 @@ def _grouped(parts: Iterator[_Chunk], size: int, step: int) -> Iterator[tuple[in
             found, step = [], step + 1
 
 
-def _guarded(loader: DataLoader) -> Iterator[_Chunk]:
+def _guarded(loader: DataLoader) -> Iterator[Chunk]:
     """What the workers give. Raises StreamError where one of them ends by itself."""
     try:
         yield from loader
@@ -238,7 +209,7 @@ def _guarded(loader: DataLoader) -> Iterator[_Chunk]:
         ) from problem
 
 
-def _as_it_is(chunk: _Chunk) -> _Chunk:
+def _as_it_is(chunk: Chunk) -> Chunk:
     return chunk
 
 

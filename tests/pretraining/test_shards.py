@@ -1,6 +1,7 @@
 """Tar shards: the same pictures as in a folder, looked through once, and used up to where they are damaged."""
 
 import os
+import pickle
 import tarfile
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from profusion.decoding import PictureError
 from profusion.pretraining import shards as shards_module
 from profusion.pretraining.opening import open_source
+from profusion.pretraining.order import Order
+from profusion.pretraining.rows import IndexedRows, Task
 from profusion.pretraining.shards import INDEX_SUFFIX, index_of
+from profusion.pretraining.squares import Framing
 from profusion.pretraining.stream import PictureStream
 from tests.pretraining.examples import coded, packed, picture
 
@@ -155,3 +159,12 @@ def test_a_window_of_shards_still_shows_each_once(folder):
     batches, _ = taken(open_source(f"{folder}/*.tar"), 5, window=1)
     keys = [key for batch in batches for key in batch.keys]
     assert len(set(keys[:10])) == 10 and len({key.split("/")[0] for key in keys[:4]}) == 1
+
+
+def test_it_can_be_sent_to_processes_that_are_begun_anew(folder):
+    """As on systems that cannot copy a process."""
+    source = open_source(f"{folder}/*.tar")
+    rows = IndexedRows(source, Order(len(source), 3, source.parts, 1), Framing(16))
+    task = Task(2, 14, rows._order.entries(14, 4).tolist())
+    chunks = [one[task] for one in (rows, pickle.loads(pickle.dumps(rows)))]
+    assert chunks[0].keys == chunks[1].keys and torch.equal(chunks[0].pictures, chunks[1].pictures)
