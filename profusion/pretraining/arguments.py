@@ -22,7 +22,7 @@ _DEFAULTS = {
 @dataclass(frozen=True)
 class Data:
     """Where pictures come from and how they are read. pictures: how many to draw, of Toybox. kept: so many are kept
-    apart. cache: a folder for what the encoders make of pictures, "" for none."""
+    apart, or taken from kept_where. cache: a folder for what the encoders make of pictures, "" for none."""
 
     where: str
     pictures: int = 12000
@@ -31,6 +31,7 @@ class Data:
     workers: int = 2
     size: int | None = None
     cache: str = ""
+    kept_where: str = ""
 
 
 def add_to(commands) -> argparse.ArgumentParser:
@@ -71,10 +72,12 @@ def _add_data(train: argparse.ArgumentParser) -> None:
     add(
         "--data",
         default=TOYBOX,
-        help="a folder, tar shards such as 'DIR/{0000..0099}.tar', or 'toybox' to draw them (default)",
+        help="a folder, tar shards such as 'DIR/{0000..0099}.tar', 'pipe:COMMAND' that writes such shards, or 'toybox' "
+        "to draw them (default)",
     )
     add("--pictures", type=int, default=12000, help="how many to draw of Toybox (default: %(default)s)")
     add("--validation", type=int, default=64, help="pictures kept apart to check with (default: %(default)s)")
+    add("--validation-data", default="", help="where those are instead: a folder or tar shards")
     add("--size", type=int, help="pixels a side (default: the base's own)")
     add("--crop", choices=("center", "random"), default="center", help="which square (default: %(default)s)")
     add("--workers", type=int, default=2, help="processes that read pictures, for each card (default: %(default)s)")
@@ -160,4 +163,13 @@ def data_of(given: argparse.Namespace) -> Data:
         raise ValueError("--pictures and --validation must be at least 1, and --workers not negative")
     if given.checkpoint is None and given.size is not None:
         raise ValueError("--size goes with --checkpoint: Toybox has one size")
-    return Data(given.data, given.pictures, given.validation, given.crop, given.workers, given.size, given.cache)
+    return Data(
+        given.data,
+        given.pictures,
+        given.validation,
+        given.crop,
+        given.workers,
+        given.size,
+        given.cache,
+        given.validation_data,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,10 +82,7 @@ class Command:
 @dataclass(frozen=True)
 class Material:
     """What a training stands on: the base and its image tower on their device, what each step is fed, pictures kept
-    apart (V, H, W, 3), uint8, the PromptNet's sizes, and what says whether two runs have the same data.
-
-    skipped: how many pictures could not be read, in words; empty where all could.
-    """
+    apart (V, H, W, 3), uint8, the PromptNet's sizes, and what says whether two runs have the same data."""
 
     base: Pipeline
     vision: VisionModel
@@ -93,7 +90,6 @@ class Material:
     kept: Tensor
     config: PromptNetConfig
     data: str
-    skipped: Callable[[], str] = lambda: ""
 
 
 def run(command: Command, material: Material, ranks: Ranks, say: Say = print) -> Report:
@@ -232,7 +228,7 @@ class _Course:
         loss = sum(losses) / len(losses)
         rate = self.command.options.batch_size / pace
         peak = _peak(engine.ranks)
-        skipped = self.material.skipped()
+        skipped = self.material.feed.skipped()
         self.say(
             f"step {step.number}/{steps}  loss {loss:.4f}  {pace:.2f} s a step, {rate:.1f} pictures a second, "
             f"{_time(pace * (steps - step.number))} left" + (f", {peak / (1 << 30):.1f} GiB at most" if peak else "")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..keeping import digest
 from ..models.vae import VAE
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ class Encoders:
     @property
     def device(self) -> torch.device:
         return self.vae.quant_conv.weight.device
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that other weights do not have."""
+        return digest(dict(self.vae.state_dict()), dict(self.vision.state_dict()))
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,15 +49,15 @@ class PretrainingOptions(PromptNetOptions):
 
 
 def rounds(options: PretrainingOptions, world: int) -> int:
-    """Evaluations a step and process. Raises ValueError where the batch cannot be shared out evenly."""
+    """Evaluations a step and process. Raises TrainingError where the batch cannot be shared out evenly."""
     rows, rest = divmod(options.batch_size, world)
     if rest or not rows:
-        raise ValueError(
+        raise TrainingError(
             f"a batch of {options.batch_size} cannot be shared out to {world} processes: give a multiple of {world}"
         )
     micro = options.micro or rows
     if rows % micro:
-        raise ValueError(f"{rows} rows a process cannot be taken {micro} at a time: give a divisor of {rows}")
+        raise TrainingError(f"{rows} rows a process cannot be taken {micro} at a time: give a divisor of {rows}")
     return rows // micro
 
 

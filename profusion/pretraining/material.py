@@ -14,15 +14,20 @@ from ..checkpoints import load_image_tower
 from ..checkpoints.loading import plan
 from ..checkpoints.vision import vision_plan
 from ..decoding import PictureError
+from ..keeping import digest
 from ..learning import Say
 from ..pipeline import Pipeline
+from ..promptnet.network import PromptNetConfig
 from ..stable_diffusion import StableDiffusion
 from .arguments import Data
+from .cache import FeatureCache
+from .cache import Sizes as CacheSizes
 from .command import Command, Material
 from .encoding import Encoders
-from .feeds import Encoded, Streamed
+from .feeds import Feed
+from .lanes import Streamed
 from .opening import open_source
-from .order import Order, Share
+from .order import Share
 from .plan import Sizes
 from .promptnet import config_for
 from .ranks import Ranks
@@ -114,37 +119,61 @@ def on_checkpoint(command: Command, data: Data, checkpoint: Path, tower: Path, r
 def of_source(
     command: Command,
     data: Data,
-    source: Source,
+    source: Source | Streamed,
     base: Pipeline,
     vision: VisionModel,
-    config,
+    config: PromptNetConfig,
     ranks: Ranks,
     say: Say,
 ) -> Material:
-    """The material of any source of pictures."""
+    """The material of any source of pictures. Raises PictureError, StreamError, OrderError and CacheError."""
+    source, shown = _apart(data, source, base.size, say)
+    options, encoders = command.options, Encoders(base.vae, vision)
+    stream = PictureStream(
+        source, base.size, options.batch_size, options.seed, Share(ranks.rank, ranks.world), data.workers, data.crop
+    )
+    about = {"pictures": _identity(source), "encoders": encoders.fingerprint(), "side": str(base.size)}
+    cache = _cache(data, source, encoders, base, about) if data.cache else None
+    fingerprint = f"{' '.join(about.values())} {data.crop}" + ("" if cache is None else f" {cache.sizes.dtype}")
+    return Material(base, vision, Feed(stream, encoders, cache), shown, config, fingerprint)
+
+
+def _identity(source: Source | Streamed) -> str:
+    return digest(source.called, source.lanes) if isinstance(source, Streamed) else source.fingerprint()
+
+
+def _apart(data: Data, source: Source | Streamed, size: int, say: Say) -> tuple[Source | Streamed, Tensor]:
+    """What is left of a source to train on, and pictures to check with."""
+    if data.kept_where:
+        other = open_source(data.kept_where)
+        if isinstance(other, Streamed):
+            raise PictureError(f"--validation-data {data.kept_where}: give a folder or local shards, to check with")
+        shown = read_squares(other, np.arange(min(len(other), data.kept)), size)
+        say(f"pictures of {data.where}, and {len(shown)} of {data.kept_where} to check with")
+        return source, shown
+    if isinstance(source, Streamed):
+        raise PictureError(
+            f"{data.where} can only be read on, so that none of it can be kept apart: give --validation-data, a "
+            "folder of pictures to check with"
+        )
     kept = kept_apart(source, data.kept)
     few = not len(kept)
-    shown = read_squares(source, np.arange(min(len(source), data.kept)) if few else kept, base.size)
+    shown = read_squares(source, np.arange(min(len(source), data.kept)) if few else kept, size)
     rest = Rest(source, kept)
-    fingerprint = f"{rest.fingerprint()} {base.size} {data.crop}"
     say(
         f"{len(rest):,} pictures of {data.where}, and {len(shown)} "
         + ("of them to check with: there are too few to keep any apart" if few else "kept apart to check with")
     )
-    options = command.options
-    encoders = Encoders(base.vae, vision)
-    stream = PictureStream(
-        rest, base.size, options.batch_size, options.seed, Share(ranks.rank, ranks.world), data.workers, data.crop
-    )
-    feed = Streamed(stream, encoders)
-
-    def skipped() -> str:
-        return f"pictures: {stream.skipped}" if len(stream.skipped) else ""
-
-    return Material(base, vision, feed, shown, config, fingerprint, skipped)
+    return rest, shown
 
 
-def encoded_order(rest: Source, options, ranks: Ranks, features) -> Encoded:
-    """Features of pictures that were encoded before, in the order in which a stream has the pictures."""
-    rows = Share(ranks.rank, ranks.world).rows(options.batch_size)
-    return Encoded(features, Order(len(rest), options.seed, rest.parts), options.batch_size, rows)
+def _cache(data: Data, source: Source | Streamed, encoders: Encoders, base: Pipeline, about: dict) -> FeatureCache:
+    if isinstance(source, Streamed):
+        raise PictureError(f"--cache: {data.where} can only be read on, and a cache needs to find its pictures again")
+    if data.crop == "random":
+        raise PictureError("--cache keeps one square of each picture, and --crop random draws another each time")
+    channels, cells = base.unet.config.in_channels, base.size // base.cell
+    tokens = encoders.vision.config
+    rows = (tokens.image_size // tokens.patch_size) ** 2 + 1
+    sizes = CacheSizes(len(source), (channels, cells, cells), (rows, tokens.hidden_size))
+    return FeatureCache(Path(data.cache), sizes, about)

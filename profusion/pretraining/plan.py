@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..diffusion import training_sigmas
 from ..models.conditioning import TextTowers
 from ..models.configs import TextConfig, UNetConfig, VAEConfig, VisionConfig
 from ..models.unet import UNet
@@ -100,6 +101,7 @@ def need(
 ) -> Need:
     """Measure a step of one process among `world` on fake tensors. encode: whether pictures are encoded in each step
     too, on the same card."""
+    training_sigmas()  # what it keeps for later calls is to be real
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     micro = options.batch_size // world // rounds(options, world)
     kind = torch.bfloat16 if bfloat16 else torch.float32

@@ -29,14 +29,20 @@ def config_for(
 ) -> PromptNetConfig:
     """The sizes of a PromptNet for a base's UNet, its text towers of these widths and an image tower of this width.
 
-    layout: "authors" is one that their released class reads: one word that holds its position, no norm, and the latent
-    being denoised as its second one. Raises PromptNetError where theirs has no such thing.
+    layout: see `in_layout`. Raises PromptNetError where theirs has no such thing.
     """
     second = "noisy" if with_noise else "none"
     config = PromptNetConfig(unet, image_width, tuple(text_widths), tokens=tokens, second_latent=second)
+    return in_layout(config, layout)
+
+
+def in_layout(config: PromptNetConfig, layout: Layout) -> PromptNetConfig:
+    """The same sizes in a layout: "authors" is one that their released class reads, with one word that holds its
+    position, no norm, and the latent being denoised as its second one. Raises PromptNetError where theirs has no such
+    thing."""
     if layout == "profusion":
         return config
-    if len(text_widths) > 1 or tokens > 1:
+    if len(config.text_widths) > 1 or config.tokens > 1:
         raise PromptNetError(
             "the authors' PromptNet makes one word for one text encoder: leave --tokens at 1, and train in our own "
             "layout for a model with two"

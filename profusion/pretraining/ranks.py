@@ -77,15 +77,15 @@ class Ranks:
 def joined(device: str = "cpu", minutes: float = MINUTES) -> Iterator[Ranks]:
     """Join the other processes where the environment tells of any, and leave them at the end.
 
-    device: of torch; "cuda" becomes this process's own card. Raises ValueError for a device that is not here, and
+    device: of torch; "cuda" becomes this process's own card. Raises TrainingError for a device that is not here, and
     LostProcess where the others cannot be found.
     """
     world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    own = torch.device(f"cuda:{local}" if device == "cuda" and world > 1 else device)
     try:
+        own = torch.device(f"cuda:{local}" if device == "cuda" and world > 1 else device)
         torch.zeros(1, device=own)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {own}: there is no such device here; leave it out to train on the CPU") from error
+        raise TrainingError(f"--device {device}: it is not here; leave it out to train on the CPU") from error
     if own.type == "cuda":
         torch.cuda.set_device(own)
     if world == 1:

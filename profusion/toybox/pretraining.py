@@ -16,6 +16,7 @@ from ..pretraining.command import Command, Material
 from ..pretraining.material import of_source
 from ..pretraining.opening import open_source
 from ..pretraining.plan import Sizes
+from ..pretraining.promptnet import in_layout
 from ..pretraining.ranks import Ranks
 from ..pretraining.sources import Source
 from ..promptnet.network import PromptNetConfig
@@ -55,7 +56,7 @@ class DrawnPictures(Source):
 def config_of(command: Command) -> PromptNetConfig:
     """The sizes of the PromptNet that a command asks for."""
     second = "noisy" if command.with_noise else "none"
-    return replace(TOYBOX_PROMPTNET, tokens=command.tokens, second_latent=second)
+    return in_layout(replace(TOYBOX_PROMPTNET, tokens=command.tokens, second_latent=second), command.layout)
 
 
 def toybox_sizes(command: Command) -> Sizes:
@@ -69,4 +70,6 @@ def on_toybox(command: Command, data: Data, ranks: Ranks, say: Say, toybox: Toyb
     for module in (toybox.unet, toybox.vae, toybox.text, toybox.vision):
         module.to(ranks.device)
     source = DrawnPictures(data.pictures, command.options.seed) if data.where == DRAWN else open_source(data.where)
+    if not data.cache and data.crop == "center":
+        data = replace(data, cache=str(command.folder / "features"))  # small, and read many times
     return of_source(command, data, source, toybox, toybox.vision, config_of(command), ranks, say)

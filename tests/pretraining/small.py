@@ -1,7 +1,6 @@
 """A base model like Stable Diffusion's, far too small to draw, and a PromptNet for it."""
 
 import torch
-from tests.shrunken import TEXTS, UNETS, drawn, vae_config
 
 from profusion.models.clip import TextModel
 from profusion.models.conditioning import TextTowers
@@ -11,6 +10,7 @@ from profusion.pretraining.engine import Engine, PretrainingOptions
 from profusion.pretraining.objective import Objective
 from profusion.pretraining.promptnet import config_for, new_promptnet
 from profusion.stable_diffusion import StableDiffusion
+from tests.shrunken import TEXTS, UNETS, drawn, vae_config
 
 SIDE, WIDTH, TOKENS = 32, 24, 5
 

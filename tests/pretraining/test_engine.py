@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from tests.pretraining.processes import ROOT, together
-from tests.pretraining.small import engine_for, network_for, pictures
-from tests.shrunken import FAMILIES
 
 from profusion.loop import TrainingError
 from profusion.pretraining.engine import MOST_SKIPPED, PretrainingOptions, rounds
 from profusion.pretraining.ranks import Ranks
+from tests.pretraining.processes import ROOT, together
+from tests.pretraining.small import engine_for, network_for, pictures
+from tests.shrunken import FAMILIES
 
 WAYS = [
     (2, {"micro": 2}),
@@ -36,7 +36,11 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize(("world", "way"), WAYS)
 def test_the_gradient_of_several_processes_is_that_of_one(tmp_path, world, way):
-    together([ROOT / "tests/pretraining/worker.py", tmp_path / "found.pt", json.dumps({**way, "exact": True})], world, tmp_path / "log")
+    together(
+        [ROOT / "tests/pretraining/worker.py", tmp_path / "found.pt", json.dumps({**way, "exact": True})],
+        world,
+        tmp_path / "log",
+    )
     found, losses, step, names = torch.load(tmp_path / "found.pt")
     engine = engine_for(Ranks(), exact=True)
     assert_same(found, gradients(engine, *pictures()))
@@ -124,9 +128,9 @@ def test_the_average_follows_and_is_there_only_while_it_is_asked_for():
 
 def test_batches_that_cannot_be_shared_out_are_refused():
     assert rounds(PretrainingOptions(batch_size=64, micro=4), 8) == 2
-    with pytest.raises(ValueError, match="64 cannot be shared out to 3"):
+    with pytest.raises(TrainingError, match="64 cannot be shared out to 3"):
         rounds(PretrainingOptions(batch_size=64), 3)
-    with pytest.raises(ValueError, match="32 rows a process cannot be taken 5"):
+    with pytest.raises(TrainingError, match="32 rows a process cannot be taken 5"):
         rounds(PretrainingOptions(batch_size=64, micro=5), 2)
     with pytest.raises(ValueError, match="ema"):
         PretrainingOptions(ema=1.0)

@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import torch
-from tests.pretraining.small import engine_for, pictures
 
 from profusion.pretraining.ranks import joined
+from tests.pretraining.small import engine_for, pictures
 
 if __name__ == "__main__":
     out, given = Path(sys.argv[1]), json.loads(sys.argv[2])
