@@ -75,12 +75,12 @@ def test_an_interrupt_is_saved_after_its_step_and_the_same_training_goes_on_bit_
     handlers, said = [signal.getsignal(each) for each in interrupts.NUMBERS], []
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ResidualTraining, "_one_step", interrupted)
-        train(model, concept, OPTIONS, said.append, tmp_path, "cat")
+        train(model, concept, OPTIONS, said.append, tmp_path)
     assert [signal.getsignal(each) for each in interrupts.NUMBERS] == handlers
     (partial,) = tmp_path.iterdir()
-    assert partial.name.startswith("cat_") and load_residual(partial).steps == 2
+    assert partial.name.startswith("training_") and load_residual(partial).steps == 2
     assert f"saved {partial} at step 2" in said
-    again = train(model, concept, OPTIONS, said.append, tmp_path, "cat")
+    again = train(model, concept, OPTIONS, said.append, tmp_path)
     assert again.first == 2 and torch.equal(again.residual.delta, whole.residual.delta)
     assert again.losses == whole.losses[2:]
 
