@@ -73,8 +73,8 @@ def train(
     """Learn the concept, saying now and then how far it is.
 
     folder: where the file of the unfinished training, training_<digits>.safetensors, is written now and then; where one
-    of the same training lies there already, it goes on from that. resume: a residual to train further. At Ctrl-C and
-    SIGTERM that file is written, and KeyboardInterrupt raised.
+    of the same training lies there already, it goes on from that. resume: a residual to train further. At Ctrl-C,
+    SIGTERM and SIGHUP that file is written, and KeyboardInterrupt raised.
     """
     started = time.monotonic()
     base = BaseHash(model.path)

@@ -115,8 +115,9 @@ def run(command: Command, model: Pipeline, say: Say = print, resume: Residual | 
     try:
         saved = save_residual(trained.residual, command.out, command.precision, overwrite=False)
     except (ResidualError, NameTaken) as problem:
+        why = f"Another program has made '{command.out}' meanwhile." if isinstance(problem, NameTaken) else problem
         raise ResidualError(
-            f"{problem or f'{command.out} has been taken meanwhile.'} What has been learned is in "
+            f"{why} What has been learned is in "
             f"{trained.partial.path}, which Residual Loader reads too. Give another --out in the same folder, and the "
             "command ends there at once."
         ) from problem

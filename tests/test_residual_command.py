@@ -157,7 +157,9 @@ def test_a_name_that_is_taken_meanwhile_costs_nothing(tmp_path, images, checkpoi
 
     monkeypatch.setattr(residual_command, "train", slow)
     command = residual_command.Command(images, "cat", out, residual_command.TrainingOptions(steps=2))
-    with pytest.raises(ResidualError, match="Give another --out in the same folder") as raised:
+    with pytest.raises(
+        ResidualError, match="meanwhile. What has been.*Give another --out in the same folder"
+    ) as raised:
         residual_command.run(command, StableDiffusion.load(checkpoint, SIZE), lambda _: None)
     (partial,) = tmp_path.glob("training_*")
     assert str(partial) in str(raised.value) and load_residual(partial).steps == 2
