@@ -138,7 +138,11 @@ def _promptnet(options: argparse.Namespace) -> Work:
     command = promptnet.from_arguments(options)
 
     def work() -> int:
-        report = promptnet.run(command)
+        try:
+            report = promptnet.run(command)
+        except KeyboardInterrupt:
+            print("profusion: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            return 130
         print(json.dumps(report, indent=2))
         return 0
 
