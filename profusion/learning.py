@@ -68,14 +68,13 @@ def train(
     options: TrainingOptions,
     say: Say,
     folder: Path | None = None,
-    name: str = "training",
     resume: Residual | None = None,
 ) -> Trained:
     """Learn the concept, saying now and then how far it is.
 
-    folder: where the file of the unfinished training, `<name>_<digits>.safetensors`, is written now and then; where one
-    of the same training lies there already, it goes on from that. resume: a residual to train further. At Ctrl-C and
-    SIGTERM that file is written, and KeyboardInterrupt raised.
+    folder: where the file of the unfinished training, training_<digits>.safetensors, is written now and then; where one
+    of the same training lies there already, it goes on from that. resume: a residual to train further. At Ctrl-C,
+    SIGTERM and SIGHUP that file is written, and KeyboardInterrupt raised.
     """
     started = time.monotonic()
     base = BaseHash(model.path)
@@ -87,8 +86,9 @@ def train(
         return replace(training.residual(), origin=origin_on(model, options.learning_rate, base.so_far()))
 
     training, partial = begin(resume), None
+    learned()  # raises ResidualError now, and not after the training, where the noun is none that a file can have
     if folder is not None:
-        path = folder / f"{name}_{_identity(model, concept.noun, training, resume)}{SUFFIX}"
+        path = folder / f"training_{_identity(model, concept.noun, training, resume)}{SUFFIX}"
         begun = _begun(path, options, say)
         if begun is None and path.is_file():  # of a longer training, or damaged: it stays as it is
             path = path.with_stem(f"{path.stem}_{options.steps}")

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -75,21 +76,36 @@ def test_an_interrupt_is_saved_after_its_step_and_the_same_training_goes_on_bit_
     handlers, said = [signal.getsignal(each) for each in interrupts.NUMBERS], []
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ResidualTraining, "_one_step", interrupted)
-        train(model, concept, OPTIONS, said.append, tmp_path, "cat")
+        train(model, concept, OPTIONS, said.append, tmp_path)
     assert [signal.getsignal(each) for each in interrupts.NUMBERS] == handlers
     (partial,) = tmp_path.iterdir()
-    assert partial.name.startswith("cat_") and load_residual(partial).steps == 2
+    assert partial.name.startswith("training_") and load_residual(partial).steps == 2
     assert f"saved {partial} at step 2" in said
-    again = train(model, concept, OPTIONS, said.append, tmp_path, "cat")
+    again = train(model, concept, OPTIONS, said.append, tmp_path)
     assert again.first == 2 and torch.equal(again.residual.delta, whole.residual.delta)
     assert again.losses == whole.losses[2:]
 
 
-def test_the_second_interrupt_is_not_waited_for():
-    with pytest.raises(KeyboardInterrupt), interrupts.gathered() as signals:
+def test_interrupts_that_come_together_are_one_and_a_later_one_is_not_waited_for(monkeypatch):
+    with interrupts.gathered() as signals:
+        for number in interrupts.NUMBERS:
+            os.kill(os.getpid(), number)
+        assert signals == interrupts.NUMBERS
+    monkeypatch.setattr(interrupts, "TOGETHER", 0.0)
+    with pytest.raises(KeyboardInterrupt), interrupts.gathered():
         os.kill(os.getpid(), signal.SIGTERM)
-        assert signals == [signal.SIGTERM]
+        time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_nohup_has_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interrupts.gathered() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not signals and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_model_with_other_words_or_another_prediction_goes_on_from_nothing(model, concept, tmp_path):

@@ -18,8 +18,12 @@ import comfy.sd1_clip
 import comfy.sdxl_clip
 import comfy.supported_models
 import comfy.text_encoders.sd2_clip
+import folder_paths
 import tiny
+from PIL import Image
 
+from profusion import __main__ as program
+from profusion import draw_command
 from profusion.checkpoints import load_checkpoint, load_image_tower, plan
 from profusion.diffusion import denoiser, sample_euler, sampling_sigmas
 from profusion.infusion import Placement, on_conditional
@@ -48,7 +52,8 @@ class Pair:
     def __init__(self, family, prediction, folder):
         self.family, self.prediction = family, prediction
         self.tensors = shrunken.checkpoint(family, prediction)
-        self.ours = load_checkpoint(shrunken.written(folder / "model.safetensors", self.tensors))
+        self.path = shrunken.written(folder / "model.safetensors", self.tensors)
+        self.ours = load_checkpoint(self.path)
         self.config = CONFIGS[family](comfy.model_detection.detect_unet_config(dict(self.tensors), PREFIX))
         self.config.set_inference_dtype(torch.float32, None)
 
@@ -338,3 +343,43 @@ def test_a_residual_of_the_kernel_draws_in_the_host_what_it_draws_in_the_kernel(
     assert (ours - plain).abs().max() > 1e-2 * plain.abs().max()
     assert (plain - foundation).abs().max() <= 1e-4 * plain.abs().max()
     assert (ours - theirs).abs().max() <= 1e-4 * ours.abs().max()
+
+
+def test_a_residual_of_the_command_line_is_drawn_by_the_node_as_by_the_command_line(pair, pack, tmp_path, monkeypatch):
+    """`residual train`, Residual Loader, Infusion Attention Patch and the host's VAE against `draw`."""
+    from infused import Infused
+
+    (images := tmp_path / "images").mkdir()
+    Image.radial_gradient("L").convert("RGB").save(images / "one.png")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "profusion_residuals", ([str(tmp_path)], {".safetensors"}))
+    model = ["--checkpoint", str(pair.path), "--size", "16"]
+    path, prompt = tmp_path / "cat.safetensors", "a (cat:1.2) on grass"
+    given = ["--images", str(images), "--noun", "cat", "--steps", "2", "--learning-rate", "5", "--out", str(path)]
+    assert program.main(["residual", "train", *given, *model]) == 0
+    drawn = {}
+    keep = draw_command.save_stamped
+    monkeypatch.setattr(
+        draw_command,
+        "save_stamped",
+        lambda names, picture, how: (drawn.update({how["stream"]: picture}), keep(names, picture, how))[1],
+    )
+    given = ["--prompt", prompt, "--negative", "snow", "--residual", str(path), "--out", str(tmp_path / "drawn")]
+    assert program.main(["draw", *given, "--seeds", "7", "--steps", "3", "--cfg", "3", *model]) == 0
+
+    infused = Infused(pack, pair.model(), pair.clip())
+    residual, noun = pack.nodes.residual.ResidualLoader.execute("cat.safetensors").result
+    assert noun == "cat" and residual.origin.base == "model.safetensors"
+    assert pack.nodes.host.identity.other_bases([residual], infused.model) == []
+    patched, positive = infused.patch(residual, text=prompt)
+    # The VAE is shrunken too: where the host takes 8 pixels for a cell, it has 2.
+    sized = [
+        [[context, {**extras, "width": 16, "height": 16}] for context, extras in conditioning]
+        for conditioning in (positive, infused.encode("snow"))
+    ]
+    run = {"negative": sized[1], "scheduler": "simple", "steps": 3, "cfg": 3.0, "size": (8, 8)}
+    vae = pair.vae().first_stage_model
+    for stream, latent in zip(("customised", "plain"), infused.run_both(patched, sized[0], **run), strict=True):
+        with torch.no_grad():
+            theirs = ((vae.decode(latent) + 1) / 2).clamp(0, 1).movedim(1, -1)
+        close(drawn[stream][None], theirs)
+    assert (drawn["customised"] - drawn["plain"]).abs().max() > 1e-2

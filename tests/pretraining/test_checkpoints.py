@@ -107,7 +107,7 @@ def test_a_plan_counts_what_is_held(files):
     assert 0 <= found.held - expected - steps < 16 << 10, "the schedule and a prompt's ids"
     assert found.step > found.held + 4 * learned, "gradients and what waits for them"
     two, four = (need(sizes, PretrainingOptions(batch_size=4, micro=m), bfloat16=False) for m in (2, 4))
-    assert four.step > two.step and four.held == two.held
+    assert four.step > two.step and abs(four.held - two.held) < 16 << 10
     spared = need(sizes, options, bfloat16=False, encode=False, checkpointing=True)
     assert spared.step < found.step and spared.operations > found.operations
     text = report(found, options, [CARDS["rtx3090"]], 1, price=1.0)
