@@ -106,12 +106,54 @@ def test_the_order_of_ten_million_places():
 
 def test_an_order_within_windows_of_shards():
     parts = [5, 1, 7, 0, 3, 9]
-    order = epoch_order(25, seed=1, epoch=0, parts=parts, window=2)
-    assert order.sort().values.tolist() == list(range(25))
-    shard = torch.repeat_interleave(torch.arange(6), torch.tensor(parts))[order].tolist()
-    runs = {tuple(sorted(set(shard[at : at + 2]))) for at in range(24)}
-    assert len(set(shard[:5])) <= 2 and len(runs) < 15  # few shards are open at a time
-    assert order.tolist() != epoch_order(25, seed=1, epoch=1, parts=parts, window=2).tolist()
+    orders = [epoch_order(25, seed=1, epoch=epoch, parts=parts, window=2).tolist() for epoch in range(2)]
+    assert all(sorted(order) == list(range(25)) for order in orders) and orders[0] != orders[1]
+    shards = torch.repeat_interleave(torch.arange(6), torch.tensor(parts))
+    for order in orders:
+        seen = shards[order].tolist()
+        first = {shard: seen.index(shard) for shard in set(seen)}
+        last = {shard: len(seen) - 1 - seen[::-1].index(shard) for shard in set(seen)}
+        open_at_once = [sum(first[shard] <= at <= last[shard] for shard in first) for at in range(25)]
+        assert max(open_at_once) == 2
+    assert epoch_order(25, 1, 0, parts, 6).tolist() == epoch_order(25, 1, 0).tolist()
+
+
+def test_links_are_followed_once_and_hidden_ones_left_out(tmp_path):
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    for inner in (outside, folder / "a", folder / ".cache"):
+        inner.mkdir(parents=True)
+        picture(1).save(inner / "x.png")
+    try:
+        (folder / "b").symlink_to(outside)
+        (folder / "a" / "again").symlink_to(folder)
+        (folder / "y.png").symlink_to(outside / "x.png")
+    except OSError:
+        pytest.skip("links cannot be made here")
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere")
+    (folder / "photo.psd").touch()
+    source = open_source(str(folder))
+    assert [source.key(entry) for entry in range(len(source))] == ["a/x.png", "b/x.png", "y.png"]
+    assert source.note() == " 1 left out (1 .psd is not read)."
+
+
+def test_names_of_any_bytes(tmp_path):
+    names = ["\udce9.png", "a b,{c}.png", "é.png"]
+    try:
+        for name in names:
+            (tmp_path / name).write_bytes(coded(picture(1)))
+    except (OSError, UnicodeError):
+        pytest.skip("this system has no such names")
+    source = open_source(str(tmp_path))
+    assert {source.key(entry) for entry in range(3)} == set(names)
+    assert len(taken(source, 1)[0].keys) == BATCH
+
+
+def test_other_pictures_have_another_fingerprint(folder, tmp_path):
+    for number in range(3):
+        picture(number).save(tmp_path / f"{number}.png")
+    prints = {open_source(str(one)).fingerprint() for one in (folder, tmp_path, tmp_path)}
+    picture(9, (50, 50)).save(tmp_path / "1.png")
+    assert len(prints | {open_source(str(tmp_path)).fingerprint()}) == 3
 
 
 @pytest.fixture(scope="module")
