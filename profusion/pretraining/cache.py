@@ -301,7 +301,8 @@ def fill(stream: PictureStream, cache: FeatureCache, encode: Encode) -> Iterator
 def _make(path: Path, length: int) -> None:
     """A file of so many bytes, of which none takes room yet; one of that length as it is."""
     with path.open("ab") as file:
-        file.truncate(length)
+        if file.tell() != length:
+            file.truncate(length)
 
 
 def _length(path: Path) -> int:

@@ -50,32 +50,40 @@ class Batch:
 
 @dataclass
 class Skipped:
-    """What could not be read so far: how many by reason, and the names of the first few."""
+    """What could not be read so far, each once: how many by reason, and the names of the first few."""
 
     reasons: Counter[str] = field(default_factory=Counter)
     names: list[str] = field(default_factory=list)
-    _seen: set[int | str] = field(default_factory=set, repr=False)
+    _found: dict[int | str, str] = field(default_factory=dict, repr=False)
 
     @property
     def entries(self) -> list[int]:
         """Which pictures of the source."""
-        return sorted(one for one in self._seen if isinstance(one, int))
+        return sorted(one for one in self._found if isinstance(one, int))
 
     def __len__(self) -> int:
-        return self.reasons.total()
+        return len(self._found)
 
     def add(self, one: Unreadable) -> None:
-        known = one.name if one.entry == NO_ENTRY else one.entry
-        if known in self._seen:
+        self._add(one.name if one.entry == NO_ENTRY else one.entry, one.reason, [printable(one.name)])
+
+    def update(self, other: Skipped) -> None:
+        """Add what another process found."""
+        for known, reason in other._found.items():
+            self._add(known, reason, [])
+        self.names += [name for name in other.names if name not in self.names][: _NAMED - len(self.names)]
+
+    def _add(self, known: int | str, reason: str, names: list[str]) -> None:
+        if known in self._found:
             return
-        self._seen.add(known)
-        self.reasons[one.reason] += 1
+        self._found[known] = reason
+        self.reasons[reason] += 1
         if len(self.names) < _NAMED:
-            self.names.append(printable(one.name))
+            self.names += names
 
     def __str__(self) -> str:
         counted = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
-        return f"{len(self)} skipped ({counted}), such as {', '.join(self.names)}" if self.reasons else "none skipped"
+        return f"{len(self)} skipped ({counted}), such as {', '.join(self.names)}" if self._found else "none skipped"
 
 
 class _Tasks(Sampler):

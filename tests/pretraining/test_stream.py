@@ -91,6 +91,17 @@ def test_a_batch_that_cannot_be_shared_says_what_can(folder):
         Share(2, 2)
 
 
+def test_what_is_no_place_for_pictures_says_so(tmp_path):
+    with pytest.raises(PictureError, match="no pictures are given"):
+        open_source(" ")
+    with pytest.raises(PictureError, match="not there: .*nowhere. Give a folder of pictures, or tar shards"):
+        open_source(str(tmp_path / "nowhere"))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with pytest.raises(PictureError, match="a is a folder: give one folder alone"):
+        open_source(f"{tmp_path}/a,{tmp_path}/b")
+
+
 def test_a_folder_without_pictures_says_so(tmp_path):
     (tmp_path / "0.tar").write_bytes(b"")
     with pytest.raises(PictureError, match=r"holds no picture.* Its 1 tar shards are given as .*\*\.tar"):
@@ -130,6 +141,7 @@ def test_links_are_followed_once_and_hidden_ones_left_out(tmp_path):
     except OSError:
         pytest.skip("links cannot be made here")
     (folder / "gone.png").symlink_to(tmp_path / "nowhere")
+    (folder / "circle.png").symlink_to(folder / "circle.png")
     (folder / "photo.psd").touch()
     source = open_source(str(folder))
     assert [source.key(entry) for entry in range(len(source))] == ["a/x.png", "b/x.png", "y.png"]
@@ -197,6 +209,18 @@ def test_what_is_skipped_is_counted_once_and_named(damaged):
     }
     assert len(stream.skipped) == 7 and "3-bomb.jpg" in stream.skipped.names
     assert str(stream.skipped).startswith("7 skipped (3 cannot be read as a picture, 2 too large, 1 ")
+
+
+def test_what_ranks_skipped_is_put_together(damaged):
+    source = open_source(str(damaged))
+    streams = [PictureStream(source, size=SIZE, batch=BATCH, share=Share(rank, 2), workers=0) for rank in range(2)]
+    for stream in streams:
+        for _ in zip(stream.batches(), range(6), strict=False):
+            pass
+    together = streams[0].skipped
+    together.update(streams[1].skipped)
+    assert len(together) == together.reasons.total() == 7 and len(set(together.names)) == len(together.names)
+    assert [source.key(entry)[0] for entry in together.entries] == list("0123456")
 
 
 def test_a_picture_that_goes_away_is_skipped(folder, tmp_path):
