@@ -163,15 +163,11 @@ def _promptnet(options: argparse.Namespace) -> Work:
     def work() -> int:
         with joined(options.device) as ranks:
             say = print if ranks.first else silent
-            try:
-                if checkpoint is None:
-                    material = on_toybox(command, data, ranks, say)
-                else:
-                    material = on_checkpoint(command, data, checkpoint, tower, ranks, say)
-                report = pretraining.run(command, material, ranks, say)
-            except KeyboardInterrupt:
-                say("profusion: interrupted; the same command goes on from the last checkpoint")
-                return 130
+            if checkpoint is None:
+                material = on_toybox(command, data, ranks, say)
+            else:
+                material = on_checkpoint(command, data, checkpoint, tower, ranks, say)
+            report = pretraining.run(command, material, ranks, say)
             say(json.dumps(report, indent=2))
             return 0
 

@@ -244,6 +244,9 @@ class FeatureCache:
             raise self._unwritten(problem) from problem
 
     def _unwritten(self, problem: OSError) -> CacheError:
+        """What is said after a failure; what was written before it counts."""
+        with contextlib.suppress(CacheError):
+            self.flush()
         done, count = self.states.count_of(DONE), self.sizes.count
         rest = (count - done) * sum(self.sizes.row_bytes())
         said = f"{done:,} of {count:,} pictures are in the cache {self.folder}, and stay there"
@@ -298,7 +301,8 @@ def fill(stream: PictureStream, cache: FeatureCache, encode: Encode) -> Iterator
 def _make(path: Path, length: int) -> None:
     """A file of so many bytes, of which none takes room yet; one of that length as it is."""
     with path.open("ab") as file:
-        file.truncate(length)
+        if file.tell() != length:
+            file.truncate(length)
 
 
 def _length(path: Path) -> int:

@@ -25,6 +25,8 @@ def open_source(
     what is known of other shards; default: beside each. retries, lanes: see `Streamed`. say: told how far it is. Raises
     PictureError, which says what is missing, where there are none.
     """
+    if not where.strip():
+        raise PictureError("no pictures are given: name a folder, or tar shards")
     path = Path(where).expanduser()
     if path.is_dir():
         return Folder(path)

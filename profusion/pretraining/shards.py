@@ -259,7 +259,7 @@ def check_there(paths: Sequence[Path]) -> None:
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         more = f" and {len(missing) - _SHOWN} more" * (len(missing) > _SHOWN)
-        raise PictureError(f"shards are not there: {', '.join(missing[:_SHOWN])}{more}. Check the pattern")
+        raise PictureError(f"not there: {', '.join(missing[:_SHOWN])}{more}. Give a folder of pictures, or tar shards")
     twice = [str(path) for path, count in Counter(map(os.path.abspath, paths)).items() if count > 1]
     if twice:
         raise PictureError(f"shards are given twice: {', '.join(twice[:_SHOWN])}. Give each once")

@@ -139,7 +139,16 @@ def _files_under(folder: Path) -> Iterable[str]:
             for one in listed:
                 if one.name.startswith("."):
                     continue
-                if one.is_dir():
+                is_folder, is_file = _kind(one)
+                if is_folder:
                     waiting.append(f"{inner}{one.name}/")
-                elif one.is_file():
+                elif is_file:
                     yield inner + one.name
+
+
+def _kind(one: os.DirEntry) -> tuple[bool, bool]:
+    """Whether it is a folder, and whether it is a file; neither where a link leads nowhere."""
+    try:
+        return one.is_dir(), one.is_file()
+    except OSError:
+        return False, False

@@ -7,6 +7,7 @@ read is left out as `rows` says.
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from ..decoding import PictureError
-from ..problems import printable, why
+from ..problems import Explained, printable, why
 from .lanes import Streamed
 from .order import WHOLE, Order, Share
 from .rows import NO_ENTRY, Chunk, IndexedRows, Known, LaneRows, Task, Unreadable
@@ -26,6 +27,7 @@ from .squares import Framing, StreamError
 
 _CHUNK = 8  # rows that a worker decodes at once
 _AHEAD = 2  # batches that are decoded before they are asked for
+_WORKER = "DataLoader worker"  # in the library's words for one that ended
 _NAMED = 8  # pictures by name, in a message
 
 
@@ -48,32 +50,40 @@ class Batch:
 
 @dataclass
 class Skipped:
-    """What could not be read so far: how many by reason, and the names of the first few."""
+    """What could not be read so far, each once: how many by reason, and the names of the first few."""
 
     reasons: Counter[str] = field(default_factory=Counter)
     names: list[str] = field(default_factory=list)
-    _seen: set[int | str] = field(default_factory=set, repr=False)
+    _found: dict[int | str, str] = field(default_factory=dict, repr=False)
 
     @property
     def entries(self) -> list[int]:
         """Which pictures of the source."""
-        return sorted(one for one in self._seen if isinstance(one, int))
+        return sorted(one for one in self._found if isinstance(one, int))
 
     def __len__(self) -> int:
-        return self.reasons.total()
+        return len(self._found)
 
     def add(self, one: Unreadable) -> None:
-        known = one.name if one.entry == NO_ENTRY else one.entry
-        if known in self._seen:
+        self._add(one.name if one.entry == NO_ENTRY else one.entry, one.reason, [printable(one.name)])
+
+    def update(self, other: Skipped) -> None:
+        """Add what another process found."""
+        for known, reason in other._found.items():
+            self._add(known, reason, [])
+        self.names += [name for name in other.names if name not in self.names][: _NAMED - len(self.names)]
+
+    def _add(self, known: int | str, reason: str, names: list[str]) -> None:
+        if known in self._found:
             return
-        self._seen.add(known)
-        self.reasons[one.reason] += 1
+        self._found[known] = reason
+        self.reasons[reason] += 1
         if len(self.names) < _NAMED:
-            self.names.append(printable(one.name))
+            self.names += names
 
     def __str__(self) -> str:
         counted = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
-        return f"{len(self)} skipped ({counted}), such as {', '.join(self.names)}" if self.reasons else "none skipped"
+        return f"{len(self)} skipped ({counted}), such as {', '.join(self.names)}" if self._found else "none skipped"
 
 
 class _Tasks(Sampler):
@@ -200,13 +210,26 @@ def _guarded(loader: DataLoader) -> Iterator[Chunk]:
     """What the workers give. Raises StreamError where one of them ends by itself."""
     try:
         yield from loader
-    except RuntimeError as problem:
-        if isinstance(problem, PictureError | StreamError) or "DataLoader worker" not in str(problem):
+    except (RuntimeError, OSError, EOFError) as problem:
+        found = ended_worker(problem) if loader.num_workers else None
+        if found is None:
             raise
-        raise StreamError(
-            f"a worker that reads pictures ended by itself ({why(problem)}): memory may have run out, or a container's "
-            "/dev/shm is small. Use fewer workers, or 0"
-        ) from problem
+        raise found from problem
+
+
+def ended_worker(problem: Exception) -> StreamError | None:
+    """What to say where an exception means that a worker ended by itself; None where it means something else.
+
+    While there are workers, torch may raise its RuntimeError wherever this process is. While a worker's answer is
+    taken, it may be any of the system's.
+    """
+    of_torch = isinstance(problem, RuntimeError) and _WORKER in str(problem)
+    if isinstance(problem, Explained) or not (of_torch or isinstance(problem, OSError | EOFError)):
+        return None
+    return StreamError(
+        f"a worker that reads pictures ended by itself ({why(problem)}): memory may have run out, or a container's "
+        "/dev/shm is small. Use fewer workers, or 0"
+    )
 
 
 def _as_it_is(chunk: Chunk) -> Chunk:
@@ -216,5 +239,5 @@ def _as_it_is(chunk: Chunk) -> Chunk:
 def _quiet(_: int) -> None:
     """A worker leaves interrupts to the process that it works for, and ends without a word when it is told to."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # a worker that a signal ended would be raised as an error
     torch.set_num_threads(1)

@@ -78,6 +78,27 @@ def test_workers_end_with_their_process(folder, root, number, to_all):
             os.kill(left, signal.SIGKILL)
 
 
+@pytest.mark.parametrize("ending", ["pass", "[os.kill(one, 15) for one in workers]"], ids=["by itself", "told to"])
+def test_one_that_is_left_open_ends_quietly(folder, root, ending):
+    """At the end of its process, and where a scheduler tells every process to end while this one still saves."""
+    code = f"""
+import os, sys, time
+import torch.multiprocessing
+sys.path.insert(0, {str(root)!r})
+from profusion.pretraining.opening import open_source
+from profusion.pretraining.stream import PictureStream
+batches = PictureStream(open_source({str(folder)!r}), size=64, batch=8, workers=2).batches()
+next(batches)
+workers = [one.pid for one in torch.multiprocessing.active_children()]
+assert len(workers) == 2
+{ending}
+time.sleep(0.5)
+print("saved")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "saved\n", "")
+
+
 class Killing:
     """A source by which whoever reads a certain picture is killed."""
 

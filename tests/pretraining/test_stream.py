@@ -91,6 +91,17 @@ def test_a_batch_that_cannot_be_shared_says_what_can(folder):
         Share(2, 2)
 
 
+def test_what_is_no_place_for_pictures_says_so(tmp_path):
+    with pytest.raises(PictureError, match="no pictures are given"):
+        open_source(" ")
+    with pytest.raises(PictureError, match="not there: .*nowhere. Give a folder of pictures, or tar shards"):
+        open_source(str(tmp_path / "nowhere"))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with pytest.raises(PictureError, match="a is a folder: give one folder alone"):
+        open_source(f"{tmp_path}/a,{tmp_path}/b")
+
+
 def test_a_folder_without_pictures_says_so(tmp_path):
     (tmp_path / "0.tar").write_bytes(b"")
     with pytest.raises(PictureError, match=r"holds no picture.* Its 1 tar shards are given as .*\*\.tar"):
@@ -106,12 +117,55 @@ def test_the_order_of_ten_million_places():
 
 def test_an_order_within_windows_of_shards():
     parts = [5, 1, 7, 0, 3, 9]
-    order = epoch_order(25, seed=1, epoch=0, parts=parts, window=2)
-    assert order.sort().values.tolist() == list(range(25))
-    shard = torch.repeat_interleave(torch.arange(6), torch.tensor(parts))[order].tolist()
-    runs = {tuple(sorted(set(shard[at : at + 2]))) for at in range(24)}
-    assert len(set(shard[:5])) <= 2 and len(runs) < 15  # few shards are open at a time
-    assert order.tolist() != epoch_order(25, seed=1, epoch=1, parts=parts, window=2).tolist()
+    orders = [epoch_order(25, seed=1, epoch=epoch, parts=parts, window=2).tolist() for epoch in range(2)]
+    assert all(sorted(order) == list(range(25)) for order in orders) and orders[0] != orders[1]
+    shards = torch.repeat_interleave(torch.arange(6), torch.tensor(parts))
+    for order in orders:
+        seen = shards[order].tolist()
+        first = {shard: seen.index(shard) for shard in set(seen)}
+        last = {shard: len(seen) - 1 - seen[::-1].index(shard) for shard in set(seen)}
+        open_at_once = [sum(first[shard] <= at <= last[shard] for shard in first) for at in range(25)]
+        assert max(open_at_once) == 2
+    assert epoch_order(25, 1, 0, parts, 6).tolist() == epoch_order(25, 1, 0).tolist()
+
+
+def test_links_are_followed_once_and_hidden_ones_left_out(tmp_path):
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    for inner in (outside, folder / "a", folder / ".cache"):
+        inner.mkdir(parents=True)
+        picture(1).save(inner / "x.png")
+    try:
+        (folder / "b").symlink_to(outside)
+        (folder / "a" / "again").symlink_to(folder)
+        (folder / "y.png").symlink_to(outside / "x.png")
+    except OSError:
+        pytest.skip("links cannot be made here")
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere")
+    (folder / "circle.png").symlink_to(folder / "circle.png")
+    (folder / "photo.psd").touch()
+    source = open_source(str(folder))
+    assert [source.key(entry) for entry in range(len(source))] == ["a/x.png", "b/x.png", "y.png"]
+    assert source.note() == " 1 left out (1 .psd is not read)."
+
+
+def test_names_of_any_bytes(tmp_path):
+    names = ["\udce9.png", "a b,{c}.png", "é.png"]
+    try:
+        for name in names:
+            (tmp_path / name).write_bytes(coded(picture(1)))
+    except (OSError, UnicodeError):
+        pytest.skip("this system has no such names")
+    source = open_source(str(tmp_path))
+    assert {source.key(entry) for entry in range(3)} == set(names)
+    assert len(taken(source, 1)[0].keys) == BATCH
+
+
+def test_other_pictures_have_another_fingerprint(folder, tmp_path):
+    for number in range(3):
+        picture(number).save(tmp_path / f"{number}.png")
+    prints = {open_source(str(one)).fingerprint() for one in (folder, tmp_path, tmp_path)}
+    picture(9, (50, 50)).save(tmp_path / "1.png")
+    assert len(prints | {open_source(str(tmp_path)).fingerprint()}) == 3
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +209,18 @@ def test_what_is_skipped_is_counted_once_and_named(damaged):
     }
     assert len(stream.skipped) == 7 and "3-bomb.jpg" in stream.skipped.names
     assert str(stream.skipped).startswith("7 skipped (3 cannot be read as a picture, 2 too large, 1 ")
+
+
+def test_what_ranks_skipped_is_put_together(damaged):
+    source = open_source(str(damaged))
+    streams = [PictureStream(source, size=SIZE, batch=BATCH, share=Share(rank, 2), workers=0) for rank in range(2)]
+    for stream in streams:
+        for _ in zip(stream.batches(), range(6), strict=False):
+            pass
+    together = streams[0].skipped
+    together.update(streams[1].skipped)
+    assert len(together) == together.reasons.total() == 7 and len(set(together.names)) == len(together.names)
+    assert [source.key(entry)[0] for entry in together.entries] == list("0123456")
 
 
 def test_a_picture_that_goes_away_is_skipped(folder, tmp_path):
