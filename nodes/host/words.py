@@ -35,7 +35,7 @@ from ...profusion.promptnet.network import (
 )
 from ...profusion.promptnet.pseudo_word import ALONE, WORD_KEY, placed, with_stand_in, without_position
 from ...profusion.promptnet.released import check_archive, config_beside
-from ...profusion.references import Shown, framed, grey_around
+from ...profusion.references import NATIVE, Shown, framed, grey_around
 
 WORD = WORD_KEY
 Differentiable = Callable[[nn.Module], AbstractContextManager]
@@ -57,13 +57,18 @@ class LoadedPromptNet:
 def load(path: Path, warn: Callable[[str], None]) -> LoadedPromptNet:
     """Read a PromptNet's file, in half precision where the host would run a UNet so. warn: told of a config.json beside
     it that was not used."""
-    device = comfy.model_management.get_torch_device()
-    half = comfy.model_management.should_use_fp16(device, prioritize_performance=False)
-    dtype = torch.float16 if half else torch.float32
+    dtype = usual_dtype()
     poll = comfy.model_management.throw_exception_if_processing_interrupted
     ours = path.suffix == SUFFIX or (path.is_file() and is_safetensors(path))  # whatever it was renamed to
     network = load_promptnet(path, dtype, poll=poll, warn=warn) if ours else _released(path, dtype, warn)
     return handed_to_the_host(network, path.stem)
+
+
+def usual_dtype() -> torch.dtype:
+    """Half precision where the host would run a UNet so."""
+    device = comfy.model_management.get_torch_device()
+    half = comfy.model_management.should_use_fp16(device, prioritize_performance=False)
+    return torch.float16 if half else torch.float32
 
 
 def _released(path: Path, dtype: torch.dtype, warn: Callable[[str], None]) -> PromptNet:
@@ -111,14 +116,30 @@ def encode_pictures(
     pictures = grey_around(pictures, weights) if only_object else pictures
     tokens = clip_vision.encode_image(pictures)["last_hidden_state"]
     check_fits(config, image_width=tokens.shape[-1])
-    scale = comfy.latent_formats.SDXL if config.architecture == "SDXL" else comfy.latent_formats.SD15
-    latents = scale().process_in(vae.encode(pictures).float())
+    latents = seen_latents(config, vae, pictures)
+    return EncodedPictures(latents, tokens, None, pictures, note)
+
+
+def seen_latents(config: PromptNetConfig, vae: VAE, pictures: Tensor) -> Tensor:
+    """Latents (P, C, h, w) of pictures (P, H, W, 3), scaled as the UNet takes them that a PromptNet serves.
+
+    Raises PromptNetError where the VAE is another model's.
+    """
+    latents = latent_format(config)().process_in(vae.encode(pictures).float())
     if latents.ndim != 4 or latents.shape[1] != config.unet.in_channels:
         raise PromptNetError(
             f"the VAE makes latents of shape {tuple(latents.shape[1:])} and the PromptNet, of {config.architecture}, "
             f"takes {config.unet.in_channels} channels: load the VAE of the model that it was trained for"
         )
-    return EncodedPictures(latents, tokens, None, pictures, note)
+    return latents
+
+
+def latent_format(config: PromptNetConfig) -> type[comfy.latent_formats.LatentFormat]:
+    """SDXL's, or that of SD 1.x and 2.x; of models without a name, those with a vector of sizes have SDXL's."""
+    like_sdxl = config.architecture == "SDXL" or (
+        config.architecture not in NATIVE and config.unet.adm_channels is not None
+    )
+    return comfy.latent_formats.SDXL if like_sdxl else comfy.latent_formats.SD15
 
 
 class WordInPrompt:
@@ -300,6 +321,12 @@ def _encoders(tokenized: Any) -> list[str]:
 
 def _tower(clip: CLIP, encoder: str) -> Any:
     return getattr(clip.cond_stage_model, f"clip_{encoder}").transformer
+
+
+def embedding_names(clip: CLIP, prompt: str) -> list[str]:
+    """Where each text encoder has its embeddings: the beginning of their weights' names."""
+    encoders = _encoders(clip.tokenize(prompt))
+    return [f"clip_{encoder}.transformer.text_model.embeddings." for encoder in encoders]
 
 
 def text_widths(clip: CLIP, prompt: str) -> Sequence[int]:
