@@ -18,7 +18,7 @@ from test_finetune_nodes import PooledVision, fingerprint, same, values  # noqa:
 
 from tests import shrunken  # noqa: E402
 
-RATE = 1e-3
+RATE, GRID = 1e-3, 2
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,7 @@ def host(pack):
         "models.configs",
         "loop",
         "keeping",
+        "references",
     )
     kernel = {
         f"{name.replace('.', '_')}": importlib.import_module(f"{pack.__name__}.profusion.{name}") for name in names
@@ -76,10 +77,10 @@ def folders(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def small(host, monkeypatch):
-    """Pictures of 64 x 64 pixels for models that nobody knows, in place of 128 x 128."""
+    """Pictures of 32 x 32 pixels for models that nobody knows, in place of 128 x 128."""
     network = host.promptnet_network
     usual = network.PromptNetConfig
-    monkeypatch.setattr(host.pretraining, "PromptNetConfig", lambda *more: usual(*more, grid=4, projection=8))
+    monkeypatch.setattr(host.pretraining, "PromptNetConfig", lambda *more: usual(*more, grid=GRID, projection=8))
 
 
 def defaults(**inputs):
@@ -111,6 +112,11 @@ def train(host, clip, folders):
     host.promptnet_unfinished.unsaved.clear()
 
 
+def framed(host, given, side):
+    """A picture (1, H, W, 3) as a square."""
+    return host.references.framed(host.references.gather(given), side).pictures[0]
+
+
 # What comes out
 
 
@@ -121,7 +127,7 @@ def test_it_gives_a_promptnet_its_file_a_plot_and_samples(host, train, folders, 
     made, name, plot, samples = train(model=model)
     assert fingerprint(model, clip) == untouched
     assert name == str(Path("me") / "cat_00001_.safetensors") and plot.shape == (1, 288, 512, 3)
-    assert samples.shape == (2, 64, 64, 3) and torch.equal(samples[1], pictures(12)[6])
+    assert samples.shape == (2, 32, 32, 3) and torch.equal(samples[1], framed(host, pictures(12)[6:7], 32))
     saved = host.promptnet_file.load_promptnet(folders / "profusion_promptnets" / name, torch.float16)
     assert same(values(saved), values(made.network.half()))
     assert (12, 12) in seen and (3, 3) in seen
@@ -310,7 +316,7 @@ def pair(request, tmp_path_factory):
 
 def test_models_of_every_family_train_and_are_encoded_with(host, folders, pair):
     """Shrunken random ones. The file goes through PromptNet Loader and PromptNet Encode with the same models."""
-    model, clip, vae = pair.model(), pair.clip(), pair.vae()
+    model, clip, vae = pair.model(), pair.clip(), PooledVae()
     untouched = fingerprint(model, clip)
     with torch.inference_mode():
         given = {"model": model, "clip": clip, "vae": vae, "clip_vision": PooledVision()}
@@ -332,10 +338,6 @@ def test_models_of_every_family_train_and_are_encoded_with(host, folders, pair):
     assert [found.heads(width) for width in widths] == [sizes.heads(width) for width in widths]
     assert loaded.config == made.config
     assert made.config.text_widths == tuple(config.width for config in shrunken.TEXTS[pair.family])
-    assert made.config.image_width == 20 and samples.shape[1:] == (made.config.frame * vae_cell(vae),) * 2 + (3,)
+    assert made.config.image_width == 20 and samples.shape[1:] == (made.config.frame * 8,) * 2 + (3,)
     assert word[0][0].isfinite().all() and word[0][0].shape[-1] == sizes.context_dim
     assert fingerprint(model, clip) == untouched
-
-
-def vae_cell(vae):
-    return vae.spacial_compression_encode()
