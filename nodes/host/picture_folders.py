@@ -64,11 +64,12 @@ def find_folder(name: str) -> Path | None:
     """The path of a listed folder, None for NONE. Raises FolderError, which says what is there."""
     if name == NONE:
         return None
-    inside, parts = Path(folder_paths.get_input_directory()), name.replace("\\", "/").split("/")
-    path = inside.joinpath(*parts)
-    if not name or _unfit(name) or ".." in parts or path.is_absolute() != inside.is_absolute():
+    parts = name.replace("\\", "/").split("/") if isinstance(name, str) else [""]
+    if _unfit(str(name)) or not all(parts) or ".." in parts or ":" in parts[0]:
         raise FolderError(f"there can be no folder {name!r:.80}: choose one of the list")
-    if name.startswith("/") or ":" in parts[0] or not path.is_dir():
+    inside = Path(folder_paths.get_input_directory())
+    path = inside.joinpath(*parts)
+    if not path.is_dir():
         names = folder_names()[1:]
         found = f"{', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}" or "no folder"
         raise FolderError(

@@ -1,18 +1,20 @@
 """PromptNet Trainer in a real ComfyUI: on Toybox as the kernel trains, and on tiny models of SD's shapes."""
 
 import importlib
+import re
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("comfy.samplers", reason="no ComfyUI: set COMFYUI_PATH to a checkout")
 
 import comfy.model_management  # noqa: E402
 import tiny  # noqa: E402
 from pooled import PooledVae, pictures  # noqa: E402
-from reports import on_report  # noqa: E402
+from reports import cancel_at, on_report, stop_listening  # noqa: E402
 from test_checkpoints import Pair  # noqa: E402
 from test_finetune_nodes import PooledVision, fingerprint, same, values  # noqa: E402
 
@@ -341,3 +343,353 @@ def test_models_of_every_family_train_and_are_encoded_with(host, folders, pair):
     assert made.config.image_width == 20 and samples.shape[1:] == (made.config.frame * 8,) * 2 + (3,)
     assert word[0][0].isfinite().all() and word[0][0].shape[-1] == sizes.context_dim
     assert fingerprint(model, clip) == untouched
+
+
+# Cancel, errors, and what goes on
+
+
+def partials(folders):
+    return list((folders / "profusion_promptnets").rglob("training/*"))
+
+
+def trained_steps():
+    """The steps that are reported from now on, the encoding of the twelve pictures left out."""
+    steps = []
+    on_report(lambda done, total, _: steps.append(done) if total != 12 else None)
+    return steps
+
+
+def cancelled(train, step, **inputs):
+    """Cancel at a step of the training."""
+    stop = comfy.model_management.interrupt_current_processing
+    on_report(lambda done, total, _: stop(True) if (done, total) == (step, inputs["steps"]) else None)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train(**inputs)
+    stop_listening()
+
+
+def shown_text(host, monkeypatch):
+    """What is said under the node, from now on."""
+    said, show = [], host.pretrain.show
+    monkeypatch.setattr(host.pretrain, "show", lambda cls, text, *more, **named: said.append(text) or show(cls, text))
+    return said
+
+
+@pytest.mark.parametrize("sample_every", [0, 2])
+def test_after_cancel_the_same_inputs_go_on_bit_for_bit(host, train, folders, clip, monkeypatch, sample_every):
+    inputs = {"steps": 5, "sample_every": sample_every, "cosine": True, "with_noise": True}
+    at_three = learned_at(host, monkeypatch, 3)
+    whole, model = train(**inputs)[0], tiny.model()
+    untouched = fingerprint(model, clip)
+    cancelled(train, 3, model=model, **inputs)
+    assert fingerprint(model, clip) == untouched
+    (path,), said, steps = partials(folders), shown_text(host, monkeypatch), trained_steps()
+    assert path.name.startswith("pretrain_")
+    (kept,) = (folders / "profusion_promptnets" / "me").glob("cat_partial_3_steps_*")
+    assert same(values(host.promptnet_file.load_promptnet(kept, torch.float16)), at_three)
+    steps.clear()
+    again = train(**inputs)[0]
+    assert min(steps) == 4 and f"Gone on from step 3, from {path}" in said[-1]
+    assert same(values(again.network), values(whole.network)) and not path.exists()
+
+
+def learned_at(host, monkeypatch, step):
+    """What the next training has learned at a step, in half precision, once it has been there."""
+    found, one_step = {}, host.loop.TrainingLoop._one_step
+
+    def noting(training):
+        loss = one_step(training)
+        if training.step == step and not found:
+            found.update({name: value.half() for name, value in values(training.network).items()})
+        return loss
+
+    monkeypatch.setattr(host.loop.TrainingLoop, "_one_step", noting)
+    return found
+
+
+def test_cancel_while_pictures_are_encoded_leaves_nothing(host, train, folders, clip):
+    model = tiny.model()
+    untouched = fingerprint(model, clip)
+    cancel_at(8)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train(model=model)
+    assert fingerprint(model, clip) == untouched and not list(folders.rglob("*.safetensors"))
+
+
+def test_an_error_keeps_what_was_learned_and_says_where(host, train, folders, clip):
+    model, calls = tiny.model(), []
+
+    def wrapper(apply_model, arguments):
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) > 2:
+            raise RuntimeError("a kernel failed")
+        return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    model.set_model_unet_function_wrapper(wrapper)
+    untouched = fingerprint(model, clip)
+    with pytest.raises(host.loop.TrainingError, match=r"a kernel failed.*\n") as caught:
+        train(model=model, steps=5)
+    assert fingerprint(model, clip) == untouched
+    (path,) = partials(folders)
+    assert f"delete\n{path}" in str(caught.value) and "What the 2 steps so far have learned" in str(caught.value)
+
+
+def test_a_full_disk_at_the_end_costs_nothing(host, train, folders, monkeypatch):
+    whole = train()[0]
+
+    def full(*_, **__):
+        raise OSError(28, "the disk is full")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(host.pretraining, "save_promptnet", full)
+        with pytest.raises(host.loop.TrainingError, match="could not be saved as a PromptNet.*full"):
+            train()
+    (path,), said = partials(folders), shown_text(host, monkeypatch)
+    steps = trained_steps()
+    again, name = train()[:2]
+    assert set(steps) == {3} and f"Gone on from step 3, from {path}" in said[-1] and not path.exists()
+    assert same(values(again.network), values(whole.network))
+    assert "on 1 pictures kept apart the loss is" in said[-1]
+    assert (folders / "profusion_promptnets" / name).is_file()
+
+
+def test_an_error_after_the_end_names_the_file(host, train, folders, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(host.pretraining.Pretraining, "draw", fail)
+    with pytest.raises(host.loop.TrainingError, match="no picture\nThe training is finished, and saved as") as caught:
+        train()
+    (path,) = (folders / "profusion_promptnets").rglob("*.safetensors")
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"learning_rate": 2e-3},
+        {"images": pictures(12).flip(2)},
+        {"tokens": 2},
+        {"start_word": "cat"},
+        {"prompts": "S*"},
+        {"warmup": 2},
+        {"weight_cap": 5.0},
+        {"level_bias": 1.0},
+    ],
+)
+def test_another_training_never_goes_on_from_it(train, folders, changes):
+    cancelled(train, 1, steps=2)
+    (path,) = partials(folders)
+    before, steps = path.read_bytes(), trained_steps()
+    train(steps=2, **changes)
+    assert min(steps) == 1 and path.read_bytes() == before
+
+
+# What is said
+
+
+def test_the_loss_with_s_star_against_the_word_is_said_and_falls(host, train, monkeypatch):
+    """Of pictures that differ, and that S* tells apart once it has learned."""
+    said = shown_text(host, monkeypatch)
+    monkeypatch.setattr(host.pretraining, "CHECK_EVERY", 10)
+    made = []
+    monkeypatch.setattr(
+        host.pretraining.PretrainingRun, "_preview", lambda run: made.append(run._checked) or run.plot()
+    )
+    train(steps=30, learning_rate=3e-3)
+    pattern = re.compile(
+        r"step (\d+): on 1 pictures kept apart the loss is ([\d.]+) with S\* and ([\d.]+) with the word"
+    )
+    checks = [found.groups() for text in dict.fromkeys(made) if (found := pattern.search(text))]
+    assert [int(step) for step, *_ in checks] == [10, 20, 30]
+    last = pattern.search(said[-1])
+    assert last[1] == "30" and float(last[2]) < float(last[3])
+    assert "12 pictures of 32x32 pixels, 1 of them kept apart: 0 MB" in said[-1]
+    assert "UNet with 7 cross-attentions of 64: 1 pseudo-word, looks at the picture" in said[-1]
+
+
+def test_samples_are_drawn_now_and_then_and_leave_the_training_as_it_is(train):
+    made, _, _, samples = train(steps=4, sample_every=1)
+    assert samples.shape[0] == 5
+    assert same(values(made.network), values(train(steps=4)[0].network))
+
+
+# Folders
+
+
+def write_pictures(folder, count, start=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(pictures(12)[start : start + count]):
+        Image.fromarray((picture * 255).byte().numpy()).save(folder / f"{number:02}.png")
+
+
+def test_a_folder_is_read_with_all_folders_in_it_and_broken_files_are_named(host, train, folders, monkeypatch):
+    faces = folders / "input" / "faces"
+    write_pictures(faces / "one", 5)
+    write_pictures(faces / "two", 5, 5)
+    (faces / "two" / "broken.png").write_bytes((faces / "one" / "00.png").read_bytes()[:2000])
+    (faces / "two" / "drawing.psd").write_bytes(b"8BPS")
+    (faces / "raw.dng").write_bytes((faces / "one" / "00.png").read_bytes())
+    (faces / "one" / "00.txt").write_text("a caption")
+    (faces / ".hidden.png").write_bytes(b"nothing")
+    Image.new("RGB", (4, 4)).save(faces / "tiny.png")
+    said = shown_text(host, monkeypatch)
+    train(folder="faces", images=None, steps=1)
+    assert "10 pictures of 32x32 pixels, 1 of them kept apart" in said[-1]
+    assert "4 left out, which cannot be read:" in said[-1]
+    for name in ("two/broken.png: ", "two/drawing.psd: ", "raw.dng: ", "tiny.png: "):
+        assert name in said[-1]
+    train(folder="faces/two", images=pictures(2), steps=1)
+    assert "7 pictures of 32x32 pixels: 0 MB" in said[-1]
+
+
+def test_folders_are_listed_links_too(host, folders):
+    names = host.picture_folders.folder_names
+    assert names() == ["none"]
+    write_pictures(folders / "input" / "faces" / "one", 1)
+    write_pictures(folders / "elsewhere", 1)
+    (folders / "input" / "linked").symlink_to(folders / "elsewhere")
+    (folders / "input" / "<b>").mkdir()
+    assert names() == ["none", "faces", "faces/one", "linked"]
+    assert len(host.picture_folders.sources("linked", None)) == 1
+    options = host.pretrain.PromptNetTrainer.define_schema().inputs[0].options
+    assert options == names()
+
+
+@pytest.mark.parametrize("name", ["", "..", "faces/../..", "/etc", "C:/x", "gone", "a\\..\\..\\b", "<b>", 3, "a\0b"])
+def test_a_folder_that_is_none_is_refused_before_the_graph_runs(host, folders, name):
+    (folders / "input" / "faces").mkdir()
+    node = host.pretrain.PromptNetTrainer
+    for given in (name, [name]):  # as a host asks a node that takes lists
+        said = node.validate_inputs(given)
+        assert isinstance(said, str) and "folder" in said
+    assert node.validate_inputs("faces") is True and node.validate_inputs(["none"]) is True
+
+
+def test_a_folder_is_read_anew_where_a_file_of_it_changed(host, folders):
+    node = host.pretrain.PromptNetTrainer
+    write_pictures(folders / "input" / "faces", 2)
+    before = node.fingerprint_inputs(["faces"])
+    assert node.fingerprint_inputs(["faces"]) == before
+    write_pictures(folders / "input" / "faces" / "more", 1)
+    assert node.fingerprint_inputs(["faces"]) != before
+
+
+# Bad input
+
+
+class Narrow(PooledVae):
+    """A VAE of three channels."""
+
+    def encode(self, pictures):
+        return super().encode(pictures)[:, :3]
+
+
+class Blind(PooledVision):
+    def encode_image(self, images):
+        return {"last_hidden_state": None}
+
+
+class Overflowing(PooledVision):
+    def encode_image(self, images):
+        return {"last_hidden_state": super().encode_image(images)["last_hidden_state"] * 1e6}
+
+
+def flow_model():
+    import comfy.model_sampling
+
+    model = tiny.model()
+    model.add_object_patch("model_sampling", comfy.model_sampling.CONST())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"images": None}, "no pictures: choose a folder, or connect images"),
+        ({"folder": "gone"}, "there is no folder 'gone'"),
+        ({"images": torch.ones(1, 3, 3, 3)}, "none of the 1 pictures can be read"),
+        ({"clip": None}, "clip is None"),
+        ({"clip_vision": None}, "clip_vision is None"),
+        ({"vae": None}, "vae is None"),
+        ({"vae": Narrow()}, "the VAE makes latents of shape"),
+        ({"clip_vision": Blind()}, "gives no image tokens"),
+        ({"clip_vision": Overflowing()}, "image tokens are not finite"),
+        ({"model": lambda: tiny.model(context_dim=32)}, "width 64 and the model takes 32"),
+        ({"model": lambda: tiny.model(in_channels=9)}, "the VAE makes latents of shape"),
+        ({"model": flow_model}, "is a flow model"),
+        ({"steps": 0}, "steps=0"),
+        ({"learning_rate": 0.0}, "learning_rate=0"),
+        ({"prompts": "\n"}, "prompts: give at least one"),
+        ({"prompts": "a photo"}, "there is no S"),
+        ({"sample_prompt": "a photo"}, "there is no S"),
+        ({"start_word": "", "tokens": -1}, "tokens"),
+        ({"filename_prefix": "../x"}, "filename_prefix"),
+        ({"gradient_checkpointing": "maybe"}, "gradient_checkpointing"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_trained(train, folders, inputs, message):
+    inputs = {name: value() if callable(value) else value for name, value in inputs.items()}
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        train(**inputs)
+    assert not list(folders.rglob("*.safetensors"))
+
+
+def test_pictures_that_do_not_fit_into_main_memory_are_refused(host, train, monkeypatch):
+    monkeypatch.setattr(host.pretraining, "_free_memory", lambda: 5000.0)
+    seen = []
+    on_report(lambda *report: seen.append(report))
+    with pytest.raises(host.loop.TrainingError, match=r"12 encoded pictures take .*: give at most \d+"):
+        train()
+    assert not seen
+
+
+def test_a_text_encoder_without_a_gradient_is_named(train):
+    broken = tiny.clip()
+    tower = broken.cond_stage_model.clip_l.transformer
+    tower.register_forward_hook(lambda _, __, out: tuple(part if part is None else part.detach() for part in out))
+    with pytest.raises(ValueError, match="cannot be trained through the text encoder SD1ClipModel.*no gradient"):
+        train(clip=broken)
+
+
+# The schema, frozen: only append
+
+
+def test_the_schema_is_frozen_and_explained(host):
+    schema = host.pretrain.PromptNetTrainer.GET_SCHEMA()
+    assert schema.node_id == "ProFusion_PromptNetTrainer"
+    assert [f"{entry.id}:{entry.get_io_type()}" for entry in schema.inputs] == [
+        "folder:COMBO",
+        "model:MODEL",
+        "clip:CLIP",
+        "clip_vision:CLIP_VISION",
+        "vae:VAE",
+        "steps:INT",
+        "learning_rate:FLOAT",
+        "batch_size:INT",
+        "seed:INT",
+        "filename_prefix:STRING",
+        "images:IMAGE",
+        "promptnet:PROMPTNET",
+        "start_word:STRING",
+        "tokens:INT",
+        "with_noise:BOOLEAN",
+        "prompts:STRING",
+        "warmup:INT",
+        "cosine:BOOLEAN",
+        "weight_cap:FLOAT",
+        "level_bias:FLOAT",
+        "sample_every:INT",
+        "sample_prompt:STRING",
+        "sample_steps:INT",
+        "sample_cfg:FLOAT",
+        "gradient_checkpointing:COMBO",
+    ]
+    assert [output.io_type for output in schema.outputs] == ["PROMPTNET", "STRING", "IMAGE", "IMAGE"]
+    assert all(entry.tooltip for entry in [*schema.inputs, *schema.outputs]) and schema.description
+    folded = [entry.id for entry in schema.inputs if entry.as_dict().get("advanced")]
+    assert folded == [entry.id for entry in schema.inputs][12:] and all(entry.optional for entry in schema.inputs[10:])
+    root = Path(host.pretrain.__file__).parents[1]
+    assert (root / "web" / "docs" / f"{schema.node_id}.md").is_file()
+    assert host.pretrain.PromptNetTrainer in host.pack.NODES
