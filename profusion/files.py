@@ -14,7 +14,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -101,6 +101,19 @@ def write_numbered(paths: Iterable[Path], write: Callable[[Path], Written]) -> W
         except NameTaken:
             continue
     raise ValueError("no name is left")
+
+
+def save_in_one(places: Sequence[Path], save: Callable[[Path], Written], error: type[ValueError]) -> Written:
+    """`save(folder)` in the first of these folders where it can be done. Raises what it raised in all of them."""
+    problems: list[Exception] = []
+    for folder in places:
+        try:
+            return save(folder)
+        except Exception as problem:  # whatever it is, another folder may do
+            problems.append(problem)
+    if len(problems) == 1:
+        raise problems[0]
+    raise error(" ".join(str(problem) for problem in problems)) from problems[0]
 
 
 def try_writing(path: Path, size: int) -> None:

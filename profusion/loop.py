@@ -276,3 +276,10 @@ def grown_scale(scale: float, step: int, first: float) -> float:
 def generator_of(number: int) -> torch.Generator:
     """A CPU generator of a whole number of any size and sign."""
     return torch.Generator().manual_seed(number % 2**63)
+
+
+def pauses(first: int, last: int, every: int) -> Iterator[int]:
+    """The steps at which a training pauses, to draw a sample perhaps: multiples of `every` (0: none), and the last."""
+    if every:
+        yield from range(first - first % every + every, last, every)
+    yield last

@@ -17,6 +17,7 @@ from ...profusion.memory import element_bytes, optimizer_bytes, step_bytes, text
 from ...profusion.queries import TakenOnce, WaitingQueries
 
 CHECKPOINTING = ("auto", "on", "off")
+ADAMW_BYTES = 16  # a trained float32 number, its gradient and the optimizer's two moments
 
 # What a step of a model that was not measured needs, in multiples of what the host reckons for inference: without and
 # with gradient checkpointing. SD 1.5's are 90,000 and 30,000 numbers a latent cell, where the host reckons 10,500.

@@ -104,7 +104,7 @@ class PictureSet:
 
     def fingerprint(self) -> str:
         """Says whether two sets are the same pictures."""
-        data = self.latents.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        data = self.latents.contiguous().cpu().view(torch.uint8).reshape(-1).numpy()
         return f"{len(self)} pictures {hashlib.sha256(data).hexdigest()[:16]}"
 
 
