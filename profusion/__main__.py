@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -146,7 +145,7 @@ def _promptnet(options: argparse.Namespace) -> Work:
 
     def planned() -> int:
         sizes = toybox_sizes(command) if checkpoint is None else sizes_of(command, data, checkpoint, tower)
-        world = options.cards or max(1, int(os.environ.get("WORLD_SIZE", "1")))
+        world = options.cards
         found = plan.need(
             sizes,
             command.options,

@@ -116,7 +116,7 @@ def _add_machine(train: argparse.ArgumentParser) -> None:
     add("--gradient-checkpointing", action="store_true", help="less memory for a third more time")
     add("--shard", action="store_true", help="cut weights, gradients and moments between the cards (FSDP)")
     add("--plan", action="store_true", help="print what it takes, memory, days and price, and run nothing")
-    add("--cards", type=int, help="of the plan (default: the processes that run)")
+    add("--cards", type=int, default=1, help="how many, for the plan (default: %(default)s)")
     add("--card", nargs="+", choices=list(CARDS), default=list(CARDS), help="kinds of cards in the plan")
     add("--price", type=float, help="of one card and hour, in any currency, for the plan")
     add("--samples-a-second", type=float, help="measured, of all cards together, for the plan")

@@ -4,7 +4,6 @@ on."""
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -75,35 +74,39 @@ class Ranks:
 
 @contextlib.contextmanager
 def joined(device: str = "cpu", minutes: float = MINUTES) -> Iterator[Ranks]:
-    """Join the other processes where the environment tells of any, and leave them at the end.
+    """Join the other processes where torchrun started any, and leave them at the end.
 
     device: of torch; "cuda" becomes this process's own card. Raises TrainingError for a device that is not here, and
     LostProcess where the others cannot be found.
     """
-    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    try:
-        own = torch.device(f"cuda:{local}" if device == "cuda" and world > 1 else device)
-        torch.zeros(1, device=own)
-    except (RuntimeError, AssertionError) as error:
-        raise TrainingError(f"--device {device}: it is not here; leave it out to train on the CPU") from error
-    if own.type == "cuda":
-        torch.cuda.set_device(own)
-    if world == 1:
-        yield Ranks(device=own)
+    if not dist.is_torchelastic_launched():
+        yield Ranks(device=_there(device))
         return
     try:
-        backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
     except (RuntimeError, ValueError) as error:
         raise LostProcess(
-            f"the {world} processes of this training could not find each other ({why(error)}). Start it with torchrun, "
-            "which says where they meet"
+            f"the processes of this training could not find each other ({why(error)}). Start it with torchrun, which "
+            "says where they meet"
         ) from error
     try:
+        own = _there(f"cuda:{dist.get_node_local_rank(0)}" if device == "cuda" else device)
         yield Ranks(dist.get_rank(), dist.get_world_size(), own)
     finally:
         with contextlib.suppress(Exception):  # the others may be gone
             dist.destroy_process_group()
+
+
+def _there(device: str) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise TrainingError(f"--device {device}: it is not here; leave it out to train on the CPU") from error
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    return found
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ def start(arguments, world, log):
     for rank in range(world):
         given = {
             **os.environ,
+            "TORCHELASTIC_RUN_ID": "test",
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world),
