@@ -103,7 +103,8 @@ def need(
     too, on the same card."""
     training_sigmas()  # what it keeps for later calls is to be real
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    micro = options.batch_size // world // rounds(options, world)
+    turns = rounds(options, world)
+    micro = options.batch_size // world // turns
     kind = torch.bfloat16 if bfloat16 else torch.float32
     with mode:
         base = _base(sizes, kind)
@@ -130,7 +131,8 @@ def need(
             engine._optimizer.zero_grad()
             held = memory.bytes
             memory.reset()
-            evaluate()
+            for _ in range(min(2, turns)):  # in later ones there is a gradient already
+                evaluate()
             step = memory.peak
             engine._optimizer.zero_grad()
             memory.reset()
