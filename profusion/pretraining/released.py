@@ -45,6 +45,7 @@ def authors_config(config: PromptNetConfig) -> dict[str, object]:
     return {
         "_class_name": "PromptNetModel",
         "_diffusers_version": _VERSION,
+        "center_input_sample": False,  # their constructor has it not, and their `forward` asks for it
         "in_channels": unet.in_channels,
         "region_kernel_size": config.grid,
         "region_proj_channel": config.projection,
