@@ -112,3 +112,30 @@ def test_a_plan_counts_what_is_held(files):
     assert spared.step < found.step and spared.operations > found.operations
     text = report(found, options, [CARDS["rtx3090"]], 1, price=1.0)
     assert "fits" in text and "1 a card and hour" in text
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_plan_counts_what_a_real_step_allocates(files, checkpointing):
+    from profusion.pretraining.command import Command
+    from profusion.pretraining.engine import Engine, PretrainingOptions
+    from profusion.pretraining.material import Data, sizes_of
+    from profusion.pretraining.objective import Objective
+    from profusion.pretraining.peak import PeakMemory
+    from profusion.pretraining.ranks import Ranks
+
+    options = PretrainingOptions(batch_size=4, micro=2, ema=0.9)
+    command = Command(files / "x.safetensors", options)
+    sizes = sizes_of(command, Data("", size=32), files / "SD 1.x.safetensors", files / "vision.safetensors")
+    planned = need(sizes, options, bfloat16=False, checkpointing=checkpointing, encode=False)
+    model = base("SD 1.x")
+    network = new_promptnet(model, sizes.config)
+    engine = Engine(Objective(network, model, options.prompts), options, Ranks(), checkpointing=checkpointing)
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(4, 4, 16, 16, generator=generator), torch.randn(4, 17, 32, generator=generator)
+    engine.take(*given)
+    known = [*tensors_of(model.unet, *model.towers, network), *engine.average.values()]
+    known += [value for state in engine._optimizer.state.values() for value in state.values()]
+    engine._optimizer.zero_grad()
+    with PeakMemory(known) as memory:  # of the optimizer: on a card it is one kernel, on the CPU it has more copies
+        engine._gradient(*given)
+    assert memory.peak == pytest.approx(planned.step, rel=0.05)
