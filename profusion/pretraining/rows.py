@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-import torch
+import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
@@ -36,9 +36,13 @@ class Unreadable(NamedTuple):
 
 class Chunk(NamedTuple):
     """Some rows of a batch. rows: which of the share's. cached: which of these need not be decoded; the pictures are
-    those of the others. problem: why they cannot be had."""
+    those of the others. problem: why they cannot be had.
 
-    pictures: Tensor
+    No tensors: torch would send them through /dev/shm, which is small in containers, and wait for ever where it is
+    full.
+    """
+
+    pictures: np.ndarray
     rows: list[int]
     entries: list[int]
     keys: list[str]
@@ -48,7 +52,7 @@ class Chunk(NamedTuple):
 
     def add(self, entry: int, key: str, picture: Tensor | None) -> None:
         if picture is not None:
-            self.pictures[self.cached.count(False)] = picture
+            self.pictures[self.cached.count(False)] = picture.numpy()
         self.entries.append(entry)
         self.keys.append(key)
         self.cached.append(picture is None)
@@ -168,7 +172,7 @@ def _square(data: bytes, name: str, framing: Framing, seed: int, position: int) 
 
 
 def _empty(framing: Framing, rows: Sequence[int]) -> Chunk:
-    pictures = torch.empty(len(rows), framing.size, framing.size, 3, dtype=torch.uint8)
+    pictures = np.empty((len(rows), framing.size, framing.size, 3), dtype=np.uint8)
     return Chunk(pictures, list(rows), [], [], [], [])
 
 
@@ -179,7 +183,7 @@ def _filled(chunk: Chunk, fill: Callable[[], None]) -> Chunk:
     except PictureError as problem:
         return chunk._replace(problem=str(problem))
     decoded = chunk.cached.count(False)
-    return chunk if decoded == len(chunk.rows) else chunk._replace(pictures=chunk.pictures[:decoded].clone())
+    return chunk if decoded == len(chunk.rows) else chunk._replace(pictures=chunk.pictures[:decoded].copy())
 
 
 def _nothing(where: str, tries: int, last: Unreadable) -> PictureError:

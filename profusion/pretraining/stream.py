@@ -7,11 +7,14 @@ read is left out as `rows` says.
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 
 import torch
 from torch import Tensor
@@ -27,6 +30,7 @@ from .squares import Framing, StreamError
 
 _CHUNK = 8  # rows that a worker decodes at once
 _AHEAD = 2  # batches that are decoded before they are asked for
+_LOOKS = 1.0  # seconds between two looks at whether a worker's process is there
 _WORKER = "DataLoader worker"  # in the library's words for one that ended
 _NAMED = 8  # pictures by name, in a message
 
@@ -191,7 +195,7 @@ class PictureStream:
         places = (~cached).cumsum(0) - 1
         for chunk in chunks:
             rows = torch.tensor(chunk.rows)
-            pictures[places[rows[~cached[rows]]]] = chunk.pictures
+            pictures[places[rows[~cached[rows]]]] = torch.from_numpy(chunk.pictures)
         first = step * self.batch + self._rows.start
         return Batch(step, pictures, torch.arange(first, first + count), entries, tuple(keys), cached)
 
@@ -227,8 +231,8 @@ def ended_worker(problem: Exception) -> StreamError | None:
     if isinstance(problem, Explained) or not (of_torch or isinstance(problem, OSError | EOFError)):
         return None
     return StreamError(
-        f"a worker that reads pictures ended by itself ({why(problem)}): memory may have run out, or a container's "
-        "/dev/shm is small. Use fewer workers, or 0"
+        f"a worker that reads pictures ended by itself ({why(problem)}): memory may have run out. Use fewer "
+        "workers, or 0"
     )
 
 
@@ -237,7 +241,17 @@ def _as_it_is(chunk: Chunk) -> Chunk:
 
 
 def _quiet(_: int) -> None:
-    """A worker leaves interrupts to the process that it works for, and ends without a word when it is told to."""
+    """A worker leaves interrupts to the process that it works for, and ends without a word when it is told to, or when
+    that process is no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # a worker that a signal ended would be raised as an error
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """The library does so too, but after it has sent what it decoded, which nobody takes any more."""
+    parent, number = multiprocessing.parent_process(), os.getppid()
+    while not wait([parent.sentinel], _LOOKS) and os.getppid() == number:
+        pass
+    os._exit(0)

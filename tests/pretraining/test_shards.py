@@ -167,4 +167,5 @@ def test_it_can_be_sent_to_processes_that_are_begun_anew(folder):
     rows = IndexedRows(source, Order(len(source), 3, source.parts, 1), Framing(16))
     task = Task(2, 14, rows._order.entries(14, 4).tolist())
     chunks = [one[task] for one in (rows, pickle.loads(pickle.dumps(rows)))]
-    assert chunks[0].keys == chunks[1].keys and torch.equal(chunks[0].pictures, chunks[1].pictures)
+    assert not any(isinstance(part, torch.Tensor) for part in chunks[0])  # those go through /dev/shm
+    assert chunks[0].keys == chunks[1].keys and (chunks[0].pictures == chunks[1].pictures).all()
