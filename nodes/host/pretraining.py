@@ -197,7 +197,7 @@ class Pretraining:
         return encoded(given, self.side, encode, progress.advance)
 
     def _about(self, word: str) -> str:
-        config, kind = self.config, "looks at the noisy latent" if self.config.with_noise else "looks at the picture"
+        config, kind = self.config, "made at every step" if self.config.with_noise else "made before sampling"
         numbers = _numbers(config) / 1e6
         words = f"{config.tokens} pseudo-word{'s' * (config.tokens > 1)}"
         begun = f"from '{self._promptnet.name}' on" if self._promptnet else f"from {word or 'the mean word'} on"

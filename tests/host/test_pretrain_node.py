@@ -506,7 +506,7 @@ def test_the_loss_with_s_star_against_the_word_is_said_and_falls(host, train, mo
     last = pattern.search(said[-1])
     assert last[1] == "30" and float(last[2]) < float(last[3])
     assert "12 pictures of 32x32 pixels, 1 of them kept apart: 0 MB" in said[-1]
-    assert "UNet with 7 cross-attentions of 64: 1 pseudo-word, looks at the picture" in said[-1]
+    assert "UNet with 7 cross-attentions of 64: 1 pseudo-word, made before sampling" in said[-1]
 
 
 def test_samples_are_drawn_now_and_then_and_leave_the_training_as_it_is(train):
