@@ -120,7 +120,9 @@ class Pretraining:
         check_context_width(conditionings[0][0][0].shape[-1], layers)
         learned = _bytes_to_learn(self.config)
         self._shape = options.batch_size, *latent
-        budget = plan_training(model, self._shape, checkpointing, [self._words.patcher], learned, finetuning=True)
+        budget = plan_training(
+            model, self._shape, checkpointing, [self._words.patcher], learned, finetuning=True, any_size=False
+        )
         self._words.check(self.word)
         if promptnet is None:
             network = PromptNet.from_unet(weights, self.config, generator_of(options.seed), self.word, spread)

@@ -20,6 +20,7 @@ import tiny  # noqa: E402
 from dynamic_vram import CARD, dynamic_vram  # noqa: E402, F401 (a fixture)
 from pooled import PooledVae, pictures  # noqa: E402
 from test_finetune_nodes import PooledVision, promptnet  # noqa: E402
+from test_pretrain_node import small_networks  # noqa: E402
 from test_trained_patches import lora  # noqa: E402
 
 RESIDUAL = {
@@ -88,6 +89,11 @@ def host(pack):
         for name, path in {"configs": "models.configs", "network": "promptnet.network"}.items()
     }
     return types.SimpleNamespace(pack=pack, **nodes, **kernel)
+
+
+@pytest.fixture(autouse=True)
+def small(pack, monkeypatch):
+    small_networks(monkeypatch, pack)
 
 
 @pytest.fixture(autouse=True)

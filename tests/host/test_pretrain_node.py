@@ -77,12 +77,16 @@ def folders(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture(autouse=True)
-def small(host, monkeypatch):
+def small_networks(monkeypatch, pack):
     """Pictures of 32 x 32 pixels for models that nobody knows, in place of 128 x 128."""
-    network = host.promptnet_network
-    usual = network.PromptNetConfig
-    monkeypatch.setattr(host.pretraining, "PromptNetConfig", lambda *more: usual(*more, grid=GRID, projection=8))
+    usual = importlib.import_module(f"{pack.__name__}.profusion.promptnet.network").PromptNetConfig
+    pretraining = importlib.import_module(f"{pack.__name__}.nodes.host.pretraining")
+    monkeypatch.setattr(pretraining, "PromptNetConfig", lambda *more: usual(*more, grid=GRID, projection=8))
+
+
+@pytest.fixture(autouse=True)
+def small(pack, monkeypatch):
+    small_networks(monkeypatch, pack)
 
 
 def defaults(**inputs):
