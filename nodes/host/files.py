@@ -83,7 +83,7 @@ def find_promptnet(name: str) -> Path:
     """The path of a listed PromptNet. Raises PromptNetError, which says where it was looked for."""
     if name == TOYBOX and _TOYBOX_FILE.is_file():
         return _TOYBOX_FILE
-    advice = "or train one with `python -m profusion promptnet train`"
+    advice = "or train one with PromptNet Trainer"
     return find(PROMPTNETS, name, promptnet_names(), PromptNetError, "PromptNet", advice)
 
 

@@ -120,7 +120,9 @@ class Pretraining:
         check_context_width(conditionings[0][0][0].shape[-1], layers)
         learned = _bytes_to_learn(self.config)
         self._shape = options.batch_size, *latent
-        budget = plan_training(model, self._shape, checkpointing, [self._words.patcher], learned, finetuning=True)
+        budget = plan_training(
+            model, self._shape, checkpointing, [self._words.patcher], learned, finetuning=True, any_size=False
+        )
         self._words.check(self.word)
         if promptnet is None:
             network = PromptNet.from_unet(weights, self.config, generator_of(options.seed), self.word, spread)
@@ -197,7 +199,7 @@ class Pretraining:
         return encoded(given, self.side, encode, progress.advance)
 
     def _about(self, word: str) -> str:
-        config, kind = self.config, "looks at the noisy latent" if self.config.with_noise else "looks at the picture"
+        config, kind = self.config, "made at every step" if self.config.with_noise else "made before sampling"
         numbers = _numbers(config) / 1e6
         words = f"{config.tokens} pseudo-word{'s' * (config.tokens > 1)}"
         begun = f"from '{self._promptnet.name}' on" if self._promptnet else f"from {word or 'the mean word'} on"

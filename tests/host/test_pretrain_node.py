@@ -77,12 +77,16 @@ def folders(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture(autouse=True)
-def small(host, monkeypatch):
+def small_networks(monkeypatch, pack):
     """Pictures of 32 x 32 pixels for models that nobody knows, in place of 128 x 128."""
-    network = host.promptnet_network
-    usual = network.PromptNetConfig
-    monkeypatch.setattr(host.pretraining, "PromptNetConfig", lambda *more: usual(*more, grid=GRID, projection=8))
+    usual = importlib.import_module(f"{pack.__name__}.profusion.promptnet.network").PromptNetConfig
+    pretraining = importlib.import_module(f"{pack.__name__}.nodes.host.pretraining")
+    monkeypatch.setattr(pretraining, "PromptNetConfig", lambda *more: usual(*more, grid=GRID, projection=8))
+
+
+@pytest.fixture(autouse=True)
+def small(pack, monkeypatch):
+    small_networks(monkeypatch, pack)
 
 
 def defaults(**inputs):
@@ -506,7 +510,7 @@ def test_the_loss_with_s_star_against_the_word_is_said_and_falls(host, train, mo
     last = pattern.search(said[-1])
     assert last[1] == "30" and float(last[2]) < float(last[3])
     assert "12 pictures of 32x32 pixels, 1 of them kept apart: 0 MB" in said[-1]
-    assert "UNet with 7 cross-attentions of 64: 1 pseudo-word, looks at the picture" in said[-1]
+    assert "UNet with 7 cross-attentions of 64: 1 pseudo-word, made before sampling" in said[-1]
 
 
 def test_samples_are_drawn_now_and_then_and_leave_the_training_as_it_is(train):
