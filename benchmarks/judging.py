@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from profusion.learning import Concept
 from profusion.metrics.similarity import image_similarity, prompt_similarity
-from profusion.toybox.concepts import Concept
 from profusion.toybox.encoder import ToyboxEncoder
 from profusion.toybox.judge import Judge, halves, whole
 from profusion.toybox.pipeline import Toybox

@@ -22,12 +22,13 @@ from benchmarks.rates import mean_interval
 from benchmarks.results import table, write
 from profusion.diffusion import per_row, training_sigmas
 from profusion.infusion import Placement, customised_patches, foundation_patches
+from profusion.learning import Concept
 from profusion.pictures import latent_masks
 from profusion.promptnet.file import load_promptnet
 from profusion.residual import Residual
 from profusion.residual.training import NOUN_PROMPTS, TrainingOptions, residual_loss
 from profusion.toybox import world
-from profusion.toybox.concepts import DEMO_PROMPTS, Concept, drawn_concept
+from profusion.toybox.concepts import DEMO_PROMPTS, drawn_concept
 from profusion.toybox.fused import FusedToybox
 from profusion.toybox.judge import Judge
 from profusion.toybox.pipeline import CUSTOMISED_GUIDANCE, WEIGHTS, Toybox, noun_rows, seeded

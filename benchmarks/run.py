@@ -31,10 +31,11 @@ from benchmarks.peers import PEERS, PLAIN, Peer
 from benchmarks.peers.lora import Lora
 from benchmarks.report import write_curves, write_peers
 from benchmarks.results import RESULTS, ROOT, include
+from profusion.learning import Concept
 from profusion.pictures import grid
 from profusion.residual.training import TrainingOptions
 from profusion.toybox import world
-from profusion.toybox.concepts import Concept, drawn_concept
+from profusion.toybox.concepts import drawn_concept
 from profusion.toybox.judge import Judge
 from profusion.toybox.pipeline import Toybox
 from tools.hosts import SOUGHT, find_host

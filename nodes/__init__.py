@@ -1,6 +1,6 @@
 """The pack's nodes: schemas alone. What they do in the host is in host/, and the mathematics in the kernel."""
 
-from . import augment, finetune, fusion, infusion, overfit, promptnet, residual, scores, toybox, trainer
+from . import augment, finetune, fusion, infusion, overfit, pretrain, promptnet, residual, scores, toybox, trainer
 from .host.guarding import guarded
 from .host.sets import taking_sets
 
@@ -11,6 +11,7 @@ _NODES = [
     *infusion.NODES,
     *promptnet.NODES,
     *fusion.NODES,
+    *pretrain.NODES,
     *finetune.NODES,
     *augment.NODES,
     *scores.NODES,

@@ -10,6 +10,12 @@ from .host.drawing import SAMPLERS, SCHEDULERS
 LARGEST_SEED = 0xFFFFFFFFFFFFFFFF
 
 
+def advanced(one: io.Input) -> io.Input:
+    """The input, folded away until somebody asks for it, where the frontend can do that."""
+    one.extra_dict["advanced"] = True  # older hosts' schemas have no argument for it
+    return one
+
+
 def clip() -> io.Clip.Input:
     return io.Clip.Input("clip", tooltip="The text encoder that belongs to the model.")
 

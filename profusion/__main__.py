@@ -1,4 +1,4 @@
-"""The command line: `python -m profusion` with demo, promptnet train or score."""
+"""The command line: `python -m profusion` with demo, residual train, draw, promptnet train or score."""
 
 from __future__ import annotations
 
@@ -8,12 +8,27 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import demo
+import torch
+
+from . import checkpoint_demo, demo
+from . import draw_command as draw
+from . import residual_command as residual
+from .learning import Report, own_concept
+from .pipeline import Pipeline
+from .pretraining import arguments, plan
+from .pretraining import command as pretraining
+from .pretraining.command import silent
+from .pretraining.material import on_checkpoint, sizes_of
+from .pretraining.ranks import joined
 from .problems import Explained, known, printable
 from .residual.training import TrainingOptions
+from .stable_diffusion import StableDiffusion
 from .toybox import concepts, world
 from .toybox import score_command as score
-from .toybox import train_command as promptnet
+from .toybox.pipeline import SIZE, Toybox
+from .toybox.pretraining import on_toybox, toybox_sizes
+
+_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Work = Callable[[], int]
 """What a command does once its options make sense; returns the exit status."""
@@ -32,46 +47,132 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--images", type=Path, help="learn from the pictures in this folder instead; alpha is the object's mask"
     )
-    one.add_argument("--noun", choices=world.NOUNS, help="what the pictures in --images show")
+    one.add_argument(
+        "--noun",
+        help=f"what the pictures in --images show: any word with --checkpoint, else of {', '.join(world.NOUNS)}",
+    )
+    _add_model(one)
     one.add_argument("--steps", type=int, default=demo.OPTIONS.steps, help="training steps (default: %(default)s)")
     one.add_argument(
         "--learning-rate", type=float, default=demo.OPTIONS.learning_rate, help="AdamW's (default: %(default)s)"
     )
     one.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
     one.set_defaults(prepare=_demo)
-    promptnet.add_to(commands).set_defaults(prepare=_promptnet)
+    arguments.add_to(commands).set_defaults(prepare=_promptnet)
+    for command, prepare in ((residual, _residual), (draw, _draw)):
+        one = command.add_to(commands)
+        _add_model(one)
+        one.set_defaults(prepare=prepare)
     score.add_to(commands).set_defaults(prepare=_score)
     return top
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    """Declare what every command has that draws or trains on Toybox or on a checkpoint."""
+    command.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="draw with this checkpoint of SD 1.x, SD 2.x or SDXL in place of Toybox",
+    )
+    command.add_argument("--size", type=int, help="pictures' side in pixels with --checkpoint (default: its family's)")
+    command.add_argument("--device", default="cpu", help="of --checkpoint, such as cuda (default: %(default)s)")
+    command.add_argument(
+        "--dtype",
+        choices=list(_TYPES),
+        help="of the checkpoint's weights while it runs (default: float32 on the CPU, float16 elsewhere)",
+    )
+
+
+def _model(options: argparse.Namespace) -> Pipeline:
+    """Toybox, or the checkpoint that was asked for. Raises CheckpointError and FileNotFoundError."""
+    if options.checkpoint is None:
+        return Toybox.load()
+    usual = "float32" if torch.device(options.device).type == "cpu" else "float16"
+    dtype = _TYPES[options.dtype or usual]
+    return StableDiffusion.load(options.checkpoint, options.size, dtype).to(options.device)
 
 
 def _demo(options: argparse.Namespace) -> Work:
     training = TrainingOptions(steps=options.steps, learning_rate=options.learning_rate, seed=options.seed)
 
     def work() -> int:
-        if options.images is None:
-            concept = concepts.drawn_concept(options.concept)
-        else:
-            concept = concepts.own_concept(options.images, options.noun)
-        print(json.dumps(demo.run(options.out, concept, training), indent=2))
+        report = _on_toybox(options, training) if options.checkpoint is None else _on_checkpoint(options, training)
+        print(json.dumps(report, indent=2))
         print(f"\nLook at {options.out / 'grid.png'}")
         return 0
 
     return work
 
 
-def _promptnet(options: argparse.Namespace) -> Work:
-    command = promptnet.from_arguments(options)
+def _on_toybox(options: argparse.Namespace, training: TrainingOptions) -> Report:
+    if options.images is None:
+        concept = concepts.drawn_concept(options.concept)
+    else:
+        concept = own_concept(options.images, options.noun, SIZE)
+    return demo.run(options.out, concept, training)
+
+
+def _on_checkpoint(options: argparse.Namespace, training: TrainingOptions) -> Report:
+    model = _model(options)
+    concept = own_concept(options.images, options.noun, model.size)
+    return checkpoint_demo.run(options.out, model, concept, training)
+
+
+def _residual(options: argparse.Namespace) -> Work:
+    command = residual.from_arguments(options)
 
     def work() -> int:
-        try:
-            report = promptnet.run(command)
-        except KeyboardInterrupt:
-            print("profusion: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-            return 130
-        print(json.dumps(report, indent=2))
+        resume = residual.check(command)
+        print(json.dumps(residual.run(command, _model(options), resume=resume), indent=2))
         return 0
 
     return work
+
+
+def _draw(options: argparse.Namespace) -> Work:
+    command = draw.from_arguments(options)
+
+    def work() -> int:
+        residuals = draw.check(command)
+        draw.run(command, _model(options), residuals)
+        return 0
+
+    return work
+
+
+def _promptnet(options: argparse.Namespace) -> Work:
+    command, data = arguments.command_of(options), arguments.data_of(options)
+    checkpoint, tower = options.checkpoint, options.clip_vision
+
+    def planned() -> int:
+        sizes = toybox_sizes(command) if checkpoint is None else sizes_of(command, data, checkpoint, tower)
+        world = options.cards
+        found = plan.need(
+            sizes,
+            command.options,
+            world,
+            command.bfloat16,
+            command.checkpointing,
+            command.shard,
+            encode=not data.cache,
+        )
+        cards = [plan.CARDS[name] for name in options.card]
+        print(plan.report(found, command.options, cards, world, options.samples_a_second, options.price))
+        return 0
+
+    def work() -> int:
+        with joined(options.device) as ranks:
+            say = print if ranks.first else silent
+            if checkpoint is None:
+                material = on_toybox(command, data, ranks, say)
+            else:
+                material = on_checkpoint(command, data, checkpoint, tower, ranks, say)
+            report = pretraining.run(command, material, ranks, say)
+            say(json.dumps(report, indent=2))
+            return 0
+
+    return planned if options.plan else work
 
 
 def _score(options: argparse.Namespace) -> Work:
@@ -90,14 +191,19 @@ def main(arguments: list[str] | None = None) -> int:
     """
     command_line = parser()
     options = command_line.parse_args(arguments)
-    if options.command == "demo" and (options.images is None) != (options.noun is None):
-        command_line.error("--images and --noun go together: whose pictures, and what is in them")
+    if "dtype" in options:  # declared by _add_model
+        _check_model(command_line, options)
+    if options.command == "demo":
+        _check_demo(command_line, options)
     try:
         work = options.prepare(options)
     except ValueError as error:
         return _failed(str(error))
     try:
         return work()
+    except KeyboardInterrupt:
+        print("profusion: interrupted; the same command goes on from what it last kept", file=sys.stderr)
+        return 130
     except (Explained, OSError) as error:
         return _failed(str(error))
     except (RuntimeError, MemoryError, ValueError) as error:
@@ -105,6 +211,33 @@ def main(arguments: list[str] | None = None) -> int:
         if words is None:
             raise
         return _failed(words)
+
+
+def _check_model(command_line: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the program where the model's options do not go together, or with the noun."""
+    if options.checkpoint is None:
+        if options.size is not None or options.device != "cpu" or options.dtype is not None:
+            command_line.error("--size, --device and --dtype go with --checkpoint")
+        noun = getattr(options, "noun", None)
+        if noun is not None and noun not in world.NOUNS:
+            command_line.error(f"--noun {noun!r}: Toybox knows {', '.join(world.NOUNS)}")
+    elif not _is_here(options.device):
+        command_line.error(f"--device {options.device}: there is no such device here; leave it out for the CPU")
+
+
+def _check_demo(command_line: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the program where the demo's options do not go together."""
+    if (options.images is None) != (options.noun is None):
+        command_line.error("--images and --noun go together: whose pictures, and what is in them")
+    if options.checkpoint is not None and options.images is None:
+        command_line.error("--checkpoint needs --images and --noun: it knows nothing of Toybox's concepts")
+
+
+def _is_here(device: str) -> bool:
+    try:
+        return torch.zeros(1, device=device).device.type != "meta"
+    except (RuntimeError, AssertionError, NotImplementedError):  # torch's words for it differ by device
+        return False
 
 
 def _failed(message: str) -> int:

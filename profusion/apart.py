@@ -26,12 +26,7 @@ from torch import Tensor, nn
 LARGEST = 2**24  # bytes of a tensor or an array that may be a run's memory; larger ones are somebody's weights
 
 _CONTAINERS = (dict, list, set, collections.deque)
-_ITERATORS = (
-    itertools.count,
-    itertools.cycle,
-    *(type(iter(kind())) for kind in (list, tuple, str)),
-    type(iter(range(0))),
-)
+_ITERATORS = (itertools.count, itertools.cycle, *(type(iter(empty)) for empty in ([], (), "", range(0))))
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 
 

@@ -6,8 +6,11 @@ is decoded, any other one right after.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
+import contextlib
+import io
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePath
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -65,14 +68,8 @@ class PictureError(Explained, ValueError):
 def decode(path: Path) -> Image.Image:
     """A picture as RGBA, turned as its camera says: of its own size, at most OWN_PIXELS. Raises PictureError, which
     names the file."""
-    try:
-        picture = _decoded(path)
-    except PictureError as problem:
-        raise PictureError(f"{path} is {problem}") from problem
-    except Image.DecompressionBombError as problem:
-        raise PictureError(f"{path} is too large: it has hundreds of megapixels") from problem
-    except Exception as problem:  # whatever a damaged file makes of the library
-        raise PictureError(f"{path} cannot be read as a picture: {why(problem)}") from problem
+    with _explained(str(path)), path.open("rb") as file:
+        picture = _decoded(file, path.suffix, _factor).convert("RGBA")
     share = (OWN_PIXELS / (picture.width * picture.height)) ** 0.5
     if share >= 1:
         return picture
@@ -80,15 +77,41 @@ def decode(path: Path) -> Image.Image:
     return picture.resize(sides, Image.Resampling.LANCZOS)
 
 
-def _decoded(path: Path) -> Image.Image:
-    """All of it, but smaller by a whole number where it is much larger than it need be."""
-    if path.suffix.lower() in _HEIF:
+def decode_bytes(data: bytes, name: str, factor: Callable[[tuple[int, int]], int]) -> Image.Image:
+    """The picture in a file's bytes as L, RGB or RGBA, turned as its camera says.
+
+    factor: of a size (width, height), the number by which each side may be smaller. A JPEG is where that saves time,
+    and others are not. Raises PictureError, which begins with the name.
+    """
+    with _explained(name):
+        return _decoded(io.BytesIO(data), PurePath(name).suffix, factor, reduced=False)
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Whatever goes wrong inside as PictureError."""
+    try:
+        yield
+    except PictureError as problem:
+        raise PictureError(f"{name} is {problem}") from problem
+    except Image.DecompressionBombError as problem:
+        raise PictureError(f"{name} is too large: it has hundreds of megapixels") from problem
+    except Exception as problem:  # whatever a damaged file makes of the library
+        raise PictureError(f"{name} cannot be read as a picture: {why(problem)}") from problem
+
+
+def _decoded(
+    data: BinaryIO, suffix: str, factor_of: Callable[[tuple[int, int]], int], reduced: bool = True
+) -> Image.Image:
+    """All of it as L, RGB or RGBA, but smaller by a whole number where it is much larger than it need be; if not
+    `reduced`, only where its decoder can do that."""
+    if suffix.lower() in _HEIF:
         _learn_heif()
-    with Image.open(path, formats=[name for name in FORMATS if name in _known_formats()]) as file:
-        _check_size(file, path)
-        factor = _factor(file.size)
+    with Image.open(data, formats=[name for name in FORMATS if name in _known_formats()]) as file:
+        _check_size(file, data)
+        factor = factor_of(file.size)
         file.draft(None, (file.width // factor, file.height // factor))
-        factor = _factor(file.size)
+        factor = factor_of(file.size) if reduced else 1
         if file.mode.startswith(_DEEP):
             picture = _eight_bits(file)
         elif file.mode not in ("L", "RGB", "RGBA") or "transparency" in file.info:
@@ -96,7 +119,7 @@ def _decoded(path: Path) -> Image.Image:
         else:
             file.load()
             picture = file
-        small = (picture if factor == 1 else picture.reduce(factor)).convert("RGBA")
+        small = picture.copy() if factor == 1 else picture.reduce(factor)
         turn = _TURNS.get(_orientation(file))
     return small if turn is None else small.transpose(turn)
 
@@ -162,10 +185,10 @@ def _factor(size: tuple[int, int]) -> int:
     return max(1, int((size[0] * size[1] / OWN_PIXELS) ** 0.5))
 
 
-def _check_size(file: Image.Image, path: Path) -> None:
+def _check_size(file: Image.Image, data: BinaryIO) -> None:
     """Raise PictureError where decoding would take more than MOST_BYTES, by what the header says."""
     if file.format in ("JPEG", "MPO"):  # MPO: several JPEGs in one file, of which the first counts
-        per_pixel = _JPEG_IN_SCANS if _in_scans(path) else _JPEG_AT_ONCE
+        per_pixel = _JPEG_IN_SCANS if _in_scans(data) else _JPEG_AT_ONCE
     else:
         per_pixel = _BYTES_PER_PIXEL.get(file.format, _USUAL_BYTES)
         per_pixel = max(per_pixel, _DEEP_BYTES) if file.mode.startswith(_DEEP) else per_pixel
@@ -177,10 +200,12 @@ def _check_size(file: Image.Image, path: Path) -> None:
         )
 
 
-def _in_scans(path: Path) -> bool:
+def _in_scans(file: BinaryIO) -> bool:
     """Whether a JPEG is progressive, or has its colours in scans of their own; True where that cannot be told."""
-    with path.open("rb") as file:
-        data, colours = file.read(1 << 20), 3
+    place, colours = file.tell(), 3
+    file.seek(0)
+    data = file.read(1 << 20)
+    file.seek(place)
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")

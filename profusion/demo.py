@@ -12,78 +12,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .keeping import Partial, digest
+from .learning import Concept, Report, Say, train
 from .pictures import grid, loss_plot, to_image
 from .promptnet.pseudo_word import PLACEHOLDER
-from .residual import SUFFIX, Residual, ResidualError, load_residual, save_residual
+from .residual import Residual, save_residual
 from .residual.training import TrainingOptions
-from .toybox.concepts import DEMO_PROMPTS, Concept
+from .toybox.concepts import DEMO_PROMPTS
 from .toybox.fused import FRESH_NOISE, FUSED_SHARE, GUIDED, FusedToybox, first_levels
 from .toybox.judge import Judge
-from .toybox.picture_sets import Say
 from .toybox.pipeline import CUSTOMISED_GUIDANCE, Toybox, seeded
 from .toybox.scores import likeness_among, picture_scores
 from .toybox.similarity import concept_similarity
 
-Report = dict[str, object]
 OPTIONS = TrainingOptions(steps=400, learning_rate=0.01)
 SEEDS, SAMPLING_STEPS = (2, 1, 3, 4), 25
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A residual, the step its training went on from, the losses since then and the seconds that they took.
-
-    partial: the file it can go on from, where one was written.
-    """
-
-    residual: Residual
-    first: int
-    losses: list[float]
-    seconds: float
-    partial: Partial | None = None
-
-
-def train(toybox: Toybox, concept: Concept, options: TrainingOptions, say: Say, folder: Path | None = None) -> Trained:
-    """Learn the concept. folder: where the file of the unfinished training is written now and then; where one of the
-    same training lies there already, it goes on from that."""
-    started = time.monotonic()
-    training = toybox.training(concept.pictures, concept.masks, concept.noun, options)
-    partial = None
-    if folder is not None:
-        path = folder / f"training_{digest(training.identity, dict(toybox.unet.named_parameters()))}{SUFFIX}"
-        begun = _begun(path, options, say)
-        if begun is None and path.is_file():  # of a longer training, or damaged: it stays as it is
-            path = path.with_stem(f"{path.stem}_{options.steps}")
-            begun = _begun(path, options, say)
-        if begun is not None:
-            training = toybox.training(concept.pictures, concept.masks, concept.noun, options, begun)
-        partial = Partial(lambda: save_residual(training.residual(), path, "float32").path)
-        if begun is not None:
-            partial.take(path)
-    first = training.step
-    for loss in training.steps(partial):
-        if training.step % 25 == 0 or training.step == options.steps:
-            say(f"train {training.step}/{options.steps}  loss {training.mean_loss(25):.4f}  (last {loss:.4f})")
-    if partial is not None:
-        partial.save()
-    return Trained(training.residual(), first, training.losses, time.monotonic() - started, partial)
-
-
-def _begun(path: Path, options: TrainingOptions, say: Say) -> Residual | None:
-    """What an earlier run has learned, if it can be read and did not go further than this one is to go."""
-    if not path.is_file():
-        return None
-    try:
-        residual = load_residual(path)
-    except ResidualError as problem:
-        say(f"beginning anew: {problem}")
-        return None
-    if residual.steps > options.steps:
-        say(f"beginning anew: {path} has {residual.steps} steps already")
-        return None
-    say(f"going on from step {residual.steps} of {path}")
-    return residual
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 """`model(x, sigma) -> denoised`: x (B, C, H, W), sigma (B,)."""
 PredictNoise = Callable[[Tensor, Tensor], Tensor]
 """`predict(x_t, t) -> eps`, a network itself: x_t variance-preserving, (B, C, H, W), t (B,)."""
+Prediction = Literal["eps", "v"]
+"""What a network was trained to predict: eps or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (arXiv 2202.00512)."""
 
 
 @lru_cache(maxsize=1)
@@ -76,9 +79,35 @@ def noised(clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     return signal.sqrt() * clean + (1 - signal).sqrt() * noise
 
 
-def noise_predictor(predict: PredictNoise) -> Callable[[Tensor, Tensor], Tensor]:
-    """Turn a network's eps_theta(x_t, t) into `predict(x, sigma) -> eps` of x = x0 + sigma * eps."""
-    return lambda x, sigma: predict(variance_preserving(x, sigma), timestep_of(sigma))
+def noise_predictor(
+    predict: Callable[[Tensor, Tensor], Tensor], prediction: Prediction = "eps"
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Turn a network's eps_theta(x_t, t), or its v, into `predict(x, sigma) -> eps` of x = x0 + sigma * eps."""
+    if prediction == "eps":
+        return lambda x, sigma: predict(variance_preserving(x, sigma), timestep_of(sigma))
+
+    def noise_of_v(x: Tensor, sigma: Tensor) -> Tensor:
+        x_t = variance_preserving(x, sigma)
+        # eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x_t
+        return variance_preserving(predict(x_t, timestep_of(sigma)) + per_row(sigma, x) * x_t, sigma)
+
+    return noise_of_v
+
+
+def v_denoiser(predict: Callable[[Tensor, Tensor], Tensor]) -> Denoiser:
+    """Turn a network's v_theta(x_t, t) into `model(x, sigma) -> denoised`."""
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        x_t = variance_preserving(x, sigma)
+        # x0 = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v (arXiv 2202.00512)
+        return variance_preserving(x_t - per_row(sigma, x) * predict(x_t, timestep_of(sigma)), sigma)
+
+    return denoise
+
+
+def denoiser(predict: Callable[[Tensor, Tensor], Tensor], prediction: Prediction) -> Denoiser:
+    """Turn a network that predicts eps or v into `model(x, sigma) -> denoised`."""
+    return eps_denoiser(predict) if prediction == "eps" else v_denoiser(predict)
 
 
 def eps_denoiser(predict: PredictNoise) -> Denoiser:

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -47,6 +47,7 @@ Contents = dict[str, tuple[str, list[int], bytes]]
 CHECKSUM = "checksum"
 MAX_HEADER_BYTES = 1 << 20
 MAX_DIMENSIONS = 8
+_PIECE = 1 << 24  # bytes of a file that are read at once
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EINVAL}
 
@@ -100,6 +101,19 @@ def write_numbered(paths: Iterable[Path], write: Callable[[Path], Written]) -> W
         except NameTaken:
             continue
     raise ValueError("no name is left")
+
+
+def save_in_one(places: Sequence[Path], save: Callable[[Path], Written], error: type[ValueError]) -> Written:
+    """`save(folder)` in the first of these folders where it can be done. Raises what it raised in all of them."""
+    problems: list[Exception] = []
+    for folder in places:
+        try:
+            return save(folder)
+        except Exception as problem:  # whatever it is, another folder may do
+            problems.append(problem)
+    if len(problems) == 1:
+        raise problems[0]
+    raise error(" ".join(str(problem) for problem in problems)) from problems[0]
 
 
 def try_writing(path: Path, size: int) -> None:
@@ -216,6 +230,15 @@ def why_not_written(problem: Exception) -> str:
 def why_not_read(problem: Exception) -> str:
     """Why a file could not be read, and what to do."""
     return f"{problems.why(problem)}. Check the name, the folder and its permissions."
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file of any size, in hexadecimal digits. Raises OSError."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            sha.update(piece)
+    return sha.hexdigest()
 
 
 def tensors_to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -36,6 +36,10 @@ class TrainingError(Explained, RuntimeError):
     """Training cannot start or go on. The message says why and what to do."""
 
 
+class NoGradientError(TrainingError):
+    """No gradient reaches what is to be learned."""
+
+
 @dataclass(frozen=True)
 class LoopOptions:
     """How any method is trained. `steps` counts from nothing: a resumed training does what is left of them.
@@ -210,7 +214,7 @@ class TrainingLoop(ABC):
                 if larger >= overflowed_at and not raised:
                     raise TrainingError(self._overflow())  # too much at one scale, nothing at the next
                 if not gradient.attached or larger >= overflowed_at or larger > LARGEST_SCALE:
-                    raise TrainingError(f"no gradient reaches {gradient.missing.name}: {gradient.missing.because}")
+                    raise NoGradientError(f"no gradient reaches {gradient.missing.name}: {gradient.missing.because}")
                 scale, raised = larger, True
             else:
                 self.loss_scale = scale
@@ -272,3 +276,10 @@ def grown_scale(scale: float, step: int, first: float) -> float:
 def generator_of(number: int) -> torch.Generator:
     """A CPU generator of a whole number of any size and sign."""
     return torch.Generator().manual_seed(number % 2**63)
+
+
+def pauses(first: int, last: int, every: int) -> Iterator[int]:
+    """The steps at which a training pauses, to draw a sample perhaps: multiples of `every` (0: none), and the last."""
+    if every:
+        yield from range(first - first % every + every, last, every)
+    yield last

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -81,6 +82,24 @@ def picture_paths(folder: Path) -> list[Path]:
             f"no pictures in {folder}: it holds no {', '.join(SUFFIXES)} file, nor another that is one inside"
         )
     return paths
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """What may be pictures in a folder and the folders in it, by name: for sets in which some may be broken.
+
+    By their names, or by their bytes where they have no picture's name. Hidden files are none. Raises OSError.
+    """
+    found = []
+    for path in (Path(root, name) for root, _, names in os.walk(folder, onerror=_raised) for name in names):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        suffix = path.suffix.lower()
+        if not hidden and (suffix in (*SUFFIXES, *OTHER_SUFFIXES, *RAW_SUFFIXES) or is_picture(path)):
+            found.append(path)
+    return sorted(found)
+
+
+def _raised(problem: OSError) -> None:
+    raise problem
 
 
 def read_picture(path: Path) -> tuple[Tensor, Tensor]:
@@ -194,13 +213,17 @@ def _fitted(draw: ImageDraw.ImageDraw, text: str, width: int, face: ImageFont.Im
 
 
 def loss_plot(
-    losses: Sequence[float], steps: int | None = None, size: tuple[int, int] = (512, 288), start: int = 0
+    losses: Sequence[float],
+    steps: int | None = None,
+    size: tuple[int, int] = (512, 288),
+    start: int = 0,
+    title: str = "loss (eps error inside the mask)",
 ) -> Image.Image:
     """The loss of each step after `start`, and its running mean, from 0 to `steps` (default: as many as there are)."""
     image = Image.new("RGB", size, PAPER)
     draw, (width, height) = ImageDraw.Draw(image), size
     left, right, top, bottom = 56, width - 14, 34, height - 34
-    draw.text((left, 10), "loss (eps error inside the mask)", INK, font(14))
+    draw.text((left, 10), title, INK, font(14))
     draw.line([(left, top), (left, bottom), (right, bottom)], INK)
     last = max(steps or start + len(losses), 1)
     draw.text((right, height - 12), f"step {last}", INK, font(12), anchor="rm")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .problems import Explained
@@ -29,6 +30,15 @@ _IRREGULAR = (
 
 Span = tuple[int, ...]
 Chunk = Sequence[tuple[Any, int]]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A concept that is to have a place in a prompt. name: what a message calls it. occurrence: one of OCCURRENCES."""
+
+    name: str
+    noun: str
+    occurrence: str = "auto"
 
 
 class NounError(Explained, ValueError):
@@ -119,3 +129,30 @@ def choose_spans(spans: Sequence[Span], occurrence: str, turn: int = 0, sharing:
     if not chosen:
         raise NounError(f"occurrence {occurrence} was asked for, and there are {len(spans)}")
     return chosen
+
+
+def rows_of(wanted: Sequence[Wanted], index: int, text: str, spans_of: Callable[[str], Sequence[Span]]) -> Span:
+    """The context rows that one of several concepts takes in a prompt; see `choose_spans`.
+
+    spans_of: the places of a noun in this prompt, as `find_noun` gives them. Raises NounError, which names the concept,
+    quotes the prompt and says what to write where it has another form of the noun.
+    """
+    one = wanted[index]
+    sharing = [number for number, other in enumerate(wanted) if other.occurrence == "auto" and _same_noun(other, one)]
+    spans = spans_of(one.noun)
+    if not spans:
+        advice = form_to_write(text, one.noun)
+        raise NounError(
+            f"{one.name} is of the noun {one.noun!r}, which is not a word of the prompt {text!r}"
+            + (f". {advice}" if advice else "")
+        )
+    turn = sharing.index(index) if index in sharing else 0
+    try:
+        chosen = choose_spans(spans, one.occurrence, turn, len(sharing))
+    except NounError as error:
+        raise NounError(f"{one.name}: {error} of the noun {one.noun!r} in the prompt {text!r}") from error
+    return tuple(row for span in chosen for row in span)
+
+
+def _same_noun(one: Wanted, other: Wanted) -> bool:
+    return one.noun.lower().split() == other.noun.lower().split()

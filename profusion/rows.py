@@ -23,9 +23,7 @@ from .patched import name_of
 from .problems import Explained
 
 _CUSTOMISED, _APPLY_MODEL = "customised", "apply_model"
-PICTURES = (
-    "profusion_pictures"  # of a conditioning, which pictures of the batch it is evaluated for, where they are told
-)
+PICTURES = "profusion_pictures"  # in a conditioning: which of the batch it is evaluated for
 ROWS = "profusion_rows"  # among what goes with the rows, and of a call among the attention's options
 
 

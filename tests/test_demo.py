@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from profusion import demo, keeping
+from profusion.learning import own_concept, train
 from profusion.residual import load_residual
 from profusion.residual.training import ResidualTraining, TrainingOptions
-from profusion.toybox.concepts import drawn_concept, own_concept
+from profusion.toybox.concepts import drawn_concept
 from profusion.toybox.drawing import SIZE
 from profusion.toybox.fused import FusedToybox
 from profusion.toybox.judge import Judge
@@ -35,7 +36,7 @@ def concept():
 
 @pytest.fixture(scope="module")
 def drawing(fused, concept):
-    residual = demo.train(fused.toybox, concept, TrainingOptions(steps=1), lambda _: None).residual
+    residual = train(fused.toybox, concept, TrainingOptions(steps=1), lambda _: None).residual
     return demo.draw(fused, residual, concept.pictures[:1], "a photo of a {} on snow", SEEDS, STEPS)
 
 
@@ -46,7 +47,7 @@ def test_what_was_done_to_the_users_own_pictures_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "train", None)
     said = []
     with pytest.raises(TypeError):
-        demo.run(tmp_path / "out", own_concept(folder, "ball"), TrainingOptions(steps=2), say=said.append)
+        demo.run(tmp_path / "out", own_concept(folder, "ball", 96), TrainingOptions(steps=2), say=said.append)
     cropped = "1 picture of 96x96 pixels, cropped and resized from 200x100"
     assert said == [f"learning 'your ball' (noun 'ball') from {cropped}"]
 
@@ -67,7 +68,7 @@ def test_a_training_that_was_killed_goes_on_bit_for_bit_and_never_from_another_o
     fused, concept, tmp_path, monkeypatch
 ):
     """No step has time to clean up after the last one: what is there was written before."""
-    whole = demo.train(fused.toybox, concept, TrainingOptions(steps=5), lambda _: None)
+    whole = train(fused.toybox, concept, TrainingOptions(steps=5), lambda _: None)
     monkeypatch.setattr(keeping, "SECONDS", 0.0)
     monkeypatch.setattr(keeping, "SHARE", 1e9)
     step = ResidualTraining._one_step
@@ -79,22 +80,22 @@ def test_a_training_that_was_killed_goes_on_bit_for_bit_and_never_from_another_o
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(ResidualTraining, "_one_step", killed)
-        demo.train(fused.toybox, concept, TrainingOptions(steps=5), lambda _: None, tmp_path)
+        train(fused.toybox, concept, TrainingOptions(steps=5), lambda _: None, tmp_path)
     (path,), said = tmp_path.iterdir(), []
     assert load_residual(path).steps == 3
-    other = demo.train(fused.toybox, concept, TrainingOptions(steps=5, seed=1), said.append, tmp_path)
+    other = train(fused.toybox, concept, TrainingOptions(steps=5, seed=1), said.append, tmp_path)
     assert other.first == 0 and not any("going on" in text for text in said)
-    assert demo.train(fused.toybox, concept, TrainingOptions(steps=2), said.append, tmp_path / "elsewhere").first == 0
-    again = demo.train(fused.toybox, concept, TrainingOptions(steps=5), said.append, tmp_path)
+    assert train(fused.toybox, concept, TrainingOptions(steps=2), said.append, tmp_path / "elsewhere").first == 0
+    again = train(fused.toybox, concept, TrainingOptions(steps=5), said.append, tmp_path)
     assert again.first == 3 and f"going on from step 3 of {path}" in said
     assert torch.equal(again.residual.delta, whole.residual.delta) and again.losses == whole.losses[3:]
 
 
 def test_a_damaged_file_of_an_unfinished_training_is_said_and_begun_anew(fused, concept, tmp_path):
-    demo.train(fused.toybox, concept, TrainingOptions(steps=1), lambda _: None, tmp_path)
+    train(fused.toybox, concept, TrainingOptions(steps=1), lambda _: None, tmp_path)
     (path,), said = tmp_path.iterdir(), []
     path.write_bytes(path.read_bytes()[:-9])
-    assert demo.train(fused.toybox, concept, TrainingOptions(steps=1), said.append, tmp_path).first == 0
+    assert train(fused.toybox, concept, TrainingOptions(steps=1), said.append, tmp_path).first == 0
     assert any("beginning anew" in text and str(path) in text for text in said)
 
 
@@ -105,7 +106,7 @@ def test_infusions_pictures_are_those_of_its_seeds_alone(fused, drawing):
 
 
 def test_profusion_draws_what_its_one_picture_shows(fused, concept, drawing):
-    residual = demo.train(fused.toybox, concept, TrainingOptions(steps=1), lambda _: None).residual
+    residual = train(fused.toybox, concept, TrainingOptions(steps=1), lambda _: None).residual
     other = drawn_concept("gold and navy cup").pictures[:1]
     again = demo.draw(fused, residual, other, "a photo of a {} on snow", SEEDS, STEPS)
     assert torch.equal(again.customised, drawing.customised)

@@ -7,6 +7,7 @@ import torch
 
 from profusion.diffusion import (
     alphas_cumprod,
+    denoiser,
     eps_denoiser,
     noise_predictor,
     noised,
@@ -85,3 +86,22 @@ def test_eps_denoiser_undoes_the_scaling(device):
         return noise
 
     assert torch.allclose(eps_denoiser(predict_noise)(x, sigma), clean, atol=1e-5)
+
+
+def test_a_network_that_predicts_v_is_the_same_denoiser_as_one_that_predicts_eps(device):
+    """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 of an ideal network, by its definition."""
+    generator = torch.Generator().manual_seed(3)
+    x0, eps = (torch.randn(5, 4, 6, 6, generator=generator).to(device) for _ in range(2))
+    timesteps = torch.tensor([0, 100, 500, 900, 999], device=device)
+    sigma = training_sigmas().to(device)[timesteps]
+    signal = alphas_cumprod().to(device)[timesteps].view(-1, 1, 1, 1)
+    x = x0 + sigma.view(-1, 1, 1, 1) * eps
+
+    def predict_v(x_t, t):
+        assert torch.equal(t, timesteps)
+        torch.testing.assert_close(x_t, noised(x0, eps, timesteps), rtol=1e-4, atol=1e-4)
+        return signal.sqrt() * eps - (1 - signal).sqrt() * x0
+
+    torch.testing.assert_close(denoiser(predict_v, "v")(x, sigma), x0, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(noise_predictor(predict_v, "v")(x, sigma), eps, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(denoiser(lambda x_t, t: eps, "eps")(x, sigma), x0, rtol=1e-4, atol=1e-4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from profusion.residual import Origin, Residual, load_residual, save_residual
-from profusion.residual.origin import Sample, apart, distance, sample_of
+from profusion.residual.origin import Sample, beyond_rounding, distance, sample_of
 
 ORIGIN = Origin(
     base="v1-5-pruned-emaonly-fp16.safetensors",
@@ -105,7 +105,7 @@ def test_weights_are_known_again_in_any_precision(dtype, scale):
     for seed in range(200):
         weights = network(seed, scale)
         whole, rounded = sample_of(weights), sample_of([weight.to(dtype) for weight in weights])
-        assert apart(whole, rounded) is None and apart(rounded, whole) is None, seed
+        assert beyond_rounding(whole, rounded) is None and beyond_rounding(rounded, whole) is None, seed
         assert len(rounded.numbers) == 44 and whole.rounding == 0
         far.append(distance(whole, rounded))
         whole_far.append(rounded.rounding)
@@ -120,11 +120,11 @@ def test_weights_are_known_again_in_any_precision(dtype, scale):
 def test_other_weights_are_told(dtype):
     for seed in range(50):
         sample = sample_of([weight.to(dtype) for weight in network(seed)])
-        assert apart(sample, sample_of(network(seed + 1000))) > 0.5
+        assert beyond_rounding(sample, sample_of(network(seed + 1000))) > 0.5
     generator = torch.Generator().manual_seed(3)
     weights = network(3)
     tuned = [weight + 0.1 * 0.03 * torch.randn(weight.shape, generator=generator) for weight in weights]
-    assert 0.04 < apart(sample_of(weights), sample_of(tuned)) < 0.2
+    assert 0.04 < beyond_rounding(sample_of(weights), sample_of(tuned)) < 0.2
 
 
 class Packed(torch.Tensor):
@@ -139,7 +139,9 @@ class Packed(torch.Tensor):
 )
 def test_what_is_stored_as_something_else_has_no_sample(weight):
     assert sample_of([weight] * 16) == Sample() == sample_of([]) == sample_of([torch.ones(9, 9)] * 15 + [weight])
-    assert distance(sample_of(network(1)), Sample()) is None and apart(sample_of(network(1)), Sample()) is None
+    assert (
+        distance(sample_of(network(1)), Sample()) is None and beyond_rounding(sample_of(network(1)), Sample()) is None
+    )
 
 
 def test_what_rounding_did_is_in_the_file(tmp_path):

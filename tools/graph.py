@@ -25,6 +25,7 @@ PICTURES = {
     "ProFusion_PromptNetEncode": FRAME,
     "ProFusion_PromptNetFinetune": PLOT,
     "ProFusion_PromptNetLoader": SHOWN,
+    "ProFusion_PromptNetTrainer": PLOT,
     "ProFusion_ResidualFromPromptNet": FRAME,
     "ProFusion_ResidualLoader": SHOWN,
     "ProFusion_ResidualSaver": SHOWN,

@@ -8,6 +8,7 @@ from profusion.toybox.drawing import SIZE
 from tools.graph import Graph, Node
 
 TOY, OTHER_TOY = "slate and apricot mushroom", "gold and navy cup"
+TO_LEARN = "magenta and lime fish", "teal and coral ball"  # beside the first, for a PromptNet of its own
 BATCH, SEED, CFG = 4, 1, 4.0
 SCHEDULE = {"steps": 25, "scheduler": "simple"}
 KSAMPLER = {"seed": SEED, "cfg": CFG, "sampler_name": "euler", **SCHEDULE}
@@ -205,6 +206,67 @@ def finetune(graph: Graph) -> None:
         **start,
     )
     control(graph, (1640, 2 * ROW), base, before["plain_text"], start)
+
+
+def pretrain(graph: Graph) -> None:
+    graph.note(
+        "### A PromptNet of your own\n*PromptNet Trainer* makes a PromptNet for the model that is connected: from the "
+        "encoder of its own UNet, on pictures alone. Here it has 18 pictures of three toys, and 150 steps: a minute on "
+        "a CPU. That is enough to say colours and patterns, and not much more; Toybox's own saw 12,000.\n\nFor your "
+        "checkpoint: connect it with a CLIP Vision model, put a folder of pictures into ComfyUI's `input`, choose it "
+        "as **folder**, and set steps to thousands. The node says whether `S*` helps with pictures that it has not "
+        "trained on. Cancel keeps what was learned, and *Run* goes on.",
+        NOTE,
+        (380, 420),
+    )
+    with graph.group("1. A model, and pictures to learn from"):
+        base = graph.add("ProFusion_ToyboxLoader", (0, 0), wide=380, toy=TOY, count=6)
+        more, images, at = [], base["pictures"], base.below
+        for toy in TO_LEARN:
+            more.append(graph.add("ProFusion_ToyboxLoader", at, "Pictures of another toy", wide=380, toy=toy, count=6))
+            joined = graph.add("ImageBatch", more[-1].below, wide=380, image1=images, image2=more[-1]["pictures"])
+            images, at = joined["IMAGE"], joined.below
+        preview(graph, at, "To be learned from", images)
+    with graph.group("2. Train"):
+        trainer = graph.add(
+            "ProFusion_PromptNetTrainer",
+            (440, 0),
+            wide=380,
+            folder="none",
+            model=base["MODEL"],
+            clip=base["CLIP"],
+            clip_vision=base["CLIP_VISION"],
+            vae=base["VAE"],
+            images=images,
+            steps=150,
+            learning_rate=1e-3,
+            batch_size=8,
+            filename_prefix="profusion/toys",
+            warmup=20,
+            cosine=True,
+            weight_cap=20.0,
+            level_bias=1.0,
+            sample_every=50,
+            sample_cfg=CFG,
+        )
+        samples = preview(graph, trainer.below, "Drawn with S*, and the picture it is of", trainer["samples"])
+        graph.text(samples.below, "For PromptNet Loader", trainer["promptnet_file"])
+    with graph.group("3. A picture becomes a word"):
+        prompt = graph.add("PrimitiveStringMultiline", (880, 0), "Prompt", wide=340, value=ALONE)
+        word = encode(graph, prompt.below, base, trainer["PROMPTNET"], more[0], prompt["STRING"])
+        start = canvas(graph, word.below, base)
+    fused(
+        graph,
+        (1280, 0),
+        base,
+        "4. The word, drawn with the text",
+        saved=True,
+        model=base["MODEL"],
+        positive=word["with_word"],
+        text=word["plain_text"],
+        **start,
+    )
+    control(graph, (1280, ROW), base, word["plain_text"], start)
 
 
 def two_references(graph: Graph) -> None:

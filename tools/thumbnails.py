@@ -45,6 +45,7 @@ THUMBNAILS = {
     "infusion_sd15": Thumbnail("infusion_train_and_generate", "the same, on SD 1.5"),
     "profusion_one_image": Thumbnail("profusion_one_image", "one picture, no training"),
     "profusion_finetune": Thumbnail("profusion_finetune", "one picture, 50 steps"),
+    "profusion_pretrain": Thumbnail("profusion_pretrain", "a PromptNet of your own"),
     "profusion_two_references": Thumbnail("profusion_two_references", "two things, a picture each"),
     "profusion_with_infusion": Thumbnail("profusion_with_infusion", "both methods, one prompt"),
     "overfitting": Thumbnail("overfitting", "does it overfit? measure it"),

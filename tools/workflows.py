@@ -197,6 +197,7 @@ WORKFLOWS = {
     "infusion_sd15": sd15,
     "profusion_one_image": profusion.one_image,
     "profusion_finetune": profusion.finetune,
+    "profusion_pretrain": profusion.pretrain,
     "profusion_two_references": profusion.two_references,
     "profusion_with_infusion": profusion.with_infusion,
     "overfitting": scores.overfitting,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from profusion.diffusion import noise_predictor, per_row, sample_euler, sampling_sigmas
 from profusion.infusion import Patches, Placement, customised_patches, on_conditional
+from profusion.learning import Concept
 from profusion.losses import masked_noise_error
 from profusion.residual.training import NOUN_PROMPTS, TrainingOptions
-from profusion.toybox.concepts import Concept
 from profusion.toybox.pipeline import Toybox, initial_noise, seeded
 
 RARE_WORD = "sks"  # a word that Toybox was never taught, as DreamBooth's is one that nobody uses

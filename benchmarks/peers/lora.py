@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from benchmarks.host_cost import load_pack
 from benchmarks.peers.base import RARE_WORD, Peer
 from profusion.coroutine import Coroutine
+from profusion.learning import Concept
 from profusion.residual.training import NOUN_PROMPTS, TrainingOptions
-from profusion.toybox.concepts import Concept
 from tools.hosts import SOUGHT, find_host, needed_host
 
 RANK = 8

@@ -20,10 +20,10 @@ from profusion.infusion import (
     foundation_patches,
     on_conditional,
 )
+from profusion.learning import Concept
 from profusion.prompt import NounError
 from profusion.residual import Residual, save_residual
 from profusion.residual.training import TrainingOptions
-from profusion.toybox.concepts import Concept
 from profusion.toybox.pipeline import noun_rows, seeded
 
 

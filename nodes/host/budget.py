@@ -17,6 +17,7 @@ from ...profusion.memory import element_bytes, optimizer_bytes, step_bytes, text
 from ...profusion.queries import TakenOnce, WaitingQueries
 
 CHECKPOINTING = ("auto", "on", "off")
+ADAMW_BYTES = 16  # a trained float32 number, its gradient and the optimizer's two moments
 
 # What a step of a model that was not measured needs, in multiples of what the host reckons for inference: without and
 # with gradient checkpointing. SD 1.5's are 90,000 and 30,000 numbers a latent cell, where the host reckons 10,500.
@@ -43,11 +44,13 @@ def plan_training(
     beside: Sequence[ModelPatcher] = (),
     learned: float = 0,
     finetuning: bool = False,
+    any_size: bool = True,
 ) -> Budget:
     """Decide on gradient checkpointing ("auto": where there is no room without) for latents (B, C, H, W) of this shape.
 
     beside: text encoders that must be on the device too. learned: bytes of what is trained, its optimizer included.
-    finetuning: whether PromptNet and the attention layers learn, and not a residual. Raises TrainingError, which names
+    finetuning: whether PromptNet and the attention layers learn, and not a residual. any_size: whether pictures may be
+    smaller. Raises TrainingError, which names
     the input to change, where a step does not fit.
     """
     if checkpointing not in CHECKPOINTING:
@@ -68,7 +71,7 @@ def plan_training(
         raise TrainingError(
             f"training on {shape[0]} pictures of {shape[-1]}x{shape[-2]} latent cells at a time takes about "
             f"{(weights + step(shape, twice)) / 1e9:.1f} GB, and this GPU has {room / 1e9:.1f} GB for it. "
-            f"{_advice(shape, twice, fits)}"
+            f"{_advice(shape, twice, fits, any_size)}"
         )
     return Budget(step(shape, twice), twice)
 
@@ -107,7 +110,9 @@ def _step_bytes(model: ModelPatcher, shape: Sequence[int], checkpointing: bool, 
     return model.memory_required(list(shape)) * _MULTIPLES[checkpointing] * (2 if finetuning else 1)
 
 
-def _advice(shape: Sequence[int], checkpointing: bool, fits: Callable[[Sequence[int], bool], bool]) -> str:
+def _advice(
+    shape: Sequence[int], checkpointing: bool, fits: Callable[[Sequence[int], bool], bool], any_size: bool
+) -> str:
     """What to change, so that a step fits."""
     if not checkpointing and fits(shape, True):
         return "Set gradient_checkpointing to auto"
@@ -115,7 +120,7 @@ def _advice(shape: Sequence[int], checkpointing: bool, fits: Callable[[Sequence[
     batch = next((count for count in range(shape[0] - 1, 0, -1) if fits((count, *shape[1:]), True)), None)
     if batch:
         return f"Set batch_size to {batch}{more}"
-    sizes = (tuple(max(1, side * share // 10) for side in shape[2:]) for share in range(9, 0, -1))
+    sizes = (tuple(max(1, side * share // 10) for side in shape[2:]) for share in range(9 * any_size, 0, -1))
     size = next((size for size in sizes if fits((1, shape[1], *size), True)), None)
     if size:
         return (

@@ -53,11 +53,14 @@ def _tell(node_id: str | None, text: str, preview: Image.Image | None) -> None:
 
 
 def warn_under(node: type[io.ComfyNode]) -> Callable[[str], None]:
-    """How to warn under a node once it is no longer being executed, and in the log."""
+    """How to warn under a node once it is no longer being executed, and once in the log."""
     node_id = node.hidden.unique_id if node.hidden is not None else None
+    logged: set[str] = set()
 
     def warn(text: str) -> None:
-        logging.getLogger("ProFusion").warning(text)
+        if text not in logged:
+            logged.add(text)
+            logging.getLogger("ProFusion").warning(text)
         _tell(node_id, text, caption(text))
 
     return warn

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ...profusion.checkpointing import checkpointed
 from ...profusion.infusion import Patches, UnsupportedModelError, with_patches
-from ...profusion.loop import TrainingError
+from ...profusion.loop import NoGradientError, TrainingError
 from ...profusion.metrics import predictions
 from ...profusion.metrics.fisher import NoisyLatents
 from ...profusion.models.unet import BasicTransformerBlock, ResBlock
@@ -228,9 +228,9 @@ class TrainedModel:
                 f"out of memory while training on {shape[0]} pictures of {shape[-1]}x{shape[-2]} latent cells at a "
                 f"time. {advice} batch_size, or give smaller pictures"
             )
-        names, wrapper = ", ".join(names_on(self.model)), self._wrapper()
-        gradient_lost = isinstance(error, TrainingError) and str(error).startswith("no gradient reaches")
-        if wrapper and (gradient_lost or not isinstance(error, Explained) and known(error) is None):
+        wrapper, names = self._wrapper(), ", ".join(names_on(self.model))
+        unexplained = not isinstance(error, Explained) and known(error) is None
+        if wrapper and (unexplained or isinstance(error, NoGradientError)):
             return (
                 f"a training cannot go through {wrapper}, which calls the model in a way of its own: connect the model "
                 f"as it was before that ({why(error)})"

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import folder_paths
 
-from ...profusion.files import try_writing, why_not_written, write_numbered
+from ...profusion.files import save_in_one, try_writing, why_not_written, write_numbered
 from ...profusion.problems import hidden_character, printable, why, why_no_name
 from ...profusion.promptnet.network import PromptNetError
 from ...profusion.residual import PREVIEW_SUFFIX, SUFFIX, ResidualError
@@ -83,7 +83,7 @@ def find_promptnet(name: str) -> Path:
     """The path of a listed PromptNet. Raises PromptNetError, which says where it was looked for."""
     if name == TOYBOX and _TOYBOX_FILE.is_file():
         return _TOYBOX_FILE
-    advice = "or train one with `python -m profusion promptnet train`"
+    advice = "or train one with PromptNet Trainer"
     return find(PROMPTNETS, name, promptnet_names(), PromptNetError, "PromptNet", advice)
 
 
@@ -146,19 +146,6 @@ def save_residual_numbered(prefix: str, noun: str, save: Callable[[Path], Saved]
 def save_numbered(folder: str, prefix: str, save: Callable[[Path], Saved], everywhere: bool = False) -> Saved:
     """The same for PROMPTNETS and PATCHES. Raises PromptNetError."""
     return _save_numbered(folder, prefix, save, everywhere, PromptNetError)
-
-
-def save_in_one(places: Sequence[Path], save: Callable[[Path], Saved], error: type[ValueError]) -> Saved:
-    """`save(folder)` in the first of these folders where it can be done. Raises what it raised in all of them."""
-    problems: list[Exception] = []
-    for folder in places:
-        try:
-            return save(folder)
-        except Exception as problem:  # whatever it is, another folder may do
-            problems.append(problem)
-    if len(problems) == 1:
-        raise problems[0]
-    raise error(" ".join(str(problem) for problem in problems)) from problems[0]
 
 
 def check_writable(kind: str, prefix: str, size: int, error: type[ValueError]) -> None:

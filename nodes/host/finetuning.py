@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import comfy.sd
@@ -13,108 +12,24 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from torch import Tensor, nn
 
-from ...profusion.files import write_numbered
 from ...profusion.infusion import architecture_name, check_context_width
-from ...profusion.keeping import Partial, digest, seconds_to_write
-from ...profusion.loop import TrainingError
-from ...profusion.patched import SavableWeights, names_on
+from ...profusion.keeping import Partial, digest
 from ...profusion.pictures import loss_plot
-from ...profusion.problems import known
 from ...profusion.promptnet.changes import attention_layers, changed, patch_tensors, save_patch, start_changes
-from ...profusion.promptnet.file import SUFFIX, save_promptnet
+from ...profusion.promptnet.file import save_promptnet
 from ...profusion.promptnet.finetune import FinetuneOptions, FinetunePictures, FinetuneTraining, trainable_copy
-from ...profusion.promptnet.network import PromptNetConfig, PromptNetError, check_fits
+from ...profusion.promptnet.network import PromptNetError, check_fits
+from ...profusion.promptnet.unfinished import Unfinished
 from ...profusion.references import Shown, together
-from .budget import make_room, plan_training
+from .budget import ADAMW_BYTES, make_room, plan_training
 from .display import Progress
 from .encoding import encode_references, model_layers, native_size
 from .evaluation import TrainedModel, differentiable, resident_clip
-from .files import PATCHES, PROMPTNETS, check_writable, folders, save_in_one, save_numbered
+from .files import PATCHES, PROMPTNETS, check_writable, folders, save_numbered
 from .identity import model_digest
-from .words import (
-    LoadedPromptNet,
-    encode_loaded,
-    encode_pictures,
-    handed_to_the_host,
-    text_widths,
-    tokens_with_words,
-)
+from .words import LoadedPromptNet, WordEncoder, encode_pictures, handed_to_the_host
 
-MOST_SERVERS = 100  # that work on the same training at a time
-TRAINING = "training"  # subfolder of PROMPTNETS
 PREVIEW_EVERY = 10
-ADAMW_BYTES = 16  # a trained float32 number, its gradient and the optimizer's two moments
-
-_unsaved: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
-"""The last fine-tuning of which no file could be written: PromptNet and state by its identity, to go on from."""
-
-
-class WordEncoder:
-    """Prompts with S*, as this CLIP encodes them, in a way that autograd goes through; only while `running`."""
-
-    def __init__(self, clip: CLIP, config: PromptNetConfig, prompts: Sequence[str]):
-        check_fits(config, text_widths=text_widths(clip, prompts[0]))
-        self._clip, self._config, self._prompts = resident_clip(clip), config, prompts
-        self.prompt = 0  # the one that was encoded last
-
-    @property
-    def patcher(self) -> ModelPatcher:
-        """The host's handle of the text encoder."""
-        return self._clip.patcher
-
-    def conditionings(self, word: Tensor) -> list[list]:
-        """A CONDITIONING of each prompt with this S* (tokens, width)."""
-        tokens = [tokens_with_words(self._clip, self._config, prompt, word[None])[0] for prompt in self._prompts]
-        return [self._clip.encode_from_tokens_scheduled(entry) for entry in tokens]
-
-    def encode(self, prompt: int, words: Tensor) -> Tensor:
-        """S* (B, tokens, width) in a prompt: (B, L, D)."""
-        self.prompt = prompt
-        tokens, _ = tokens_with_words(self._clip, self._config, self._prompts[prompt], words)
-        return encode_loaded(self._clip, tokens).unflatten(1, (len(words), -1))[0]
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """For the time being autograd goes through the text encoder, which is loaded.
-
-        The host's CLIP adds to its hidden state in place, also after a norm has kept it for the way back: norms get
-        copies.
-        """
-        encoder = self._clip.cond_stage_model
-        patched = SavableWeights() if names_on(self.patcher) else nullcontext()
-        with differentiable(encoder), patched, ExitStack() as hooks:
-            for module in encoder.modules():
-                if isinstance(module, nn.LayerNorm):
-                    hooks.callback(module.register_forward_pre_hook(_copied).remove)
-            yield
-
-    def check(self, word: Tensor) -> None:
-        """Raise PromptNetError, which names the text encoder, where no gradient comes back from it to S*."""
-        self._clip.load_model()
-        with torch.inference_mode(False), torch.enable_grad(), self.running():
-            word = word.detach().cpu().float().clone()[None].requires_grad_(True)
-            try:
-                context = self.encode(0, word).float()
-                target = torch.randn(context.shape, generator=torch.Generator().manual_seed(0))
-                (gradient,) = torch.autograd.grad((context * target.to(context.device)).sum(), word)
-            except RuntimeError as problem:
-                if known(problem) is not None:
-                    raise  # no memory, and nothing about gradients
-                raise PromptNetError(f"{self._name()}: {problem}") from problem
-        parts = gradient.split(list(self._config.text_widths), dim=-1)
-        if not all(part.isfinite().all() and part.any() for part in parts):
-            raise PromptNetError(f"{self._name()}: the gradient is zero or not finite")
-
-    def _name(self) -> str:
-        return (
-            f"PromptNet cannot be fine-tuned through the text encoder {type(self._clip.cond_stage_model).__name__}, "
-            "because no gradient goes back through it to the pseudo-word. Load the CLIP of the checkpoint, unquantised "
-            "and uncompiled"
-        )
-
-
-def _copied(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return inputs[0].clone(), *inputs[1:]
 
 
 class Finetuning:
@@ -140,7 +55,7 @@ class Finetuning:
         layers = model_layers(model)
         check_fits(promptnet.config, architecture=architecture_name(layers))
         self._model, self._promptnet = model, promptnet
-        self._words = WordEncoder(clip, promptnet.config, options.prompts)
+        self._words = WordEncoder(resident_clip(clip), promptnet.config, options.prompts, differentiable)
         given, self.about = _pictures(promptnet, model, clip_vision, vae, given, only_object)
         device, attention = model.load_device, {}
         if train_attention:
@@ -282,14 +197,7 @@ class FinetuningRun:
         self._saved: dict[str, str] = {}  # by folder, what to say of it
         for folder in self._folders():
             check_writable(folder, prefix, 1, PromptNetError)
-        self._identity = finetuning.identity()
-        groups = finetuning.training.groups
-        numbers = sum(value.numel() for group in groups for value in group.parameters.values())
-        size = 3 * 4 * numbers  # each in float32, and AdamW's two moments of it
-        self._partial = Partial(
-            self._save_partial, seconds_to_write(folders(PROMPTNETS)[0] / TRAINING / "x", size), warn
-        )
-        self._begun = ""  # what to say of an earlier run's file
+        self._unfinished = Unfinished(finetuning.training, "finetune", finetuning.identity(), folders(PROMPTNETS), warn)
 
     def _folders(self) -> list[str]:
         wanted = ((PATCHES, self.finetuning.training.changes), (PROMPTNETS, self._keep_promptnet))
@@ -297,13 +205,12 @@ class FinetuningRun:
 
     def train(self) -> str:
         """Train, save, and say what was saved."""
-        self.finetuning.run(self._after_step, self._partial, self._go_on)
+        self.finetuning.run(self._after_step, self._unfinished.partial, self._unfinished.go_on)
         problems = self._save(self._prefix)
         if problems:
             raise PromptNetError(" ".join(problems))
-        self._partial.discard()
-        _unsaved.pop(self._identity, None)
-        return self._begun + ("\n".join(self._saved.values()) or "Nothing is saved.")
+        self._unfinished.finished()
+        return self._unfinished.said + ("\n".join(self._saved.values()) or "Nothing is saved.")
 
     def _after_step(self) -> None:
         training = self.finetuning.training
@@ -312,69 +219,6 @@ class FinetuningRun:
 
     def plot(self):
         return loss_plot(self.finetuning.training.losses, self.finetuning.training.options.steps)
-
-    # What an earlier run of the same inputs left
-
-    def _go_on(self) -> None:
-        """Go on from what could not be saved, or else from the file of an unfinished training, if there is one.
-
-        What is not of this training is left alone, and said.
-        """
-        training = self.finetuning.training
-        while True:
-            path = self._taken()
-            try:
-                if self._identity in _unsaved:
-                    network, state = _unsaved[self._identity]
-                    training.check_state(state)
-                    training.go_on(network, state)
-                    where = "memory"
-                elif path is not None:
-                    training.resume(path, same_start=True)
-                    where = str(path)
-                else:
-                    return
-            except (PromptNetError, TrainingError) as problem:
-                self._begun += f"Begun anew. {problem}\n"
-                self._identity = digest(self._identity, "anew")  # what was found keeps its name, and its file
-                self._partial.leave()
-                continue
-            self._begun += f"Gone on from step {training.step}, from {where}\n"
-            return
-
-    def _taken(self) -> Path | None:
-        """The newest file of an unfinished training of the same inputs, which no other server works on."""
-        paths = [path for folder in folders(PROMPTNETS) for path in self._names(folder) if path.is_file()]
-        newest_first = sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in newest_first:
-            if self._partial.take(path):
-                return path
-            self._begun += f"Another server works on the same training, and keeps it in {path}\n"
-        return None
-
-    def _names(self, folder: Path) -> Iterator[Path]:
-        """What the file may be called: other servers may work on the same training."""
-        yield folder / TRAINING / f"finetune_{self._identity}{SUFFIX}"
-        for number in range(2, MOST_SERVERS):
-            yield folder / TRAINING / f"finetune_{self._identity}_{number}{SUFFIX}"
-
-    def _save_partial(self) -> Path:
-        """Write the training so far where there is room."""
-        return save_in_one(folders(PROMPTNETS), self._save_partial_in, PromptNetError)
-
-    def _save_partial_in(self, folder: Path) -> Path:
-        training, own = self.finetuning.training, self._partial.path
-        if own is not None and own.is_relative_to(folder):
-            training.save(own)
-            return own
-
-        def save(path: Path) -> Path:
-            training.save(path, overwrite=False)
-            return path
-
-        return write_numbered(self._names(folder), save)
-
-    # What comes out
 
     def _save(self, prefix: str, everywhere: bool = False) -> list[str]:
         """Write what is not written yet, each file whatever becomes of the others. Returns what went wrong."""
@@ -410,7 +254,7 @@ class FinetuningRun:
         try:
             return self._kept()
         finally:
-            self._partial.leave()  # to the next run, perhaps of another server
+            self._unfinished.partial.leave()  # to the next run, perhaps of another server
 
     def _kept(self) -> str:
         training = self.finetuning.training
@@ -427,23 +271,6 @@ class FinetuningRun:
             saved = "\n".join([*before, *(text for text in self._saved.values() if text not in before)])
             said = f"What the {done} steps so far have learned:\n{saved or 'No file was asked for.'}"
         if done == last and not problems:
-            self._partial.discard()
+            self._unfinished.finished()
             return said
-        return f"{said}\n{self._keep_partial(done)}"
-
-    def _keep_partial(self, done: int) -> str:
-        """Keep what the training can go on from, in a file or else in memory, and say so."""
-        try:
-            path = self._partial.save()
-        except Exception as problem:  # whatever it is, the work of hours must not be lost to it
-            training = self.finetuning.training
-            network = {name: value.detach().cpu() for name, value in training.network.state_dict().items()}
-            _unsaved.clear()
-            _unsaved[self._identity] = network, {name: value.cpu() for name, value in training.state().items()}
-            return (
-                "They are in memory until ComfyUI is closed or another training cannot be saved: queue the same inputs "
-                f"again to go on from there, or to save them. No file to go on from could be written: {problem}"
-            )
-        return (
-            f"Queue the same inputs again to go on from step {done}, or delete\n{path}\n{path.stat().st_size:,} bytes"
-        )
+        return f"{said}\n{self._unfinished.keep()}"

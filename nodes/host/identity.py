@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -17,9 +16,10 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...profusion import __version__
+from ...profusion.files import sha256_of
 from ...profusion.keeping import digest
 from ...profusion.residual import Origin, Residual
-from ...profusion.residual.origin import Sample, apart, sample_of
+from ...profusion.residual.origin import SAMPLED, Sample, other_base, sample_of
 from ...profusion.residual.training import NOUN_PROMPTS
 
 # The inputs by which the host's loaders, and those of others, name a model's file, and the folders it may be in.
@@ -27,9 +27,7 @@ _FILE_INPUTS = ("ckpt_name", "unet_name", "model_name", "diffusion_model")
 _FOLDERS = ("checkpoints", "diffusion_models", "unet_gguf")
 _MAX_NODES = 100  # between a loader and a trainer
 _TOYBOX = "ProFusion_ToyboxLoader"
-_PIECE = 1 << 24
 MOST_SECONDS, _SLICE = 5.0, 0.1  # that a finished training waits for its hash, and until it looks for Cancel again
-_SAMPLED = "attn2.to_v.weight"
 
 _hashes: dict[tuple[str, int, int], str] = {}
 """The hashes of files that were trained on, by path, time and size."""
@@ -75,11 +73,7 @@ class BaseFile:
             state = path.stat()
             key = str(path), state.st_mtime_ns, state.st_size
             if key not in _hashes:
-                sha = hashlib.sha256()
-                with path.open("rb") as file:
-                    while piece := file.read(_PIECE):
-                        sha.update(piece)
-                _hashes[key] = sha.hexdigest()
+                _hashes[key] = sha256_of(path)
             self._hash = _hashes[key]
         except OSError:
             return  # it is told nothing of
@@ -141,7 +135,7 @@ def weights_sample(patcher: ModelPatcher) -> Sample:
     """
     try:
         patches = patcher.get_key_patches("diffusion_model.")
-        return sample_of([_weight(entries[0]) for name, entries in patches.items() if name.endswith(_SAMPLED)])
+        return sample_of([_weight(entries[0]) for name, entries in patches.items() if name.endswith(SAMPLED)])
     except Exception:  # whatever a form that we have never seen raises: no training may be lost to it
         return Sample()
 
@@ -159,20 +153,7 @@ def other_bases(residuals: Sequence[Residual], patcher: ModelPatcher) -> list[st
     were on these, or of which nobody can tell."""
     told = [residual for residual in residuals if residual.origin is not None and residual.origin.sample.numbers]
     sample = weights_sample(patcher) if told else Sample()
-    return [text for residual in told if (text := _other_base(residual, sample)) is not None]
-
-
-def _other_base(residual: Residual, sample: Sample) -> str | None:
-    origin = residual.origin
-    share = apart(origin.sample, sample)
-    if share is None:
-        return None
-    base = f"{origin.base} ({origin.base_hash})" if origin.base_hash else origin.base or "another model"
-    return (
-        f"The residual of '{residual.noun}' was trained on {base}. This model has the same architecture and other "
-        f"weights ({share:.0%} apart where it reads the prompt), so the concept may look less like itself: load that "
-        "model, or train the residual on this one."
-    )
+    return [text for one in told if (text := other_base(one.noun, one.origin, sample)) is not None]
 
 
 def model_digest(patcher: ModelPatcher) -> str:

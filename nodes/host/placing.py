@@ -16,7 +16,7 @@ from ...profusion.infusion import (
     UnsupportedModelError,
     check_context_width,
 )
-from ...profusion.prompt import NounError, Span, choose_spans, find_noun, form_to_write
+from ...profusion.prompt import NounError, Span, Wanted, find_noun, rows_of
 from ...profusion.promptnet.pseudo_word import WORD_KEY, with_stand_in
 from ...profusion.residual import Residual, check_architecture
 from ...profusion.residual.training import NOUN_PROMPTS
@@ -196,35 +196,14 @@ def place_concepts(
         raise ValueError(
             f"start_percent={start_percent} is after end_percent={end_percent}: the concepts would never be active"
         )
+    wanted = [Wanted(f"residual{one.slot}", one.residual.noun, one.occurrence) for one in concepts]
     placed = []
-    for concept in concepts:
+    for index, concept in enumerate(concepts):
         check_architecture(concept.residual, layers)
-        sharing = [c for c in concepts if c.occurrence == "auto" and _same_noun(c, concept)]
-        turn = next((index for index, other in enumerate(sharing) if other is concept), 0)
-        rows = _rows(clip, text, pseudo_words, concept, turn, len(sharing))
+        rows = rows_of(wanted, index, text, lambda noun: noun_spans(clip, text, noun, pseudo_words))
         residual, region = concept.residual, concept.region
         if region is not None and not region.any():
             raise ValueError(f"region{concept.slot} is all black: {residual.noun!r} could appear nowhere")
         placement = Placement(residual.delta, residual.layers, rows, concept.strength, region=region)
         placed.append(PlacedConcept(placement, start_percent, end_percent))
     return placed
-
-
-def _same_noun(one: ConceptInput, other: ConceptInput) -> bool:
-    return one.residual.noun.lower().split() == other.residual.noun.lower().split()
-
-
-def _rows(clip: CLIP, text: str, pseudo_words: int, concept: ConceptInput, turn: int, sharing: int) -> tuple[int, ...]:
-    noun = concept.residual.noun
-    spans = noun_spans(clip, text, noun, pseudo_words)
-    if not spans:
-        advice = form_to_write(text, noun)
-        raise NounError(
-            f"residual{concept.slot} is of the noun {noun!r}, which is not a word of the prompt {text!r}"
-            + (f". {advice}" if advice else "")
-        )
-    try:
-        chosen = choose_spans(spans, concept.occurrence, turn, sharing)
-    except NounError as error:
-        raise NounError(f"residual{concept.slot}: {error} of the noun {noun!r} in the prompt {text!r}") from error
-    return tuple(row for span in chosen for row in span)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...profusion.infusion import CONCEPTS_KEY
 from ...profusion.keeping import Partial, digest
+from ...profusion.loop import pauses
 from ...profusion.pictures import loss_plot, stacked, to_image
 from ...profusion.prompt import NounError
 from ...profusion.references import concept_pictures
@@ -133,7 +134,7 @@ class TrainingRun:
         """
         options = self.training.options
         shape = options.batch_size, *self.training.latent_size
-        for stop in _stops(self.training.step, options.steps, self._sample_every):
+        for stop in pauses(self.training.step, options.steps, self._sample_every):
             self._model.run(lambda stop=stop: self._train_until(stop), shape)
             if stop == options.steps:
                 self._finish(f"{stop}_steps")
@@ -196,13 +197,6 @@ class TrainingRun:
                 f"{earlier}"
             )
         return f"The {done} steps so far are saved as {path}; load it into resume to go on from there."
-
-
-def _stops(first: int, last: int, every: int) -> Iterator[int]:
-    """The steps at which the training pauses for a sample: multiples of `every`, and the last."""
-    if every:
-        yield from range(first - first % every + every, last, every)
-    yield last
 
 
 def _save(residual: Residual, name: str, everywhere: bool = False) -> SavedResidual:

@@ -450,17 +450,19 @@ def _remembering_apart(executor: Any, guider: Any, extra_args: dict) -> tuple[An
 
 def _controlled_apart(cond: dict, apart: Apart) -> dict:
     """A conditioning with its own copies of the control models that packs have made; the host's remember nothing."""
-    if cond.get("control") is None:
-        return cond
-    chain = [cond["control"]]
-    while getattr(chain[-1], "previous_controlnet", None) is not None:
-        chain.append(chain[-1].previous_controlnet)
-    own = [one if type(one).__module__.startswith("comfy.") else apart.object(one) for one in chain]
-    for place in reversed(range(len(chain) - 1)):
-        if own[place + 1] is not chain[place + 1]:
-            own[place] = apart.object(chain[place])
-            own[place].previous_controlnet = own[place + 1]
-    return {**cond, "control": own[0]}
+    control = cond.get("control")
+    return cond if control is None else {**cond, "control": _own_control(control, apart)}
+
+
+def _own_control(control: Any, apart: Apart) -> Any:
+    before = getattr(control, "previous_controlnet", None)
+    own_before = before if before is None else _own_control(before, apart)
+    if own_before is before and type(control).__module__.startswith("comfy."):
+        return control
+    own = apart.object(control)
+    if before is not None:
+        own.previous_controlnet = own_before
+    return own
 
 
 @contextmanager

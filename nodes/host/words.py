@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ import torch
 from comfy.clip_vision import ClipVisionModel
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...profusion.diffusion import noised
 from ...profusion.files import is_safetensors
 from ...profusion.kinds import PROMPTNET, another_kind
-from ...profusion.problems import why
+from ...profusion.patched import SavableWeights, names_on
+from ...profusion.problems import known, why
 from ...profusion.promptnet.file import SUFFIX, load_promptnet, official_promptnet
 from ...profusion.promptnet.network import (
     KNOTS,
@@ -34,9 +35,10 @@ from ...profusion.promptnet.network import (
 )
 from ...profusion.promptnet.pseudo_word import ALONE, WORD_KEY, placed, with_stand_in, without_position
 from ...profusion.promptnet.released import check_archive, config_beside
-from ...profusion.references import Shown, framed, grey_around
+from ...profusion.references import NATIVE, Shown, framed, grey_around
 
 WORD = WORD_KEY
+Differentiable = Callable[[nn.Module], AbstractContextManager]
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,18 @@ class LoadedPromptNet:
 def load(path: Path, warn: Callable[[str], None]) -> LoadedPromptNet:
     """Read a PromptNet's file, in half precision where the host would run a UNet so. warn: told of a config.json beside
     it that was not used."""
-    device = comfy.model_management.get_torch_device()
-    half = comfy.model_management.should_use_fp16(device, prioritize_performance=False)
-    dtype = torch.float16 if half else torch.float32
+    dtype = usual_dtype()
     poll = comfy.model_management.throw_exception_if_processing_interrupted
-    renamed = path.suffix != SUFFIX and path.is_file() and is_safetensors(path)
-    ours = path.suffix == SUFFIX or renamed
+    ours = path.suffix == SUFFIX or (path.is_file() and is_safetensors(path))  # whatever it was renamed to
     network = load_promptnet(path, dtype, poll=poll, warn=warn) if ours else _released(path, dtype, warn)
     return handed_to_the_host(network, path.stem)
+
+
+def usual_dtype() -> torch.dtype:
+    """Half precision where the host would run a UNet so."""
+    device = comfy.model_management.get_torch_device()
+    half = comfy.model_management.should_use_fp16(device, prioritize_performance=False)
+    return torch.float16 if half else torch.float32
 
 
 def _released(path: Path, dtype: torch.dtype, warn: Callable[[str], None]) -> PromptNet:
@@ -110,14 +116,30 @@ def encode_pictures(
     pictures = grey_around(pictures, weights) if only_object else pictures
     tokens = clip_vision.encode_image(pictures)["last_hidden_state"]
     check_fits(config, image_width=tokens.shape[-1])
-    scale = comfy.latent_formats.SDXL if config.architecture == "SDXL" else comfy.latent_formats.SD15
-    latents = scale().process_in(vae.encode(pictures).float())
+    latents = seen_latents(config, vae, pictures)
+    return EncodedPictures(latents, tokens, None, pictures, note)
+
+
+def seen_latents(config: PromptNetConfig, vae: VAE, pictures: Tensor) -> Tensor:
+    """Latents (P, C, h, w) of pictures (P, H, W, 3), scaled as the UNet takes them that a PromptNet serves.
+
+    Raises PromptNetError where the VAE is another model's.
+    """
+    latents = latent_format(config)().process_in(vae.encode(pictures).float())
     if latents.ndim != 4 or latents.shape[1] != config.unet.in_channels:
         raise PromptNetError(
             f"the VAE makes latents of shape {tuple(latents.shape[1:])} and the PromptNet, of {config.architecture}, "
             f"takes {config.unet.in_channels} channels: load the VAE of the model that it was trained for"
         )
-    return EncodedPictures(latents, tokens, None, pictures, note)
+    return latents
+
+
+def latent_format(config: PromptNetConfig) -> type[comfy.latent_formats.LatentFormat]:
+    """SDXL's, or that of SD 1.x and 2.x; of models without a name, those with a vector of sizes have SDXL's."""
+    like_sdxl = config.architecture == "SDXL" or (
+        config.architecture not in NATIVE and config.unet.adm_channels is not None
+    )
+    return comfy.latent_formats.SDXL if like_sdxl else comfy.latent_formats.SD15
 
 
 class WordInPrompt:
@@ -301,6 +323,12 @@ def _tower(clip: CLIP, encoder: str) -> Any:
     return getattr(clip.cond_stage_model, f"clip_{encoder}").transformer
 
 
+def embedding_names(clip: CLIP, prompt: str) -> list[str]:
+    """Where each text encoder has its embeddings: the beginning of their weights' names."""
+    encoders = _encoders(clip.tokenize(prompt))
+    return [f"clip_{encoder}.transformer.text_model.embeddings." for encoder in encoders]
+
+
 def text_widths(clip: CLIP, prompt: str) -> Sequence[int]:
     """Widths of the word embeddings of each text encoder."""
     widths = []
@@ -312,3 +340,73 @@ def text_widths(clip: CLIP, prompt: str) -> Sequence[int]:
             )
         widths.append(_tower(clip, encoder).get_input_embeddings().weight.shape[-1])
     return widths
+
+
+class WordEncoder:
+    """Prompts with S*, as this CLIP encodes them, in a way that autograd goes through; only while `running`."""
+
+    def __init__(self, clip: CLIP, config: PromptNetConfig, prompts: Sequence[str], differentiable: Differentiable):
+        """clip: one whose weights stay where they are while it is loaded. differentiable: lets autograd go through a
+        model of the host for the time being."""
+        check_fits(config, text_widths=text_widths(clip, prompts[0]))
+        self._clip, self._config, self._prompts, self._differentiable = clip, config, prompts, differentiable
+        self.prompt = 0  # the one that was encoded last
+
+    @property
+    def patcher(self) -> ModelPatcher:
+        """The host's handle of the text encoder."""
+        return self._clip.patcher
+
+    def conditionings(self, word: Tensor) -> list[list]:
+        """A CONDITIONING of each prompt with this S* (tokens, width)."""
+        tokens = [tokens_with_words(self._clip, self._config, prompt, word[None])[0] for prompt in self._prompts]
+        return [self._clip.encode_from_tokens_scheduled(entry) for entry in tokens]
+
+    def encode(self, prompt: int, words: Tensor) -> Tensor:
+        """S* (B, tokens, width) in a prompt: (B, L, D)."""
+        self.prompt = prompt
+        tokens, _ = tokens_with_words(self._clip, self._config, self._prompts[prompt], words)
+        return encode_loaded(self._clip, tokens).unflatten(1, (len(words), -1))[0]
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """For the time being autograd goes through the text encoder, which is loaded.
+
+        The host's CLIP adds to its hidden state in place, also after a norm has kept it for the way back: norms get
+        copies.
+        """
+        encoder = self._clip.cond_stage_model
+        patched = SavableWeights() if names_on(self.patcher) else nullcontext()
+        with self._differentiable(encoder), patched, ExitStack() as hooks:
+            for module in encoder.modules():
+                if isinstance(module, nn.LayerNorm):
+                    hooks.callback(module.register_forward_pre_hook(_copied).remove)
+            yield
+
+    def check(self, word: Tensor) -> None:
+        """Raise PromptNetError, which names the text encoder, where no gradient comes back from it to S*."""
+        self._clip.load_model()
+        with torch.inference_mode(False), torch.enable_grad(), self.running():
+            word = word.detach().cpu().float().clone()[None].requires_grad_(True)
+            try:
+                context = self.encode(0, word).float()
+                target = torch.randn(context.shape, generator=torch.Generator().manual_seed(0))
+                (gradient,) = torch.autograd.grad((context * target.to(context.device)).sum(), word)
+            except RuntimeError as problem:
+                if known(problem) is not None:
+                    raise  # no memory, and nothing about gradients
+                raise PromptNetError(f"{self._name()}: {problem}") from problem
+        parts = gradient.split(list(self._config.text_widths), dim=-1)
+        if not all(part.isfinite().all() and part.any() for part in parts):
+            raise PromptNetError(f"{self._name()}: the gradient is zero or not finite")
+
+    def _name(self) -> str:
+        return (
+            f"PromptNet cannot be trained through the text encoder {type(self._clip.cond_stage_model).__name__}, "
+            "because no gradient goes back through it to the pseudo-word. Load the CLIP of the checkpoint, unquantised "
+            "and uncompiled"
+        )
+
+
+def _copied(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return inputs[0].clone(), *inputs[1:]

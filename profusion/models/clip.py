@@ -30,23 +30,41 @@ class TextModel(CLIPTextModelWithProjection):
             bos_token_id=START,
             eos_token_id=END,
             pad_token_id=None,
+            hidden_act=config.activation,
         )
         super().__init__(sizes)
+        self.sizes = config
+        if not config.projected:
+            self.text_projection = None
         _drawn_as_torch_does(self)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, L) ids -> last hidden state after the final norm, (B, L, width)."""
-        return self.text_model(input_ids=tokens).last_hidden_state
+        """(B, L) ids -> the context that the model takes of it, (B, L, width)."""
+        return self.encode(tokens)[0]
+
+    def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L) ids -> the context, and the last hidden state after the final norm, (B, L, width) each."""
+        skip = self.sizes.skip
+        output = self.text_model(input_ids=tokens, output_hidden_states=bool(skip or not self.sizes.final_norm))
+        last = output.last_hidden_state
+        if not skip and self.sizes.final_norm:
+            return last, last
+        hidden = output.hidden_states[-1 - skip]
+        return self.text_model.final_layer_norm(hidden) if self.sizes.final_norm else hidden, last
 
     def encode_embeddings(self, x: Tensor) -> Tensor:
-        """Token embeddings with positions added, (B, L, width) -> (B, L, width); autograd goes through.
+        """The context of token embeddings with positions added, (B, L, width) each; autograd goes through."""
+        return self.encode_with_last(x)[0]
+
+    def encode_with_last(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What `encode` makes of token embeddings with positions added, (B, L, width).
 
         A hook puts them in the place of what the tower embeds. (Not every transformers takes embeddings for ids.)
         """
         unread = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
         hook = self.text_model.embeddings.register_forward_hook(lambda module, inputs, output: x)
         try:
-            return self(unread)
+            return self.encode(unread)
         finally:
             hook.remove()
 
@@ -55,9 +73,18 @@ class TextModel(CLIPTextModelWithProjection):
         end = (tokens == END).int().argmax(dim=1)
         return hidden[torch.arange(len(hidden), device=hidden.device), end]
 
+    def project(self, last: Tensor, tokens: Tensor) -> Tensor:
+        """The last hidden state (B, L, width) of these ids -> text embeddings, (B, width), of any length.
+
+        Raises ValueError for a tower whose file has no projection, as those of SD 1.x have none.
+        """
+        if self.text_projection is None:
+            raise ValueError("this text tower has no projection: its file has none, so it gives no text embeddings")
+        return self.text_projection(self.pool(last, tokens))
+
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, L) ids -> L2-normalised text embeddings, (B, width)."""
-        return F.normalize(self.text_projection(self.pool(self(tokens), tokens)), dim=-1)
+        return F.normalize(self.project(self.encode(tokens)[1], tokens), dim=-1)
 
 
 class VisionModel(CLIPVisionModelWithProjection):
@@ -70,13 +97,16 @@ class VisionModel(CLIPVisionModelWithProjection):
         sizes = CLIPVisionConfig(
             hidden_size=config.width,
             intermediate_size=config.intermediate,
-            projection_dim=config.projection,
+            projection_dim=config.projection or config.width,
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
             image_size=config.image_size,
             patch_size=config.patch_size,
+            hidden_act=config.activation,
         )
         super().__init__(sizes)
+        if config.projection is None:
+            self.visual_projection = None
         _drawn_as_torch_does(self)
 
     def preprocess(self, pictures: Tensor) -> Tensor:
@@ -97,7 +127,9 @@ class VisionModel(CLIPVisionModelWithProjection):
         return self.vision_model(pixel_values=pixels).last_hidden_state
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """(B, 3, size, size) -> L2-normalised image embeddings, (B, projection)."""
+        """(B, 3, size, size) -> L2-normalised image embeddings, (B, projection). ValueError without a projection."""
+        if self.visual_projection is None:
+            raise ValueError("this image tower has no projection: its file has none, so it gives no image embeddings")
         pooled = self.vision_model(pixel_values=pixels).pooler_output
         return F.normalize(self.visual_projection(pooled), dim=-1)
 

@@ -127,7 +127,11 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """CLIP's causal text tower."""
+    """CLIP's causal text tower, and what a model takes of it.
+
+    skip: layers at the end whose work is left out of the context; final_norm: whether the context is normalised after
+    them; pad: the token after a prompt's end, None for the end token itself; projected: whether it has a projection.
+    """
 
     width: int
     layers: int
@@ -135,6 +139,11 @@ class TextConfig:
     intermediate: int
     vocabulary: int = 49408
     positions: int = 77
+    activation: str = "quick_gelu"
+    skip: int = 0
+    final_norm: bool = True
+    pad: int | None = None
+    projected: bool = True
 
 
 @dataclass(frozen=True)
@@ -147,7 +156,8 @@ class VisionConfig:
     intermediate: int
     image_size: int
     patch_size: int
-    projection: int
+    projection: int | None  # None where its file has none, so that it gives no embeddings
+    activation: str = "quick_gelu"
 
 
 SD15 = UNetConfig(320, (1, 2, 4, 4), 2, (1, 1, 1, 0), 1, 768, num_heads=8)

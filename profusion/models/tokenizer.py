@@ -37,11 +37,14 @@ def id_to_text(token: int) -> str:
     return _tokenizer().id_to_token(token) or ""
 
 
-def tokenize(texts: str | list[str]) -> Tensor:
-    """Prompts -> ids (B, 77) with start, end and end-padding. Longer prompts are cut: the kernel has no chunks."""
+def tokenize(texts: str | list[str], pad: int | None = None) -> Tensor:
+    """Texts -> ids (B, 77) with start, end and padding. Longer ones are cut; `chunks` goes on, and reads weights.
+
+    pad: what follows the end, None for the end token again.
+    """
     texts = [texts] if isinstance(texts, str) else texts
-    rows = torch.full((len(texts), LENGTH), END, dtype=torch.long)
+    rows = torch.full((len(texts), LENGTH), END if pad is None else pad, dtype=torch.long)
     for row, text in zip(rows, texts, strict=True):
-        ids = [START, *words_to_ids(text)[: LENGTH - 2]]
+        ids = [START, *words_to_ids(text)[: LENGTH - 2], END]
         row[: len(ids)] = torch.tensor(ids)
     return rows

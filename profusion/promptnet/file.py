@@ -67,12 +67,25 @@ def save_promptnet(
     where anything fails; without `overwrite` it stays, and files.NameTaken is raised. Raises PromptNetError, which
     says what to do.
     """
+    return save_weights(network.state_dict(), network.config, path, precision, notes, training, overwrite)
+
+
+def save_weights(
+    weights: Mapping[str, Tensor],
+    config: PromptNetConfig,
+    path: str | Path,
+    precision: str = "float16",
+    notes: Mapping[str, str] | None = None,
+    training: Mapping[str, Tensor] | None = None,
+    overwrite: bool = True,
+) -> int:
+    """`save_promptnet` for a network's state dict and its configuration."""
     path = Path(path)
     if precision not in PRECISIONS:
         raise PromptNetError(f"There is no precision '{precision!s:.40}': choose one of {', '.join(PRECISIONS)}.")
     if path.suffix != SUFFIX:
         raise PromptNetError(f"The PromptNet cannot be saved as '{path}': give it a name that ends in {SUFFIX}.")
-    tensors = {name: tensor.detach().to(PRECISIONS[precision]) for name, tensor in network.state_dict().items()}
+    tensors = {name: tensor.detach().to(PRECISIONS[precision]) for name, tensor in weights.items()}
     tensors |= {_TRAINING + name: tensor.detach() for name, tensor in (training or {}).items()}
     bad = _not_finite(tensors)
     if bad:
@@ -82,8 +95,8 @@ def save_promptnet(
     metadata = {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
-        "architecture": network.config.architecture,
-        "config": json.dumps(asdict(network.config)),
+        "architecture": config.architecture,
+        "config": json.dumps(asdict(config)),
         "precision": precision,
     }
     pieces = files.tensor_pieces(tensors, metadata, {_NOTES + name: text for name, text in (notes or {}).items()})

@@ -96,10 +96,11 @@ def _is(token: Any, stand_in: int) -> bool:
     return isinstance(token, int) and token == stand_in  # a token may be an embedding, too
 
 
-def prompt_tokens(prompt: str, tokens: int = 1) -> tuple[Tensor, tuple[int, ...]]:
-    """The kernel's ids of a prompt (77,) with stand-ins, and the rows at which S* belongs. Raises PlaceholderError."""
+def prompt_tokens(prompt: str, tokens: int = 1, pad: int | None = None) -> tuple[Tensor, tuple[int, ...]]:
+    """The kernel's ids of a prompt (77,) with stand-ins, and the rows at which S* belongs. pad: as `tokenize` takes it.
+    Raises PlaceholderError."""
     text, stand_in = with_stand_in(prompt, tokens)
-    ids = tokenize(text)[0]
+    ids = tokenize(text, pad)[0]
     rows = tuple((ids == stand_in).nonzero().flatten().tolist())
     if len(rows) != tokens:
         raise PlaceholderError(
@@ -129,20 +130,60 @@ def encode_tokens(
     holds_position: bool = False,
 ) -> Tensor:
     """`encode` for what `prompt_tokens` returned: ids (77,), rows of S*."""
+    return scaled(_with_word(text, ids, rows, pseudo_word, holds_position)[0], rows, gamma)
+
+
+def tower_tokens(towers: Sequence[TextModel], prompt: str, tokens: int = 1) -> list[tuple[Tensor, tuple[int, ...]]]:
+    """`prompt_tokens` for each text tower, whose paddings differ. Raises PlaceholderError."""
+    return [prompt_tokens(prompt, tokens, tower.sizes.pad) for tower in towers]
+
+
+def encode_in_towers(
+    towers: Sequence[TextModel],
+    tokens: Sequence[tuple[Tensor, Sequence[int]]],
+    pseudo_word: Tensor,
+    gamma: float = 1.0,
+    holds_position: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """A prompt with S* in one text tower, or in SDXL's two, between which S* (B, tokens, width of all) is cut.
+
+    tokens: of `tower_tokens`. Returns the contexts side by side (B, 77, width of all) and, of two towers, the second's
+    projected pooled state (B, width), which S* is also part of. gamma and holds_position: as `encode`.
+    """
+    widths = [tower.text_model.embeddings.token_embedding.weight.shape[1] for tower in towers]
+    if pseudo_word.shape[-1] != sum(widths):
+        raise ValueError(_other_width(pseudo_word.shape[-1], sum(widths)))
+    contexts, pooled = [], None
+    for tower, (ids, rows), part in zip(towers, tokens, pseudo_word.split(widths, dim=-1), strict=True):
+        context, last = _with_word(tower, ids, rows, part, holds_position)
+        contexts.append(scaled(context, rows, gamma))
+    if len(towers) > 1:
+        pooled = tower.project(last, ids.to(last.device).expand(len(last), -1))
+    return torch.cat(contexts, dim=-1), pooled
+
+
+def _with_word(
+    text: TextModel, ids: Tensor, rows: Sequence[int], pseudo_word: Tensor, holds_position: bool
+) -> tuple[Tensor, Tensor]:
+    """A tower's context with S* (B, tokens, width) at these rows, and its last hidden state, (B, 77, width) each."""
     table = text.text_model.embeddings
     width = table.token_embedding.weight.shape[1]
     if pseudo_word.shape[-1] != width:
-        raise ValueError(
-            f"S* has the width {pseudo_word.shape[-1]} and the text encoder's words {width}: "
-            "load the CLIP of the model that the PromptNet was trained on"
-        )
+        raise ValueError(_other_width(pseudo_word.shape[-1], width))
     positions = table.position_embedding.weight
     if holds_position:
         pseudo_word = without_position(pseudo_word, positions, rows)
     words = table.token_embedding(ids.to(positions.device)).expand(len(pseudo_word), -1, -1)
     places = torch.tensor(rows, device=words.device)
     words = words.index_copy(1, places, pseudo_word.to(words))
-    return scaled(text.encode_embeddings(words + positions), rows, gamma)
+    return text.encode_with_last(words + positions)
+
+
+def _other_width(word: int, tower: int) -> str:
+    return (
+        f"S* has the width {word} and the text encoder's words {tower}: "
+        "load the CLIP of the model that the PromptNet was trained on"
+    )
 
 
 def without_position(pseudo_word: Tensor, positions: Tensor, rows: Sequence[int]) -> Tensor:

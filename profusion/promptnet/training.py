@@ -104,7 +104,7 @@ class PictureSet:
 
     def fingerprint(self) -> str:
         """Says whether two sets are the same pictures."""
-        data = self.latents.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        data = self.latents.contiguous().cpu().view(torch.uint8).reshape(-1).numpy()
         return f"{len(self)} pictures {hashlib.sha256(data).hexdigest()[:16]}"
 
 
@@ -123,6 +123,45 @@ class PictureBatch:
 def noise_weight(sigma: Tensor, cap: float) -> Tensor:
     """min(1 / alpha_bar, cap) = min(1 + sigma^2, cap) of each row: (B,) -> (B,)."""
     return (1 + sigma.float() ** 2).clamp_max(cap)
+
+
+@dataclass(frozen=True)
+class DrawnNoise:
+    """What a step draws beside its pictures: one prompt for all rows, sigma (B,) and unit noise (B, C, H, W)."""
+
+    prompt: int
+    sigma: Tensor
+    noise: Tensor
+
+
+def draw_noise(
+    options: PromptNetOptions,
+    sigmas: Tensor,
+    shape: tuple[int, int, int],
+    generator: torch.Generator,
+    count: int | None = None,
+) -> DrawnNoise:
+    """A prompt, and for each of `count` rows (default: `batch_size`) a noise level of the rising `sigmas` (n,) and
+    noise of (C, H, W)."""
+    count = options.batch_size if count is None else count
+    prompt = int(torch.randint(len(options.prompts), (), generator=generator))
+    share = torch.rand(count, generator=generator) ** (1 / (1 + options.level_bias))
+    sigma = sigmas[(share * len(sigmas)).long().clamp_max(len(sigmas) - 1)]
+    return DrawnNoise(prompt, sigma, torch.randn((count, *shape), generator=generator))
+
+
+def words_of(
+    network: PromptNet,
+    reference: Tensor,
+    image_tokens: Tensor,
+    sigma: Tensor,
+    noisy: Tensor,
+    timesteps: Callable[[Tensor], Tensor] = timestep_of,
+) -> Tensor:
+    """S* of references' latents (B, C, H, W) and image tokens (B, L, width), while x = x0 + sigma * eps is `noisy`
+    (B, C, H, W) at sigma (B,): (B, tokens, text_width)."""
+    seen = variance_preserving(noisy, sigma) if network.config.with_noise else None
+    return network(reference, timesteps(sigma), image_tokens, seen)
 
 
 def learning_rate_at(step: int, options: PromptNetOptions) -> float:
@@ -176,11 +215,8 @@ class PromptNetTraining(TrainingLoop):
         """Rows of so many pictures (default: all), noise of a level each, and one prompt for all rows."""
         count = self.options.batch_size
         rows = torch.randint(len(self.pictures) if pictures is None else pictures, (count,), generator=generator)
-        prompt = int(torch.randint(len(self.options.prompts), (), generator=generator))
-        share = torch.rand(count, generator=generator) ** (1 / (1 + self.options.level_bias))
-        sigma = self._sigmas[(share * len(self._sigmas)).long().clamp_max(len(self._sigmas) - 1)]
-        noise = torch.randn((count, *self._targets(self.pictures).shape[1:]), generator=generator)
-        return PictureBatch(rows, noise.to(self._device), sigma.to(self._device), prompt)
+        drawn = draw_noise(self.options, self._sigmas, tuple(self._targets(self.pictures).shape[1:]), generator)
+        return PictureBatch(rows, drawn.noise.to(self._device), drawn.sigma.to(self._device), drawn.prompt)
 
     def loss(self, batch: PictureBatch) -> Tensor:
         """The loss of a batch of the pictures."""
@@ -196,8 +232,7 @@ class PromptNetTraining(TrainingLoop):
                 self._on_device(pictures.latents[rows]),
                 self._on_device(pictures.image_tokens[rows]),
             )
-            seen = variance_preserving(noisy, batch.sigma) if self.network.config.with_noise else None
-            pseudo_word = self.network(reference, self._timesteps(batch.sigma), image_tokens, seen)
+            pseudo_word = words_of(self.network, reference, image_tokens, batch.sigma, noisy, self._timesteps)
         else:
             pseudo_word = word.to(self._device).expand(len(noisy), -1, -1)
         predicted = self._predict_noise(noisy, batch.sigma, self._encode_word(batch.prompt, pseudo_word))

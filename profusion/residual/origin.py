@@ -22,6 +22,7 @@ from torch.nn import Parameter
 MAX_NAME = 64
 MAX_PROMPTS = 120
 
+SAMPLED = "attn2.to_v.weight"  # of a UNet's tensors, those of which a sample is taken
 _SAMPLES = 16
 _WINDOW = 64
 _SAME = 0.04  # samples of one network in 16 or 32 bits lie apart by a tenth of it at most
@@ -164,10 +165,24 @@ def distance(one: Sample, other: Sample) -> float | None:
     return float((first - second).norm() / first.norm().clamp_min(1e-12))
 
 
-def apart(one: Sample, other: Sample) -> float | None:
+def beyond_rounding(one: Sample, other: Sample) -> float | None:
     """The distance of two samples of different networks; None where they may be one's, in two precisions."""
     found, rounding = distance(one, other), math.hypot(one.rounding, other.rounding)
     return None if found is None or found <= max(_SAME, _BEYOND_ROUNDING * rounding) else found
+
+
+def other_base(noun: str, origin: Origin | None, sample: Sample) -> str | None:
+    """A warning where a residual of this noun was trained on other weights than those of a sample; None where it was
+    on these, or where nobody can tell."""
+    share = None if origin is None else beyond_rounding(origin.sample, sample)
+    if share is None:
+        return None
+    base = f"{origin.base} ({origin.base_hash})" if origin.base_hash else origin.base or "another model"
+    return (
+        f"The residual of '{noun}' was trained on {base}. This model has the same architecture and other "
+        f"weights ({share:.0%} apart where it reads the prompt), so the concept may look less like itself: load that "
+        "model, or train the residual on this one."
+    )
 
 
 def _numbers(sample: str) -> Tensor | None:

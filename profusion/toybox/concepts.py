@@ -1,17 +1,12 @@
-"""What there is to learn: a concept's pictures, drawn or the user's own, and the prompts in which it is tried."""
+"""What Toybox's world has to learn: a concept's pictures, drawn, and the prompts in which it is tried."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import numpy as np
 import torch
-from torch import Tensor
 
-from ..pictures import read_pictures
+from ..learning import Concept
 from . import world
-from .pipeline import SIZE
 
 CONCEPT = "slate and apricot mushroom"
 PICTURES = 4
@@ -25,21 +20,6 @@ DEMO_PROMPTS = (
 )
 
 
-@dataclass(frozen=True)
-class Concept:
-    """What is to be learned: pictures (M, SIZE, SIZE, 3), masks (M, SIZE, SIZE), the class noun, and words for
-    people.
-
-    about: what was done to the pictures, in words.
-    """
-
-    name: str
-    noun: str
-    pictures: Tensor
-    masks: Tensor
-    about: str = ""
-
-
 def drawn_concept(name: str = CONCEPT, count: int = PICTURES, seed: int = 0) -> Concept:
     """Pictures of a concept that no training picture came near."""
     noun, _ = world.concept(name)
@@ -47,8 +27,3 @@ def drawn_concept(name: str = CONCEPT, count: int = PICTURES, seed: int = 0) -> 
     pictures = torch.stack([torch.from_numpy(item.image).float() / 255 for item in drawn])
     masks = torch.stack([torch.from_numpy(item.masks[0]).float() / 255 for item in drawn])
     return Concept(name, noun, pictures, masks)
-
-
-def own_concept(folder: Path, noun: str) -> Concept:
-    """The user's pictures; an alpha channel is the object's mask."""
-    return Concept(f"your {noun}", noun, *read_pictures(folder, SIZE))

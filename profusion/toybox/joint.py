@@ -15,10 +15,12 @@ from torch import Tensor
 
 from ..diffusion import Denoiser, euler
 from ..flow import flow_sigmas, velocity_denoiser
+from ..models.conditioning import encode_prompts
 from ..models.mmdit import MMDiT
 from ..models.vae import VAE
+from ..pipeline import Callback
 from .configs import TOYBOX_MMDIT, TOYBOX_TEXT, TOYBOX_VAE
-from .pipeline import GUIDANCE, STEPS, Callback, encode_prompts, initial_noise, load_network
+from .pipeline import GUIDANCE, STEPS, initial_noise, load_network
 
 if TYPE_CHECKING:
     from ..models.clip import TextModel
@@ -50,7 +52,7 @@ class JointToybox:
 
     def context(self, prompts: str | Sequence[str]) -> Tensor:
         """Prompts -> (B, 77, 128)."""
-        return encode_prompts(self.text, prompts)
+        return encode_prompts([self.text], prompts)[0]
 
     def denoiser(self, context: Tensor, guidance: float = GUIDANCE) -> Denoiser:
         """The network under classifier-free guidance as `model(x, sigma) -> denoised`; context (B, 77, 128)."""

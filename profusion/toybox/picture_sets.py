@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import files
+from ..learning import Say
 from ..pictures import read_pictures
 from ..promptnet.training import PictureSet
 from . import world
@@ -20,7 +21,6 @@ from .pipeline import SIZE, Toybox, weight_file
 
 _FORMAT = "profusion.pictures"
 _BATCH = 32
-Say = Callable[[str], None]
 
 
 def drawn_pictures(count: int, seed: int) -> Iterator[Tensor]:

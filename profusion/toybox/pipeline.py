@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..diffusion import eps_denoiser, noise_predictor, sample_euler, sampling_sigmas
-from ..infusion import Patches, Placement, cross_attention_layers, on_conditional
-from ..models.tokenizer import START, id_to_text, tokenize, words_to_ids
+from .. import pipeline
+from ..diffusion import Prediction
+from ..models.conditioning import encode_prompts
 from ..models.unet import UNet
 from ..models.vae import VAE
-from ..pictures import latent_masks
-from ..prompt import NounError, find_noun
-from ..residual import Residual
-from ..residual.training import NOUN_PROMPTS, PredictWithPatches, Reference, ResidualTraining, TrainingOptions
-from ..streams import Evaluate, two_stream_denoiser
+from ..pipeline import STEPS, Pipeline, noun_rows, seeded
 from .configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE, TOYBOX_VISION
 from .drawing import SIZE
 
 if TYPE_CHECKING:
     from ..models.clip import TextModel, VisionModel
 
+__all__ = [
+    "CUSTOMISED_GUIDANCE",
+    "GUIDANCE",
+    "NETWORKS",
+    "SIZE",
+    "STEPS",
+    "WEIGHTS",
+    "Toybox",
+    "initial_noise",
+    "load_network",
+    "noun_rows",
+    "save_weights",
+    "seeded",
+    "weight_file",
+]
+
 WEIGHTS = Path(__file__).with_name("weights")
 NETWORKS = ("unet", "vae", "text", "vision")
 CELLS = SIZE // 8  # latent cells a side
 GUIDANCE = 4.0
 CUSTOMISED_GUIDANCE = 2.0  # a residual is amplified with the rest of the condition: what is right at 1 is garish at 4
-STEPS = 30
-Callback = Callable[[int, Tensor], None]
 _TABLE = "text_model.embeddings.token_embedding.weight"
 _TOKENS = "token_ids"
 _STEP = ".step"
@@ -121,13 +131,19 @@ def save_weights(
 
 
 @dataclass
-class Toybox:
+class Toybox(Pipeline):
     """The four networks, in evaluation mode and frozen."""
 
     unet: UNet
     vae: VAE
     text: TextModel
     vision: VisionModel
+    size: ClassVar[int] = SIZE
+    prediction: ClassVar[Prediction] = "eps"
+    guidance: ClassVar[float] = GUIDANCE
+    customised_guidance: ClassVar[float] = CUSTOMISED_GUIDANCE
+    base: ClassVar[str] = "Toybox"
+    path: ClassVar[None] = None
 
     @classmethod
     def load(cls, folder: Path | None = None) -> Toybox:
@@ -145,132 +161,19 @@ class Toybox:
         """Where the networks are."""
         return next(self.unet.parameters()).device
 
+    @property
+    def towers(self) -> tuple[TextModel, ...]:
+        return (self.text,)
+
+    @torch.no_grad()
     def context(self, prompts: str | Sequence[str]) -> Tensor:
-        """Prompts -> (B, 77, 128)."""
-        return encode_prompts(self.text, prompts)
+        """Prompts -> (B, L, 128); see `encode_prompts`."""
+        return encode_prompts([self.text], prompts)[0]
 
-    def evaluator(self, context: Tensor, guidance: float = GUIDANCE) -> Evaluate:
-        """The UNet under classifier-free guidance as `evaluate(x, sigma, patches) -> denoised`; context (B, 77,
-        128)."""
-        both_contexts = torch.cat([context, self.context("").expand_as(context)])
-
-        def evaluate(x: Tensor, sigma: Tensor, patches: Patches) -> Tensor:
-            options = {"patches": patches, "cond_or_uncond": [0, 1]}
-
-            def predict_noise(x: Tensor, t: Tensor) -> Tensor:
-                both = self.unet(torch.cat([x, x]), torch.cat([t, t]), both_contexts, transformer_options=options)
-                conditional, unconditional = both.chunk(2)
-                return unconditional + guidance * (conditional - unconditional)
-
-            return eps_denoiser(predict_noise)(x, sigma)
-
-        return evaluate
-
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[str],
-        generators: Sequence[torch.Generator],
-        steps: int = STEPS,
-        guidance: float = GUIDANCE,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        """One picture a prompt, each from its own CPU generator -> latents (B, 4, CELLS, CELLS)."""
-        evaluate = self.evaluator(self.context(prompts), guidance)
-        noise, sigmas = initial_noise(generators).to(self.device), sampling_sigmas(steps).to(self.device)
-        return sample_euler(lambda x, sigma: evaluate(x, sigma, {}), noise, sigmas, callback)
-
-    @torch.no_grad()
-    def generate_customised(
-        self,
-        prompt: str,
-        residuals: Sequence[Residual],
-        generators: Sequence[torch.Generator],
-        steps: int = STEPS,
-        guidance: float = GUIDANCE,
-        strength: float = 1.0,
-        shared_latent: bool = False,
-        callback: Callback | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Both streams of a prompt, a picture a generator -> plain and customised latents, (B, 4, CELLS, CELLS)
-        each."""
-        placements = [
-            Placement(item.delta, item.layers, noun_rows(prompt, item.noun), strength=strength) for item in residuals
-        ]
-        context = self.context(prompt).expand(len(generators), -1, -1)
-        denoise = two_stream_denoiser(self.evaluator(context, guidance), on_conditional(placements), shared_latent)
-        noise = initial_noise(generators)
-        plain, customised = sample_euler(denoise, torch.cat([noise, noise]), sampling_sigmas(steps), callback).chunk(2)
-        return plain, customised
-
-    def noise_predictor(self, prompts: Sequence[str]) -> PredictWithPatches:
-        """How `ResidualTraining` evaluates Toybox with these prompts, whose contexts are made once."""
-        contexts = self.context(prompts)
-
-        def predict(x: Tensor, sigma: Tensor, prompt: int, patches: Patches) -> Tensor:
-            context = contexts[prompt].expand(len(x), -1, -1)
-            options = {"patches": patches, "cond_or_uncond": [0]}
-            network = noise_predictor(lambda x, t: self.unet(x, t, context, transformer_options=options))
-            return network(x, sigma)
-
-        return predict
-
-    def training(
-        self,
-        pictures: Tensor,
-        masks: Tensor,
-        noun: str,
-        options: TrainingOptions,
-        resume: Residual | None = None,
-    ) -> ResidualTraining:
-        """A residual's training on pictures (M, H, W, 3) in [0, 1] and masks (M, H, W); H and W multiples of 8."""
-        prompts = [prompt.format(noun) for prompt in NOUN_PROMPTS]
-        sides = [self.references(pictures, masks)]
-        if options.flip:
-            sides.append(self.references(pictures.flip(2), masks.flip(2)))
-        layers = cross_attention_layers(dict(self.unet.named_parameters()))
-        rows = [noun_rows(prompt, noun) for prompt in prompts]
-        return ResidualTraining(
-            self.noise_predictor(prompts),
-            sides[0],
-            rows,
-            layers,
-            noun,
-            options,
-            sides[-1] if options.flip else (),
-            resume,
-        )
-
-    def references(self, pictures: Tensor, masks: Tensor) -> list[Reference]:
-        """Pictures (M, H, W, 3) and masks (M, H, W) as a training takes them."""
-        latents = self.vae.latents(pictures)
-        weights = latent_masks(masks, latents.shape[-2:])
-        return [Reference(latent, weight) for latent, weight in zip(latents, weights, strict=True)]
-
-
-@torch.no_grad()
-def encode_prompts(text: TextModel, prompts: str | Sequence[str]) -> Tensor:
-    """Prompts through the text tower, (B, 77, width), on its device."""
-    tokens = tokenize([prompts] if isinstance(prompts, str) else list(prompts))
-    return text(tokens.to(next(text.parameters()).device))
-
-
-def noun_rows(prompt: str, noun: str) -> tuple[int, ...]:
-    """The context rows of a noun's last place in a prompt ("a photo of a photo"); NounError, which quotes the prompt,
-    if it has none."""
-    ids, wanted = words_to_ids(prompt), words_to_ids(noun)
-    chunk = [(START, 0), *((token, 1) for token in ids)]
-    spans = find_noun([chunk], wanted, lambda token: id_to_text(token).endswith("</w>"))
-    if not spans:
-        raise NounError(f"the noun {noun!r} is not in the prompt {prompt!r}; write it there as a word of its own")
-    return spans[-1]
+    def embedded(self, prompts: str | Sequence[str], size: tuple[int, int]) -> tuple[Tensor, None]:
+        return self.context(prompts), None
 
 
 def initial_noise(generators: Sequence[torch.Generator], cells: int = CELLS) -> Tensor:
     """Unit noise (B, 4, cells, cells), each row from its own generator."""
-    return torch.stack([torch.randn(4, cells, cells, generator=generator) for generator in generators])
-
-
-def seeded(*seeds: int) -> list[torch.Generator]:
-    """A CPU generator per seed."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipeline.initial_noise(generators, cells)

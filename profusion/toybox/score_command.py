@@ -14,8 +14,10 @@ from ..metrics.concept import Pictures, concept_scores, prompt_lines
 from ..metrics.encoders import ImageEncoder
 from ..metrics.libraries import CLIP_MODELS, DINO, OPENAI, OpenClip, Timm
 from ..metrics.scores import Scores
+from ..models.chunks import weighted_parts
 from ..pictures import picture_paths, read_each, read_picture
 from ..references import check_not_inverted
+from ..stamped import how_made
 from .encoder import ToyboxEncoder
 
 
@@ -36,8 +38,8 @@ def add_to(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
                 "folders of masks, objects and backgrounds are compared apart"
             ),
         )
-    prompt = one.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", help="what all pictures should show")
+    prompt = one.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", help="what all pictures should show (default: what they say themselves, see draw)")
     prompt.add_argument(
         "--prompts", type=Path, metavar="FILE", help="a line for each picture, in the order of their names"
     )
@@ -47,7 +49,8 @@ def add_to(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         metavar="CLIP",
         help=(
             "toybox (default; for Toybox's own pictures), or open_clip:NAME[:WEIGHTS]; may be given several times. "
-            f"NAME: {', '.join(CLIP_MODELS)}, or one of open_clip's own; WEIGHTS: {OPENAI}, or a tag of open_clip's"
+            f"NAME: {', '.join(CLIP_MODELS)}, or one of open_clip's own; WEIGHTS: {OPENAI}, a tag of open_clip's or a "
+            "file"
         ),
     )
     one.add_argument(
@@ -65,9 +68,12 @@ def run(options: argparse.Namespace) -> Scores:
         _pictures(paths, options.masks),
         _pictures(picture_paths(options.references), options.reference_masks),
     )
-    prompts = [options.prompt]
-    if options.prompts is not None:
+    if options.prompt is not None:
+        prompts = [options.prompt]
+    elif options.prompts is not None:
         prompts = prompt_lines(options.prompts.read_text(encoding="utf-8"), len(paths))
+    else:
+        prompts = [_prompt_in(path) for path in paths]
     encoders = [_pair(name) for name in options.clip or ["toybox"]]
     if options.dino is not None:
         encoders.append(Timm(options.dino))
@@ -78,6 +84,17 @@ def run(options: argparse.Namespace) -> Scores:
     if options.chart is not None:
         chart(scores).save(options.chart)
     return scores
+
+
+def _prompt_in(path: Path) -> str:
+    """The prompt that a picture was drawn from, without its weights. Raises MetricError where the file has none."""
+    prompt = (how_made(path) or {}).get("prompt")
+    if not isinstance(prompt, str):
+        raise MetricError(
+            f"{path} does not say what it was drawn from, as pictures of `python -m profusion draw` do: give --prompt "
+            "or --prompts"
+        )
+    return "".join(part for part, _ in weighted_parts(prompt))
 
 
 def _pictures(paths: list[Path], masks: Path | None) -> Pictures:

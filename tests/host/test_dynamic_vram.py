@@ -20,6 +20,7 @@ import tiny  # noqa: E402
 from dynamic_vram import CARD, dynamic_vram  # noqa: E402, F401 (a fixture)
 from pooled import PooledVae, pictures  # noqa: E402
 from test_finetune_nodes import PooledVision, promptnet  # noqa: E402
+from test_pretrain_node import small_networks  # noqa: E402
 from test_trained_patches import lora  # noqa: E402
 
 RESIDUAL = {
@@ -63,18 +64,36 @@ AUGMENT = {
 }
 
 
-WORK = ("train", "finetune", "seed_residual")
+PRETRAIN = {
+    "folder": "none",
+    "images": pictures(3),
+    "steps": 3,
+    "learning_rate": 1e-3,
+    "batch_size": 2,
+    "seed": 0,
+    "filename_prefix": "me/mine",
+    "sample_every": 2,
+    "sample_steps": 1,
+}
+
+
+WORK = ("train", "finetune", "pretrain", "seed_residual")
 
 
 @pytest.fixture(scope="module")
 def host(pack):
-    names = ("trainer", "finetune", "augment", "promptnet", "host.words")
+    names = ("trainer", "finetune", "pretrain", "augment", "promptnet", "host.words")
     nodes = {name.split(".")[-1]: importlib.import_module(f"{pack.__name__}.nodes.{name}") for name in names}
     kernel = {
         f"{name}_kernel": importlib.import_module(f"{pack.__name__}.profusion.{path}")
         for name, path in {"configs": "models.configs", "network": "promptnet.network"}.items()
     }
     return types.SimpleNamespace(pack=pack, **nodes, **kernel)
+
+
+@pytest.fixture(autouse=True)
+def small(pack, monkeypatch):
+    small_networks(monkeypatch, pack)
 
 
 @pytest.fixture(autouse=True)
@@ -182,6 +201,13 @@ class Work:
         changes = [part for entry in made[1].patches.values() for part in entry[-1][1].weights[:2]]
         return [*made[0].network.state_dict().values(), *changes]
 
+    def pretrain(self):
+        node = self.host.pretrain.PromptNetTrainer
+        with torch.inference_mode():
+            given = {"clip_vision": PooledVision(), "vae": PooledVae(), **PRETRAIN}
+            made = node.execute(model=self.model, clip=self.clip, **given).args
+        return [*made[0].network.state_dict().values(), made[3]]
+
     def seed_residual(self):
         given = {"images": FINETUNE["images"], "noun": "ball", "clip_vision": PooledVision(), "vae": PooledVae()}
         node = self.host.promptnet.ResidualFromPromptNet
@@ -246,7 +272,7 @@ def test_with_no_room_for_weights(plain, dynamic, work, dynamic_vram):  # noqa: 
 
 @pytest.mark.skipif(not hasattr(comfy.sd, "load_bypass_lora_for_models"), reason="this host has no bypass LoRA")
 @pytest.mark.parametrize("drawn_before", [False, True])
-@pytest.mark.parametrize("work", ["train", "finetune"])
+@pytest.mark.parametrize("work", ["train", "finetune", "pretrain"])
 def test_with_a_bypass_lora(plain, dynamic, work, drawn_before):
     without = getattr(plain, work)()
     for one in (plain, dynamic):
@@ -322,7 +348,10 @@ def test_the_callers_model_is_as_it_was_and_its_double_is_gone(plain, dynamic):
     assert torch.equal(dynamic.draw(), before)
 
 
-@pytest.mark.parametrize(("work", "part"), [("train", "model"), ("finetune", "model"), ("finetune", "clip")])
+@pytest.mark.parametrize(
+    ("work", "part"),
+    [("train", "model"), ("finetune", "model"), ("finetune", "clip"), ("pretrain", "model"), ("pretrain", "clip")],
+)
 def test_where_the_host_gives_no_way_the_error_names_one(dynamic, work, part):
     (dynamic.model if part == "model" else dynamic.clip.patcher).cached_patcher_init = None
     with pytest.raises(Exception, match="--disable-dynamic-vram") as raised:

@@ -35,7 +35,7 @@ def host(pack):
     """The pack's modules that are tested here."""
     nodes = {
         name.rpartition(".")[2]: importlib.import_module(f"{pack.__name__}.nodes.{name}")
-        for name in ("finetune", "host.finetuning", "host.budget", "host.display", "host.words")
+        for name in ("finetune", "host.finetuning", "host.budget", "host.display", "host.words", "host.evaluation")
     }
     names = (
         "files",
@@ -43,6 +43,7 @@ def host(pack):
         "promptnet.finetune",
         "promptnet.changes",
         "promptnet.file",
+        "promptnet.unfinished",
         "promptnet.pseudo_word",
         "models.configs",
         "models.clip",
@@ -109,7 +110,7 @@ def finetune(host, clip, folders):
             return host.finetune.PromptNetFinetune.execute(**{**given, **defaults(), **inputs}).args
 
     yield run
-    host.finetuning._unsaved.clear()
+    host.unfinished_kernel.unsaved.clear()
 
 
 def references(host):
@@ -313,7 +314,7 @@ def test_the_gradient_through_the_hosts_clip_is_the_kernels(host, clip):
         torch.randn(2, 77, tiny.CONTEXT, generator=torch.Generator().manual_seed(3)),
         "a photo of S* on snow",
     )
-    encoder = host.finetuning.WordEncoder(clip, promptnet(host).config, [prompt])
+    encoder = host.words.WordEncoder(clip, promptnet(host).config, [prompt], host.evaluation.differentiable)
     found = []
     for encode in (
         lambda word: encoder.encode(0, word),
@@ -331,7 +332,7 @@ def test_a_text_encoder_without_a_gradient_is_named(host, finetune):
     broken = tiny.clip()
     tower = broken.cond_stage_model.clip_l.transformer
     tower.register_forward_hook(lambda _, __, out: tuple(part if part is None else part.detach() for part in out))
-    with pytest.raises(ValueError, match="cannot be fine-tuned through the text encoder SD1ClipModel.*no gradient"):
+    with pytest.raises(ValueError, match="cannot be trained through the text encoder SD1ClipModel.*no gradient"):
         finetune(clip=broken)
 
 
@@ -625,12 +626,12 @@ def test_where_nothing_at_all_can_be_written_it_is_kept_in_memory(host, finetune
         broken.setattr(host.finetuning, "save_patch", full)
         broken.setattr(host.finetuning.FinetuneTraining, "save", full)
         cancelled(finetune, 2, steps=3)
-    assert not partials(folders) and len(host.finetuning._unsaved) == 1
+    assert not partials(folders) and len(host.unfinished_kernel.unsaved) == 1
     finetune(steps=1, seed=9)
-    assert len(host.finetuning._unsaved) == 1, "another training's success is no reason to forget it"
+    assert len(host.unfinished_kernel.unsaved) == 1, "another training's success is no reason to forget it"
     said, steps = shown_text(host, monkeypatch), trained_steps()
     assert same(values(finetune(steps=3)[0].network), values(whole.network))
-    assert set(steps) == {3} and "from memory" in said[-1] and not host.finetuning._unsaved
+    assert set(steps) == {3} and "from memory" in said[-1] and not host.unfinished_kernel.unsaved
 
 
 def save_at_every_step(host, monkeypatch):

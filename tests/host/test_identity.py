@@ -61,7 +61,7 @@ def test_the_file_is_hashed_once(identity, tmp_path, monkeypatch):
         base = identity.BaseFile(GRAPH, "trainer")
         base.wait()
         assert base.hash_so_far() == expected
-        monkeypatch.setattr(identity.hashlib, "sha256", None)  # is not asked again
+        monkeypatch.setattr(hashlib, "sha256", None)  # is not asked again
 
 
 def test_the_weights_are_known_again_without_their_patches_and_others_are_told(identity, infused, generator):

@@ -15,18 +15,25 @@ import tiny  # noqa: E402
 from pooled import PooledVae  # noqa: E402
 from test_finetune_nodes import PooledVision, promptnet  # noqa: E402
 from test_finetune_nodes import defaults as finetune_defaults  # noqa: E402
+from test_pretrain_node import defaults as pretrain_defaults  # noqa: E402
+from test_pretrain_node import small_networks  # noqa: E402
 from test_trainer import defaults, fingerprint  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def host(pack):
-    names = ("trainer", "finetune", "host.words", "host.budget", "host.evaluation", "host.streams")
+    names = ("trainer", "finetune", "pretrain", "host.words", "host.budget", "host.evaluation", "host.streams")
     nodes = {name.split(".")[-1]: importlib.import_module(f"{pack.__name__}.nodes.{name}") for name in names}
     kernel = {
         f"{name}_kernel": importlib.import_module(f"{pack.__name__}.profusion.{path}")
         for name, path in {"configs": "models.configs", "network": "promptnet.network"}.items()
     }
     return types.SimpleNamespace(pack=pack, **nodes, **kernel)
+
+
+@pytest.fixture(autouse=True)
+def small(pack, monkeypatch):
+    small_networks(monkeypatch, pack)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +70,16 @@ def finetuned(host, clip, model=None, **inputs):
     return [*made[0].network.state_dict().values()]
 
 
-METHODS = {"residual": trained, "finetune": finetuned}
+def pretrained(host, clip, model=None, **inputs):
+    """A new PromptNet's parameters after its training."""
+    model = tiny.model() if model is None else model
+    given = {**pretrain_defaults(), "clip_vision": PooledVision(), "vae": PooledVae(), **inputs}
+    with torch.inference_mode():
+        made = host.pretrain.PromptNetTrainer.execute(model=model, clip=clip, **given).args
+    return [*made[0].network.state_dict().values()]
+
+
+METHODS = {"residual": trained, "finetune": finetuned, "pretrain": pretrained}
 
 
 @pytest.fixture(params=METHODS)
@@ -149,7 +165,7 @@ def _between(host, monkeypatch, method):
     plan = host.budget.plan_training
     for choice in ("on", "off"):
         budgets = []
-        for module in ("residual_training", "finetuning"):
+        for module in ("residual_training", "finetuning", "pretraining"):
             place = importlib.import_module(f"{host.pack.__name__}.nodes.host.{module}")
             monkeypatch.setattr(
                 place,
@@ -180,6 +196,14 @@ def test_what_cannot_fit_is_refused_with_the_input_to_change(host, clip, monkeyp
     room(host, monkeypatch, weights + size * step)
     with pytest.raises(Exception, match=f"pictures of 8x8 latent cells.*GB, and this GPU has .*GB.*{advice}") as raised:
         trained(host, clip, model, batch_size=4, gradient_checkpointing=choice)
+    assert type(raised.value).__name__ == "TrainingError" and not computed
+
+
+def test_pictures_of_the_models_own_size_are_not_asked_to_be_smaller(host, clip, monkeypatch, computed):
+    model = tiny.model()
+    room(host, monkeypatch, 3e6)
+    with pytest.raises(Exception, match="use a smaller model, or one in float16") as raised:
+        pretrained(host, clip, model, batch_size=1)
     assert type(raised.value).__name__ == "TrainingError" and not computed
 
 

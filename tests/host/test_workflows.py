@@ -19,6 +19,7 @@ WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
 SHORTER = {"steps": 3, "draws": 2}  # the same graphs, shorter trainings and runs: what they make is measured elsewhere
 FILES = {
     "ProFusion_ResidualSaver": ("profusion_residuals",),
+    "ProFusion_PromptNetTrainer": ("profusion_promptnets",),
     "ProFusion_PromptNetFinetune": ("profusion_promptnets", "loras"),
 }
 

@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 
 from profusion.__main__ import main
+from profusion.pictures import from_image
+from profusion.stamped import save_stamped
 from profusion.toybox import world
 
 
@@ -56,6 +58,19 @@ def test_a_prompt_for_each_picture_and_no_objects_without_masks(folders, capsys)
     prompts.write_text("\na ball at night\n")
     assert score(folders, "--prompts", prompts) == 1
     assert "of 2 lines of prompts for 2 pictures these are empty: 1. Write" in capsys.readouterr().err
+
+
+def test_prompts_that_are_not_given_are_those_that_the_pictures_say(folders, capsys, tmp_path):
+    assert score(folders) == 1
+    said = capsys.readouterr().err
+    assert "0.png does not say what it was drawn from" in said and "give --prompt or --prompts" in said
+    for index, prompt in enumerate(("a (teal:1.3) ball", r"a ball \(coral\)")):
+        path = folders / "images" / f"{index}.png"
+        picture = from_image(Image.open(path))
+        path.unlink()
+        save_stamped([path], picture, {"prompt": prompt})
+    assert score(folders, "--json", folders / "scores.json") == 0
+    assert json.loads((folders / "scores.json").read_text())["prompts"] == ["a teal ball", "a ball (coral)"]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ by likeness to the concept."""
 import pytest
 import torch
 
-from profusion.demo import train
+from profusion.learning import train
 from profusion.residual import load_residual, save_residual
 from profusion.residual.training import TrainingOptions
 from profusion.toybox.concepts import drawn_concept

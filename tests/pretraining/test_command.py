@@ -1,0 +1,263 @@
+"""`python -m profusion promptnet train`, a few steps of it: stopped at any moment, by one process or several."""
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from profusion import __main__ as program
+from profusion.loop import TrainingError
+from profusion.pretraining import command as commands
+from profusion.pretraining import saving
+from profusion.pretraining.arguments import command_of, data_of
+from profusion.pretraining.engine import Engine
+from profusion.pretraining.ranks import Ranks
+from profusion.pretraining.saving import checkpoints, step_of
+from profusion.promptnet import PromptNetError, load_promptnet
+from profusion.promptnet.file import load_training
+from profusion.toybox.pipeline import Toybox
+from profusion.toybox.pretraining import DrawnPictures, on_toybox
+from tests.pretraining.processes import said, start, together
+
+FEW = ("--pictures", "20", "--batch", "2", "--warmup", "0", "--workers", "0", "--validation", "2")
+RARELY = ("--validate-every", "1000", "--sheet-every", "1000")
+
+
+@pytest.fixture(scope="module")
+def toybox():
+    return Toybox.load()
+
+
+def arguments(out, *more):
+    return ["promptnet", "train", "--out", str(out), *FEW, *RARELY, "--report-every", "1", *more]
+
+
+def run(toybox, out, *more, say=lambda text: None):
+    given = program.parser().parse_args(arguments(out, *more))
+    command, ranks = command_of(given), Ranks()
+    return commands.run(command, on_toybox(command, data_of(given), ranks, say, toybox), ranks, say)
+
+
+def losses(out):
+    """The loss of each step, the last said of it counting."""
+    lines = map(json.loads, (out.with_suffix(".training") / "log.jsonl").read_text().splitlines())
+    return {line["step"]: line["last_loss"] for line in lines if "last_loss" in line}
+
+
+def weights(path):
+    return load_promptnet(path, dtype=None).state_dict()
+
+
+def assert_equal(one, other):
+    found, expected = weights(one), weights(other)
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+@pytest.fixture(scope="module")
+def whole(toybox, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "whole.safetensors"
+    lines = []
+    report = run(toybox, out, "--steps", "4", "--ema", "0.5", say=lines.append)
+    return out, report, lines
+
+
+def test_a_run_writes_what_it_made_and_says_how_it_went(whole):
+    out, report, lines = whole
+    assert report["steps"] == 4 and report["parameters"] == 3_605_408 and out.stat().st_size == report["bytes"]
+    folder = out.with_suffix(".training")
+    assert [step_of(path) for path in checkpoints(folder)] == [4] and (folder / "sheets/00000004.png").is_file()
+    assert list(losses(out)) == [1, 2, 3, 4]
+    assert any("18 pictures of toybox, and 2 kept apart" in line for line in lines)
+    assert any(line.startswith("step 4/4  loss") and "pictures a second" in line for line in lines)
+    assert report["validation"]["loss"] != report["validation"]["word_loss"]
+    assert -1 <= report["validation"]["similarity"] <= 1
+    average = load_training(folder / "step-00000004.safetensors")[1]
+    written = weights(out)
+    assert torch.equal(written["output.weight"], average["ema.output.weight"].half()), "the average is what is written"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_and_ends_as_one_that_was_not(toybox, whole, tmp_path, number, monkeypatch):
+    out = tmp_path / "halved.safetensors"
+    take = Engine.take
+
+    def interrupted(engine, *features):
+        if engine.step == 1:
+            os.kill(os.getpid(), number)
+        return take(engine, *features)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Engine, "take", interrupted)
+        run(toybox, out, "--steps", "4", "--ema", "0.5")
+    assert [step_of(path) for path in checkpoints(out.with_suffix(".training"))] == [2] and not out.exists()
+    lines = []
+    run(toybox, out, "--steps", "4", "--ema", "0.5", say=lines.append)
+    assert any("going on from step 2" in line for line in lines)
+    assert losses(out) == losses(whole[0])
+    assert_equal(out, whole[0])
+
+
+def test_minutes_end_a_run_for_now(toybox, whole, tmp_path):
+    out, runs = tmp_path / "sliced.safetensors", 0
+    while not out.exists():
+        run(toybox, out, "--steps", "4", "--ema", "0.5", "--minutes", "1e-6")
+        runs += 1
+    assert runs == 4
+    assert_equal(out, whole[0])
+
+
+def test_the_last_checkpoints_and_the_best_are_kept_and_a_damaged_one_is_passed_over(toybox, tmp_path, monkeypatch):
+    out, values = tmp_path / "kept.safetensors", iter([0.5, 0.2, 0.4, 0.3, 0.3, 0.6])
+    found = commands.Checked(0.0, 1.0)
+    monkeypatch.setattr(commands.Validation, "loss", lambda self: commands.Checked(next(values), found.word_loss))
+    more = ("--save-every", "1", "--validate-every", "1", "--keep", "2")
+    run(toybox, out, "--steps", "4", *more, "--constant")
+    folder = out.with_suffix(".training")
+    assert [step_of(path) for path in checkpoints(folder)] == [3, 4]
+    assert load_training(folder / saving.BEST)[1]["step"].item() == 2, "which had the least loss"
+    newest = checkpoints(folder)[-1]
+    newest.write_bytes(newest.read_bytes()[:-9])
+    lines = []
+    run(toybox, out, "--steps", "5", *more, "--constant", say=lines.append)
+    assert any("step-00000004" in line and "The one before it is taken." in line for line in lines)
+    assert any("going on from step 3" in line for line in lines)
+
+
+@pytest.mark.parametrize("more", [("--seed", "1"), ("--noun", "ball"), ("--batch", "4"), ("--pictures", "30")])
+def test_it_never_goes_on_from_another_training(toybox, whole, tmp_path, more):
+    out, before = whole[0], whole[0].read_bytes()
+    with pytest.raises(TrainingError, match="was trained otherwise"):
+        run(toybox, out, "--steps", "4", "--ema", "0.5", "--cache", str(tmp_path / "features"), *more)
+    assert out.read_bytes() == before
+
+
+def test_a_full_disk_ends_it_and_nothing_is_lost(toybox, tmp_path, monkeypatch):
+    out = tmp_path / "full.safetensors"
+    run(toybox, out, "--steps", "1", "--constant")
+    save = saving.save_weights
+
+    def full(*given, **named):
+        raise PromptNetError("The PromptNet could not be saved: the disk is full.")
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match=r"the disk is full.*goes on from step 1"):
+        patch.setattr(saving, "save_weights", full)
+        run(toybox, out, "--steps", "3", "--constant", "--save-every", "1")
+    assert saving.save_weights is save
+    assert run(toybox, out, "--steps", "3", "--constant")["steps"] == 3
+
+
+def test_it_begins_from_another_of_the_same_sizes(toybox, tmp_path):
+    first = tmp_path / "first.safetensors"
+    run(toybox, first, "--steps", "1")
+    second = tmp_path / "second.safetensors"
+    run(toybox, second, "--steps", "1", "--start", str(first), "--learning-rate", "1e-9")
+    begun, ended = weights(first), weights(second)
+    for name, value in ended.items():
+        torch.testing.assert_close(value, begun[name], rtol=1e-3, atol=1e-6)
+    with pytest.raises(PromptNetError, match="--start .*sizes"):
+        run(toybox, tmp_path / "third.safetensors", "--tokens", "2", "--start", str(first))
+
+
+def test_broken_pictures_are_counted_and_passed_over(toybox, tmp_path):
+    folder, drawn = tmp_path / "pictures", DrawnPictures(12, 3)
+    folder.mkdir()
+    for entry in range(12):
+        data = drawn.read(entry)
+        (folder / f"{entry:02}.png").write_bytes(data[: len(data) // 2] if entry == 5 else data)
+    lines = []
+    report = run(toybox, tmp_path / "one.safetensors", "--steps", "6", "--data", str(folder), say=lines.append)
+    assert report["steps"] == 6
+    assert any(line.startswith("pictures: 1 skipped") and "05.png" in line for line in lines)
+    assert drawn.read(3) == DrawnPictures(12, 3).read(3) != DrawnPictures(12, 4).read(3)
+
+
+def test_the_command_line_reports_and_says_what_is_wrong(toybox, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("profusion.toybox.pretraining.Toybox.load", lambda: toybox)
+    assert program.main(arguments(tmp_path / "one.safetensors", "--steps", "1")) == 0
+    report = json.loads(capsys.readouterr().out.partition("{")[2].join(["{", ""]))
+    assert report["steps"] == 1 and report["parameters"] == 3_605_408
+    for more, message in (
+        (("--steps", "0"), "steps=0"),
+        (("--save-every", "0"), "--save-every"),
+        (("--data", str(tmp_path / "none")), "none"),
+        (("--batch", "3", "--micro", "2"), "3 rows a process cannot be taken 2"),
+        (("--device", "nosuch"), "nosuch"),
+        (("--checkpoint", "a.safetensors"), "go together"),
+        (("--checkpoint", "a.safetensors", "--clip-vision", "b.safetensors"), "--data"),
+        (("--layout", "authors", "--tokens", "2"), "--tokens at 1"),
+    ):
+        assert program.main(arguments(tmp_path / "two.safetensors", *more)) == 1, more
+        assert message in capsys.readouterr().err, more
+    assert program.main(arguments(tmp_path / "two.pt")) == 1
+    assert "ends in .safetensors" in capsys.readouterr().err
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "run", interrupted)
+    assert program.main(arguments(tmp_path / "one.safetensors")) == 130
+
+
+def test_a_plan_says_what_it_takes_and_runs_nothing(tmp_path, capsys):
+    out = tmp_path / "one.safetensors"
+    assert program.main(arguments(out, "--plan", "--cards", "2", "--card", "rtx4090", "--price", "0.5")) == 0
+    said = capsys.readouterr().out
+    assert "4 million numbers learn" in said and "2 x rtx4090 (24 GiB): fits" in said and "0.5 a card and hour" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_end_as_one_and_when_one_is_killed_so_does_the_other(whole, toybox, tmp_path):
+    more = ("--steps", "4", "--ema", "0.5")
+    out, log = tmp_path / "two.safetensors", tmp_path / "log"
+    together(["-m", "profusion", *arguments(out, *more)], 2, log)
+    alone = losses(whole[0])
+    assert losses(out) == pytest.approx(alone, rel=1e-5)
+    killed = tmp_path / "killed.safetensors"
+    given = ("--steps", "4000", "--save-every", "2", "--constant", "--ema", "0.5")
+    first, second = start(["-m", "profusion", *arguments(killed, *given)], 2, tmp_path / "lost")
+    try:
+        deadline = time.monotonic() + 120
+        while not checkpoints(killed.with_suffix(".training")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        second.send_signal(signal.SIGKILL)
+        gone = time.monotonic()
+        assert first.wait(60) == 1 and time.monotonic() - gone < 60
+    finally:
+        first.kill()
+    assert "another process of this training ended" in said(tmp_path / "lost"), said(tmp_path / "lost")
+    step = step_of(checkpoints(killed.with_suffix(".training"))[-1])
+    assert step >= 2
+    once = tmp_path / "once.safetensors"
+    steps = str(step + 2)
+    run(toybox, killed, "--steps", steps, "--constant", "--ema", "0.5")  # by one process, where two were
+    run(toybox, once, "--steps", steps, "--constant", "--ema", "0.5")
+    assert losses(killed)[step + 2] == pytest.approx(losses(once)[step + 2], rel=1e-5)
+
+
+def test_squares_to_check_with_are_spread_over_all_and_not_trained_on():
+    from profusion.pretraining.material import Rest, kept_apart
+
+    source = DrawnPictures(100, 0)
+    kept = kept_apart(source, 7)
+    rest = Rest(source, kept)
+    names = [rest.key(entry) for entry in range(len(rest))]
+    assert len(kept) == 7 and len(rest) == 93 and kept[0] == 0 and kept[-1] == 99
+    assert sorted([*names, *(source.key(int(entry)) for entry in kept)]) == [source.key(n) for n in range(100)]
+    assert len(kept_apart(DrawnPictures(9, 0), 7)) == 0
+
+
+def test_pictures_are_read_as_they_are(tmp_path):
+    from profusion.pretraining.material import read_squares
+    from profusion.pretraining.sources import Folder
+
+    picture = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    found = read_squares(Folder(tmp_path), np.arange(2), 16)
+    assert found.shape == (1, 16, 16, 3) and np.array_equal(found[0].numpy(), picture)
