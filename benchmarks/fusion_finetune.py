@@ -30,6 +30,7 @@ from profusion.augment import composite, redrawn_cells, soft_edge, variant_promp
 from profusion.diffusion import sample_euler, sampling_sigmas
 from profusion.fusion import FusionOptions
 from profusion.metrics.cost import stored_bytes
+from profusion.pretraining.promptnet import starting_word
 from profusion.promptnet.changes import changed, patch_tensors
 from profusion.promptnet.file import load_promptnet
 from profusion.promptnet.finetune import FinetuneOptions, FinetunePictures, FinetuneTraining, trainable_copy
@@ -37,7 +38,7 @@ from profusion.toybox.fused import FusedToybox
 from profusion.toybox.judge import Judge
 from profusion.toybox.picture_sets import digest, encoded_pictures
 from profusion.toybox.pipeline import Toybox, initial_noise, seeded
-from profusion.toybox.promptnet import starting_word, toybox_finetuning
+from profusion.toybox.promptnet import toybox_finetuning
 from profusion.toybox.world import BACKGROUND_PHRASES
 
 PLACES = ("grass", "sea", "sand")  # of the variants; none of those that the judged prompts name

@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from ..diffusion import noise_predictor
-from ..models.tokenizer import words_to_ids
+from ..pretraining import promptnet as pretraining
 from ..promptnet.changes import attention_layers, start_changes
 from ..promptnet.finetune import FinetuneOptions, FinetunePictures, FinetuneTraining
-from ..promptnet.network import PromptNet, PromptNetConfig, PromptNetError, typical_embedding
+from ..promptnet.network import PromptNet, PromptNetConfig
 from ..promptnet.pseudo_word import encode_tokens, prompt_tokens
 from ..promptnet.training import (
-    WORD_PROMPTS,
     EncodeWord,
     PictureSet,
     PredictWithContext,
@@ -26,25 +25,8 @@ from .pipeline import Toybox
 def new_promptnet(
     toybox: Toybox, config: PromptNetConfig = TOYBOX_PROMPTNET, noun: str | None = None, seed: int = 0
 ) -> PromptNet:
-    """A PromptNet that is about to be trained: its encoder is Toybox's, its S* a noun's embedding or the mean word's,
-    with the position of the first training prompt where it holds one."""
-    start = starting_word(toybox, config, noun)
-    _, spread = typical_embedding(toybox.text.text_model.embeddings.token_embedding.weight)
-    return PromptNet.from_unet(toybox.unet.state_dict(), config, torch.Generator().manual_seed(seed), start, spread)
-
-
-def starting_word(toybox: Toybox, config: PromptNetConfig, noun: str | None = None) -> Tensor:
-    """S* as a noun's embedding or the mean word's, (width,); (tokens, width) where it holds its position."""
-    embeddings = toybox.text.text_model.embeddings
-    table = embeddings.token_embedding.weight
-    start, _ = typical_embedding(table)
-    if noun is not None:
-        start = table[words_to_ids(noun)].mean(dim=0)
-        if not start.any():
-            raise PromptNetError(f"Toybox was never taught the word {noun!r}: start from a noun it knows, or from none")
-    if config.holds_position:
-        start = start + embeddings.position_embedding.weight[list(prompt_tokens(WORD_PROMPTS[0], config.tokens)[1])]
-    return start
+    """Toybox's own, about to be trained; see `pretraining.promptnet.new_promptnet`."""
+    return pretraining.new_promptnet(toybox, config, noun, seed)
 
 
 class _InBfloat16(PromptNetTraining):

@@ -29,7 +29,6 @@ from profusion.promptnet.network import PromptNet, PromptNetConfig, PromptNetErr
 from profusion.promptnet.released import check_archive
 from profusion.references import Shown, framed
 from profusion.residual import PRECISIONS, Residual, ResidualError, load_residual, save_residual
-from profusion.toybox.picture_sets import read_cache
 
 from .mutations import (
     ACCIDENTS,
@@ -49,7 +48,6 @@ LAYERS = ("input.1.0", "input.4.0", "middle.0.0", "output.3.0")
 UNET = UNetConfig(32, (1,), 1, (1,), 1, 8, num_heads=8)
 OURS = PromptNetConfig(UNET, 6, (8,), 2, 1, 4)
 THEIRS = PromptNetConfig(UNET, 6, (8,), 1, 1, 4, "noisy", holds_position=True, normalise=False)
-CACHE_KEY = "pictures"
 BYTES = (flip_bits, overwrite, cut_short, lengthen, insert_or_remove, splice, noise)
 
 Mutation = Callable[[Any, bytes, bytes], bytes]
@@ -75,7 +73,7 @@ class Kind:
 def kinds(folder: Path) -> list[Kind]:
     """All of them. folder: for making the examples in."""
     folder.mkdir(parents=True, exist_ok=True)
-    return [*_residuals(folder), *_promptnets(folder), _cache(folder), *_pictures()]
+    return [*_residuals(folder), *_promptnets(folder), *_pictures()]
 
 
 def _whole(value: torch.Tensor) -> None:
@@ -252,31 +250,6 @@ def _other_sizes(random: Any, tree: Any) -> Any:
     if isinstance(tree, int) and not isinstance(tree, bool) and random.random() < 0.2:
         return int(random.choice([0, 1, 2, 32, 64, 8192, 65536, 10**9, -1]))
     return tree
-
-
-# Caches of encoded pictures
-
-
-def _cache(folder: Path) -> Kind:
-    def example(seed: int) -> bytes:
-        generator = torch.Generator().manual_seed(seed)
-        tensors = {
-            "latents": torch.randn(3, 4, 6, 6, generator=generator),
-            "image_tokens": torch.randn(3, 5, 8, generator=generator).half(),
-        }
-        return files.tensors_to_bytes(tensors, {"format": "profusion.pictures", "key": CACHE_KEY})
-
-    def load(path: Path) -> Any:
-        found = read_cache(path, CACHE_KEY)
-        if found is None:
-            raise files.FileFormatError("it keeps nothing")
-        return found
-
-    def equal(a: Any, b: Any) -> bool:
-        return torch.equal(a.latents, b.latents) and torch.equal(a.image_tokens, b.image_tokens)
-
-    examples = example(0), example(1)
-    return Kind("cache", ".safetensors", examples, load, (files.FileFormatError,), lambda _: None, equal)
 
 
 # Pictures
