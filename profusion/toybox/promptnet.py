@@ -29,20 +29,11 @@ def new_promptnet(
     return pretraining.new_promptnet(toybox, config, noun, seed)
 
 
-class _InBfloat16(PromptNetTraining):
-    """Convolutions and matrix products in bfloat16; the loss, what learns and its moments stay in float32."""
-
-    def loss_of(self, *given, **named) -> Tensor:
-        with torch.autocast(self._device.type, torch.bfloat16):
-            return super().loss_of(*given, **named).float()
-
-
 def toybox_training(
-    toybox: Toybox, network: PromptNet, pictures: PictureSet, options: PromptNetOptions, bfloat16: bool = False
+    toybox: Toybox, network: PromptNet, pictures: PictureSet, options: PromptNetOptions
 ) -> PromptNetTraining:
     """A PromptNet's training on Toybox. `toybox.unet`, `toybox.text` and `network` are on the device to train on."""
-    kind = _InBfloat16 if bfloat16 else PromptNetTraining
-    return kind(network, *_evaluation(toybox, network, options), pictures, options)
+    return PromptNetTraining(network, *_evaluation(toybox, network, options), pictures, options)
 
 
 def toybox_finetuning(
