@@ -3,6 +3,7 @@ at any moment."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from ..promptnet.network import PromptNet, PromptNetConfig, PromptNetError
 from . import released
 from .checking import Checked, Validation, written
 from .encoding import Encoders
-from .engine import Engine, PretrainingOptions, Step, rounds
+from .engine import Engine, GivenUp, PretrainingOptions, Step, rounds
 from .feeds import Feed
 from .objective import Objective
 from .promptnet import Layout, new_promptnet
@@ -178,7 +179,7 @@ class _Course:
         self.validation, self.saver, self.say = validation, saver, say
         self.log = Log(command.folder, engine.step) if engine.ranks.first else None
         self.seconds, self.checked, self.last_loss = 0.0, None, math.nan
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), engine.step
 
     def train(self) -> None:
         """To the end, or as long as there is time."""
@@ -217,9 +218,15 @@ class _Course:
                 features = next(feed)
             except Exception as error:  # whatever it is: the others must not wait for this process
                 problem = error
-            if problem is not None or engine.step % self.command.report_every == 0:
+            # Asked at each step: a process that waits in a step for one that has given up waits for long.
+            if engine.ranks.sums([problem is not None])[0]:
+                self._keep()
                 engine.ranks.agree(problem)
-            step = engine.take(*features)
+            try:
+                step = engine.take(*features)
+            except GivenUp:  # in all processes
+                self._keep()
+                raise
             self.last_loss = step.loss
             yield step
 
@@ -278,7 +285,14 @@ class _Course:
             except TrainingError as error:
                 problem = error
         engine.ranks.agree(problem)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), engine.step
+
+    def _keep(self) -> None:
+        """Save what was learned, as the training ends by a problem, which counts more than one with saving."""
+        with contextlib.suppress(TrainingError):
+            if self.engine.step > self._saved_step:
+                self._save(None)
+            self._settle()
 
     def _settle(self) -> None:
         """Until the last checkpoint is written."""

@@ -26,6 +26,10 @@ _SEED_STRIDE = 1_000_003
 MOST_SKIPPED = 10  # steps in a row whose loss or gradient is not finite, before a training gives up
 
 
+class GivenUp(TrainingError):
+    """Too many steps in a row taught nothing."""
+
+
 @dataclass(frozen=True)
 class PretrainingOptions(PromptNetOptions):
     """How a PromptNet is trained at size; see `PromptNetOptions`. batch_size: of all processes together.
@@ -154,9 +158,10 @@ class Engine:
             self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.skipped_in_a_row >= MOST_SKIPPED:
-            raise TrainingError(
+            raise GivenUp(
                 f"{skipped} for {MOST_SKIPPED} steps in a row, up to step {self.step}; what was learned before is "
-                f"kept. Lower the learning rate ({self.options.learning_rate}), or train without bfloat16"
+                f"kept. Lower the learning rate ({self.options.learning_rate}), or train without bfloat16, "
+                "in another --out, with --start"
             )
         return Step(self.step, mean, norm, rate, skipped)
 

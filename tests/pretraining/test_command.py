@@ -151,6 +151,44 @@ def test_a_full_disk_ends_it_and_nothing_is_lost(toybox, tmp_path, monkeypatch):
     assert run(toybox, out, "--steps", "3", "--constant")["steps"] == 3
 
 
+def test_a_process_that_gives_up_is_heard_of_in_the_same_step_and_nothing_is_lost(toybox, tmp_path):
+    """Between two reports too: who waits for it in a step waits for ten minutes."""
+    flags, said = iter([False, False, True]), []
+
+    class Together(Ranks):
+        def sums(self, values):
+            if values != [False]:
+                return super().sums(values)
+            if failed := next(flags):
+                said[:] = ["the disk is gone", None, None]  # after it has agreed to have saved
+            return [float(failed)]
+
+        def gathered(self, thing):
+            return [thing, said.pop()] if said else [thing]
+
+    out = tmp_path / "two.safetensors"
+    given = program.parser().parse_args(arguments(out, "--steps", "9", "--report-every", "9"))
+    command, ranks = command_of(given), Together()
+    material = on_toybox(command, data_of(given), ranks, str, toybox)
+    with pytest.raises(TrainingError, match="process 1 of 1 says: the disk is gone"):
+        commands.run(command, material, ranks, str)
+    assert [step_of(path) for path in checkpoints(out.with_suffix(".training"))] == [2]
+
+
+def test_a_loss_that_stays_not_finite_ends_it_and_nothing_is_lost(toybox, tmp_path, monkeypatch):
+    out, gradient = tmp_path / "nan.safetensors", Engine._gradient
+
+    def broken(engine, *features):
+        return gradient(engine, *features) if engine.step < 1 else torch.nan
+
+    monkeypatch.setattr(Engine, "_gradient", broken)
+    monkeypatch.setattr(Engine, "_norm", lambda engine: 1.0)
+    with pytest.raises(TrainingError, match="10 steps in a row"):
+        run(toybox, out, "--steps", "20")
+    (path,) = checkpoints(out.with_suffix(".training"))
+    assert load_training(path)[1]["updates"].item() == 1
+
+
 def test_it_begins_from_another_of_the_same_sizes(toybox, tmp_path):
     first = tmp_path / "first.safetensors"
     run(toybox, first, "--steps", "1")
