@@ -608,6 +608,10 @@ def flow_model():
     return model
 
 
+def distilled():
+    return tiny.model(num_res_blocks=[1, 2], transformer_depth=[1] * 3, transformer_depth_output=[1] * 5)
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
@@ -621,7 +625,8 @@ def flow_model():
         ({"clip_vision": Blind()}, "gives no image tokens"),
         ({"clip_vision": Overflowing()}, "image tokens are not finite"),
         ({"model": lambda: tiny.model(context_dim=32)}, "width 64 and the model takes 32"),
-        ({"model": lambda: tiny.model(in_channels=9)}, "the VAE makes latents of shape"),
+        ({"model": lambda: tiny.model(in_channels=9)}, "takes 9 channels and gives 4, as those for inpainting"),
+        ({"model": distilled}, "blocks within a level that differ"),
         ({"model": flow_model}, "is a flow model"),
         ({"steps": 0}, "steps=0"),
         ({"learning_rate": 0.0}, "learning_rate=0"),
@@ -646,6 +651,17 @@ def test_pictures_that_do_not_fit_into_main_memory_are_refused(host, train, monk
     on_report(lambda *report: seen.append(report))
     with pytest.raises(host.loop.TrainingError, match=r"12 encoded pictures take .*: give at most \d+"):
         train()
+    assert not seen
+
+
+@pytest.mark.parametrize("what", ["prefix", "folder"])
+def test_a_file_that_cannot_be_written_is_known_before_pictures_are_encoded(train, folders, what):
+    if what == "folder":
+        (folders / "profusion_promptnets").touch()
+    seen = []
+    on_report(lambda *report: seen.append(report))
+    with pytest.raises(ValueError, match="cannot be used|is no name within"):
+        train(**({"filename_prefix": "../x"} if what == "prefix" else {}))
     assert not seen
 
 
