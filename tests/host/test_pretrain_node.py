@@ -12,6 +12,8 @@ from PIL import Image
 pytest.importorskip("comfy.samplers", reason="no ComfyUI: set COMFYUI_PATH to a checkout")
 
 import comfy.model_management  # noqa: E402
+import comfy.model_patcher  # noqa: E402
+import test_shapes  # noqa: E402
 import tiny  # noqa: E402
 from pooled import PooledVae, pictures  # noqa: E402
 from reports import cancel_at, on_report, stop_listening  # noqa: E402
@@ -35,6 +37,7 @@ def host(pack):
             "host.picture_folders",
             "host.words",
             "host.weights",
+            "host.budget",
             "host.toybox",
             "host.display",
         )
@@ -713,3 +716,51 @@ def test_the_schema_is_frozen_and_explained(host):
     root = Path(host.pretrain.__file__).parents[1]
     assert (root / "web" / "docs" / f"{schema.node_id}.md").is_file()
     assert host.pretrain.PromptNetTrainer in host.pack.NODES
+
+
+# At full size, and on a card
+
+
+@pytest.mark.parametrize(
+    ("family", "widths", "vision"),
+    [("SD15", (768,), 1024), ("SD20", (1024,), 1280), ("SDXL", (768, 1280), 1280)],
+)
+def test_the_sizes_of_real_models_are_those_of_the_released_kinds(host, monkeypatch, family, widths, vision):
+    """The host's own networks, built without memory, whose weights nobody reads here."""
+    found = test_shapes.detected(test_shapes.LAYERS[family][0])[1]
+    model = comfy.model_patcher.ModelPatcher(
+        found.get_model({}, "", torch.device("meta")), torch.device("cpu"), torch.device("cpu")
+    )
+    network = host.promptnet_network
+    monkeypatch.setattr(host.weights, "own_weights", lambda *_: {})
+    monkeypatch.setattr(host.pretraining, "PromptNetConfig", network.PromptNetConfig)
+    unet, _ = host.weights.own_unet(model)
+    config = host.pretraining._new_config(unet, vision, widths, host.pretraining.Beginning())
+    known = {"SD15": "SD15", "SD20": "SD21", "SDXL": "SDXL"}[family]
+    assert config == getattr(network, f"{known}_PROMPTNET")
+    assert config.frame == (128 if family == "SDXL" else 64)
+
+
+def test_there_is_room_on_the_card_before_the_network_is_put_there(host, clip, monkeypatch):
+    """And pictures are encoded before either, and wait in main memory."""
+    card, done = torch.device("cpu:0"), []  # not the device "cpu" to the host
+    management, encode = comfy.model_management, host.pretraining.encoded
+    monkeypatch.setattr(management, "is_device_cpu", lambda device: device == torch.device("cpu"))
+    monkeypatch.setattr(management, "free_memory", lambda size, device, *_, **__: done.append((size, device)))
+    monkeypatch.setattr(host.budget, "_memory_of", lambda device: float("inf"))
+    monkeypatch.setattr(host.pretraining, "encoded", lambda *more: (done.append("pictures"), encode(*more))[1])
+    move = torch.nn.Module.to
+
+    def moved(module, *more, **named):
+        if isinstance(module, host.promptnet_network.PromptNet):
+            done.append(("network", *more))
+        return move(module, *more, **named)
+
+    monkeypatch.setattr(torch.nn.Module, "to", moved)
+    model = tiny.model()
+    model.load_device = card
+    made = starting(host, clip, model=model)
+    learned = sum(value.numel() for value in made.training.groups[0].parameters.values())
+    first = done.index(("network", card))
+    assert done.index("pictures") < done.index((16 * learned, card)) < first
+    assert made.given.pictures.latents.device == made.given.pictures.image_tokens.device == torch.device("cpu")
