@@ -148,6 +148,7 @@ class Pretraining:
             checkpointing=budget.checkpointing,
             learning=[network],
             warn=warn,
+            any_size=False,
         )
         self.training = PromptNetTraining(
             network,

@@ -441,6 +441,18 @@ def test_an_error_keeps_what_was_learned_and_says_where(host, train, folders, cl
     assert f"delete\n{path}" in str(caught.value) and "What the 2 steps so far have learned" in str(caught.value)
 
 
+def test_a_card_without_memory_is_told_what_can_be_changed(host, train):
+    model = tiny.model()
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.set_model_unet_function_wrapper(full)
+    with pytest.raises(Exception, match="out of memory while training on 2 pictures of 4x4 latent cells") as caught:
+        train(model=model)
+    assert "batch_size\n" in str(caught.value) and "smaller pictures" not in str(caught.value)
+
+
 def test_a_full_disk_at_the_end_costs_nothing(host, train, folders, monkeypatch):
     whole = train()[0]
 
