@@ -29,7 +29,7 @@ from .feeds import Feed
 from .objective import Objective
 from .promptnet import Layout, new_promptnet
 from .ranks import Ranks
-from .saving import Log, Saver, newest
+from .saving import Log, Saver, held, newest
 
 if TYPE_CHECKING:
     from ..models.clip import VisionModel
@@ -101,13 +101,17 @@ def run(command: Command, material: Material, ranks: Ranks, say: Say = print) ->
     KeyboardInterrupt after an interrupted step, when it is saved, TrainingError, and PromptNetError.
     """
     rounds(command.options, ranks.world)
-    say = say if ranks.first else silent
+    with held(command.folder, ranks):
+        return _run(command, material, ranks, say if ranks.first else silent)
+
+
+def _run(command: Command, material: Material, ranks: Ranks, say: Say) -> Report:
     network = _begun(command, material, ranks, say)
     bfloat16 = command.bfloat16
     objective = Objective(network, material.base, command.options.prompts, command.options.weight_cap, bfloat16)
     identity = _identity(command, material, network)
     engine = Engine(objective, command.options, ranks, command.shard, command.checkpointing)
-    _go_on(command, engine, identity, say)
+    _begin(command, engine, identity, say)
     validation = Validation(engine, Encoders(material.base.vae, material.vision), material.kept)
     saver = Saver(command.folder, network.config, {"identity": identity, **command.notes}, command.keep)
     course = _Course(command, material, engine, validation, saver, say)
@@ -144,6 +148,22 @@ def _identity(command: Command, material: Material, network: PromptNet) -> str:
     for name in ("micro", *(() if command.options.cosine else ("steps",))):
         del options[name]
     return digest(options, material.data, asdict(network.config), dict(network.state_dict()))
+
+
+def _begin(command: Command, engine: Engine, identity: str, say: Say) -> None:
+    """Go on from the last checkpoint, if any, where all processes do so."""
+    problem = None
+    try:
+        _go_on(command, engine, identity, say)
+    except TrainingError as error:
+        problem = error
+    engine.ranks.agree(problem)
+    steps = engine.ranks.gathered(engine.step)
+    if len(set(steps)) > 1:
+        raise TrainingError(
+            f"the processes see different checkpoints in {command.folder}, of the steps {steps}: give an --out in a "
+            "folder that all machines share"
+        )
 
 
 def _go_on(command: Command, engine: Engine, identity: str, say: Say) -> None:

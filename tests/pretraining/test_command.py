@@ -189,6 +189,41 @@ def test_a_loss_that_stays_not_finite_ends_it_and_nothing_is_lost(toybox, tmp_pa
     assert load_training(path)[1]["updates"].item() == 1
 
 
+def test_two_trainings_never_write_in_one_folder(toybox, tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "WAIT", 0.0, raising=False)
+    out = tmp_path / "one.safetensors"
+
+    def meanwhile(text):
+        if text.startswith("step 1/"):
+            with pytest.raises(TrainingError, match="another training is at work"):
+                run(toybox, out, "--steps", "1")
+
+    run(toybox, out, "--steps", "1", say=meanwhile)
+    assert run(toybox, out, "--steps", "1")["steps"] == 1
+
+
+def test_processes_that_see_different_checkpoints_are_told(toybox, tmp_path):
+    """As those of two machines do that share no folder."""
+
+    class Apart(Ranks):
+        def gathered(self, thing):
+            return [thing, thing + 100] if type(thing) is int else [thing]
+
+    given = program.parser().parse_args(arguments(tmp_path / "one.safetensors", "--steps", "1"))
+    command, ranks = command_of(given), Apart()
+    with pytest.raises(TrainingError, match="different checkpoints .*that all machines share"):
+        commands.run(command, on_toybox(command, data_of(given), ranks, str, toybox), ranks, str)
+
+
+def test_a_damaged_checkpoint_pushes_out_no_later_one(toybox, tmp_path):
+    out = tmp_path / "one.safetensors"
+    run(toybox, out, "--steps", "1", "--constant", "--keep", "1")
+    folder = out.with_suffix(".training")
+    (folder / "step-00000009.safetensors").write_bytes(b"cut")
+    run(toybox, out, "--steps", "2", "--constant", "--keep", "1")
+    assert [step_of(path) for path in checkpoints(folder)] == [2, 9]
+
+
 def test_it_begins_from_another_of_the_same_sizes(toybox, tmp_path):
     first = tmp_path / "first.safetensors"
     run(toybox, first, "--steps", "1")
