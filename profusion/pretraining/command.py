@@ -208,7 +208,8 @@ class _Course:
         _reset_peak(engine.ranks)
         with gathered() as interrupts:
             for step in self._steps():
-                losses.append(step.loss)
+                if not step.skipped:
+                    losses.append(step.loss)
                 self.seconds = time.monotonic() - started
                 last = engine.step == command.options.steps
                 late = command.minutes is not None and self.seconds > 60 * command.minutes
@@ -252,20 +253,20 @@ class _Course:
 
     def _report(self, step: Step, losses: list[float], pace: float) -> None:
         engine, steps = self.engine, self.command.options.steps
-        loss = sum(losses) / len(losses)
+        loss = sum(losses) / len(losses) if losses else None
         rate = self.command.options.batch_size / pace
         peak = _peak(engine.ranks)
         skipped = self.material.feed.skipped()
         self.say(
-            f"step {step.number}/{steps}  loss {loss:.4f}  {pace:.2f} s a step, {rate:.1f} pictures a second, "
+            f"step {step.number}/{steps}  loss {'-' if loss is None else f'{loss:.4f}'}  {pace:.2f} s a step, {rate:.1f} pictures a second, "
             f"{_time(pace * (steps - step.number))} left" + (f", {peak / (1 << 30):.1f} GiB at most" if peak else "")
         )
         if skipped:
             self.say(skipped)
         self._log(
             loss=loss,
-            last_loss=step.loss,
-            gradient_norm=step.norm,
+            last_loss=_finite(step.loss),
+            gradient_norm=_finite(step.norm),
             learning_rate=step.learning_rate,
             epoch=self.material.feed.epoch_of(step.number),
             pictures_a_second=rate,
@@ -338,11 +339,16 @@ def _finished(command: Command, material: Material, engine: Engine, course: _Cou
         "parameters": sum(weights[name].numel() for name in engine.parameters),
         "steps": engine.step,
         "seconds": round(course.seconds, 1),
-        "loss": round(course.last_loss, 5),
+        "loss": round(course.last_loss, 5) if math.isfinite(course.last_loss) else None,
     }
     if course.checked is not None:
         report["validation"] = {name: value for name, value in asdict(course.checked).items() if value is not None}
     return report
+
+
+def _finite(value: float) -> float | None:
+    """A number as JSON has it."""
+    return value if math.isfinite(value) else None
 
 
 def _reset_peak(ranks: Ranks) -> None:

@@ -224,6 +224,36 @@ def test_a_damaged_checkpoint_pushes_out_no_later_one(toybox, tmp_path):
     assert [step_of(path) for path in checkpoints(folder)] == [2, 9]
 
 
+def test_a_step_that_is_left_out_is_in_no_mean_and_the_log_stays_json(toybox, tmp_path, monkeypatch):
+    out, gradient = tmp_path / "one.safetensors", Engine._gradient
+
+    def broken(engine, *features):
+        return gradient(engine, *features) if engine.step in (1, 3) else torch.nan
+
+    monkeypatch.setattr(Engine, "_gradient", broken)
+    monkeypatch.setattr(Engine, "_norm", lambda engine: 1.0)
+    run(toybox, out, "--steps", "3", "--report-every", "1")
+
+    def refused(name):
+        raise ValueError(name)
+
+    text = (out.with_suffix(".training") / "log.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=refused) for line in text.splitlines()]
+    assert [line["loss"] is None for line in lines[:3]] == [True, False, True]
+
+
+def test_what_makes_no_sense_is_refused_before_a_checkpoint_is_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(program, "on_checkpoint", lambda *_: pytest.fail("read"))
+    model = ("--checkpoint", "a.safetensors", "--clip-vision", "b.safetensors", "--data", str(tmp_path))
+    for more, message in (
+        (("--batch", "3", "--micro", "2"), "cannot be taken 2"),
+        (("--layout", "authors", "--tokens", "2"), "--tokens at 1"),
+        (("--cache", str(tmp_path), "--crop", "random"), "--crop random draws another"),
+    ):
+        assert program.main(arguments(tmp_path / "one.safetensors", *model, *more)) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_it_begins_from_another_of_the_same_sizes(toybox, tmp_path):
     first = tmp_path / "first.safetensors"
     run(toybox, first, "--steps", "1")
@@ -263,6 +293,8 @@ def test_the_command_line_reports_and_says_what_is_wrong(toybox, tmp_path, capsy
         (("--checkpoint", "a.safetensors"), "go together"),
         (("--checkpoint", "a.safetensors", "--clip-vision", "b.safetensors"), "--data"),
         (("--layout", "authors", "--tokens", "2"), "--tokens at 1"),
+        (("--start", "a.safetensors", "--noun", "ball"), "give one of them"),
+        (("--cache", str(tmp_path), "--crop", "random"), "--crop random draws another"),
     ):
         assert program.main(arguments(tmp_path / "two.safetensors", *more)) == 1, more
         assert message in capsys.readouterr().err, more
