@@ -29,7 +29,7 @@ from .feeds import Feed
 from .objective import Objective
 from .promptnet import Layout, new_promptnet
 from .ranks import Ranks
-from .saving import Log, Saver, newest
+from .saving import Log, Saver, held, newest
 
 if TYPE_CHECKING:
     from ..models.clip import VisionModel
@@ -101,13 +101,17 @@ def run(command: Command, material: Material, ranks: Ranks, say: Say = print) ->
     KeyboardInterrupt after an interrupted step, when it is saved, TrainingError, and PromptNetError.
     """
     rounds(command.options, ranks.world)
-    say = say if ranks.first else silent
+    with held(command.folder, ranks):
+        return _run(command, material, ranks, say if ranks.first else silent)
+
+
+def _run(command: Command, material: Material, ranks: Ranks, say: Say) -> Report:
     network = _begun(command, material, ranks, say)
     bfloat16 = command.bfloat16
     objective = Objective(network, material.base, command.options.prompts, command.options.weight_cap, bfloat16)
     identity = _identity(command, material, network)
     engine = Engine(objective, command.options, ranks, command.shard, command.checkpointing)
-    _go_on(command, engine, identity, say)
+    _begin(command, engine, identity, say)
     validation = Validation(engine, Encoders(material.base.vae, material.vision), material.kept)
     saver = Saver(command.folder, network.config, {"identity": identity, **command.notes}, command.keep)
     course = _Course(command, material, engine, validation, saver, say)
@@ -144,6 +148,22 @@ def _identity(command: Command, material: Material, network: PromptNet) -> str:
     for name in ("micro", *(() if command.options.cosine else ("steps",))):
         del options[name]
     return digest(options, material.data, asdict(network.config), dict(network.state_dict()))
+
+
+def _begin(command: Command, engine: Engine, identity: str, say: Say) -> None:
+    """Go on from the last checkpoint, if any, where all processes do so."""
+    problem = None
+    try:
+        _go_on(command, engine, identity, say)
+    except TrainingError as error:
+        problem = error
+    engine.ranks.agree(problem)
+    steps = engine.ranks.gathered(engine.step)
+    if len(set(steps)) > 1:
+        raise TrainingError(
+            f"the processes see different checkpoints in {command.folder}, of the steps {steps}: give an --out in a "
+            "folder that all machines share"
+        )
 
 
 def _go_on(command: Command, engine: Engine, identity: str, say: Say) -> None:
@@ -188,7 +208,8 @@ class _Course:
         _reset_peak(engine.ranks)
         with gathered() as interrupts:
             for step in self._steps():
-                losses.append(step.loss)
+                if not step.skipped:
+                    losses.append(step.loss)
                 self.seconds = time.monotonic() - started
                 last = engine.step == command.options.steps
                 late = command.minutes is not None and self.seconds > 60 * command.minutes
@@ -232,20 +253,20 @@ class _Course:
 
     def _report(self, step: Step, losses: list[float], pace: float) -> None:
         engine, steps = self.engine, self.command.options.steps
-        loss = sum(losses) / len(losses)
+        loss = sum(losses) / len(losses) if losses else None
         rate = self.command.options.batch_size / pace
         peak = _peak(engine.ranks)
         skipped = self.material.feed.skipped()
         self.say(
-            f"step {step.number}/{steps}  loss {loss:.4f}  {pace:.2f} s a step, {rate:.1f} pictures a second, "
+            f"step {step.number}/{steps}  loss {'-' if loss is None else f'{loss:.4f}'}  {pace:.2f} s a step, {rate:.1f} pictures a second, "
             f"{_time(pace * (steps - step.number))} left" + (f", {peak / (1 << 30):.1f} GiB at most" if peak else "")
         )
         if skipped:
             self.say(skipped)
         self._log(
             loss=loss,
-            last_loss=step.loss,
-            gradient_norm=step.norm,
+            last_loss=_finite(step.loss),
+            gradient_norm=_finite(step.norm),
             learning_rate=step.learning_rate,
             epoch=self.material.feed.epoch_of(step.number),
             pictures_a_second=rate,
@@ -318,11 +339,16 @@ def _finished(command: Command, material: Material, engine: Engine, course: _Cou
         "parameters": sum(weights[name].numel() for name in engine.parameters),
         "steps": engine.step,
         "seconds": round(course.seconds, 1),
-        "loss": round(course.last_loss, 5),
+        "loss": round(course.last_loss, 5) if math.isfinite(course.last_loss) else None,
     }
     if course.checked is not None:
         report["validation"] = {name: value for name, value in asdict(course.checked).items() if value is not None}
     return report
+
+
+def _finite(value: float) -> float | None:
+    """A number as JSON has it."""
+    return value if math.isfinite(value) else None
 
 
 def _reset_peak(ranks: Ranks) -> None:

@@ -226,6 +226,7 @@ class Engine:
         if self.average is None:
             yield
             return
+        self._forget_whole()
         with torch.no_grad():
             own = {name: value.detach().clone() for name, value in self.parameters.items()}
             try:
@@ -235,6 +236,14 @@ class Engine:
             finally:
                 for name, value in self.parameters.items():
                     value.copy_(own[name])
+                self._forget_whole()
+
+    def _forget_whole(self) -> None:
+        """Have FSDP put parameters together anew: what no gradient went back through, it keeps whole for the next
+        step, whatever its parts are by then."""
+        for module in self.network.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
 
     def state(self) -> dict[str, Tensor]:
         """What the next step depends on beside the parameters, whole and on the CPU; every process must ask for it."""
@@ -270,6 +279,7 @@ class Engine:
         if self.average is not None:
             for name, value in self.average.items():
                 _fill(value, state.get(f"ema.{name}", weights[name]))
+        self._forget_whole()
 
     def _fused(self) -> bool:
         return bool(self._optimizer.defaults.get("fused"))

@@ -16,19 +16,24 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from .. import files
 from ..loop import TrainingError
 from ..promptnet.file import SUFFIX, load_training, save_weights
 from ..promptnet.network import PromptNet, PromptNetConfig, PromptNetError
+from .ranks import Ranks
 
 BEST = f"best{SUFFIX}"
 LOG = "log.jsonl"
+LOCK = "lock"
+WAIT = 10.0  # seconds, for the workers of a training that was killed, which hold it until they notice
 _STEM = "step-"
 
 
@@ -42,6 +47,29 @@ def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a training's folder, the oldest first."""
     found = [path for path in folder.glob(f"{_STEM}*{SUFFIX}") if step_of(path) >= 0] if folder.is_dir() else []
     return sorted(found, key=step_of)
+
+
+@contextlib.contextmanager
+def held(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Keep other trainings out of a folder, which is made, for so long. Raises TrainingError, in all processes, where
+    one is in it."""
+    problem, release = None, None
+    if ranks.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOCK).touch()
+        until = time.monotonic() + WAIT
+        while (release := files.hold(folder / LOCK)) is None and time.monotonic() < until:
+            time.sleep(0.2)
+        if release is None:
+            problem = TrainingError(
+                f"another training is at work in {folder}: stop it, wait for its end, or give another --out"
+            )
+    try:
+        ranks.agree(problem)
+        yield
+    finally:
+        if release is not None:
+            release()
 
 
 @dataclass
@@ -99,7 +127,9 @@ class Saver:
             if value is not None and value < self._best:
                 _link(path, self.folder / BEST)
                 self._best = value
-            for old in checkpoints(self.folder)[: -self.keep]:
+            # Damaged ones of later steps, which were passed over, are not to push out those of this run.
+            until_now = [one for one in checkpoints(self.folder) if step_of(one) <= step]
+            for old in until_now[: -self.keep]:
                 old.unlink(missing_ok=True)
         except Exception as problem:  # whatever it is: the training's thread is to hear of it
             self._problem = problem

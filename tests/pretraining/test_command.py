@@ -189,6 +189,71 @@ def test_a_loss_that_stays_not_finite_ends_it_and_nothing_is_lost(toybox, tmp_pa
     assert load_training(path)[1]["updates"].item() == 1
 
 
+def test_two_trainings_never_write_in_one_folder(toybox, tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "WAIT", 0.0, raising=False)
+    out = tmp_path / "one.safetensors"
+
+    def meanwhile(text):
+        if text.startswith("step 1/"):
+            with pytest.raises(TrainingError, match="another training is at work"):
+                run(toybox, out, "--steps", "1")
+
+    run(toybox, out, "--steps", "1", say=meanwhile)
+    assert run(toybox, out, "--steps", "1")["steps"] == 1
+
+
+def test_processes_that_see_different_checkpoints_are_told(toybox, tmp_path):
+    """As those of two machines do that share no folder."""
+
+    class Apart(Ranks):
+        def gathered(self, thing):
+            return [thing, thing + 100] if type(thing) is int else [thing]
+
+    given = program.parser().parse_args(arguments(tmp_path / "one.safetensors", "--steps", "1"))
+    command, ranks = command_of(given), Apart()
+    with pytest.raises(TrainingError, match="different checkpoints .*that all machines share"):
+        commands.run(command, on_toybox(command, data_of(given), ranks, str, toybox), ranks, str)
+
+
+def test_a_damaged_checkpoint_pushes_out_no_later_one(toybox, tmp_path):
+    out = tmp_path / "one.safetensors"
+    run(toybox, out, "--steps", "1", "--constant", "--keep", "1")
+    folder = out.with_suffix(".training")
+    (folder / "step-00000009.safetensors").write_bytes(b"cut")
+    run(toybox, out, "--steps", "2", "--constant", "--keep", "1")
+    assert [step_of(path) for path in checkpoints(folder)] == [2, 9]
+
+
+def test_a_step_that_is_left_out_is_in_no_mean_and_the_log_stays_json(toybox, tmp_path, monkeypatch):
+    out, gradient = tmp_path / "one.safetensors", Engine._gradient
+
+    def broken(engine, *features):
+        return gradient(engine, *features) if engine.step in (1, 3) else torch.nan
+
+    monkeypatch.setattr(Engine, "_gradient", broken)
+    monkeypatch.setattr(Engine, "_norm", lambda engine: 1.0)
+    run(toybox, out, "--steps", "3", "--report-every", "1")
+
+    def refused(name):
+        raise ValueError(name)
+
+    text = (out.with_suffix(".training") / "log.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=refused) for line in text.splitlines()]
+    assert [line["loss"] is None for line in lines[:3]] == [True, False, True]
+
+
+def test_what_makes_no_sense_is_refused_before_a_checkpoint_is_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(program, "on_checkpoint", lambda *_: pytest.fail("read"))
+    model = ("--checkpoint", "a.safetensors", "--clip-vision", "b.safetensors", "--data", str(tmp_path))
+    for more, message in (
+        (("--batch", "3", "--micro", "2"), "cannot be taken 2"),
+        (("--layout", "authors", "--tokens", "2"), "--tokens at 1"),
+        (("--cache", str(tmp_path), "--crop", "random"), "--crop random draws another"),
+    ):
+        assert program.main(arguments(tmp_path / "one.safetensors", *model, *more)) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_it_begins_from_another_of_the_same_sizes(toybox, tmp_path):
     first = tmp_path / "first.safetensors"
     run(toybox, first, "--steps", "1")
@@ -228,6 +293,8 @@ def test_the_command_line_reports_and_says_what_is_wrong(toybox, tmp_path, capsy
         (("--checkpoint", "a.safetensors"), "go together"),
         (("--checkpoint", "a.safetensors", "--clip-vision", "b.safetensors"), "--data"),
         (("--layout", "authors", "--tokens", "2"), "--tokens at 1"),
+        (("--start", "a.safetensors", "--noun", "ball"), "give one of them"),
+        (("--cache", str(tmp_path), "--crop", "random"), "--crop random draws another"),
     ):
         assert program.main(arguments(tmp_path / "two.safetensors", *more)) == 1, more
         assert message in capsys.readouterr().err, more
