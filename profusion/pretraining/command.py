@@ -30,6 +30,7 @@ from .objective import Objective
 from .promptnet import Layout, new_promptnet
 from .ranks import Ranks
 from .saving import Log, Saver, held, newest
+from .stream import ended_worker
 
 if TYPE_CHECKING:
     from ..models.clip import VisionModel
@@ -115,7 +116,13 @@ def _run(command: Command, material: Material, ranks: Ranks, say: Say) -> Report
     validation = Validation(engine, Encoders(material.base.vae, material.vision), material.kept)
     saver = Saver(command.folder, network.config, {"identity": identity, **command.notes}, command.keep)
     course = _Course(command, material, engine, validation, saver, say)
-    course.train()
+    try:
+        course.train()
+    except RuntimeError as error:  # while there are workers, torch may say anywhere that one of them ended
+        ended = ended_worker(error)
+        if ended is None:
+            raise
+        raise ended from error
     if engine.step < command.options.steps:
         say("the minutes are over; the same command goes on from here")
         return {"steps": engine.step, "seconds": round(course.seconds, 1), "folder": str(command.folder)}

@@ -18,6 +18,7 @@ from profusion.pretraining.arguments import command_of, data_of
 from profusion.pretraining.engine import Engine
 from profusion.pretraining.ranks import Ranks
 from profusion.pretraining.saving import checkpoints, step_of
+from profusion.pretraining.stream import StreamError
 from profusion.promptnet import PromptNetError, load_promptnet
 from profusion.promptnet.file import load_training
 from profusion.toybox.pipeline import Toybox
@@ -366,3 +367,12 @@ def test_pictures_are_read_as_they_are(tmp_path):
     (tmp_path / "b.png").write_bytes(b"no picture")
     found = read_squares(Folder(tmp_path), np.arange(2), 16)
     assert found.shape == (1, 16, 16, 3) and np.array_equal(found[0].numpy(), picture)
+
+
+def test_a_worker_that_ended_by_itself_is_named_wherever_torch_says_it(toybox, tmp_path, monkeypatch):
+    def ended(engine, *features):
+        raise RuntimeError("DataLoader worker (pid 1234) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(Engine, "take", ended)
+    with pytest.raises(StreamError, match="ended by itself.*Use fewer workers"):
+        run(toybox, tmp_path / "one.safetensors", "--steps", "2")
