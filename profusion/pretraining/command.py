@@ -265,8 +265,9 @@ class _Course:
         peak = _peak(engine.ranks)
         skipped = self.material.feed.skipped()
         self.say(
-            f"step {step.number}/{steps}  loss {'-' if loss is None else f'{loss:.4f}'}  {pace:.2f} s a step, {rate:.1f} pictures a second, "
-            f"{_time(pace * (steps - step.number))} left" + (f", {peak / (1 << 30):.1f} GiB at most" if peak else "")
+            f"step {step.number}/{steps}  loss {'-' if loss is None else f'{loss:.4f}'}  {pace:.2f} s a step, "
+            f"{rate:.1f} pictures a second, {_time(pace * (steps - step.number))} left"
+            + (f", {peak / (1 << 30):.1f} GiB at most" if peak else "")
         )
         if skipped:
             self.say(skipped)
