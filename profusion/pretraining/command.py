@@ -257,8 +257,9 @@ class _Course:
         rate = self.command.options.batch_size / pace
         peak = _peak(engine.ranks)
         skipped = self.material.feed.skipped()
+        said = "-" if loss is None else f"{loss:.4f}"
         self.say(
-            f"step {step.number}/{steps}  loss {'-' if loss is None else f'{loss:.4f}'}  {pace:.2f} s a step, {rate:.1f} pictures a second, "
+            f"step {step.number}/{steps}  loss {said}  {pace:.2f} s a step, {rate:.1f} pictures a second, "
             f"{_time(pace * (steps - step.number))} left" + (f", {peak / (1 << 30):.1f} GiB at most" if peak else "")
         )
         if skipped:
