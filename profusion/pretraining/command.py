@@ -28,7 +28,7 @@ from .engine import Engine, GivenUp, PretrainingOptions, Step, rounds
 from .feeds import Feed
 from .objective import Objective
 from .promptnet import Layout, new_promptnet
-from .ranks import Ranks
+from .ranks import Ranks, answering
 from .saving import Log, Saver, held, newest
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def run(command: Command, material: Material, ranks: Ranks, say: Say = print) ->
     KeyboardInterrupt after an interrupted step, when it is saved, TrainingError, and PromptNetError.
     """
     rounds(command.options, ranks.world)
-    with held(command.folder, ranks):
+    with answering(), held(command.folder, ranks):
         return _run(command, material, ranks, say if ranks.first else silent)
 
 
