@@ -28,7 +28,7 @@ from .engine import Engine, GivenUp, PretrainingOptions, Step, rounds
 from .feeds import Feed
 from .objective import Objective
 from .promptnet import Layout, new_promptnet
-from .ranks import Ranks
+from .ranks import Ranks, answering
 from .saving import Log, Saver, held, newest
 from .stream import ended_worker
 
@@ -102,7 +102,7 @@ def run(command: Command, material: Material, ranks: Ranks, say: Say = print) ->
     KeyboardInterrupt after an interrupted step, when it is saved, TrainingError, and PromptNetError.
     """
     rounds(command.options, ranks.world)
-    with held(command.folder, ranks):
+    with answering(), held(command.folder, ranks):
         return _run(command, material, ranks, say if ranks.first else silent)
 
 
@@ -264,10 +264,10 @@ class _Course:
         rate = self.command.options.batch_size / pace
         peak = _peak(engine.ranks)
         skipped = self.material.feed.skipped()
+        said = "-" if loss is None else f"{loss:.4f}"
         self.say(
-            f"step {step.number}/{steps}  loss {'-' if loss is None else f'{loss:.4f}'}  {pace:.2f} s a step, "
-            f"{rate:.1f} pictures a second, {_time(pace * (steps - step.number))} left"
-            + (f", {peak / (1 << 30):.1f} GiB at most" if peak else "")
+            f"step {step.number}/{steps}  loss {said}  {pace:.2f} s a step, {rate:.1f} pictures a second, "
+            f"{_time(pace * (steps - step.number))} left" + (f", {peak / (1 << 30):.1f} GiB at most" if peak else "")
         )
         if skipped:
             self.say(skipped)

@@ -13,7 +13,7 @@ import torch
 from torch import distributed as dist
 
 from ..loop import TrainingError
-from ..problems import why
+from ..problems import Explained, why
 
 MINUTES = 10  # that a process waits for the others; one that was killed is found out much sooner
 
@@ -115,6 +115,17 @@ def _answering() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch's own kinds of it are RuntimeErrors
+        raise lost(error) from error
+
+
+@contextlib.contextmanager
+def answering() -> Iterator[None]:
+    """Words for what DDP and FSDP raise anywhere, as they put parameters together, where another process has gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, Explained) or not is_loss_of_a_process(error):
+            raise
         raise lost(error) from error
 
 

@@ -16,7 +16,7 @@ from profusion.pretraining import command as commands
 from profusion.pretraining import saving
 from profusion.pretraining.arguments import command_of, data_of
 from profusion.pretraining.engine import Engine
-from profusion.pretraining.ranks import Ranks
+from profusion.pretraining.ranks import LostProcess, Ranks
 from profusion.pretraining.saving import checkpoints, step_of
 from profusion.pretraining.stream import StreamError
 from profusion.promptnet import PromptNetError, load_promptnet
@@ -253,6 +253,17 @@ def test_what_makes_no_sense_is_refused_before_a_checkpoint_is_read(tmp_path, ca
     ):
         assert program.main(arguments(tmp_path / "one.safetensors", *model, *more)) == 1
         assert message in capsys.readouterr().err
+
+
+def test_a_process_lost_while_a_checkpoint_is_put_together_is_told(toybox, tmp_path, monkeypatch):
+    """FSDP's processes put it together, and what torch raises there is no error of ours."""
+
+    def gone(engine):
+        raise RuntimeError("gloo/transport/tcp/pair.cc:545 Read error [127.0.0.1]:12702: Connection reset by peer")
+
+    monkeypatch.setattr(Engine, "state", gone)
+    with pytest.raises(LostProcess, match="another process of this training ended .*start the same command again"):
+        run(toybox, tmp_path / "one.safetensors", "--steps", "1")
 
 
 def test_it_begins_from_another_of_the_same_sizes(toybox, tmp_path):
