@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from ..keeping import digest
 from ..learning import Report, Say
 from ..loop import TrainingError
 from ..pipeline import Pipeline
+from ..problems import why
 from ..promptnet.file import SUFFIX, load_promptnet, save_weights
 from ..promptnet.network import PromptNet, PromptNetConfig, PromptNetError
 from . import released
@@ -102,6 +103,8 @@ def run(command: Command, material: Material, ranks: Ranks, say: Say = print) ->
     KeyboardInterrupt after an interrupted step, when it is saved, TrainingError, and PromptNetError.
     """
     rounds(command.options, ranks.world)
+    if command.shard and ranks.world == 1 and ranks.first:
+        say("--shard: there is one process, and nothing to cut between; start the command with torchrun")
     with answering(), held(command.folder, ranks):
         return _run(command, material, ranks, say if ranks.first else silent)
 
@@ -114,7 +117,8 @@ def _run(command: Command, material: Material, ranks: Ranks, say: Say) -> Report
     engine = Engine(objective, command.options, ranks, command.shard, command.checkpointing)
     _begin(command, engine, identity, say)
     validation = Validation(engine, Encoders(material.base.vae, material.vision), material.kept)
-    saver = Saver(command.folder, network.config, {"identity": identity, **command.notes}, command.keep)
+    notes = {"identity": identity, **command.notes}
+    saver = Saver(command.folder, network.config, notes, command.keep) if ranks.first else None
     course = _Course(command, material, engine, validation, saver, say)
     try:
         course.train()
@@ -199,7 +203,7 @@ class _Course:
         material: Material,
         engine: Engine,
         validation: Validation,
-        saver: Saver,
+        saver: Saver | None,
         say: Say,
     ):
         self.command, self.material, self.engine = command, material, engine
@@ -283,7 +287,14 @@ class _Course:
 
     def _log(self, **values: object) -> None:
         if self.log is not None:
-            self.log.add(self.engine.step, values)
+            self._put_down(lambda: self.log.add(self.engine.step, values))
+
+    def _put_down(self, write: Callable[[], object]) -> None:
+        """Write what people look at. Where that fails the training goes on: its checkpoints count."""
+        try:
+            write()
+        except OSError as problem:
+            self.say(f"a sheet or a line of the log could not be written: {why(problem)}")
 
     def _look(self, last: bool) -> float | None:
         """Validate and draw where it is time; the validation's loss."""
@@ -297,7 +308,7 @@ class _Course:
             sheet, alike = self.validation.drawn()
             found = Checked(found.loss, found.word_loss, alike)
             if self.engine.ranks.first:
-                self.say(f"look at {written(sheet, command.folder, step)}")
+                self._put_down(lambda: self.say(f"look at {written(sheet, command.folder, step)}"))
         self.say(str(found))
         self.checked = found
         self._log(**{name: value for name, value in asdict(found).items() if value is not None})
@@ -306,14 +317,10 @@ class _Course:
     def _save(self, value: float | None) -> None:
         """Begin to write a checkpoint; what was wrong with the one before ends all processes."""
         engine = self.engine
+        self._written()  # there is to be one copy of all at a time
         weights, state = engine.weights(), engine.state()
-        problem = None
-        if engine.ranks.first:
-            try:
-                self.saver.save(engine.step, weights, state, value)
-            except TrainingError as error:
-                problem = error
-        engine.ranks.agree(problem)
+        if self.saver is not None:
+            self.saver.save(engine.step, weights, state, value)
         self._saved_at, self._saved_step = time.monotonic(), engine.step
 
     def _keep(self) -> None:
@@ -325,11 +332,16 @@ class _Course:
 
     def _settle(self) -> None:
         """Until the last checkpoint is written."""
+        self._written()
+        if self.saver is not None and self.saver.written:
+            self.say(f"saved {self.saver.written[-1]}")
+
+    def _written(self) -> None:
+        """Wait for the checkpoint before. Raises TrainingError, in all processes, where it could not be written."""
         problem = None
-        if self.engine.ranks.first:
+        if self.saver is not None:
             try:
                 self.saver.wait()
-                self.say(f"saved {self.saver.written[-1]}" if self.saver.written else "saved")
             except TrainingError as error:
                 problem = error
         self.engine.ranks.agree(problem)

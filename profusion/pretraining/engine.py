@@ -202,7 +202,8 @@ class Engine:
         gradients = [item.grad for item in self.parameters.values() if item.grad is not None]
         if not gradients:
             raise TrainingError("no gradient reaches PromptNet: it is frozen, or the base's networks leave none")
-        return float(_whole(nn.utils.get_total_norm(gradients)))
+        norm = nn.utils.get_total_norm(gradients)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _clip(self, norm: float) -> None:
         if norm > self.options.clip:
@@ -246,24 +247,29 @@ class Engine:
                 module.reshard()
 
     def state(self) -> dict[str, Tensor]:
-        """What the next step depends on beside the parameters, whole and on the CPU; every process must ask for it."""
+        """What the next step depends on beside the parameters, whole and on the CPU.
+
+        Every process must ask for it, as for `weights`, and the first alone has it: others would only hold copies.
+        """
         kept = {"step": torch.tensor([self.step])}
         for name, parameter in self.parameters.items():
             moments = self._optimizer.state.get(parameter, {})
-            kept |= {f"{kind}.{name}": _whole(moments[kind]) for kind in MOMENTS if moments}
+            kept |= {f"{kind}.{name}": self._whole(moments[kind]) for kind in MOMENTS if moments}
         if self.average is not None:
-            kept |= {f"ema.{name}": _whole(value) for name, value in self.average.items()}
+            kept |= {f"ema.{name}": self._whole(value) for name, value in self.average.items()}
         if self._optimizer.state:
             kept["updates"] = next(iter(self._optimizer.state.values()))["step"].detach().cpu().clone()
         return kept
 
     def weights(self, averaged: bool = False) -> dict[str, Tensor]:
-        """The network's state dict, whole and on the CPU; every process must ask for it."""
-        state = self.network.state_dict()
-        found = {name: _whole(value) for name, value in state.items()}
-        if averaged and self.average is not None:
-            found |= {name: _whole(value) for name, value in self.average.items()}
-        return found
+        """The network's state dict, or its average, whole and on the CPU; see `state`."""
+        found = {**self.network.state_dict(), **((self.average or {}) if averaged else {})}
+        return {name: self._whole(value) for name, value in found.items()}
+
+    def _whole(self, value: Tensor) -> Tensor:
+        value = value.detach()
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value  # together with all processes
+        return value.to("cpu", copy=True) if self.ranks.first else value.new_empty(0)
 
     @torch.no_grad()
     def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -283,12 +289,6 @@ class Engine:
 
     def _fused(self) -> bool:
         return bool(self._optimizer.defaults.get("fused"))
-
-
-def _whole(value: Tensor) -> Tensor:
-    """A tensor of one process, or of all of them together (a DTensor), as a copy on the CPU."""
-    value = value.detach()
-    return (value.full_tensor() if hasattr(value, "full_tensor") else value).to("cpu", copy=True)
 
 
 def _like(parameter: Tensor, value: Tensor) -> Tensor:

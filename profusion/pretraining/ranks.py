@@ -79,6 +79,10 @@ def joined(device: str = "cpu", minutes: float = MINUTES) -> Iterator[Ranks]:
     device: of torch; "cuda" becomes this process's own card. Raises TrainingError for a device that is not here, and
     LostProcess where the others cannot be found.
     """
+    if dist.is_torchelastic_launched() and ":" in device:
+        raise TrainingError(
+            f"--device {device}: under torchrun each process takes a card of its own; give --device cuda"
+        )
     if not dist.is_torchelastic_launched():
         yield Ranks(device=_there(device))
         return

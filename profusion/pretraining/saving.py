@@ -1,7 +1,7 @@
 """A training's folder: checkpoints that are written while it goes on, and its log.
 
 step-00001000.safetensors   the network, the optimizer's moments and the average: `load_training` reads it
-best.safetensors            a copy (a link, where the disk has them) of the one whose validation was best
+best.safetensors            the network, or its average, as it was when the validation was best: a finished PromptNet
 log.jsonl                   a line of JSON for each report and validation
 sheets/                     pictures that S* drew
 
@@ -13,8 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -92,11 +90,11 @@ class Saver:
     def __post_init__(self) -> None:
         best = self.folder / BEST
         if best.is_file():
-            with contextlib.suppress(PromptNetError, ValueError):
-                self._best = float(load_training(best)[2]["validation"])
+            with contextlib.suppress(files.FileFormatError, OSError, KeyError, ValueError):
+                self._best = float(files.read_tensors(best)[1]["notes.validation"])
 
     def save(self, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], value: float | None) -> None:
-        """Begin to write a checkpoint of tensors that nobody changes any more; waits for the one before.
+        """Begin to write a checkpoint of tensors that nobody changes any more, when the one before is written.
 
         value: what the validation said of it, less being better, where it was made at this step.
         """
@@ -125,7 +123,10 @@ class Saver:
             save_weights(weights, self.config, path, "float32", notes, state)
             self.written.append(path)
             if value is not None and value < self._best:
-                _link(path, self.folder / BEST)
+                average = {name.removeprefix("ema."): x for name, x in state.items() if name.startswith("ema.")}
+                save_weights(
+                    {**weights, **average}, self.config, self.folder / BEST, notes={**notes, "step": str(step)}
+                )
                 self._best = value
             # Damaged ones of later steps, which were passed over, are not to push out those of this run.
             until_now = [one for one in checkpoints(self.folder) if step_of(one) <= step]
@@ -135,25 +136,15 @@ class Saver:
             self._problem = problem
 
 
-def _link(path: Path, name: Path) -> None:
-    """Give a file a second name, whole or not at all."""
-    temporary = name.with_name(f".{name.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:  # a disk without links
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, name)
-
-
 def newest(folder: Path, say: Any = print) -> tuple[Path, PromptNet, dict[str, Tensor], dict[str, str]] | None:
     """The newest checkpoint that can be read, its network, the training's state and its notes; None where there is
     none. say: told of those that cannot be read."""
-    for path in reversed(checkpoints(folder)):
+    there = checkpoints(folder)
+    for path in reversed(there):
         try:
             return path, *load_training(path)
         except PromptNetError as problem:
-            say(f"{problem} The one before it is taken.")
+            say(f"{problem} " + ("The one before it is taken." if path != there[0] else "The training begins anew."))
     return None
 
 

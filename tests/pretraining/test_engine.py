@@ -34,6 +34,8 @@ def assert_same(found, expected):
         assert (found[name] - value).norm() <= max(1e-6 * value.norm(), 1e-12 * whole), name
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize(("world", "way"), WAYS)
 def test_the_gradient_of_several_processes_is_that_of_one(tmp_path, world, way):
     together(
