@@ -46,8 +46,8 @@ def found(world, count, engine):
         validation = Validation(engine, Encoded(engine.objective.base.vae), pictures)
         validation.loss()
         validation.drawn(4)
-        losses.append(engine.ranks.given[0])
-        numbers, *rest = engine.ranks.given[1]
+        with_one_word, with_words, (numbers, *rest) = engine.ranks.given
+        losses.append(with_one_word + with_words)
         drawn |= {number: values for number, *values in zip(numbers, *rest, strict=True)}
     return torch.tensor(losses).sum(dim=0).tolist(), drawn
 
