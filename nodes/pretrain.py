@@ -13,7 +13,7 @@ from .host.drawing import Sampling
 from .host.encoding import check_connected
 from .host.files import why_not_found
 from .host.picture_folders import find_folder, folder_fingerprint, folder_names, sources
-from .host.pretraining import Beginning, Pretraining, PretrainingRun, WordSamples
+from .host.pretraining import Beginning, Pretraining, PretrainingRun, WordSamples, check_prefix
 
 PROMPTS = "\n".join(WORD_PROMPTS)
 
@@ -152,6 +152,7 @@ class PromptNetTrainer(io.ComfyNode):
             level_bias=level_bias,
         )
         samples = WordSamples(sample_prompt, sample_every, Sampling(sample_steps, sample_cfg))
+        check_prefix(filename_prefix)
         remarks = Remarks(cls)
         pretraining = Pretraining(
             model,

@@ -18,6 +18,7 @@ from .pipeline import Pipeline
 from .pretraining import arguments, plan
 from .pretraining import command as pretraining
 from .pretraining.command import silent
+from .pretraining.engine import rounds
 from .pretraining.material import on_checkpoint, sizes_of
 from .pretraining.ranks import joined
 from .problems import Explained, known, printable
@@ -163,6 +164,7 @@ def _promptnet(options: argparse.Namespace) -> Work:
 
     def work() -> int:
         with joined(options.device) as ranks:
+            rounds(command.options, ranks.world)  # before a checkpoint is read for nothing
             say = print if ranks.first else silent
             if checkpoint is None:
                 material = on_toybox(command, data, ranks, say)

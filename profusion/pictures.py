@@ -87,19 +87,18 @@ def picture_paths(folder: Path) -> list[Path]:
 def picture_files(folder: Path) -> list[Path]:
     """What may be pictures in a folder and the folders in it, by name: for sets in which some may be broken.
 
-    By their names, or by their bytes where they have no picture's name. Hidden files are none. Raises OSError.
+    By their names, or by their bytes where they have no picture's name. Hidden files are none. A folder that cannot be
+    looked into is among them: whoever reads it finds out why. Raises OSError for the first one.
     """
-    found = []
-    for path in (Path(root, name) for root, _, names in os.walk(folder, onerror=_raised) for name in names):
+    os.scandir(folder).close()
+    found: list[Path] = []
+    walk = os.walk(folder, onerror=lambda problem: found.append(Path(problem.filename)))
+    for path in (Path(root, name) for root, _, names in walk for name in names):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         suffix = path.suffix.lower()
         if not hidden and (suffix in (*SUFFIXES, *OTHER_SUFFIXES, *RAW_SUFFIXES) or is_picture(path)):
             found.append(path)
     return sorted(found)
-
-
-def _raised(problem: OSError) -> None:
-    raise problem
 
 
 def read_picture(path: Path) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ def test_it_writes_a_grid_a_report_and_a_residual_that_draws_again(tmp_path, che
     assert Image.open(tmp_path / "grid.png").width >= 3 * SIZE
     assert not list(tmp_path.glob("training_*")), "what it could go on from is removed once it is finished"
     residual, model = load_residual(tmp_path / "residual.safetensors"), StableDiffusion.load(checkpoint, SIZE)
-    assert residual.noun == "hedgehog" and residual.steps == 2
+    assert residual.noun == "hedgehog" and residual.steps == 2 and residual.origin.base == checkpoint.name
     assert noun_rows(report["prompts"][0], residual.noun)
     plain, customised = model.generate_customised(report["prompts"][0], [residual], seeded(1), 2)
     assert plain.isfinite().all() and not torch.equal(plain, customised)
@@ -74,6 +74,7 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, images, capsys):
     [
         (["--checkpoint", "x"], "needs --images and --noun"),
         (["--size", "64"], "go with --checkpoint"),
+        (["--dtype", "float16"], "go with --checkpoint"),
         (["--images", "x", "--noun", "hedgehog"], "Toybox knows"),
         (["--checkpoint", "x", "--images", "y"], "go together"),
         (["--checkpoint", "x", "--images", "y", "--noun", "z", "--device", "warp:9"], "no such device"),

@@ -6,7 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from profusion.loop import GROWTH_INTERVAL, Group, LoopOptions, TrainingError, TrainingLoop, generator_of, grown_scale
+from profusion.loop import (
+    GROWTH_INTERVAL,
+    Group,
+    LoopOptions,
+    TrainingError,
+    TrainingLoop,
+    generator_of,
+    grown_scale,
+    pauses,
+)
 
 NUMBERS = 2**13  # the scale begins at batch_size times this, 2^14
 
@@ -224,3 +233,11 @@ def test_every_step_draws_from_its_seed_alone():
     again.restore({"step": torch.tensor([3])})
     assert again.batch() and again.drawn == run.drawn[3:]
     assert torch.equal(torch.rand(2, generator=generator_of(-1)), torch.rand(2, generator=generator_of(2**63 - 1)))
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "every", "expected"),
+    [(0, 10, 4, [4, 8, 10]), (5, 10, 4, [8, 10]), (4, 8, 4, [8]), (0, 3, 0, [3]), (3, 3, 1, [3]), (0, 2, 5, [2])],
+)
+def test_pauses_are_multiples_and_the_last_step(first, last, every, expected):
+    assert list(pauses(first, last, every)) == expected

@@ -1,5 +1,6 @@
 """Reading people's pictures, and drawing grids and plots."""
 
+import os
 import sys
 import time
 
@@ -16,6 +17,7 @@ from profusion.pictures import (
     grid,
     latent_masks,
     loss_plot,
+    picture_files,
     picture_paths,
     read_picture,
     read_pictures,
@@ -367,3 +369,26 @@ def test_a_picture_stays_as_it_is_above_its_caption():
     assert both.width == plot.width and both.height > plot.height
     assert both.crop((0, 0, *plot.size)).tobytes() == plot.tobytes()
     assert captioned(plot, "") is plot
+
+
+def test_what_may_be_pictures_is_found_in_every_folder_and_judged_later(tmp_path, monkeypatch):
+    for name in ("b/2.png", "a/1.jpg", "a/.hidden.png", ".cache/3.png", "c/unnamed", "d/4.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name, format="PNG")
+    for name in ("a/broken.png", "a/drawing.psd", "a/raw.dng", "a/notes.txt"):
+        (tmp_path / name).write_bytes(b"nothing")
+    look = os.scandir
+
+    def denied(path):
+        if str(path).endswith("/d"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    found = [str(path.relative_to(tmp_path)) for path in picture_files(tmp_path)]
+    assert found == ["a/1.jpg", "a/broken.png", "a/drawing.psd", "a/raw.dng", "b/2.png", "c/unnamed", "d"]
+    for name in ("a/broken.png", "d"):
+        with pytest.raises(PictureError, match="cannot be read as a picture"):
+            read_picture(tmp_path / name)
+    with pytest.raises(OSError):
+        picture_files(tmp_path / "d")

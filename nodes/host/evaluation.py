@@ -146,7 +146,8 @@ class TrainedModel:
 
     conditionings: one for each prompt, in the order of their indices. beside: the host's handles of other models that
     the training needs on their devices. memory: bytes that it needs itself. gradients: whether autograd goes through
-    it. warn: told what is on the model and takes no part; default the log. `model` is the MODEL that is evaluated,
+    it. warn: told what is on the model and takes no part; default the log. any_size: whether pictures may be smaller.
+    `model` is the MODEL that is evaluated,
     `resident` where it is not so itself.
     """
 
@@ -160,7 +161,9 @@ class TrainedModel:
         checkpointing: bool = False,
         learning: Sequence[nn.Module] = (),
         warn: Callable[[str], None] | None = None,
+        any_size: bool = True,
     ):
+        self._any_size = any_size
         self.model = resident(model) if gradients else model
         self._patched = bool(
             names_on(self.model)
@@ -226,7 +229,7 @@ class TrainedModel:
             advice = "Lower" if self._checkpointing else "Set gradient_checkpointing to on, lower"
             return (
                 f"out of memory while training on {shape[0]} pictures of {shape[-1]}x{shape[-2]} latent cells at a "
-                f"time. {advice} batch_size, or give smaller pictures"
+                f"time. {advice} batch_size{', or give smaller pictures' * self._any_size}"
             )
         wrapper, names = self._wrapper(), ", ".join(names_on(self.model))
         unexplained = not isinstance(error, Explained) and known(error) is None

@@ -96,13 +96,8 @@ class Pretraining:
         """
         layers, prompt = model_layers(model), options.prompts[0]
         noise_levels(model)
-        self._model, self._clip, self._clip_vision, self._vae, self._promptnet = (
-            model,
-            clip,
-            clip_vision,
-            vae,
-            promptnet,
-        )
+        self._model, self._clip, self._clip_vision, self._vae = model, clip, clip_vision, vae
+        self._promptnet = promptnet
         base, tokens = resident(model), _tokens_of(clip_vision)
         if promptnet is None:
             unet, weights = own_unet(base)
@@ -153,6 +148,7 @@ class Pretraining:
             checkpointing=budget.checkpointing,
             learning=[network],
             warn=warn,
+            any_size=False,
         )
         self.training = PromptNetTraining(
             network,
@@ -327,6 +323,11 @@ class WordSamples:
         split_prompt(self.prompt)
 
 
+def check_prefix(prefix: str) -> None:
+    """Raise PromptNetError, before anything long is done, where no file can be written under this prefix."""
+    check_writable(PROMPTNETS, prefix, 1, PromptNetError)
+
+
 class PretrainingRun:
     """One training: the training, what is shown of it, and its files.
 
@@ -337,7 +338,6 @@ class PretrainingRun:
         """warn: told where the training so far cannot be written while it runs."""
         self.pretraining, self._prefix, self._samples = pretraining, prefix, samples
         self._progress = Progress(pretraining.training.options.steps)
-        check_writable(PROMPTNETS, prefix, 1, PromptNetError)
         identity = pretraining.identity()
         self._unfinished = Unfinished(pretraining.training, "pretrain", identity, folders(PROMPTNETS), warn)
         self._drawn: list[Tensor] = []  # the newest first

@@ -15,6 +15,7 @@ from ...profusion.models.configs import UNetConfig
 from ...profusion.promptnet.network import ENCODER, PromptNetError
 
 UNET = "diffusion_model."
+_OTHER = "Take a model of SD 1.x, SD 2.x or SDXL"
 _ADVICE = "Load it unquantised: a checkpoint in float32, float16, bfloat16 or float8"
 
 
@@ -56,19 +57,21 @@ def own_unet(model: ModelPatcher) -> tuple[UNetConfig, dict[str, Tensor]]:
     Raises PromptNetError for weights that cannot be read, UnsupportedModelError for a UNet that no PromptNet serves.
     """
     weights = own_weights(model, UNET, lambda name: name.startswith(ENCODER))
-    shapes = {name.removeprefix(UNET): tuple(entries[0][0].shape) for name, entries in _entries(model)}
+    entries, name = model.get_key_patches(UNET), type(model.model).__name__
+    shapes = {key.removeprefix(UNET): tuple(entry[0][0].shape) for key, entry in entries.items()}
     try:
-        return unet_config(shapes, **_heads(model.model.diffusion_model)), weights
-    except (ValueError, LookupError, ZeroDivisionError) as problem:
+        config = unet_config(shapes, **_heads(model.model.diffusion_model))
+    except (ValueError, LookupError, AttributeError, ZeroDivisionError) as problem:
         said = str(problem) if isinstance(problem, UnlikeSD) else f"has other parts than SD's ({problem!s:.100})"
         raise UnsupportedModelError(
-            f"no PromptNet can be made for {type(model.model).__name__}: its UNet is one that {said}. Take a model of "
-            "SD 1.x, SD 2.x or SDXL"
+            f"no PromptNet can be made for {name}: its UNet is one that {said}. {_OTHER}"
         ) from problem
-
-
-def _entries(model: ModelPatcher):
-    return model.get_key_patches(UNET).items()
+    if config.in_channels != config.out_channels:
+        raise UnsupportedModelError(
+            f"no PromptNet can be made for {name}: its UNet takes {config.in_channels} channels and gives "
+            f"{config.out_channels}, as those for inpainting and editing do. {_OTHER}"
+        )
+    return config, weights
 
 
 def _heads(network: nn.Module) -> dict[str, int]:

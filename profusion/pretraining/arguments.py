@@ -129,6 +129,12 @@ def command_of(given: argparse.Namespace) -> Command:
     chosen = {name: defaults[name] if value is None else value for name, value in asked.items()}
     if given.layout == "authors" and given.tokens is None:
         chosen["tokens"] = 1
+    if given.layout == "authors" and chosen["tokens"] > 1:
+        raise ValueError("--layout authors makes one word: leave --tokens at 1, or leave the layout out")
+    if given.start is not None and given.noun is not None:
+        raise ValueError("--start begins from another PromptNet's word, and --noun from its own: give one of them")
+    if given.out.is_dir():
+        raise ValueError(f"--out {given.out} is a folder: give another name")
     options = PretrainingOptions(
         steps=chosen["steps"],
         learning_rate=chosen["learning_rate"],
@@ -161,6 +167,8 @@ def data_of(given: argparse.Namespace) -> Data:
         raise ValueError("--data: say where the pictures are, a folder or tar shards")
     if given.pictures < 1 or given.validation < 1 or given.workers < 0:
         raise ValueError("--pictures and --validation must be at least 1, and --workers not negative")
+    if given.cache and given.crop == "random":
+        raise ValueError("--cache keeps one square of each picture, and --crop random draws another each time")
     if given.checkpoint is None and given.size is not None:
         raise ValueError("--size goes with --checkpoint: Toybox has one size")
     return Data(

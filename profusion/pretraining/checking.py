@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from ..promptnet.pseudo_word import ALONE
 from ..promptnet.training import draw_noise
 from .encoding import Encoders
 from .engine import Engine
-from .ranks import Ranks
 
 SHOWN, SHEET_STEPS, CFG = 8, 20, 4.0
 NOISES = 4  # of each picture, at which the loss is taken
@@ -38,20 +38,20 @@ class Checked:
 
 
 class Validation:
-    """Pictures kept apart, (V, H, W, 3), uint8, the same in every process, of which each does its share.
-
-    At least one is needed; they are cut to a multiple of the number of processes where there are enough.
-    """
+    """Pictures kept apart, (V, H, W, 3), uint8, at least one, the same in every process, of which each does its share:
+    what is found is the same for any number of processes, up to rounding."""
 
     def __init__(self, engine: Engine, encoders: Encoders, pictures: Tensor):
         ranks = engine.ranks
-        if len(pictures) < ranks.world:
-            pictures = pictures.repeat(ranks.world, 1, 1, 1)
-        count = len(pictures) // ranks.world * ranks.world
-        self._engine, self._encoders, self._count = engine, encoders, count
-        self._pictures = pictures[:count][ranks.rows(count)]
+        self._engine, self._encoders, self._count = engine, encoders, len(pictures)
+        # As many in each process, which FSDP needs: the last one again where they do not come out even.
+        numbers = range(ranks.rank, -(-len(pictures) // ranks.world) * ranks.world, ranks.world)
+        self._numbers = [min(number, len(pictures) - 1) for number in numbers]
+        self._own = sum(number < len(pictures) for number in numbers)
+        self._pictures = pictures[self._numbers]
         self.features = encoders.features(self._pictures)
         self._start = engine.network.start.detach().clone()
+        self._word_loss: float | None = None
 
     @torch.no_grad()
     def loss(self) -> Checked:
@@ -59,25 +59,25 @@ class Validation:
         one."""
         engine = self._engine
         with engine.averaged():
-            losses = [self._mean_loss(word) for word in (None, self._start)]
-        own, word = (total / engine.ranks.world for total in engine.ranks.sums(losses))
-        return Checked(own, word)
+            if self._word_loss is None:  # it never changes
+                self._word_loss = engine.ranks.sums([self._sum_of_losses(self._start)])[0] / self._count
+            own = engine.ranks.sums([self._sum_of_losses(None)])[0] / self._count
+        return Checked(own, self._word_loss)
 
-    def _mean_loss(self, word: Tensor | None) -> float:
+    def _sum_of_losses(self, word: Tensor | None) -> float:
         engine, total = self._engine, 0.0
         latents, image_tokens = (part.to(engine.ranks.device) for part in self.features)
         sigmas = training_sigmas()
         for index in range(NOISES):
             generator = generator_of(_SEED + index)
             drawn = draw_noise(engine.options, sigmas, tuple(latents.shape[1:]), generator, self._count)
-            rows = engine.ranks.rows(self._count)
-            noise, sigma = drawn.noise[rows].to(latents), drawn.sigma[rows].to(latents)
+            noise, sigma = drawn.noise[self._numbers].to(latents), drawn.sigma[self._numbers].to(latents)
             losses = []
             for row in range(len(latents)):
                 one = slice(row, row + 1)
                 parts = (latents[one], image_tokens[one], noise[one], sigma[one])
                 losses.append(engine.objective(*parts, drawn.prompt, word).item())
-            total += sum(losses) / len(losses)
+            total += sum(losses[: self._own])
         return total / NOISES
 
     @torch.no_grad()
@@ -87,25 +87,33 @@ class Validation:
         each = min(len(self._pictures), max(1, most // ranks.world))
         latents, image_tokens = (part[:each].to(ranks.device) for part in self.features)
         with engine.averaged():
-            found = drawn_alone(engine, latents, image_tokens, ranks)
+            found = drawn_alone(engine, latents, image_tokens, self._numbers)
         vae = self._encoders.vae
         pictures = [vae.pictures(one.to(vae.quant_conv.weight)).float().cpu() for one in found.split(1)]
         made, given = torch.cat(pictures), self._pictures[:each].float() / 255
         embeddings = [self._encoders.embeddings(some) for some in (made, given)]
         alike = None if embeddings[0] is None else (embeddings[0] * embeddings[1]).sum(dim=1).cpu().tolist()
-        gathered = ranks.gathered(((255 * given).byte(), (255 * made).byte(), alike))
-        rows = [torch.cat([part[index] for part in gathered]).float() / 255 for index in (0, 1)]
+        own = slice(min(each, self._own))
+        parts = [self._numbers[own], (255 * given).byte()[own], (255 * made).byte()[own], alike and alike[own]]
+        gathered = ranks.gathered(parts)
+        order = torch.tensor([number for part in gathered for number in part[0]]).argsort()
+        rows = [torch.cat([part[index] for part in gathered])[order].float() / 255 for index in (1, 2)]
         captions = [str(number) for number in range(1, len(rows[0]) + 1)]
         sheet = grid([("picture", list(rows[0])), ("S* alone", list(rows[1]))], captions, 1)
-        every = None if alike is None else [value for part in gathered for value in part[2]]
+        every = None if alike is None else [value for part in gathered for value in part[3]]
         return sheet, None if every is None else sum(every) / len(every)
 
 
 def drawn_alone(
-    engine: Engine, latents: Tensor, image_tokens: Tensor, ranks: Ranks, steps: int = SHEET_STEPS, cfg: float = CFG
+    engine: Engine,
+    latents: Tensor,
+    image_tokens: Tensor,
+    numbers: Sequence[int],
+    steps: int = SHEET_STEPS,
+    cfg: float = CFG,
 ) -> Tensor:
     """What S* of pictures draws by itself, made anew at every step: latents (B, C, H, W), image tokens (B, L, width)
-    -> latents (B, C, H, W). Row by row; each process from noise of its own."""
+    -> latents (B, C, H, W). Row by row, each from the noise of its number."""
     objective = engine.objective
     drawn = []
     nothing, nothing_y = objective.base.embedded("", objective.base.picture_size(latents))
@@ -120,7 +128,7 @@ def drawn_alone(
             eps, empty = objective.predict(torch.cat([x, x]), torch.cat([sigma, sigma]), both, ys).chunk(2)
             return x - per_row(sigma, x) * (empty + cfg * (eps - empty))
 
-        generator = generator_of(_SEED + ranks.rank * len(latents) + row)
+        generator = generator_of(_SEED + numbers[row])
         noise = torch.randn(one.shape, generator=generator).to(one)
         drawn.append(sample_euler(denoise, noise, sampling_sigmas(steps).to(one)))
     return torch.cat(drawn)

@@ -3,9 +3,10 @@ at any moment."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,17 +19,19 @@ from ..keeping import digest
 from ..learning import Report, Say
 from ..loop import TrainingError
 from ..pipeline import Pipeline
+from ..problems import why
 from ..promptnet.file import SUFFIX, load_promptnet, save_weights
 from ..promptnet.network import PromptNet, PromptNetConfig, PromptNetError
 from . import released
 from .checking import Checked, Validation, written
 from .encoding import Encoders
-from .engine import Engine, PretrainingOptions, Step, rounds
+from .engine import Engine, GivenUp, PretrainingOptions, Step, rounds
 from .feeds import Feed
 from .objective import Objective
 from .promptnet import Layout, new_promptnet
-from .ranks import Ranks
-from .saving import Log, Saver, newest
+from .ranks import Ranks, answering
+from .saving import Log, Saver, held, newest
+from .stream import ended_worker
 
 if TYPE_CHECKING:
     from ..models.clip import VisionModel
@@ -100,17 +103,30 @@ def run(command: Command, material: Material, ranks: Ranks, say: Say = print) ->
     KeyboardInterrupt after an interrupted step, when it is saved, TrainingError, and PromptNetError.
     """
     rounds(command.options, ranks.world)
-    say = say if ranks.first else silent
+    if command.shard and ranks.world == 1 and ranks.first:
+        say("--shard: there is one process, and nothing to cut between; start the command with torchrun")
+    with answering(), held(command.folder, ranks):
+        return _run(command, material, ranks, say if ranks.first else silent)
+
+
+def _run(command: Command, material: Material, ranks: Ranks, say: Say) -> Report:
     network = _begun(command, material, ranks, say)
     bfloat16 = command.bfloat16
     objective = Objective(network, material.base, command.options.prompts, command.options.weight_cap, bfloat16)
     identity = _identity(command, material, network)
     engine = Engine(objective, command.options, ranks, command.shard, command.checkpointing)
-    _go_on(command, engine, identity, say)
+    _begin(command, engine, identity, say)
     validation = Validation(engine, Encoders(material.base.vae, material.vision), material.kept)
-    saver = Saver(command.folder, network.config, {"identity": identity, **command.notes}, command.keep)
+    notes = {"identity": identity, **command.notes}
+    saver = Saver(command.folder, network.config, notes, command.keep) if ranks.first else None
     course = _Course(command, material, engine, validation, saver, say)
-    course.train()
+    try:
+        course.train()
+    except RuntimeError as error:  # while there are workers, torch may say anywhere that one of them ended
+        ended = ended_worker(error)
+        if ended is None:
+            raise
+        raise ended from error
     if engine.step < command.options.steps:
         say("the minutes are over; the same command goes on from here")
         return {"steps": engine.step, "seconds": round(course.seconds, 1), "folder": str(command.folder)}
@@ -145,6 +161,22 @@ def _identity(command: Command, material: Material, network: PromptNet) -> str:
     return digest(options, material.data, asdict(network.config), dict(network.state_dict()))
 
 
+def _begin(command: Command, engine: Engine, identity: str, say: Say) -> None:
+    """Go on from the last checkpoint, if any, where all processes do so."""
+    problem = None
+    try:
+        _go_on(command, engine, identity, say)
+    except TrainingError as error:
+        problem = error
+    engine.ranks.agree(problem)
+    steps = engine.ranks.gathered(engine.step)
+    if len(set(steps)) > 1:
+        raise TrainingError(
+            f"the processes see different checkpoints in {command.folder}, of the steps {steps}: give an --out in a "
+            "folder that all machines share"
+        )
+
+
 def _go_on(command: Command, engine: Engine, identity: str, say: Say) -> None:
     found = newest(command.folder, say)
     if found is None:
@@ -171,14 +203,14 @@ class _Course:
         material: Material,
         engine: Engine,
         validation: Validation,
-        saver: Saver,
+        saver: Saver | None,
         say: Say,
     ):
         self.command, self.material, self.engine = command, material, engine
         self.validation, self.saver, self.say = validation, saver, say
         self.log = Log(command.folder, engine.step) if engine.ranks.first else None
         self.seconds, self.checked, self.last_loss = 0.0, None, math.nan
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), engine.step
 
     def train(self) -> None:
         """To the end, or as long as there is time."""
@@ -187,7 +219,8 @@ class _Course:
         _reset_peak(engine.ranks)
         with gathered() as interrupts:
             for step in self._steps():
-                losses.append(step.loss)
+                if not step.skipped:
+                    losses.append(step.loss)
                 self.seconds = time.monotonic() - started
                 last = engine.step == command.options.steps
                 late = command.minutes is not None and self.seconds > 60 * command.minutes
@@ -217,28 +250,35 @@ class _Course:
                 features = next(feed)
             except Exception as error:  # whatever it is: the others must not wait for this process
                 problem = error
-            if problem is not None or engine.step % self.command.report_every == 0:
+            # Asked at each step: a process that waits in a step for one that has given up waits for long.
+            if engine.ranks.sums([problem is not None])[0]:
+                self._keep()
                 engine.ranks.agree(problem)
-            step = engine.take(*features)
+            try:
+                step = engine.take(*features)
+            except GivenUp:  # in all processes
+                self._keep()
+                raise
             self.last_loss = step.loss
             yield step
 
     def _report(self, step: Step, losses: list[float], pace: float) -> None:
         engine, steps = self.engine, self.command.options.steps
-        loss = sum(losses) / len(losses)
+        loss = sum(losses) / len(losses) if losses else None
         rate = self.command.options.batch_size / pace
         peak = _peak(engine.ranks)
         skipped = self.material.feed.skipped()
+        said = "-" if loss is None else f"{loss:.4f}"
         self.say(
-            f"step {step.number}/{steps}  loss {loss:.4f}  {pace:.2f} s a step, {rate:.1f} pictures a second, "
+            f"step {step.number}/{steps}  loss {said}  {pace:.2f} s a step, {rate:.1f} pictures a second, "
             f"{_time(pace * (steps - step.number))} left" + (f", {peak / (1 << 30):.1f} GiB at most" if peak else "")
         )
         if skipped:
             self.say(skipped)
         self._log(
             loss=loss,
-            last_loss=step.loss,
-            gradient_norm=step.norm,
+            last_loss=_finite(step.loss),
+            gradient_norm=_finite(step.norm),
             learning_rate=step.learning_rate,
             epoch=self.material.feed.epoch_of(step.number),
             pictures_a_second=rate,
@@ -247,7 +287,14 @@ class _Course:
 
     def _log(self, **values: object) -> None:
         if self.log is not None:
-            self.log.add(self.engine.step, values)
+            self._put_down(lambda: self.log.add(self.engine.step, values))
+
+    def _put_down(self, write: Callable[[], object]) -> None:
+        """Write what people look at. Where that fails the training goes on: its checkpoints count."""
+        try:
+            write()
+        except OSError as problem:
+            self.say(f"a sheet or a line of the log could not be written: {why(problem)}")
 
     def _look(self, last: bool) -> float | None:
         """Validate and draw where it is time; the validation's loss."""
@@ -261,7 +308,7 @@ class _Course:
             sheet, alike = self.validation.drawn()
             found = Checked(found.loss, found.word_loss, alike)
             if self.engine.ranks.first:
-                self.say(f"look at {written(sheet, command.folder, step)}")
+                self._put_down(lambda: self.say(f"look at {written(sheet, command.folder, step)}"))
         self.say(str(found))
         self.checked = found
         self._log(**{name: value for name, value in asdict(found).items() if value is not None})
@@ -270,23 +317,31 @@ class _Course:
     def _save(self, value: float | None) -> None:
         """Begin to write a checkpoint; what was wrong with the one before ends all processes."""
         engine = self.engine
+        self._written()  # there is to be one copy of all at a time
         weights, state = engine.weights(), engine.state()
-        problem = None
-        if engine.ranks.first:
-            try:
-                self.saver.save(engine.step, weights, state, value)
-            except TrainingError as error:
-                problem = error
-        engine.ranks.agree(problem)
-        self._saved_at = time.monotonic()
+        if self.saver is not None:
+            self.saver.save(engine.step, weights, state, value)
+        self._saved_at, self._saved_step = time.monotonic(), engine.step
+
+    def _keep(self) -> None:
+        """Save what was learned, as the training ends by a problem, which counts more than one with saving."""
+        with contextlib.suppress(TrainingError):
+            if self.engine.step > self._saved_step:
+                self._save(None)
+            self._settle()
 
     def _settle(self) -> None:
         """Until the last checkpoint is written."""
+        self._written()
+        if self.saver is not None and self.saver.written:
+            self.say(f"saved {self.saver.written[-1]}")
+
+    def _written(self) -> None:
+        """Wait for the checkpoint before. Raises TrainingError, in all processes, where it could not be written."""
         problem = None
-        if self.engine.ranks.first:
+        if self.saver is not None:
             try:
                 self.saver.wait()
-                self.say(f"saved {self.saver.written[-1]}" if self.saver.written else "saved")
             except TrainingError as error:
                 problem = error
         self.engine.ranks.agree(problem)
@@ -304,11 +359,16 @@ def _finished(command: Command, material: Material, engine: Engine, course: _Cou
         "parameters": sum(weights[name].numel() for name in engine.parameters),
         "steps": engine.step,
         "seconds": round(course.seconds, 1),
-        "loss": round(course.last_loss, 5),
+        "loss": round(course.last_loss, 5) if math.isfinite(course.last_loss) else None,
     }
     if course.checked is not None:
         report["validation"] = {name: value for name, value in asdict(course.checked).items() if value is not None}
     return report
+
+
+def _finite(value: float) -> float | None:
+    """A number as JSON has it."""
+    return value if math.isfinite(value) else None
 
 
 def _reset_peak(ranks: Ranks) -> None:

@@ -26,6 +26,10 @@ _SEED_STRIDE = 1_000_003
 MOST_SKIPPED = 10  # steps in a row whose loss or gradient is not finite, before a training gives up
 
 
+class GivenUp(TrainingError):
+    """Too many steps in a row taught nothing."""
+
+
 @dataclass(frozen=True)
 class PretrainingOptions(PromptNetOptions):
     """How a PromptNet is trained at size; see `PromptNetOptions`. batch_size: of all processes together.
@@ -154,9 +158,10 @@ class Engine:
             self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.skipped_in_a_row >= MOST_SKIPPED:
-            raise TrainingError(
+            raise GivenUp(
                 f"{skipped} for {MOST_SKIPPED} steps in a row, up to step {self.step}; what was learned before is "
-                f"kept. Lower the learning rate ({self.options.learning_rate}), or train without bfloat16"
+                f"kept. Lower the learning rate ({self.options.learning_rate}), or train without bfloat16, "
+                "in another --out, with --start"
             )
         return Step(self.step, mean, norm, rate, skipped)
 
@@ -197,7 +202,8 @@ class Engine:
         gradients = [item.grad for item in self.parameters.values() if item.grad is not None]
         if not gradients:
             raise TrainingError("no gradient reaches PromptNet: it is frozen, or the base's networks leave none")
-        return float(_whole(nn.utils.get_total_norm(gradients)))
+        norm = nn.utils.get_total_norm(gradients)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _clip(self, norm: float) -> None:
         if norm > self.options.clip:
@@ -221,6 +227,7 @@ class Engine:
         if self.average is None:
             yield
             return
+        self._forget_whole()
         with torch.no_grad():
             own = {name: value.detach().clone() for name, value in self.parameters.items()}
             try:
@@ -230,26 +237,39 @@ class Engine:
             finally:
                 for name, value in self.parameters.items():
                     value.copy_(own[name])
+                self._forget_whole()
+
+    def _forget_whole(self) -> None:
+        """Have FSDP put parameters together anew: what no gradient went back through, it keeps whole for the next
+        step, whatever its parts are by then."""
+        for module in self.network.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
 
     def state(self) -> dict[str, Tensor]:
-        """What the next step depends on beside the parameters, whole and on the CPU; every process must ask for it."""
+        """What the next step depends on beside the parameters, whole and on the CPU.
+
+        Every process must ask for it, as for `weights`, and the first alone has it: others would only hold copies.
+        """
         kept = {"step": torch.tensor([self.step])}
         for name, parameter in self.parameters.items():
             moments = self._optimizer.state.get(parameter, {})
-            kept |= {f"{kind}.{name}": _whole(moments[kind]) for kind in MOMENTS if moments}
+            kept |= {f"{kind}.{name}": self._whole(moments[kind]) for kind in MOMENTS if moments}
         if self.average is not None:
-            kept |= {f"ema.{name}": _whole(value) for name, value in self.average.items()}
+            kept |= {f"ema.{name}": self._whole(value) for name, value in self.average.items()}
         if self._optimizer.state:
             kept["updates"] = next(iter(self._optimizer.state.values()))["step"].detach().cpu().clone()
         return kept
 
     def weights(self, averaged: bool = False) -> dict[str, Tensor]:
-        """The network's state dict, whole and on the CPU; every process must ask for it."""
-        state = self.network.state_dict()
-        found = {name: _whole(value) for name, value in state.items()}
-        if averaged and self.average is not None:
-            found |= {name: _whole(value) for name, value in self.average.items()}
-        return found
+        """The network's state dict, or its average, whole and on the CPU; see `state`."""
+        found = {**self.network.state_dict(), **((self.average or {}) if averaged else {})}
+        return {name: self._whole(value) for name, value in found.items()}
+
+    def _whole(self, value: Tensor) -> Tensor:
+        value = value.detach()
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value  # together with all processes
+        return value.to("cpu", copy=True) if self.ranks.first else value.new_empty(0)
 
     @torch.no_grad()
     def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -265,15 +285,10 @@ class Engine:
         if self.average is not None:
             for name, value in self.average.items():
                 _fill(value, state.get(f"ema.{name}", weights[name]))
+        self._forget_whole()
 
     def _fused(self) -> bool:
         return bool(self._optimizer.defaults.get("fused"))
-
-
-def _whole(value: Tensor) -> Tensor:
-    """A tensor of one process, or of all of them together (a DTensor), as a copy on the CPU."""
-    value = value.detach()
-    return (value.full_tensor() if hasattr(value, "full_tensor") else value).to("cpu", copy=True)
 
 
 def _like(parameter: Tensor, value: Tensor) -> Tensor:

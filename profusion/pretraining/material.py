@@ -106,6 +106,7 @@ def on_checkpoint(command: Command, data: Data, checkpoint: Path, tower: Path, r
     """A checkpoint of SD 1.x, SD 2.x or SDXL, and pictures of a folder or of tar shards. Raises CheckpointError and
     PictureError."""
     kind = torch.bfloat16 if command.bfloat16 else torch.float32
+    source = opened(data.where, ranks, say)  # before a base is read, which takes longer
     say(f"reading {checkpoint}")
     base = StableDiffusion.load(checkpoint, data.size, kind).to(ranks.device)
     vision = load_image_tower(tower, kind).to(ranks.device)
@@ -113,7 +114,20 @@ def on_checkpoint(command: Command, data: Data, checkpoint: Path, tower: Path, r
     config = config_for(
         base.unet.config, widths, vision.config.hidden_size, command.tokens, command.with_noise, command.layout
     )
-    return of_source(command, data, open_source(data.where, say=say), base, vision, config, ranks, say)
+    return of_source(command, data, source, base, vision, config, ranks, say)
+
+
+def opened(where: str, ranks: Ranks, say: Say) -> Source | Streamed:
+    """A source of pictures. The first process looks through new shards, and the others read what it noted. Raises
+    PictureError in all of them."""
+    source, problem = None, None
+    if ranks.first:
+        try:
+            source = open_source(where, say=say)
+        except Exception as error:  # whatever it is: the others must not wait for this process
+            problem = error
+    ranks.agree(problem)
+    return open_source(where) if source is None else source
 
 
 def of_source(

@@ -13,7 +13,7 @@ import torch
 from torch import distributed as dist
 
 from ..loop import TrainingError
-from ..problems import why
+from ..problems import Explained, why
 
 MINUTES = 10  # that a process waits for the others; one that was killed is found out much sooner
 
@@ -79,6 +79,10 @@ def joined(device: str = "cpu", minutes: float = MINUTES) -> Iterator[Ranks]:
     device: of torch; "cuda" becomes this process's own card. Raises TrainingError for a device that is not here, and
     LostProcess where the others cannot be found.
     """
+    if dist.is_torchelastic_launched() and ":" in device:
+        raise TrainingError(
+            f"--device {device}: under torchrun each process takes a card of its own; give --device cuda"
+        )
     if not dist.is_torchelastic_launched():
         yield Ranks(device=_there(device))
         return
@@ -115,6 +119,17 @@ def _answering() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch's own kinds of it are RuntimeErrors
+        raise lost(error) from error
+
+
+@contextlib.contextmanager
+def answering() -> Iterator[None]:
+    """Words for what DDP and FSDP raise anywhere, as they put parameters together, where another process has gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, Explained) or not is_loss_of_a_process(error):
+            raise
         raise lost(error) from error
 
 

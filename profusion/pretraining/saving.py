@@ -1,7 +1,7 @@
 """A training's folder: checkpoints that are written while it goes on, and its log.
 
 step-00001000.safetensors   the network, the optimizer's moments and the average: `load_training` reads it
-best.safetensors            a copy (a link, where the disk has them) of the one whose validation was best
+best.safetensors            the network, or its average, as it was when the validation was best: a finished PromptNet
 log.jsonl                   a line of JSON for each report and validation
 sheets/                     pictures that S* drew
 
@@ -13,22 +13,25 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import shutil
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from .. import files
 from ..loop import TrainingError
 from ..promptnet.file import SUFFIX, load_training, save_weights
 from ..promptnet.network import PromptNet, PromptNetConfig, PromptNetError
+from .ranks import Ranks
 
 BEST = f"best{SUFFIX}"
 LOG = "log.jsonl"
+LOCK = "lock"
+WAIT = 10.0  # seconds, for the workers of a training that was killed, which hold it until they notice
 _STEM = "step-"
 
 
@@ -42,6 +45,29 @@ def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a training's folder, the oldest first."""
     found = [path for path in folder.glob(f"{_STEM}*{SUFFIX}") if step_of(path) >= 0] if folder.is_dir() else []
     return sorted(found, key=step_of)
+
+
+@contextlib.contextmanager
+def held(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Keep other trainings out of a folder, which is made, for so long. Raises TrainingError, in all processes, where
+    one is in it."""
+    problem, release = None, None
+    if ranks.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOCK).touch()
+        until = time.monotonic() + WAIT
+        while (release := files.hold(folder / LOCK)) is None and time.monotonic() < until:
+            time.sleep(0.2)
+        if release is None:
+            problem = TrainingError(
+                f"another training is at work in {folder}: stop it, wait for its end, or give another --out"
+            )
+    try:
+        ranks.agree(problem)
+        yield
+    finally:
+        if release is not None:
+            release()
 
 
 @dataclass
@@ -64,11 +90,11 @@ class Saver:
     def __post_init__(self) -> None:
         best = self.folder / BEST
         if best.is_file():
-            with contextlib.suppress(PromptNetError, ValueError):
-                self._best = float(load_training(best)[2]["validation"])
+            with contextlib.suppress(files.FileFormatError, OSError, KeyError, ValueError):
+                self._best = float(files.read_tensors(best)[1]["notes.validation"])
 
     def save(self, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], value: float | None) -> None:
-        """Begin to write a checkpoint of tensors that nobody changes any more; waits for the one before.
+        """Begin to write a checkpoint of tensors that nobody changes any more, when the one before is written.
 
         value: what the validation said of it, less being better, where it was made at this step.
         """
@@ -97,33 +123,28 @@ class Saver:
             save_weights(weights, self.config, path, "float32", notes, state)
             self.written.append(path)
             if value is not None and value < self._best:
-                _link(path, self.folder / BEST)
+                average = {name.removeprefix("ema."): x for name, x in state.items() if name.startswith("ema.")}
+                save_weights(
+                    {**weights, **average}, self.config, self.folder / BEST, notes={**notes, "step": str(step)}
+                )
                 self._best = value
-            for old in checkpoints(self.folder)[: -self.keep]:
+            # Damaged ones of later steps, which were passed over, are not to push out those of this run.
+            until_now = [one for one in checkpoints(self.folder) if step_of(one) <= step]
+            for old in until_now[: -self.keep]:
                 old.unlink(missing_ok=True)
         except Exception as problem:  # whatever it is: the training's thread is to hear of it
             self._problem = problem
 
 
-def _link(path: Path, name: Path) -> None:
-    """Give a file a second name, whole or not at all."""
-    temporary = name.with_name(f".{name.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:  # a disk without links
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, name)
-
-
 def newest(folder: Path, say: Any = print) -> tuple[Path, PromptNet, dict[str, Tensor], dict[str, str]] | None:
     """The newest checkpoint that can be read, its network, the training's state and its notes; None where there is
     none. say: told of those that cannot be read."""
-    for path in reversed(checkpoints(folder)):
+    there = checkpoints(folder)
+    for path in reversed(there):
         try:
             return path, *load_training(path)
         except PromptNetError as problem:
-            say(f"{problem} The one before it is taken.")
+            say(f"{problem} " + ("The one before it is taken." if path != there[0] else "The training begins anew."))
     return None
 
 

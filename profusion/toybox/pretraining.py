@@ -13,8 +13,7 @@ from ..learning import Say
 from ..pretraining.arguments import TOYBOX as DRAWN
 from ..pretraining.arguments import Data
 from ..pretraining.command import Command, Material
-from ..pretraining.material import of_source
-from ..pretraining.opening import open_source
+from ..pretraining.material import of_source, opened
 from ..pretraining.plan import Sizes
 from ..pretraining.promptnet import in_layout
 from ..pretraining.ranks import Ranks
@@ -69,7 +68,9 @@ def on_toybox(command: Command, data: Data, ranks: Ranks, say: Say, toybox: Toyb
     toybox = toybox or Toybox.load()
     for module in (toybox.unet, toybox.vae, toybox.text, toybox.vision):
         module.to(ranks.device)
-    source = DrawnPictures(data.pictures, command.options.seed) if data.where == DRAWN else open_source(data.where)
+    source = (
+        DrawnPictures(data.pictures, command.options.seed) if data.where == DRAWN else opened(data.where, ranks, say)
+    )
     if not data.cache and data.crop == "center":
         data = replace(data, cache=str(command.folder / "features"))  # small, and read many times
     return of_source(command, data, source, toybox, toybox.vision, config_of(command), ranks, say)

@@ -34,7 +34,7 @@ def _when_loaded() -> None:
             for name, module in list(sys.modules.items())
             if name.endswith((".profusion.keeping", ".profusion.loop"))
         }
-        if len(kernel) == 2 and hasattr(kernel["loop"], "generator_of"):  # the last name in it
+        if len(kernel) == 2 and hasattr(kernel["loop"], "pauses"):  # the last name in it
             return _watch(kernel)
         time.sleep(0.05)
 

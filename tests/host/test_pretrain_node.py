@@ -12,6 +12,8 @@ from PIL import Image
 pytest.importorskip("comfy.samplers", reason="no ComfyUI: set COMFYUI_PATH to a checkout")
 
 import comfy.model_management  # noqa: E402
+import comfy.model_patcher  # noqa: E402
+import test_shapes  # noqa: E402
 import tiny  # noqa: E402
 from pooled import PooledVae, pictures  # noqa: E402
 from reports import cancel_at, on_report, stop_listening  # noqa: E402
@@ -35,6 +37,7 @@ def host(pack):
             "host.picture_folders",
             "host.words",
             "host.weights",
+            "host.budget",
             "host.toybox",
             "host.display",
         )
@@ -438,6 +441,18 @@ def test_an_error_keeps_what_was_learned_and_says_where(host, train, folders, cl
     assert f"delete\n{path}" in str(caught.value) and "What the 2 steps so far have learned" in str(caught.value)
 
 
+def test_a_card_without_memory_is_told_what_can_be_changed(host, train):
+    model = tiny.model()
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.set_model_unet_function_wrapper(full)
+    with pytest.raises(Exception, match="out of memory while training on 2 pictures of 4x4 latent cells") as caught:
+        train(model=model)
+    assert "batch_size\n" in str(caught.value) and "smaller pictures" not in str(caught.value)
+
+
 def test_a_full_disk_at_the_end_costs_nothing(host, train, folders, monkeypatch):
     whole = train()[0]
 
@@ -608,6 +623,10 @@ def flow_model():
     return model
 
 
+def distilled():
+    return tiny.model(num_res_blocks=[1, 2], transformer_depth=[1] * 3, transformer_depth_output=[1] * 5)
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
@@ -621,7 +640,8 @@ def flow_model():
         ({"clip_vision": Blind()}, "gives no image tokens"),
         ({"clip_vision": Overflowing()}, "image tokens are not finite"),
         ({"model": lambda: tiny.model(context_dim=32)}, "width 64 and the model takes 32"),
-        ({"model": lambda: tiny.model(in_channels=9)}, "the VAE makes latents of shape"),
+        ({"model": lambda: tiny.model(in_channels=9)}, "takes 9 channels and gives 4, as those for inpainting"),
+        ({"model": distilled}, "blocks within a level that differ"),
         ({"model": flow_model}, "is a flow model"),
         ({"steps": 0}, "steps=0"),
         ({"learning_rate": 0.0}, "learning_rate=0"),
@@ -646,6 +666,17 @@ def test_pictures_that_do_not_fit_into_main_memory_are_refused(host, train, monk
     on_report(lambda *report: seen.append(report))
     with pytest.raises(host.loop.TrainingError, match=r"12 encoded pictures take .*: give at most \d+"):
         train()
+    assert not seen
+
+
+@pytest.mark.parametrize("what", ["prefix", "folder"])
+def test_a_file_that_cannot_be_written_is_known_before_pictures_are_encoded(train, folders, what):
+    if what == "folder":
+        (folders / "profusion_promptnets").touch()
+    seen = []
+    on_report(lambda *report: seen.append(report))
+    with pytest.raises(ValueError, match="cannot be used|is no name within"):
+        train(**({"filename_prefix": "../x"} if what == "prefix" else {}))
     assert not seen
 
 
@@ -697,3 +728,51 @@ def test_the_schema_is_frozen_and_explained(host):
     root = Path(host.pretrain.__file__).parents[1]
     assert (root / "web" / "docs" / f"{schema.node_id}.md").is_file()
     assert host.pretrain.PromptNetTrainer in host.pack.NODES
+
+
+# At full size, and on a card
+
+
+@pytest.mark.parametrize(
+    ("family", "widths", "vision"),
+    [("SD15", (768,), 1024), ("SD20", (1024,), 1280), ("SDXL", (768, 1280), 1280)],
+)
+def test_the_sizes_of_real_models_are_those_of_the_released_kinds(host, monkeypatch, family, widths, vision):
+    """The host's own networks, built without memory, whose weights nobody reads here."""
+    found = test_shapes.detected(test_shapes.LAYERS[family][0])[1]
+    model = comfy.model_patcher.ModelPatcher(
+        found.get_model({}, "", torch.device("meta")), torch.device("cpu"), torch.device("cpu")
+    )
+    network = host.promptnet_network
+    monkeypatch.setattr(host.weights, "own_weights", lambda *_: {})
+    monkeypatch.setattr(host.pretraining, "PromptNetConfig", network.PromptNetConfig)
+    unet, _ = host.weights.own_unet(model)
+    config = host.pretraining._new_config(unet, vision, widths, host.pretraining.Beginning())
+    known = {"SD15": "SD15", "SD20": "SD21", "SDXL": "SDXL"}[family]
+    assert config == getattr(network, f"{known}_PROMPTNET")
+    assert config.frame == (128 if family == "SDXL" else 64)
+
+
+def test_there_is_room_on_the_card_before_the_network_is_put_there(host, clip, monkeypatch):
+    """And pictures are encoded before either, and wait in main memory."""
+    card, done = torch.device("cpu:0"), []  # not the device "cpu" to the host
+    management, encode = comfy.model_management, host.pretraining.encoded
+    monkeypatch.setattr(management, "is_device_cpu", lambda device: device == torch.device("cpu"))
+    monkeypatch.setattr(management, "free_memory", lambda size, device, *_, **__: done.append((size, device)))
+    monkeypatch.setattr(host.budget, "_memory_of", lambda device: float("inf"))
+    monkeypatch.setattr(host.pretraining, "encoded", lambda *more: (done.append("pictures"), encode(*more))[1])
+    move = torch.nn.Module.to
+
+    def moved(module, *more, **named):
+        if isinstance(module, host.promptnet_network.PromptNet):
+            done.append(("network", *more))
+        return move(module, *more, **named)
+
+    monkeypatch.setattr(torch.nn.Module, "to", moved)
+    model = tiny.model()
+    model.load_device = card
+    made = starting(host, clip, model=model)
+    learned = sum(value.numel() for value in made.training.groups[0].parameters.values())
+    first = done.index(("network", card))
+    assert done.index("pictures") < done.index((16 * learned, card)) < first
+    assert made.given.pictures.latents.device == made.given.pictures.image_tokens.device == torch.device("cpu")

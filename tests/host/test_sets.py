@@ -257,3 +257,40 @@ def test_every_node_with_pictures_takes_sets_but_the_savers_preview(pack):
         assert all(output.is_output_list == bool(sets) for output in schema.outputs)
         if sets:
             assert {one.id for one in schema.inputs if one.get_io_type() == "MASK"} <= sets
+
+
+def promptnets(folder="none", **more):
+    slots = ((0, "model"), (1, "clip"), (2, "vae"), (3, "clip_vision"))
+    values = {"steps": 1, "learning_rate": 1e-4, "batch_size": 1, "seed": 0, "filename_prefix": "made"}
+    samples = {"sample_steps": 1, "sample_every": 0, "folder": folder}
+    return node(
+        "ProFusion_PromptNetTrainer", **{name: ["1", slot] for slot, name in slots}, **values, **samples, **more
+    )
+
+
+def test_a_promptnet_is_trained_once_on_a_list_and_a_folder(host, tmp_path, monkeypatch):
+    """And again where a file of the folder has changed, from the same inputs otherwise."""
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "input"))
+    folder = tmp_path / "input" / "toys" / "mushrooms"
+    folder.mkdir(parents=True)
+    drawn, _ = mushrooms(host.pack)
+    Image.fromarray((drawn[0] * 255).byte().numpy()).save(folder / "one.png")
+    Listed.made = {"images": [drawn[1:2], drawn[2:3, :80]], "masks": [], "texts": []}
+    graph = {"1": toybox(), "2": node("Listed"), "3": promptnets("toys", images=["2", 0])}
+    assert "3 pictures of 96x96 pixels" in host.run(graph)["3"]["text"][0]
+    graph = {"1": toybox(), "3": promptnets("toys")}
+    made = lambda: len(list((tmp_path / "profusion_promptnets").glob("made_*")))  # noqa: E731
+    host.run(graph)
+    assert made() == 2
+    host.run(graph)
+    assert made() == 2
+    Image.fromarray((drawn[1] * 255).byte().numpy()).save(folder / "two.png")
+    assert "2 pictures of 96x96 pixels" in host.run(graph)["3"]["text"][0] and made() == 3
+
+
+@pytest.mark.parametrize("folder", ["gone", "../..", "/etc"])
+def test_a_folder_that_is_not_there_is_refused_before_anything_runs(host, tmp_path, monkeypatch, folder):
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path))
+    graph = {"1": toybox(), "3": promptnets(folder)}
+    valid, _, _, errors = asyncio.run(execution.validate_prompt("test", graph, None))
+    assert not valid and "no folder" in errors["3"]["errors"][0]["details"]

@@ -72,6 +72,18 @@ def finetune_graph(steps):
     }
 
 
+def pretrain_graph(steps):
+    slots = ((0, "model"), (1, "clip"), (2, "vae"), (3, "clip_vision"), (4, "images"))
+    values = {"folder": "none", "learning_rate": 1e-3, "batch_size": 2, "seed": 5, "filename_prefix": "survival"}
+    return {
+        "1": TOYBOX,
+        "2": {
+            "class_type": "ProFusion_PromptNetTrainer",
+            "inputs": {**{name: ["1", slot] for slot, name in slots}, **values, "steps": steps, "sample_every": 0},
+        },
+    }
+
+
 class Lives:
     """One folder of models, and the servers that work on it one after the other."""
 
@@ -179,11 +191,18 @@ def test_a_residual_outlives_its_servers_bit_for_bit(lives, capsys):
     assert all(torch.equal(value, whole.training_state[name]) for name, value in one.training_state.items())
 
 
-def test_a_finetuning_outlives_its_servers_bit_for_bit(lives, capsys):
+@pytest.mark.parametrize(
+    ("kind", "make", "saved_in"),
+    [
+        ("finetune", finetune_graph, ("profusion_promptnets", "loras")),
+        ("pretrain", pretrain_graph, ("profusion_promptnets",)),
+    ],
+)
+def test_a_promptnets_training_outlives_its_servers_bit_for_bit(lives, capsys, kind, make, saved_in):
     kills = KILLS - (KILLS + 1) // 2
 
     def newest():
-        found = lives.partials("profusion_promptnets", "finetune_*")
+        found = lives.partials("profusion_promptnets", f"{kind}_*")
         assert len(found) <= 1, "one training has one file"
         return found[-1] if found else None
 
@@ -191,12 +210,12 @@ def test_a_finetuning_outlives_its_servers_bit_for_bit(lives, capsys):
         return int(load_training(path)[1]["step"])
 
     with capsys.disabled():
-        entry, steps = run_through_kills(lives, kills, lambda _, steps: finetune_graph(steps), newest, steps_in, print)
+        entry, steps = run_through_kills(lives, kills, lambda _, steps: make(steps), newest, steps_in, print)
     assert "Gone on from step" in entry["outputs"]["2"]["text"][0] and newest() is None and whole_files(lives.models)
-    graph = finetune_graph(steps)
+    graph = make(steps)
     graph["2"]["inputs"]["filename_prefix"] = "whole"
     lives.server.run(graph)
-    for folder in ("profusion_promptnets", "loras"):
+    for folder in saved_in:
         one, whole = (next((lives.models / folder).glob(f"{name}_*")).read_bytes() for name in ("survival", "whole"))
         assert one == whole
 

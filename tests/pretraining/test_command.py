@@ -11,13 +11,15 @@ import torch
 from PIL import Image
 
 from profusion import __main__ as program
+from profusion import files
 from profusion.loop import TrainingError
 from profusion.pretraining import command as commands
 from profusion.pretraining import saving
 from profusion.pretraining.arguments import command_of, data_of
 from profusion.pretraining.engine import Engine
-from profusion.pretraining.ranks import Ranks
+from profusion.pretraining.ranks import LostProcess, Ranks
 from profusion.pretraining.saving import checkpoints, step_of
+from profusion.pretraining.stream import StreamError
 from profusion.promptnet import PromptNetError, load_promptnet
 from profusion.promptnet.file import load_training
 from profusion.toybox.pipeline import Toybox
@@ -119,7 +121,9 @@ def test_the_last_checkpoints_and_the_best_are_kept_and_a_damaged_one_is_passed_
     run(toybox, out, "--steps", "4", *more, "--constant")
     folder = out.with_suffix(".training")
     assert [step_of(path) for path in checkpoints(folder)] == [3, 4]
-    assert load_training(folder / saving.BEST)[1]["step"].item() == 2, "which had the least loss"
+    best = folder / saving.BEST
+    assert files.read_tensors(best)[1]["notes.step"] == "2", "which had the least loss"
+    assert load_promptnet(best, dtype=None).output.weight.dtype == torch.float16
     newest = checkpoints(folder)[-1]
     newest.write_bytes(newest.read_bytes()[:-9])
     lines = []
@@ -149,6 +153,120 @@ def test_a_full_disk_ends_it_and_nothing_is_lost(toybox, tmp_path, monkeypatch):
         run(toybox, out, "--steps", "3", "--constant", "--save-every", "1")
     assert saving.save_weights is save
     assert run(toybox, out, "--steps", "3", "--constant")["steps"] == 3
+
+
+def test_a_process_that_gives_up_is_heard_of_in_the_same_step_and_nothing_is_lost(toybox, tmp_path):
+    """Between two reports too: who waits for it in a step waits for ten minutes."""
+    flags, said = iter([False, False, True]), []
+
+    class Together(Ranks):
+        def sums(self, values):
+            if values != [False]:
+                return super().sums(values)
+            if failed := next(flags):
+                said[:] = ["the disk is gone", None, None]  # after it has agreed to have saved
+            return [float(failed)]
+
+        def gathered(self, thing):
+            return [thing, said.pop()] if said else [thing]
+
+    out = tmp_path / "two.safetensors"
+    given = program.parser().parse_args(arguments(out, "--steps", "9", "--report-every", "9"))
+    command, ranks = command_of(given), Together()
+    material = on_toybox(command, data_of(given), ranks, str, toybox)
+    with pytest.raises(TrainingError, match="process 1 of 1 says: the disk is gone"):
+        commands.run(command, material, ranks, str)
+    assert [step_of(path) for path in checkpoints(out.with_suffix(".training"))] == [2]
+
+
+def test_a_loss_that_stays_not_finite_ends_it_and_nothing_is_lost(toybox, tmp_path, monkeypatch):
+    out, gradient = tmp_path / "nan.safetensors", Engine._gradient
+
+    def broken(engine, *features):
+        return gradient(engine, *features) if engine.step < 1 else torch.nan
+
+    monkeypatch.setattr(Engine, "_gradient", broken)
+    monkeypatch.setattr(Engine, "_norm", lambda engine: 1.0)
+    with pytest.raises(TrainingError, match="10 steps in a row"):
+        run(toybox, out, "--steps", "20")
+    (path,) = checkpoints(out.with_suffix(".training"))
+    assert load_training(path)[1]["updates"].item() == 1
+
+
+def test_two_trainings_never_write_in_one_folder(toybox, tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "WAIT", 0.0, raising=False)
+    out = tmp_path / "one.safetensors"
+
+    def meanwhile(text):
+        if text.startswith("step 1/"):
+            with pytest.raises(TrainingError, match="another training is at work"):
+                run(toybox, out, "--steps", "1")
+
+    run(toybox, out, "--steps", "1", say=meanwhile)
+    assert run(toybox, out, "--steps", "1")["steps"] == 1
+
+
+def test_processes_that_see_different_checkpoints_are_told(toybox, tmp_path):
+    """As those of two machines do that share no folder."""
+
+    class Apart(Ranks):
+        def gathered(self, thing):
+            return [thing, thing + 100] if type(thing) is int else [thing]
+
+    given = program.parser().parse_args(arguments(tmp_path / "one.safetensors", "--steps", "1"))
+    command, ranks = command_of(given), Apart()
+    with pytest.raises(TrainingError, match="different checkpoints .*that all machines share"):
+        commands.run(command, on_toybox(command, data_of(given), ranks, str, toybox), ranks, str)
+
+
+def test_a_damaged_checkpoint_pushes_out_no_later_one(toybox, tmp_path):
+    out = tmp_path / "one.safetensors"
+    run(toybox, out, "--steps", "1", "--constant", "--keep", "1")
+    folder = out.with_suffix(".training")
+    (folder / "step-00000009.safetensors").write_bytes(b"cut")
+    run(toybox, out, "--steps", "2", "--constant", "--keep", "1")
+    assert [step_of(path) for path in checkpoints(folder)] == [2, 9]
+
+
+def test_a_step_that_is_left_out_is_in_no_mean_and_the_log_stays_json(toybox, tmp_path, monkeypatch):
+    out, gradient = tmp_path / "one.safetensors", Engine._gradient
+
+    def broken(engine, *features):
+        return gradient(engine, *features) if engine.step in (1, 3) else torch.nan
+
+    monkeypatch.setattr(Engine, "_gradient", broken)
+    monkeypatch.setattr(Engine, "_norm", lambda engine: 1.0)
+    run(toybox, out, "--steps", "3", "--report-every", "1")
+
+    def refused(name):
+        raise ValueError(name)
+
+    text = (out.with_suffix(".training") / "log.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=refused) for line in text.splitlines()]
+    assert [line["loss"] is None for line in lines[:3]] == [True, False, True]
+
+
+def test_what_makes_no_sense_is_refused_before_a_checkpoint_is_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(program, "on_checkpoint", lambda *_: pytest.fail("read"))
+    model = ("--checkpoint", "a.safetensors", "--clip-vision", "b.safetensors", "--data", str(tmp_path))
+    for more, message in (
+        (("--batch", "3", "--micro", "2"), "cannot be taken 2"),
+        (("--layout", "authors", "--tokens", "2"), "--tokens at 1"),
+        (("--cache", str(tmp_path), "--crop", "random"), "--crop random draws another"),
+    ):
+        assert program.main(arguments(tmp_path / "one.safetensors", *model, *more)) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_process_lost_while_a_checkpoint_is_put_together_is_told(toybox, tmp_path, monkeypatch):
+    """FSDP's processes put it together, and what torch raises there is no error of ours."""
+
+    def gone(engine):
+        raise RuntimeError("gloo/transport/tcp/pair.cc:545 Read error [127.0.0.1]:12702: Connection reset by peer")
+
+    monkeypatch.setattr(Engine, "state", gone)
+    with pytest.raises(LostProcess, match="another process of this training ended .*start the same command again"):
+        run(toybox, tmp_path / "one.safetensors", "--steps", "1")
 
 
 def test_it_begins_from_another_of_the_same_sizes(toybox, tmp_path):
@@ -190,6 +308,8 @@ def test_the_command_line_reports_and_says_what_is_wrong(toybox, tmp_path, capsy
         (("--checkpoint", "a.safetensors"), "go together"),
         (("--checkpoint", "a.safetensors", "--clip-vision", "b.safetensors"), "--data"),
         (("--layout", "authors", "--tokens", "2"), "--tokens at 1"),
+        (("--start", "a.safetensors", "--noun", "ball"), "give one of them"),
+        (("--cache", str(tmp_path), "--crop", "random"), "--crop random draws another"),
     ):
         assert program.main(arguments(tmp_path / "two.safetensors", *more)) == 1, more
         assert message in capsys.readouterr().err, more
@@ -212,6 +332,7 @@ def test_a_plan_says_what_it_takes_and_runs_nothing(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("processes")
 def test_two_processes_end_as_one_and_when_one_is_killed_so_does_the_other(whole, toybox, tmp_path):
     more = ("--steps", "4", "--ema", "0.5")
     out, log = tmp_path / "two.safetensors", tmp_path / "log"
@@ -261,3 +382,12 @@ def test_pictures_are_read_as_they_are(tmp_path):
     (tmp_path / "b.png").write_bytes(b"no picture")
     found = read_squares(Folder(tmp_path), np.arange(2), 16)
     assert found.shape == (1, 16, 16, 3) and np.array_equal(found[0].numpy(), picture)
+
+
+def test_a_worker_that_ended_by_itself_is_named_wherever_torch_says_it(toybox, tmp_path, monkeypatch):
+    def ended(engine, *features):
+        raise RuntimeError("DataLoader worker (pid 1234) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(Engine, "take", ended)
+    with pytest.raises(StreamError, match="ended by itself.*Use fewer workers"):
+        run(toybox, tmp_path / "one.safetensors", "--steps", "2")

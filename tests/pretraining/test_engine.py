@@ -15,7 +15,7 @@ from tests.shrunken import FAMILIES
 WAYS = [
     (2, {"micro": 2}),
     (4, {"checkpointing": True}),
-    (2, {"shard": True}),
+    (2, {"shard": True, "ema": 0.9, "checkpointing": True}),
 ]
 
 
@@ -34,6 +34,8 @@ def assert_same(found, expected):
         assert (found[name] - value).norm() <= max(1e-6 * value.norm(), 1e-12 * whole), name
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize(("world", "way"), WAYS)
 def test_the_gradient_of_several_processes_is_that_of_one(tmp_path, world, way):
     together(
@@ -42,7 +44,7 @@ def test_the_gradient_of_several_processes_is_that_of_one(tmp_path, world, way):
         tmp_path / "log",
     )
     found, losses, step, names = torch.load(tmp_path / "found.pt")
-    engine = engine_for(Ranks(), exact=True)
+    engine = engine_for(Ranks(), exact=True, ema=way.get("ema", 0.0))
     assert_same(found, gradients(engine, *pictures()))
     engine._optimizer.zero_grad()
     alone = [engine.take(*pictures()).loss for _ in range(3)]
