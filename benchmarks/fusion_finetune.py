@@ -87,8 +87,8 @@ class Recipe:
 
 @torch.no_grad()
 def augmented(toybox: Toybox, picture: Tensor, mask: Tensor, noun: str, seed: int, steps: int, cfg: float) -> Tensor:
-    """The picture (96, 96, 3) and, for each of PLACES, one in which what is around its object is
-    drawn anew: (4, 96, 96, 3)."""
+    """The picture (SIZE, SIZE, 3) and, for each of PLACES, one in which what is around its object is
+    drawn anew: (4, SIZE, SIZE, 3)."""
     texts = variant_prompts("\n".join(f"a photo of a %noun% {BACKGROUND_PHRASES[place]}" for place in PLACES), noun)
     latent = toybox.vae.latents(picture[None])
     redrawn = redrawn_cells(mask, tuple(latent.shape[-2:]))

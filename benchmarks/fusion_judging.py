@@ -32,12 +32,12 @@ FUSION_PROMPTS = (*BACKGROUNDS, BESIDE_A_STAR)
 _BLUE = world.Appearance("plain", world.PALETTE["blue"], None, "blue")
 
 Draw = Callable[[str, Sequence[str], Sequence[Tensor], Sequence[torch.Generator], torch.Generator], Tensor]
-"""(prompt with S*, nouns, references (1, 96, 96, 3), generators of the start, generator of fresh noise) -> pictures."""
+"""(prompt with S*, nouns, references (1, SIZE, SIZE, 3), generators of the start, one of fresh noise) -> pictures."""
 
 
 @dataclass(frozen=True)
 class References:
-    """Pictures (N, 96, 96, 3), object masks (N, 96, 96) and the scenes they are of."""
+    """Pictures (N, SIZE, SIZE, 3), object masks (N, SIZE, SIZE) and the scenes they are of."""
 
     pictures: Tensor
     masks: Tensor
@@ -123,7 +123,7 @@ def _text(judge: Judge, pictures: Tensor, prompt: str) -> tuple[list[bool], Tens
 
 
 def likeness(pictures: Tensor, masks: Tensor, known: References, indices: Sequence[int]) -> list[float]:
-    """Of the objects in pictures (B, 96, 96, 3), where masks (B, 96, 96) say, to those of these references."""
+    """Of the objects in pictures (B, SIZE, SIZE, 3), where masks (B, SIZE, SIZE) say, to those of these references."""
     return [
         concept_similarity(picture[None], mask[None], known.pictures[index, None], known.masks[index, None]).item()
         for picture, mask, index in zip(pictures, masks, indices, strict=True)

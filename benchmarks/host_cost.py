@@ -19,13 +19,14 @@ import torch
 from benchmarks.results import table, write
 from benchmarks.timing import against, interleaved
 from profusion.references import gather
-from profusion.toybox.pipeline import Toybox
+from profusion.toybox.drawing import SIZE
+from profusion.toybox.pipeline import CELLS, Toybox
 from profusion.toybox.promptnet import new_promptnet
 from tools.hosts import needed_host
 
 ROOT = Path(__file__).resolve().parents[1]
 FINETUNE, FINETUNES = "PromptNet Finetune, 50 steps of batch 4, once for a picture", 3
-PICTURE = torch.rand(1, 96, 96, 3, generator=torch.Generator().manual_seed(0))
+PICTURE = torch.rand(1, SIZE, SIZE, 3, generator=torch.Generator().manual_seed(0))
 PROMPT, NOUNS = "a photo of a ball and a star and a cup and a cat on grass", ("ball", "star", "cup", "cat")
 
 
@@ -58,7 +59,7 @@ class Studio:
         self.nodes = pack.nodes
         self.model, self.clip = pack.nodes.host.toybox.load_model(), pack.nodes.host.toybox.load_clip()
         self.positive, self.negative = self.encode(PROMPT), self.encode("")
-        self.latent = torch.zeros(batch, 4, 12, 12)
+        self.latent = torch.zeros(batch, 4, CELLS, CELLS)
         layers = pack.nodes.host.encoding.model_layers(self.model)
         names = tuple(layer.name for layer in layers)
         generator = torch.Generator().manual_seed(0)

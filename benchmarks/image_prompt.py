@@ -103,7 +103,7 @@ def _copied(linear: nn.Linear) -> nn.Linear:
 
 @dataclass(frozen=True)
 class Examples:
-    """Pictures of single objects: latents (N, 4, 12, 12), CLIP embeddings (N, 128), captions without attributes."""
+    """Of single objects: latents (N, 4, CELLS, CELLS), CLIP embeddings (N, 128), captions without attributes."""
 
     latents: Tensor
     embeddings: Tensor
@@ -173,7 +173,7 @@ def draw(
     cfg: float,
     scale: float,
 ) -> Tensor:
-    """A picture for each prompt in plain words and its reference (B, 96, 96, 3) -> (B, 96, 96, 3)."""
+    """A picture for each prompt in plain words and its reference (B, SIZE, SIZE, 3) -> (B, SIZE, SIZE, 3)."""
     evaluate = toybox.evaluator(toybox.context(prompts), cfg)
     patches = adapter.patches(embedded(toybox, pictures), scale)
     noise = initial_noise(generators)

@@ -59,12 +59,12 @@ class JudgeTrunk:
 
     @torch.no_grad()
     def images(self, pictures: Tensor) -> Tensor:
-        """(B, 96, 96, 3) in [0, 1] -> (B, 384): means and maxima of the two deepest levels, each
+        """(B, SIZE, SIZE, 3) in [0, 1] -> (B, 320): means and maxima of the two deepest levels, each
         level centred and scaled."""
         kept = []
         hooks = [
             level.register_forward_hook(lambda _, __, out: kept.append(out))
-            for level in (self._network.down12, self._network.down6)
+            for level in (self._network.down8, self._network.down16)
         ]
         try:
             self._network(pictures.float().movedim(-1, 1) * 2 - 1)
@@ -85,7 +85,7 @@ class Yardstick:
         self.judge, self.pair, self.trunk = judge, ToyboxEncoder(toybox), JudgeTrunk(judge)
 
     def figures(self, concept: Concept, prompt: Prompt, pictures: Tensor, plain: Tensor) -> list[dict[str, float]]:
-        """Pictures (B, 96, 96, 3) of one prompt, and what the plain model draws from the same seeds.
+        """Pictures (B, SIZE, SIZE, 3) of one prompt, and what the plain model draws from the same seeds.
 
         likeness: of the appearance inside the object to the references, 0..1. place: whether the background is that of
         the prompt, and the second object, if it has one, too. score: the likeness of a picture whose noun and place are

@@ -29,12 +29,15 @@ from torch.nn import functional as F
 
 from benchmarks.rates import Rate
 from profusion.diffusion import noised, sample_euler, sampling_sigmas
+from profusion.flow import TIMESTEPS as TIMESTEPS_IN_ALL
+from profusion.flow import interpolated
 from profusion.infusion import Placement, cross_attention_layers, on_conditional
 from profusion.models.tokenizer import words_to_ids
 from profusion.pictures import grid
 from profusion.streams import two_stream_denoiser
 from profusion.toybox import world
 from profusion.toybox.colors import palette_shares, wears
+from profusion.toybox.joint import JointToybox
 from profusion.toybox.judge import Judge
 from profusion.toybox.pipeline import GUIDANCE, STEPS, Toybox, initial_noise, noun_rows, seeded
 from profusion.toybox.similarity import background_change
@@ -57,8 +60,13 @@ class Shares:
     padding_outside: float
 
 
-def attention_shares(toybox: Toybox, pictures: Sequence[world.Picture], bare: bool, seed: int) -> dict[str, Shares]:
-    """Shares by layer, over TIMESTEPS, of pictures that are noised and captioned in full or with the bare noun."""
+def attention_shares(
+    toybox: Toybox | JointToybox, pictures: Sequence[world.Picture], bare: bool, seed: int
+) -> dict[str, Shares]:
+    """Shares by layer, over TIMESTEPS, of pictures that are noised and captioned in full or with the bare noun.
+
+    In a joint attention they are shares of all that a cell looks at, other cells included.
+    """
     describe = world.bare_caption if bare else world.full_caption
     texts = [describe(picture.scene).text for picture in pictures]
     nouns = torch.tensor([noun_rows(text, p.scene.objects[0].noun)[0] for text, p in zip(texts, pictures, strict=True)])
@@ -68,19 +76,25 @@ def attention_shares(toybox: Toybox, pictures: Sequence[world.Picture], bare: bo
     clean, context = toybox.vae.latents(images), toybox.context(texts)
     generator, found = torch.Generator().manual_seed(seed), defaultdict(list)
 
-    def probe(layer: tuple[str, int, int], attention: Tensor) -> None:
-        found[".".join(map(str, layer))].append(_shares(attention.mean(dim=1), masks, nouns, ends))
+    def probe(layer: tuple[str, int, int] | int, attention: Tensor) -> None:
+        name = f"block.{layer}" if isinstance(layer, int) else ".".join(map(str, layer))
+        seen = attention.mean(dim=1)[..., : context.shape[1]]
+        found[name].append(_shares(seen, masks, nouns, ends))
 
     for t in TIMESTEPS:
         timesteps = torch.full((len(clean),), t)
-        noisy = noised(clean, torch.randn(clean.shape, generator=generator), timesteps)
+        noise = torch.randn(clean.shape, generator=generator)
         with torch.no_grad():
-            toybox.unet(noisy, timesteps, context, transformer_options={"attention_probe": probe})
+            if isinstance(toybox, JointToybox):
+                toybox.mmdit(interpolated(clean, noise, timesteps / TIMESTEPS_IN_ALL), timesteps, context, probe)
+            else:
+                options = {"attention_probe": probe}
+                toybox.unet(noised(clean, noise, timesteps), timesteps, context, transformer_options=options)
     return {layer: Shares(*np.mean(values, axis=0).tolist()) for layer, values in found.items()}
 
 
 def _shares(attention: Tensor, masks: Tensor, nouns: Tensor, ends: Tensor) -> list[float]:
-    """One map (B, T, 77) -> the four numbers of `Shares`."""
+    """One map (B, T, 77), of a cell's attention to the text -> the four numbers of `Shares`."""
     inside = F.adaptive_avg_pool2d(masks[:, None], math.isqrt(attention.shape[1])).flatten(1)  # (B, T)
     noun = attention[torch.arange(len(nouns)), :, nouns]  # (B, T)
     padding = (attention * (torch.arange(attention.shape[2]) >= ends[:, None])[:, None]).sum(dim=2)
@@ -117,7 +131,7 @@ def sample_pairs(count: int, seed: int) -> list[Pair]:
 
 @dataclass(frozen=True)
 class Swap:
-    """Pictures (B, 96, 96, 3) of one prompt and the same seeds: as it is, with the donor's
+    """Pictures (B, SIZE, SIZE, 3) of one prompt and the same seeds: as it is, with the donor's
     noun value, and from others."""
 
     plain: Tensor
@@ -276,7 +290,7 @@ def noun_share(shares: dict[str, Shares]) -> float:
     return float(np.mean([share.noun_inside for share in shares.values()]))
 
 
-def look_at_attention(toybox: Toybox, count: int, seed: int) -> dict[str, dict[str, Shares]]:
+def look_at_attention(toybox: Toybox | JointToybox, count: int, seed: int) -> dict[str, dict[str, Shares]]:
     """Shares by layer, of "full" and of "bare" captions."""
     objects, shares = drawn_objects(count, seed), {}
     for name in ("full", "bare"):

@@ -75,7 +75,7 @@ def pairs(count: int, seed: int) -> Prompts:
 
 
 def outcomes(judge: Judge, pictures: Tensor, scenes: Sequence[world.Scene]) -> list[Outcome]:
-    """Judge a picture (B, 96, 96, 3) against the scene it was asked for. All scenes have the same number of objects."""
+    """Judge pictures (B, SIZE, SIZE, 3) against the scenes asked for, all of the same number of objects."""
     backgrounds = judge.backgrounds(pictures)
     found: list[Outcome] = [
         {"noun": [], "background": [said == scene.background], "color": [], "pattern": []}
@@ -96,7 +96,7 @@ def outcomes(judge: Judge, pictures: Tensor, scenes: Sequence[world.Scene]) -> l
 
 
 def generate(toybox: Toybox, prompts: Prompts, steps: int, guidance: float, batch: int, seed: int) -> Tensor:
-    """A picture a caption, (n, 96, 96, 3), each from its own seed."""
+    """A picture a caption, (n, SIZE, SIZE, 3), each from its own seed."""
     pictures, started = [], time.monotonic()
     for first in range(0, len(prompts.captions), batch):
         captions = prompts.captions[first : first + batch]

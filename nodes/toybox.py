@@ -8,6 +8,9 @@ from ..profusion.toybox.concepts import CONCEPT, PICTURES, drawn_concept
 from ..profusion.toybox.world import BACKGROUNDS, CONCEPTS
 from .host import toybox
 
+UNET = "UNet"
+BASES = {UNET: toybox.load_model, "MMDiT": toybox.load_mmdit}
+
 
 class ToyboxLoader(io.ComfyNode):
     @classmethod
@@ -17,7 +20,7 @@ class ToyboxLoader(io.ComfyNode):
             display_name="Toybox Loader",
             category="ProFusion",
             description=(
-                "A tiny text-to-image model that ships with this pack: 96x96 pictures of toys, in seconds and on a "
+                "A tiny text-to-image model that ships with this pack: 128x128 pictures of toys, in seconds and on a "
                 "CPU. It has the shape of Stable Diffusion 1.5, and every node that works with that works with it. It "
                 "brings pictures of a toy that it has never seen, to learn from."
             ),
@@ -43,9 +46,19 @@ class ToyboxLoader(io.ComfyNode):
                     control_after_generate=False,
                     tooltip="Decides places and poses in the toy's pictures.",
                 ),
+                io.Combo.Input(
+                    "base",
+                    options=list(BASES),
+                    default=UNET,
+                    tooltip=(
+                        "The network that draws: a UNet as Stable Diffusion 1.5 has, or joint attention over text and "
+                        "picture as Stable Diffusion 3 has. The rest is the same for both."
+                    ),
+                    optional=True,
+                ),
             ],
             outputs=[
-                io.Model.Output(tooltip="The UNet, for any sampler. Use latents of 96x96 pixels."),
+                io.Model.Output(tooltip="The network that draws, for any sampler. Use latents of 128x128 pixels."),
                 io.Clip.Output(tooltip="The text encoder. It knows thirteen nouns, eight colours and six places."),
                 io.Vae.Output(tooltip="The autoencoder, 8 pixels a latent cell as in Stable Diffusion."),
                 io.ClipVision.Output(tooltip="The image encoder that was trained against the text encoder."),
@@ -56,10 +69,10 @@ class ToyboxLoader(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, toy, count, seed) -> io.NodeOutput:
+    def execute(cls, toy, count, seed, base=UNET) -> io.NodeOutput:
         drawn = drawn_concept(toy, count, seed)
         return io.NodeOutput(
-            toybox.load_model(),
+            BASES[base](),
             toybox.load_clip(toybox.embedding_folders()),
             toybox.load_vae(),
             toybox.load_clip_vision(),

@@ -53,8 +53,10 @@ def parser() -> argparse.ArgumentParser:
         help=f"what the pictures in --images show: any word with --checkpoint, else of {', '.join(world.NOUNS)}",
     )
     _add_model(one)
-    one.add_argument("--steps", type=int, default=400, help="training steps (default: %(default)s)")
-    one.add_argument("--learning-rate", type=float, default=0.01, help="AdamW's (default: %(default)s)")
+    one.add_argument("--steps", type=int, default=demo.OPTIONS.steps, help="training steps (default: %(default)s)")
+    one.add_argument(
+        "--learning-rate", type=float, default=demo.OPTIONS.learning_rate, help="AdamW's (default: %(default)s)"
+    )
     one.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
     one.set_defaults(prepare=_demo)
     arguments.add_to(commands).set_defaults(prepare=_promptnet)

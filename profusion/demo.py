@@ -24,10 +24,13 @@ from .toybox.pipeline import CUSTOMISED_GUIDANCE, Toybox, seeded
 from .toybox.scores import likeness_among, picture_scores
 from .toybox.similarity import concept_similarity
 
+OPTIONS = TrainingOptions(steps=400, learning_rate=0.01)
+SEEDS, SAMPLING_STEPS = (2, 1, 3, 4), 25
+
 
 @dataclass(frozen=True)
 class Drawing:
-    """One prompt's pictures, (B, 96, 96, 3) each: plain, Infusion's and ProFusion's from the same seeds, plain from
+    """One prompt's pictures, (B, SIZE, SIZE, 3) each: plain, Infusion's and ProFusion's from the same seeds, plain from
     others."""
 
     prompt: str
@@ -40,7 +43,8 @@ class Drawing:
 def draw(
     fused: FusedToybox, residual: Residual, picture: Tensor, prompt: str, seeds: Sequence[int], steps: int
 ) -> Drawing:
-    """prompt: with {} for the noun. ProFusion has not been trained on anything: it sees one picture (1, 96, 96, 3)."""
+    """prompt: with {} for the noun. ProFusion has not been trained on anything: it sees one picture (1, SIZE, SIZE,
+    3)."""
     toybox, text = fused.toybox, prompt.format(residual.noun)
     plain, customised = toybox.generate_customised(text, [residual], seeded(*seeds), steps, CUSTOMISED_GUIDANCE)
     others = seeded(*(seed + 1000 for seed in seeds))
@@ -96,8 +100,8 @@ def run(
     concept: Concept,
     options: TrainingOptions,
     prompts: Sequence[str] = DEMO_PROMPTS,
-    seeds: Sequence[int] = (2, 1, 3, 4),
-    sampling_steps: int = 25,
+    seeds: Sequence[int] = SEEDS,
+    sampling_steps: int = SAMPLING_STEPS,
     say: Say = print,
 ) -> Report:
     """Train, draw, measure; write grid.png, residual.safetensors, loss.png and report.json into `out`.

@@ -46,9 +46,13 @@ def timestep_of(sigma: Tensor) -> Tensor:
 
 def sampling_sigmas(steps: int) -> Tensor:
     """`steps` noise levels evenly spaced in timestep, from the highest, and a final zero (the host's "simple")."""
+    return evenly_spaced(training_sigmas(), steps)
+
+
+def evenly_spaced(sigmas: Tensor, steps: int) -> Tensor:
+    """`steps` of a schedule's rising levels at even distances, falling from the highest, and a final zero."""
     if steps < 1:
         raise ValueError(f"steps={steps}: at least one is needed")
-    sigmas = training_sigmas()
     chosen = [sigmas[-(1 + int(index * len(sigmas) / steps))] for index in range(steps)]
     return torch.stack([*chosen, torch.tensor(0.0)])
 
@@ -119,7 +123,11 @@ def sample_euler(
 
     noise (B, C, H, W), unit variance; sigmas falling to 0; `callback(step, denoised)` after every step.
     """
-    x = variance_exploding(noise, sigmas[0])
+    return euler(model, variance_exploding(noise, sigmas[0]), sigmas, callback)
+
+
+def euler(model: Denoiser, x: Tensor, sigmas: Tensor, callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    """Euler in sigma from x (B, C, H, W), which is at sigmas[0]: dx / dsigma = (x - denoised) / sigma."""
     for step in range(len(sigmas) - 1):
         sigma, sigma_next = sigmas[step], sigmas[step + 1]
         denoised = model(x, sigma.expand(len(x)))

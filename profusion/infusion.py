@@ -77,8 +77,8 @@ def cross_attention_layers(parameters: Mapping[str, Tensor]) -> list[Layer]:
             found.append((_KINDS.index(kind), block, index, weight.shape[1]))
     if not found:
         raise UnsupportedModelError(
-            "the model has no cross-attention from picture to text, as SD 1.x, SD 2.x and SDXL have, so there is no "
-            "value of a noun that Infusion could move"
+            "the model has no cross-attention from picture to text, as SD 1.x, SD 2.x and SDXL have, so there is "
+            "nothing in it that a residual could move or that a PromptNet was trained with"
         )
     return [Layer(f"{_KINDS[kind]}.{block}.{index}", width) for kind, block, index, width in sorted(found)]
 

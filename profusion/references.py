@@ -18,7 +18,7 @@ from torch import Tensor
 from .decoding import PictureError
 from .devices import smoothly_resized
 
-NATIVE = {"SD 1.x": 512, "SD 2.x": 512, "SDXL": 1024, "Toybox": 96}
+NATIVE = {"SD 1.x": 512, "SD 2.x": 512, "SDXL": 1024, "Toybox": 128}
 """Pixels a side of the pictures that a model was trained on, by its name; SD 2.x has some of 768."""
 
 INVERT_MASK = (

@@ -12,6 +12,7 @@ from profusion.learning import own_concept, train
 from profusion.residual import load_residual
 from profusion.residual.training import ResidualTraining, TrainingOptions
 from profusion.toybox.concepts import drawn_concept
+from profusion.toybox.drawing import SIZE
 from profusion.toybox.fused import FusedToybox
 from profusion.toybox.judge import Judge
 from profusion.toybox.pipeline import CUSTOMISED_GUIDANCE, NETWORKS, WEIGHTS, seeded
@@ -58,7 +59,7 @@ def test_it_writes_its_report_and_a_grid_of_both_methods(tmp_path, concept):
     assert report["prompts"] == ["a photo of a mushroom on grass", "a photo of a mushroom at night"]
     assert {"plain", "customised", "other_seeds", "profusion", "references", "autoencoder"} <= report.keys()
     rows = 1 + 3 * len(SEEDS)  # the references, then plain, Infusion and ProFusion from each seed
-    assert Image.open(tmp_path / "grid.png").height >= rows * 2 * 96
+    assert Image.open(tmp_path / "grid.png").height >= rows * 2 * SIZE
     assert {path.name for path in tmp_path.iterdir()} >= {"residual.safetensors", "loss.png"}
     assert not list(tmp_path.glob("training_*")), "what it could go on from is removed once it is finished"
 

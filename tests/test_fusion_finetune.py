@@ -10,7 +10,7 @@ from profusion.models.tokenizer import words_to_ids
 from profusion.promptnet.file import load_promptnet
 from profusion.promptnet.pseudo_word import prompt_tokens
 from profusion.toybox.fused import FusedToybox
-from profusion.toybox.pipeline import Toybox
+from profusion.toybox.pipeline import CELLS, Toybox
 
 pytestmark = pytest.mark.skipif(not SHIPPED.is_file(), reason="Toybox's PromptNet is not there")
 
@@ -48,7 +48,7 @@ def test_each_picture_has_a_promptnet_of_its_own_and_the_shipped_one_stays(fused
     before = words(fused, known)
     own, within, cost = trained(fused, known, bench.SETTINGS[1])
     assert torch.equal(words(fused, known), before) and not torch.equal(words(own, known), before)
-    x, context = torch.ones(1, 4, 12, 12), fused.toybox.context("a cat")
+    x, context = torch.ones(1, 4, CELLS, CELLS), fused.toybox.context("a cat")
     with torch.no_grad():
         plain = fused.toybox.unet(x, torch.tensor([500]), context)
         with within:

@@ -192,6 +192,7 @@ def test_the_cross_attention_is_the_papers(device, randn):
     torch.testing.assert_close(attention(*patched), attention.to_out(out.transpose(1, 2).flatten(2)))
 
 
+@torch.no_grad()
 def test_with_nothing_to_add_both_streams_are_the_plain_run(unet, randn):
     batch = inputs(randn)
     plain = unet(*batch)
@@ -201,6 +202,7 @@ def test_with_nothing_to_add_both_streams_are_the_plain_run(unet, randn):
         assert torch.equal(foundation, plain) and torch.equal(customised, plain)
 
 
+@torch.no_grad()
 def test_only_the_customised_stream_changes(unet, randn):
     batch = inputs(randn)
     foundation, customised = predict(unet, batch, [Placement(random_delta(randn), NAMES, rows=(3,))])

@@ -1,13 +1,17 @@
 """The kernel's networks: shapes, odd sizes, causality, CLIP's own vocabulary."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from profusion.models import configs
 from profusion.models.clip import TextModel, VisionModel
+from profusion.models.mmdit import MMDiT, grid_embedding
 from profusion.models.tokenizer import END, START, id_to_text, tokenize, words_to_ids
 from profusion.models.unet import UNet
 from profusion.models.vae import VAE
+from profusion.toybox.pipeline import load_network, save_network
 
 TINY = configs.UNetConfig(32, (1, 2), 1, (1, 1), 1, 16, num_heads=2)
 
@@ -50,6 +54,48 @@ def test_looking_at_the_maps_changes_nothing():
     seen = network(x, t, context, transformer_options={"attention_probe": maps.__setitem__})
     assert torch.allclose(seen, network(x, t, context), atol=1e-5)
     assert len(maps) == 7 and all(torch.allclose(p.sum(-1), torch.ones(())) for p in maps.values())
+
+
+SMALL_JOINT = configs.MMDiTConfig(heads=1, blocks=2, context_dim=16)
+
+
+def mmdit() -> MMDiT:
+    torch.manual_seed(0)
+    return MMDiT(SMALL_JOINT).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (6, 10)])
+def test_mmdit_draws_any_whole_patches_and_looking_at_its_maps_changes_nothing(size):
+    maps, network = {}, mmdit()
+    x, t, context = torch.randn(2, 4, *size), torch.tensor([5.5, 900]), torch.randn(2, 5, 16)
+    drawn = network(x, t, context)
+    assert drawn.shape == x.shape
+    assert torch.allclose(network(x, t, context, maps.__setitem__), drawn, atol=1e-5)
+    tokens = size[0] * size[1] // 4
+    assert [found.shape for found in maps.values()] == [(2, 1, tokens, 5 + tokens)] * 2
+    assert all(torch.allclose(found.sum(-1), torch.ones(())) for found in maps.values())
+
+
+def test_mmdits_places_depend_on_where_a_patch_is_and_not_on_the_pictures_size():
+    small, large = (grid_embedding(64, side, side, torch.device("cpu")).view(side, side, 64) for side in (3, 9))
+    assert torch.allclose(small[0, 0], large[0, 0]) and torch.allclose(small[1, 2], large[4, 8], atol=1e-5)
+    assert len({tuple(row.tolist()) for row in large.view(-1, 64)}) == 81
+    wide = grid_embedding(64, 2, 4, torch.device("cpu"))
+    assert not torch.allclose(wide[0, 0], wide[0, 1])
+
+
+def test_mmdits_text_and_time_reach_the_picture():
+    network, x, t, context = mmdit(), torch.randn(1, 4, 8, 8), torch.tensor([500.0]), torch.randn(1, 5, 16)
+    drawn = network(x, t, context)
+    assert not torch.allclose(drawn, network(x, t, context + 1)) and not torch.allclose(
+        drawn, network(x, t + 99, context)
+    )
+
+
+@pytest.mark.parametrize(("field", "value"), [("heads", 0), ("blocks", 1.5), ("mlp_ratio", 0), ("context_dim", -1)])
+def test_an_impossible_mmdit_is_refused_by_field(field, value):
+    with pytest.raises(ValueError, match=field):
+        replace(SMALL_JOINT, **{field: value})
 
 
 def test_vae_halves_the_sides_three_times():
@@ -149,3 +195,20 @@ def test_the_tokenizer_is_clips():
 
 def test_long_prompts_keep_their_end_token():
     assert tokenize("cat " * 100)[0, -1] == END
+
+
+def test_a_network_in_eight_bits_is_rounded_by_half_a_step_of_its_rows(tmp_path):
+    network = mmdit()
+    with torch.no_grad():
+        network.joint_blocks[0].x_block.attn.qkv.weight[0] *= 100  # one row's size is not the others'
+    written = save_network("mmdit", network, tmp_path)
+    state, loaded = network.state_dict(), load_network("mmdit", tmp_path)
+    assert written < 1.3 * sum(value.numel() for value in state.values()) and loaded.keys() == state.keys()
+    for name, value in state.items():
+        rows = value.flatten(1) if value.ndim > 1 else value[None]
+        bound = rows.abs().amax(dim=1) / 127 * 0.501 if value.ndim > 1 else rows.abs().amax(dim=1) * 2**-10
+        assert ((loaded[name].reshape(rows.shape) - rows).abs().amax(dim=1) <= bound + 1e-7).all(), name
+    again = mmdit()
+    again.load_state_dict(loaded)
+    save_network("mmdit", again, tmp_path / "again")
+    assert all(torch.equal(value, loaded[name]) for name, value in load_network("mmdit", tmp_path / "again").items())

@@ -11,7 +11,7 @@ from benchmarks.peers import PEERS, Peer
 from benchmarks.peers.lora import Lora
 from profusion.residual.training import ResidualTraining, TrainingOptions
 from profusion.toybox.concepts import drawn_concept
-from profusion.toybox.pipeline import Toybox
+from profusion.toybox.pipeline import CELLS, Toybox
 
 KERNEL = [peer for peer in PEERS if peer is not Lora]
 NOUN = "mushroom"
@@ -37,7 +37,7 @@ def batch(generator):
 @pytest.fixture(autouse=True)
 def one_class_picture(monkeypatch):
     """Class pictures take most of the time here, and any will do."""
-    picture = torch.randn(1, 4, 12, 12, generator=torch.Generator().manual_seed(1))
+    picture = torch.randn(1, 4, CELLS, CELLS, generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(Peer, "_class_pictures", lambda self, seed: picture)
 
 

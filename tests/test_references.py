@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 from profusion.pictures import from_image, to_image
-from profusion.references import PictureError, check_not_inverted, concept_pictures, framed, gather, together
+from profusion.references import NATIVE, PictureError, check_not_inverted, concept_pictures, framed, gather, together
+from profusion.toybox.drawing import SIZE
 
 
 def noise(*shape, seed=0):
@@ -17,6 +18,10 @@ def square(height, width, top, left, side):
     mask = torch.zeros(height, width)
     mask[top : top + side, left : left + side] = 1
     return mask
+
+
+def test_toyboxs_own_size_is_that_of_its_drawings():
+    assert NATIVE["Toybox"] == SIZE
 
 
 def test_a_list_of_one_size_is_the_batch():

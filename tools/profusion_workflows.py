@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from profusion.toybox.drawing import SIZE
 from tools.graph import Graph, Node
 
 TOY, OTHER_TOY = "slate and apricot mushroom", "gold and navy cup"
 TO_LEARN = "magenta and lime fish", "teal and coral ball"  # beside the first, for a PromptNet of its own
-SIDE, BATCH, SEED, CFG = 96, 4, 1, 4.0
+BATCH, SEED, CFG = 4, 1, 4.0
 SCHEDULE = {"steps": 25, "scheduler": "simple"}
 KSAMPLER = {"seed": SEED, "cfg": CFG, "sampler_name": "euler", **SCHEDULE}
 ROW = 960  # from one sampler and its pictures down to the next
@@ -88,7 +89,7 @@ def finetuner(graph: Graph, at: At, base: Node, promptnet: Output, images: Outpu
 def canvas(graph: Graph, at: At, base: Node) -> dict[str, Output]:
     """What all samplers start from."""
     negative = graph.add("CLIPTextEncode", at, "Negative prompt", wide=340, clip=base["CLIP"], text="")
-    latent = graph.add("EmptyLatentImage", negative.below, wide=340, width=SIDE, height=SIDE, batch_size=BATCH)
+    latent = graph.add("EmptyLatentImage", negative.below, wide=340, width=SIZE, height=SIZE, batch_size=BATCH)
     return {"negative": negative["CONDITIONING"], "latent_image": latent["LATENT"]}
 
 

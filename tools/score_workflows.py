@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from profusion.toybox.drawing import SIZE
 from tools.graph import Graph
 from tools.profusion_workflows import (
     KSAMPLER,
     NEXT_GROUP,
     NOTE,
-    SIDE,
     canvas,
     control,
     encode,
@@ -54,8 +54,8 @@ def overfitting(graph: Graph) -> None:
             (840, 0),
             "Pictures of the class",
             wide=340,
-            width=SIDE,
-            height=SIDE,
+            width=SIZE,
+            height=SIZE,
             batch_size=16,
         )
         report = graph.add(

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from profusion.toybox.drawing import SIZE
 from tools.hosts import find_host
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +38,7 @@ def base() -> dict:
     """Toybox, an empty latent, an empty prompt, and the picture of node 9."""
     return {
         "1": TOYBOX,
-        "2": {"class_type": "EmptyLatentImage", "inputs": {"width": 96, "height": 96, "batch_size": 1}},
+        "2": {"class_type": "EmptyLatentImage", "inputs": {"width": SIZE, "height": SIZE, "batch_size": 1}},
         "3": text(""),
         "9": {"class_type": "VAEDecode", "inputs": {"samples": ["8", 0], "vae": ["1", 2]}},
         "10": {"class_type": "SaveImage", "inputs": {"images": ["9", 0], "filename_prefix": "soak"}},

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from profusion.toybox.drawing import SIZE
 from tools import profusion_workflows as profusion
 from tools import score_workflows as scores
 from tools.graph import Graph, Node
@@ -141,7 +142,7 @@ def train_and_generate(graph: Graph) -> None:
         (380, 320),
     )
     trained = concept(graph, (420, 0), base, base["pictures"], base["masks"], base["noun"], 400, 0.01, 2.0)
-    generate(graph, 1140, 0, base, "a photo of a mushroom on snow", [trained["RESIDUAL"]], 96, 25, 2.0)
+    generate(graph, 1140, 0, base, "a photo of a mushroom on snow", [trained["RESIDUAL"]], SIZE, 25, 2.0)
 
 
 def two_concepts(graph: Graph) -> None:
@@ -165,7 +166,7 @@ def two_concepts(graph: Graph) -> None:
         base,
         "a photo of a mushroom and a cup on grass",
         [first["RESIDUAL"], second["RESIDUAL"]],
-        96,
+        SIZE,
         25,
         2.0,
     )

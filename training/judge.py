@@ -1,14 +1,12 @@
-"""Train the judge on drawn pictures: `python -m training.judge --work DIR`. A few minutes; the same seed, the same
-judge.
+"""The judge, on drawn pictures alone.
 
 Blur, noise, tints and shifts are added while it trains, so that it reads a decoded picture as it reads a drawn one.
 """
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -16,27 +14,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from profusion.toybox import world
-from profusion.toybox.judge import Judge, JudgeNetwork, halves, save_judge
+from profusion.toybox.judge import JudgeNetwork, halves
 
-from .data import work_folder
+from .norm import with_quick_norms
+from .session import Session
 from .stages import TrainingStage
 
+TURN = 50
 UNKNOWN = -1  # no label: the nouns of a picture of two objects, the pattern of a lemon
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Labelled pictures (B, 96, 96, 3) and masks of whole objects and of bodies (B, 96, 96, 2), both uint8 0..255;
-    labels (B, 3): indices into NOUNS, BACKGROUNDS and PATTERNS, or UNKNOWN."""
+    """Labelled pictures (B, SIZE, SIZE, 3) and masks of whole objects and of bodies (B, SIZE, SIZE, 2), both uint8
+    0..255; labels (B, 3): indices into NOUNS, BACKGROUNDS and PATTERNS, or UNKNOWN."""
 
     pictures: Tensor
     masks: Tensor
     labels: Tensor
 
     @classmethod
-    def draw(cls, count: int, seed: int) -> Drawn:
+    def draw(cls, count: int, seed: tuple[int, ...]) -> Drawn:
         """`count` scenes; each one of two objects also gives one of its halves as a picture of its own."""
-        rng = np.random.default_rng((4, seed))
+        rng = np.random.default_rng((4, *seed))
         parts = [part for _ in range(count) for part in _draw(rng)]
         return cls(*(torch.stack(column) for column in zip(*parts, strict=True)))
 
@@ -44,7 +44,7 @@ class Drawn:
         return len(self.labels)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures and masks as channels (B, 3 + 2, 96, 96) in [0, 1], and labels."""
+        """Pictures and masks as channels (B, 3 + 2, SIZE, SIZE) in [0, 1], and labels."""
         layers = torch.cat([self.pictures[indices], self.masks[indices]], dim=-1)
         return layers.movedim(-1, 1).float() / 255, self.labels[indices]
 
@@ -93,66 +93,27 @@ def augment(layers: Tensor, generator: torch.Generator) -> Tensor:
     return torch.cat([(pictures + noise).clamp(0, 1), masks], dim=1)
 
 
-def train(drawn: Drawn, steps: int, path: Path, seed: int = 0, batch: int = 64) -> JudgeNetwork:
-    """Cross-entropy on the three labels and on every pixel of the masks."""
-    torch.manual_seed(seed)
-    network = JudgeNetwork()
+def train_judge(session: Session, batch: int = 64) -> JudgeNetwork:
+    """Cross-entropy on the three labels and on every pixel of the masks. Every TURN steps there are new scenes."""
+    torch.manual_seed(session.recipe.seed + 4)
+    network = JudgeNetwork().to(session.device, memory_format=torch.channels_last)
+    network = with_quick_norms(network) if session.device.type == "cpu" else network
     stage = TrainingStage(
-        "judge", nn.ModuleDict({"judge": network}), steps, path, learning_rate=3e-3, ema_decay=0.99, seed=4 + seed
+        "judge", nn.ModuleDict({"judge": network}), session, learning_rate=3e-3, ema_decay=0.99, seed=5
     )
 
+    @lru_cache(maxsize=1)
+    def scenes_of(turn: int) -> Drawn:
+        return Drawn.draw(session.recipe.judge_scenes, (session.recipe.seed, turn))
+
     def loss_of(step: int, generator: torch.Generator):
+        drawn = scenes_of(step // TURN)
         layers, labels = drawn.batch(torch.randint(len(drawn), (batch,), generator=generator))
-        layers = augment(layers, generator)
-        *logits, masks = network(layers[:, :3] * 2 - 1)
+        layers, labels = session.put(augment(layers, generator)), session.put(labels)
+        *logits, masks = (part.float() for part in network(layers[:, :3] * 2 - 1))
         named = [F.cross_entropy(logits[k], labels[:, k], ignore_index=UNKNOWN) for k in range(3)]
         shaped = F.binary_cross_entropy_with_logits(masks, layers[:, 3:].clamp(0, 1))
-        return sum(named) + 3 * shaped, {"noun": named[0].item(), "pattern": named[2].item(), "mask": shaped.item()}
+        return sum(named) + 3 * shaped, {"noun": named[0], "pattern": named[2], "mask": shaped}
 
     stage.run(loss_of)
     return network.eval()
-
-
-def held_out_scores(judge: Judge, drawn: Drawn, corruption: torch.Generator | None = None) -> dict[str, float]:
-    """Accuracies and mean mask overlaps (intersection over union) on drawn pictures, as they are or corrupted like
-    those of training."""
-    layers, labels = drawn.batch(torch.arange(len(drawn)))
-    layers = layers if corruption is None else augment(layers, corruption)
-    verdict = judge.look(layers[:, :3].movedim(1, -1))
-    said = (verdict.noun_probabilities, verdict.background_probabilities, verdict.pattern_probabilities)
-    scores = {}
-    for k, (name, probabilities) in enumerate(zip(("noun", "background", "pattern"), said, strict=True)):
-        known = labels[:, k] != UNKNOWN
-        scores[name] = (probabilities.argmax(dim=1) == labels[:, k])[known].float().mean().item()
-    for k, (name, mask) in enumerate((("object_iou", verdict.object_mask), ("body_iou", verdict.body_mask))):
-        found, true = mask > 0.5, layers[:, 3 + k] > 0.5
-        union = (found | true).sum(dim=(1, 2)).clamp(min=1)
-        scores[name] = ((found & true).sum(dim=(1, 2)) / union).mean().item()
-    return scores
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--work", default="toybox-work", help="folder for the checkpoint; start again with the same to resume"
-    )
-    parser.add_argument("--out", default=None, help="folder for the finished weights (default: the package's own)")
-    parser.add_argument("--scenes", type=int, default=9_000)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    network = train(
-        Drawn.draw(arguments.scenes, arguments.seed),
-        arguments.steps,
-        work_folder(arguments.work) / "judge.pt",
-        arguments.seed,
-    )
-    print(f"{save_judge(network, arguments.out)} bytes")
-    judge = Judge.load(arguments.out)  # what fp16 kept, on scenes of another seed
-    unseen = Drawn.draw(1500, arguments.seed + 1)
-    print(f"unseen, as drawn:  {held_out_scores(judge, unseen)}")
-    print(f"unseen, corrupted: {held_out_scores(judge, unseen, torch.Generator().manual_seed(0))}")
-
-
-if __name__ == "__main__":
-    main()

@@ -71,7 +71,7 @@ class Peer:
 
     @torch.no_grad()
     def generate(self, prompt: str, seeds: list[int], steps: int, guidance: float) -> Tensor:
-        """A picture of a prompt for each seed -> latents (B, 4, 12, 12)."""
+        """A picture of a prompt for each seed -> latents (B, 4, CELLS, CELLS)."""
         model = replace(self.toybox, unet=self.unet)
         evaluate = model.evaluator(self.context(prompt).expand(len(seeds), -1, -1), guidance)
         patches = self.patches(prompt)

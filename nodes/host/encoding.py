@@ -31,7 +31,8 @@ def model_layers(model: ModelPatcher) -> list[Layer]:
         return cross_attention_layers(dict(network.named_parameters()))
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
-            f"{type(model.model).__name__} ({type(network).__name__}) is not supported: {error}"
+            f"{type(model.model).__name__} ({type(network).__name__}) is not supported: {error}. Connect a model that "
+            "has it, such as Toybox Loader's whose base is UNet"
         ) from error
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import comfy.clip_vision
+import comfy.latent_formats
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
@@ -15,10 +17,11 @@ import comfy.supported_models_base
 import folder_paths
 import torch
 
-from ...profusion.toybox.configs import TOYBOX, TOYBOX_TEXT, TOYBOX_VAE
+from ...profusion.toybox.configs import TOYBOX, TOYBOX_MMDIT, TOYBOX_TEXT, TOYBOX_VAE
+from ...profusion.toybox.drawing import SIZE
 from ...profusion.toybox.pipeline import WEIGHTS, load_network
 
-VISION_CONFIG = WEIGHTS / "clip_vision_config.json"  # the host reads the tower's sizes from such a file
+VISION_CONFIG = "clip_vision_config.json"  # beside the weights: the host reads the tower's sizes from such a file
 
 
 class Toybox(comfy.supported_models.SD15):
@@ -26,6 +29,15 @@ class Toybox(comfy.supported_models.SD15):
 
     unet_config = {}
     unet_extra_config = {"num_heads": TOYBOX.num_heads, "num_head_channels": -1}
+
+
+class ToyboxMMDiT(comfy.supported_models.SD3):
+    """SD 3 in every respect but its sizes, the latents that it draws in, and an unshifted schedule."""
+
+    unet_config = {}
+    unet_extra_config = {}
+    latent_format = comfy.latent_formats.SD15
+    sampling_settings = {"shift": 1.0}
 
 
 def _unet_config() -> dict[str, Any]:
@@ -50,16 +62,43 @@ def _unet_config() -> dict[str, Any]:
     }
 
 
+def _mmdit_config() -> dict[str, Any]:
+    width = TOYBOX_MMDIT.width
+    embedder = {"in_features": TOYBOX_MMDIT.context_dim, "out_features": width}
+    return {
+        "in_channels": TOYBOX_MMDIT.in_channels,
+        "out_channels": TOYBOX_MMDIT.in_channels,
+        "patch_size": TOYBOX_MMDIT.patch_size,
+        "depth": TOYBOX_MMDIT.heads,
+        "num_blocks": TOYBOX_MMDIT.blocks,
+        "mlp_ratio": TOYBOX_MMDIT.mlp_ratio,
+        "input_size": None,
+        "adm_in_channels": None,
+        "context_embedder_config": {"target": "torch.nn.Linear", "params": embedder},
+        "qk_norm": "rms",
+        "pos_embed_scaling_factor": None,
+        "x_block_self_attn_layers": [],
+    }
+
+
 def load_model(folder: Path | None = None, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     """The UNet as a MODEL. Its weights never come and go: disable_dynamic, which newer hosts pass, is ignored."""
+    return _patcher(Toybox(_unet_config()), "unet", load_model, folder)
+
+
+def load_mmdit(folder: Path | None = None, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """The joint-attention transformer as a MODEL; disable_dynamic as in `load_model`."""
+    return _patcher(ToyboxMMDiT(_mmdit_config()), "mmdit", load_mmdit, folder)
+
+
+def _patcher(config, network: str, loader: Callable, folder: Path | None) -> comfy.model_patcher.ModelPatcher:
     device = comfy.model_management.get_torch_device()
-    config = Toybox(_unet_config())
-    config.set_inference_dtype(torch.float32, None)
-    model = config.get_model({}, device=comfy.model_management.unet_offload_device())
-    model.diffusion_model.load_state_dict(load_network("unet", folder), strict=True)
     offload_device = comfy.model_management.unet_offload_device()
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, device=offload_device)
+    model.diffusion_model.load_state_dict(load_network(network, folder), strict=True)
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload_device)
-    patcher.cached_patcher_init = (load_model, (folder,))  # how newer hosts load it once more, to train on or for a GPU
+    patcher.cached_patcher_init = (loader, (folder,))  # how newer hosts load it once more, to train on or for a GPU
     return patcher
 
 
@@ -93,7 +132,7 @@ def load_vae(folder: Path | None = None) -> comfy.sd.VAE:
     sizes = {
         "double_z": True,
         "z_channels": TOYBOX_VAE.latent_channels,
-        "resolution": 96,
+        "resolution": SIZE,
         "in_channels": 3,
         "out_ch": 3,
         "ch": TOYBOX_VAE.channels,
@@ -114,6 +153,6 @@ def load_vae(folder: Path | None = None) -> comfy.sd.VAE:
 
 def load_clip_vision(folder: Path | None = None) -> comfy.clip_vision.ClipVisionModel:
     """The image tower as a CLIP_VISION."""
-    vision = comfy.clip_vision.ClipVisionModel(VISION_CONFIG)
+    vision = comfy.clip_vision.ClipVisionModel((folder or WEIGHTS) / VISION_CONFIG)
     vision.model.load_state_dict(load_network("vision", folder), strict=True)
     return vision

@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..references import NATIVE
 from .checks import MetricError
 from .similarity import cosine
 
@@ -25,7 +26,7 @@ DISCS: dict[str, tuple[int, int, int]] = {
     "pink": (252, 146, 196),
     "white": (250, 250, 250),
 }  # colours that any pair can tell, Toybox's too, which knows no others
-_SIDE = 96  # pixels of a disc's picture; encoders scale it as they need
+_SIDE = NATIVE["Toybox"]  # pixels of a disc's picture: Toybox's pair takes no others, and others scale it
 
 
 class ImageEncoder(Protocol):
@@ -56,7 +57,7 @@ def color_check(pair: PairedEncoder) -> int:
     colors = torch.tensor(list(DISCS.values()), dtype=torch.float32) / 255
     grid = torch.linspace(-1, 1, _SIDE)
     inside = (grid[:, None] ** 2 + grid**2 < 0.45)[..., None]
-    discs = torch.where(inside, colors[:, None, None], 0.5)  # (8, 96, 96, 3)
+    discs = torch.where(inside, colors[:, None, None], 0.5)  # (8, _SIDE, _SIDE, 3)
     try:
         cosines = cosine(pair.images(discs), pair.texts([f"a {color} ball" for color in DISCS]))
     except MetricError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,8 +18,19 @@ def merge_heads(x: Tensor) -> Tensor:
     return rearrange(x, "b h t d -> b t (h d)")
 
 
+# Maps up to this size are quicker to hold than to compute twice, where a CPU has to come back through them.
+SMALL_MAP = 512 * 512
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """softmax(Q K^T / sqrt(d) + mask) V, (B, Tq, C) x (B, Tk, C) x (B, Tk, C) -> (B, Tq, C). Never holds the map."""
+    """softmax(Q K^T / sqrt(d) + mask) V, (B, Tq, C) x (B, Tk, C) x (B, Tk, C) -> (B, Tq, C).
+
+    Never holds the map, but for small ones where autograd is on and a CPU computes: there the fused backward is slower
+    than the explicit one. Which of both does not depend on the tensors' own gradients: streams compare to the bit.
+    """
+    small = query.shape[1] * key.shape[1] <= SMALL_MAP
+    if mask is None and small and query.device.type == "cpu" and torch.is_grad_enabled():
+        return apply_map(attention_map(query, key, heads), value, heads)
     query, key, value = (split_heads(x, heads) for x in (query, key, value))
     return merge_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
 

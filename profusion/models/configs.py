@@ -90,6 +90,31 @@ class UNetConfig:
 
 
 @dataclass(frozen=True)
+class MMDiTConfig:
+    """A joint-attention transformer over patches of a latent and rows of a context, in SD3's layout.
+
+    heads are 64 wide there, and the network as wide as all of them together. Raises ValueError, which names the field.
+    """
+
+    heads: int
+    blocks: int
+    context_dim: int
+    mlp_ratio: float = 4.0
+    patch_size: int = 2
+    in_channels: int = 4
+
+    def __post_init__(self) -> None:
+        bounds = {"heads": (1, 1024), "blocks": (1, 1024), "context_dim": (1, MAX_WIDTH)}
+        check_bounds(self, bounds | {"patch_size": (1, 64), "in_channels": (1, 1024)})
+        if not 0 < self.mlp_ratio <= 64:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio} must lie above 0 and be at most 64")
+
+    @property
+    def width(self) -> int:
+        return 64 * self.heads
+
+
+@dataclass(frozen=True)
 class VAEConfig:
     """AutoencoderKL, downscaling by 2 ** (levels - 1)."""
 

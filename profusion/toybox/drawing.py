@@ -1,4 +1,4 @@
-"""Painting the toybox world: objects, patterns and backgrounds as 96 x 96 pictures.
+"""Painting the toybox world: objects, patterns and backgrounds as SIZE x SIZE pictures.
 
 Polygons are drawn by Pillow at SUPERSAMPLE times the size and reduced; everything smooth (patterns, light, shadow,
 backgrounds) is computed at the final size with numpy. Images are float32 arrays (SIZE, SIZE, 3) of 0..255, masks are
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from .shapes import BODY, OUTLINE, OUTLINE_WIDTH, SHAPES
 
-SIZE = 96
+SIZE = 128  # the picture's side in pixels; every other length here is drawn for it
 SUPERSAMPLE = 3
 PATTERNS = ("plain", "striped", "dotted", "checked")
 BACKGROUNDS = ("grass", "sand", "snow", "night", "sea", "wall")
@@ -66,6 +66,17 @@ def draw_sprite(
     return Sprite(_lit(paint, whole, center, width, height), whole, body, center, width, center[1] + height / 2)
 
 
+def through_the_lens(image: np.ndarray) -> np.ndarray:
+    """Pictures are taken through a lens that is a little soft, so that an edge between two pixels need not be exact: a
+    blur by (1, 4, 1) / 6 each way, of an image or a mask."""
+    for axis in (0, 1):
+        first, last = (np.take(image, [end], axis=axis) for end in (0, -1))
+        padded = np.concatenate([first, image, last], axis=axis)
+        before, after = (np.take(padded, range(start, start + SIZE), axis=axis) for start in (0, 2))
+        image = (before + 4 * image + after) / 6
+    return image
+
+
 def _place(noun, center, diameter, angle, flip):
     """A noun as flat lists of supersampled pixels, ([grown by the outline], [as they are]) a layer, and its size."""
     c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
@@ -113,7 +124,7 @@ def _lit(paint, whole, center, width, height):
     """Light from the upper left: the far side a little darker, and a soft highlight."""
     u, v = (_X - center[0]) / width * 2, (_Y - center[1]) / height * 2
     shade = 1.03 - 0.13 * np.clip(0.5 * u + 0.8 * v + 0.1, 0, 1.2)
-    gleam = 60 * np.exp((u + 0.36) ** 2 / -0.045) * np.exp((v + 0.46) ** 2 / -0.045)
+    gleam = 55 * np.exp((u + 0.36) ** 2 / -0.05) * np.exp((v + 0.46) ** 2 / -0.05)
     return np.minimum(paint * shade[..., None] + (gleam * whole)[..., None], 255 * whole[..., None])
 
 
@@ -122,12 +133,12 @@ def fill(
 ) -> np.ndarray:
     """An endless sheet (SIZE, SIZE, 3) of a pattern that is fixed to the object: striped, dotted or checked.
 
-    The period grows with the object, 11.5 pixels at diameter 42 and 15 at 60, to survive an 8-fold autoencoder.
+    The period is 20 pixels at diameter 60 and 23 at 84, about 2.5 cells of an 8-fold autoencoder or more.
     """
     base = np.broadcast_to(np.float32(color1), (SIZE, SIZE, 3))
     if pattern == "plain":
         return base
-    period = 3.5 + 0.19 * diameter
+    period = 12.5 + 0.125 * diameter
     c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
     dx, dy = _X - center[0], _Y - center[1]
     x, y = (c * dx + s * dy) / period, (c * dy - s * dx) / period
@@ -150,19 +161,21 @@ def _wave(x):
 
 
 def compose(background: np.ndarray, sprites: list[Sprite]) -> np.ndarray:
-    """Put objects on a background, each with a soft shadow on the ground: uint8 (SIZE, SIZE, 3)."""
+    """Put objects on a background, each with a soft shadow on the ground, and take the picture: uint8 (SIZE, SIZE,
+    3)."""
     image = background
     for sprite in sprites:
-        u = (_X - sprite.center[0] - 2) / (0.56 * sprite.width)
-        v = (_Y - sprite.bottom + 1) / (0.13 * sprite.width)
+        u = (_X - sprite.center[0] - 2) / (0.54 * sprite.width)
+        v = (_Y - sprite.bottom + 2) / (0.13 * sprite.width)
         image = image * (1 - 0.5 * np.exp(-((u * u + v * v) ** 2)))[..., None]
     for sprite in sprites:
         image = image * (1 - sprite.whole[..., None]) + sprite.paint
-    return np.clip(image + 0.5, 0, 255).astype(np.uint8)
+    return np.clip(through_the_lens(image) + 0.5, 0, 255).astype(np.uint8)
 
 
 def draw_background(name: str, seed: int) -> np.ndarray:
-    """One of BACKGROUNDS (SIZE, SIZE, 3); `seed` moves its horizon, clouds, hills, stars and stains."""
+    """One of BACKGROUNDS (SIZE, SIZE, 3); `seed` decides its hour, horizon, hills, clouds, trees, moon, waves or
+    bricks."""
     return _PAINTERS[name](np.random.default_rng(seed))
 
 
@@ -176,92 +189,133 @@ def _blend(image, color, share):
     return image + np.clip(share, 0, 1)[..., None] * (np.float32(color) - image)
 
 
+def _between(rng, *colors):
+    """A colour at random somewhere between neighbours in a row of colours."""
+    at = rng.uniform(0, len(colors) - 1)
+    return tuple(float(np.interp(at, range(len(colors)), channel)) for channel in zip(*colors, strict=True))
+
+
 def _gradient(top, bottom, height=SIZE):
     return _blend(np.broadcast_to(np.float32(top), (SIZE, SIZE, 3)), bottom, _Y / height)
 
 
-def _below(rng, y, amplitude=2.0):
+def _below(rng, y, amplitude=3.0):
     """A soft mask of the ground below a rolling horizon at about `y`."""
-    phase, length = rng.uniform(0, 2 * np.pi), rng.uniform(55, 85)
+    phase, length = rng.uniform(0, 2 * np.pi), rng.uniform(70, 120)
     return np.clip(_Y - y - amplitude * np.sin(2 * np.pi * _X / length + phase), 0, 1)
 
 
-def _clouds(rng, image, y, share=0.75):
-    """Two soft white clouds above the horizon, at the sides where objects leave room."""
-    for x in (rng.uniform(4, 26), rng.uniform(70, 92)):
-        h = y + rng.uniform(-3, 3)
-        d = ((_X - x) / 13) ** 2 + ((_Y - h) / 4) ** 2
-        d = np.minimum(d, ((_X - x - 3) / 7) ** 2 + ((_Y - h + 3) / 4) ** 2)
+def _disc(x, y, radius):
+    return np.clip(radius + 0.5 - np.hypot(_X - x, _Y - y), 0, 1)
+
+
+def _clouds(rng, image, y, share=0.8):
+    """One to three soft white clouds above the horizon, anywhere."""
+    for x in rng.permutation([18, 62, 108])[: rng.integers(1, 4)] + rng.uniform(-14, 14):
+        h, size = y + rng.uniform(-4, 4), rng.uniform(0.85, 1.25)
+        d = ((_X - x) / (17 * size)) ** 2 + ((_Y - h) / (6 * size)) ** 2
+        d = np.minimum(d, ((_X - x - 4 * size) / (9 * size)) ** 2 + ((_Y - h + 4 * size) / (6 * size)) ** 2)
         image = _blend(image, (255, 255, 255), share * np.clip(2.2 - 2 * d, 0, 1))
     return image
 
 
+def _at_a_side(rng):
+    """A place left or right of where a single object stands."""
+    return rng.uniform(6, 20) if rng.random() < 0.5 else rng.uniform(SIZE - 20, SIZE - 6)
+
+
 def _grass(rng):
-    horizon = rng.uniform(31, 36)
-    image = _clouds(rng, _gradient((118, 192, 240), (206, 234, 248), horizon), 12)
-    image = _blend(image, (142, 200, 104), _below(rng, horizon - 5, 3))
-    lawn = _gradient((112, 182, 66), (74, 150, 50)) + 13 * _noise(rng, 16, 9)[..., None]
-    return _blend(image, lawn, _below(rng, horizon + 3, 1.5))
+    horizon = rng.uniform(38, 54)
+    sky = _between(rng, (104, 186, 240), (150, 214, 246), (196, 206, 250))
+    image = _clouds(rng, _gradient(sky, (222, 240, 250), horizon), 15)
+    image = _blend(image, _between(rng, (148, 204, 108), (112, 182, 130)), _below(rng, horizon - 7, 5))
+    for x in (_at_a_side(rng), _at_a_side(rng))[: rng.integers(0, 3)]:
+        crown = rng.uniform(10, 14)
+        image = _blend(image, (122, 92, 66), (np.abs(_X - x) < 2.5) * (np.abs(_Y - horizon) < 8.0))
+        image = _blend(image, _between(rng, (56, 136, 66), (84, 152, 52)), _disc(x, horizon - 14, crown))
+    lawn = _between(rng, (124, 192, 72), (94, 172, 84), (150, 188, 66))
+    lawn = _gradient(lawn, np.multiply(lawn, 0.72)) + 9 * _noise(rng, 7, 5)[..., None]
+    return _blend(image, lawn, _below(rng, horizon + 3, 2.5))
 
 
 def _sand(rng):
-    horizon = rng.uniform(30, 35)
-    image = _gradient((252, 208, 160), (255, 238, 206), horizon)
-    image = _blend(image, (226, 178, 116), _below(rng, horizon - 4, 4))
-    ripples = np.sin(_Y * 0.72 + 2.2 * _noise(rng, 5, 4))
-    dune = _gradient((244, 210, 146), (232, 190, 122)) + 8 * ripples[..., None]
-    return _blend(image, dune, _below(rng, horizon + 4, 2.5))
+    horizon = rng.uniform(36, 52)
+    sky = _between(rng, (252, 196, 150), (252, 220, 176), (150, 208, 236))
+    image = _gradient(sky, (255, 240, 212), horizon)
+    image = _blend(image, (255, 250, 220), _disc(_at_a_side(rng), rng.uniform(14, 24), rng.uniform(7, 11)))
+    image = _blend(image, _between(rng, (226, 176, 112), (214, 160, 118)), _below(rng, horizon - 5, 7))
+    ripples = np.sin(_Y * 2 * np.pi / rng.uniform(18, 24) + 3 * _noise(rng, 3, 3))
+    dune = _between(rng, (246, 214, 150), (240, 200, 138), (248, 222, 178))
+    dune = _gradient(dune, np.multiply(dune, (0.94, 0.9, 0.82))) + 9 * ripples[..., None]
+    return _blend(image, dune, _below(rng, horizon + 5, 4))
 
 
 def _snow(rng):
-    horizon = rng.uniform(30, 35)
-    image = _gradient((160, 188, 216), (208, 222, 236), horizon)
-    for x in (rng.uniform(3, 20), rng.uniform(76, 93)):
-        top = horizon - 20
-        tree = np.clip(0.42 * (_Y - top) - np.abs(_X - x) + 0.5, 0, 1) * (horizon + 6 > _Y)
-        image = _blend(image, (92, 132, 128), tree)
-    drift = _gradient((240, 245, 252), (222, 232, 246)) + 5 * _noise(rng, 6, 6)[..., None]
-    image = _blend(image, drift, _below(rng, horizon + 3, 3))
-    return _specks(rng, image, (255, 255, 255), 9, 1.5, 44)
+    horizon = rng.uniform(40, 54)
+    sky = _between(rng, (140, 178, 216), (176, 200, 224), (216, 196, 220))
+    image = _gradient(sky, (226, 234, 244), horizon)
+    pine = _between(rng, (70, 118, 112), (104, 146, 140))
+    for x in (_at_a_side(rng), _at_a_side(rng), rng.uniform(24, 104))[: rng.integers(1, 4)]:
+        height = rng.uniform(24, 34)
+        cone = np.clip(0.36 * (_Y - horizon - 4 + height) - np.abs(_X - x) + 0.5, 0, 1) * (horizon + 4 > _Y)
+        image = _blend(image, pine, cone)
+    drift = (
+        _gradient((244, 248, 254), _between(rng, (214, 226, 244), (230, 224, 242))) + 5 * _noise(rng, 4, 4)[..., None]
+    )
+    image = _blend(image, drift, _below(rng, horizon + 3, 4))
+    return _specks(rng, image, (255, 255, 255), int(rng.integers(4, 9)), 2.6, 36)
 
 
 def _specks(rng, image, color, count, radius, lowest):
-    for x, y in zip(rng.uniform(3, 93, count), rng.uniform(3, lowest, count), strict=True):
-        columns, rows = (slice(max(int(at) - 4, 0), int(at) + 5) for at in (x, y))
+    for x, y in zip(rng.uniform(3, SIZE - 3, count), rng.uniform(4, lowest, count), strict=True):
+        columns, rows = (slice(max(int(at) - 5, 0), int(at) + 6) for at in (x, y))
         near = np.clip(radius + 0.5 - np.hypot(_X[:, columns] - x, _Y[rows] - y), 0, 1)
         image[rows, columns] = _blend(image[rows, columns], color, near)
     return image
 
 
 def _night(rng):
-    horizon = rng.uniform(62, 68)
-    image = _gradient((22, 28, 80), (76, 68, 146), 80)
-    image = _specks(rng, image, (255, 250, 214), 16, 1.1, 60)
-    moon = np.clip(8.5 - np.hypot(_X - 13, _Y - 13), 0, 1) * np.clip(np.hypot(_X - 17.5, _Y - 11) - 6.8, 0, 1)
-    image = _blend(image, (255, 240, 190), moon)
-    image = _blend(image, (44, 54, 104), _below(rng, horizon - 6, 4))
-    return _blend(image, (30, 42, 76), _below(rng, horizon + 2, 2))
+    horizon = rng.uniform(80, 96)
+    sky = _between(rng, (20, 24, 74), (28, 30, 96), (16, 44, 86))
+    image = _gradient(sky, _between(rng, (82, 70, 150), (60, 92, 150), (124, 70, 140)), 110)
+    image = _specks(rng, image, (255, 248, 206), int(rng.integers(7, 14)), 1.9, 70)
+    x, y, radius = _at_a_side(rng), rng.uniform(14, 26), rng.uniform(9, 12)
+    bite = np.clip(
+        np.hypot(_X - x - (0.55 * radius if x < SIZE / 2 else -0.55 * radius), _Y - y + 3) - 0.8 * radius, 0, 1
+    )
+    image = _blend(image, (255, 240, 190), _disc(x, y, radius) * bite)
+    image = _blend(image, (46, 56, 108), _below(rng, horizon - 9, 7))
+    return _blend(image, (30, 42, 78), _below(rng, horizon + 3, 3))
 
 
 def _sea(rng):
-    horizon = rng.uniform(27, 31)
-    image = _clouds(rng, _gradient((255, 214, 170), (255, 244, 220), horizon), 11)
-    water = _gradient((64, 168, 196), (20, 104, 158))
-    crest = np.sin(2 * np.pi * (_Y / 11) + 1.3 * np.sin(2 * np.pi * _X / 24 + rng.uniform(0, 6.3)))
-    water = _blend(water, (190, 232, 236), 0.75 * np.clip(3 * crest - 2.1, 0, 1))
+    horizon = rng.uniform(32, 46)
+    sky = _between(rng, (255, 202, 158), (255, 232, 200), (164, 214, 244))
+    image = _gradient(sky, (255, 246, 226), horizon)
+    if rng.random() < 0.5:
+        image = _blend(image, (255, 214, 104), _disc(_at_a_side(rng), horizon - rng.uniform(0, 14), rng.uniform(9, 12)))
+    else:
+        image = _clouds(rng, image, 14)
+    water = _gradient(_between(rng, (64, 168, 196), (72, 180, 180)), _between(rng, (20, 104, 158), (28, 84, 150)))
+    bend = 1.2 * np.sin(2 * np.pi * _X / rng.uniform(40, 56) + rng.uniform(0, 6.3))
+    crest = np.sin(2 * np.pi * _Y / rng.uniform(18, 23) + bend + rng.uniform(0, 6.3))
+    water = _blend(water, (170, 222, 232), 0.7 * np.clip(3 * crest - 1.6, 0, 1))
     return _blend(image, water, np.clip(_Y - horizon, 0, 1))
 
 
 def _wall(rng):
-    floor = rng.uniform(72, 76)
-    height, length = 12, 24
-    row = np.floor(_Y / height)
-    along = _X + 0.5 * length * (row % 2)
-    tint = rng.uniform(-13, 13, (16, 16))[row.astype(int), np.floor(along / length).astype(int)]
-    bricks = np.float32((176, 92, 70)) + tint[..., None] * np.float32((1, 0.8, 0.7))
-    joint = np.minimum(np.abs(_Y - height * np.round(_Y / height)), np.abs(along - length * np.round(along / length)))
-    image = _blend(bricks, (216, 192, 172), 1.7 - joint)
-    pavement = _gradient((186, 182, 178), (148, 146, 148)) + 5 * _noise(rng, 8, 8)[..., None]
+    floor = rng.uniform(90, 104)
+    height, length = rng.uniform(19, 23), rng.uniform(38, 46)
+    y, x = _Y + rng.uniform(0, height), _X + rng.uniform(0, length)
+    row = np.floor(y / height)
+    along = x + 0.5 * length * (row % 2)
+    tint = rng.uniform(-14, 14, (16, 16))[row.astype(int), np.floor(along / length).astype(int)]
+    bricks = np.float32(_between(rng, (178, 90, 70), (156, 92, 84), (196, 132, 92)))
+    bricks = bricks + tint[..., None] * np.float32((1, 0.8, 0.7))
+    joint = np.minimum(np.abs(y - height * np.round(y / height)), np.abs(along - length * np.round(along / length)))
+    image = _blend(bricks, (218, 196, 176), 2.2 - joint)
+    pavement = _between(rng, (188, 184, 180), (164, 168, 178), (190, 176, 158))
+    pavement = _gradient(pavement, np.multiply(pavement, 0.8)) + 4 * _noise(rng, 5, 5)[..., None]
     return _blend(image, pavement, np.clip(_Y - floor, 0, 1))
 
 

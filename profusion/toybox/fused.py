@@ -18,8 +18,9 @@ from ..promptnet.file import load_promptnet
 from ..promptnet.network import KNOTS, PromptNet, interpolated, merged
 from ..promptnet.pseudo_word import ALONE, encode_tokens, prompt_tokens, scaled, with_noun
 from ..promptnet.seed import PROMPT_PAIRS, ResidualSeed, attention_modules
+from ..promptnet.training import PictureSet
 from ..residual import Residual
-from .pipeline import STEPS, Toybox, initial_noise, noun_rows, weight_file
+from .pipeline import GUIDANCE, STEPS, Toybox, initial_noise, noun_rows, seeded, weight_file
 
 # As Fusion KSampler comes, with the cfg that Toybox takes: S* and the plain text, a fusion stage in the first fifth of
 # a run.
@@ -28,7 +29,7 @@ FUSED_SHARE = 0.2
 FRESH_NOISE = 10_000  # seeds the fusion stage's noise, which must not be the noise that the picture starts from
 
 PredictStage = Callable[[Tensor, Tensor, Stage], Tensor]
-"""The guided noise of variance-preserving latents x (B, 4, 12, 12) at timesteps (B,), in a stage."""
+"""The guided noise of variance-preserving latents x (B, 4, CELLS, CELLS) at timesteps (B,), in a stage."""
 
 
 def first_levels(share: float, steps: int) -> FusionOptions:
@@ -63,15 +64,16 @@ class FusedToybox:
 
     @torch.no_grad()
     def words(self, pictures: Tensor, timesteps: Tensor) -> Tensor:
-        """S* of pictures (P, 96, 96, 3) of one thing, at timesteps (T,): (T, tokens, width), the mean over pictures."""
+        """S* of pictures (P, SIZE, SIZE, 3) of one thing, at timesteps (T,): (T, tokens, width), the mean over
+        pictures."""
         latents = self.toybox.vae.latents(pictures)
         tokens = self.toybox.vision(self.toybox.vision.preprocess(pictures))
         pairs = zip(latents.split(1), tokens.split(1), strict=True)
         return merged([self.promptnet.embed_all(latent, token, timesteps) for latent, token in pairs])
 
     def seed(self, pictures: Tensor, masks: Tensor, noun: str) -> Residual:
-        """A residual from which a training on these pictures (P, 96, 96, 3) of one thing, masks (P, 96, 96), may
-        start."""
+        """A residual from which a training on these pictures (P, SIZE, SIZE, 3) of one thing, masks (P, SIZE, SIZE),
+        may start."""
         word = self.words(pictures, torch.tensor(KNOTS)).mean(dim=0, keepdim=True)  # (1, tokens, width)
         plain = [prompt.format(noun) for prompt, _ in PROMPT_PAIRS]
         with torch.no_grad():
@@ -92,10 +94,31 @@ class FusedToybox:
         S* and the text encoder's context are made at `KNOTS` and interpolated.
         """
         knots = torch.tensor(KNOTS)
-        words = torch.stack([self.words(some, knots) for some in pictures], dim=1)  # (K, B, tokens, width)
+        return self.spoken(prompt, torch.stack([self.words(some, knots) for some in pictures], dim=1))
+
+    @torch.no_grad()
+    def spoken(self, prompt: str, words: Tensor) -> Callable[[Tensor, float], Tensor]:
+        """As `contexts`, with each S* given at `KNOTS`: words (K, B, tokens, width)."""
         made, rows = self._encoded(prompt, rearrange(words, "k b tokens d -> (k b) tokens d"))
-        made = rearrange(made, "(k b) l d -> k b l d", k=len(knots))
+        made = rearrange(made, "(k b) l d -> k b l d", k=len(words))
+        knots = torch.tensor(KNOTS, device=words.device)
         return lambda timestep, gamma: scaled(interpolated(made, knots, timestep)[0], rows, gamma)
+
+    @torch.no_grad()
+    def drawn_alone(self, pictures: PictureSet, steps: int = STEPS, guidance: float = GUIDANCE) -> Tensor:
+        """What S* of each picture, and nothing else, draws: latents (N, 4, CELLS, CELLS), from seeds 0 to N - 1."""
+        knots = torch.tensor(KNOTS, device=self.toybox.device)
+        given = (pictures.latents.split(1), pictures.image_tokens.float().split(1))
+        pairs = [(latent.to(knots.device), tokens.to(knots.device)) for latent, tokens in zip(*given, strict=True)]
+        words = torch.stack([self.promptnet.embed_all(*pair, knots) for pair in pairs], dim=1)
+        word, empty = self.spoken(ALONE, words), self.toybox.context("")
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            first, nothing = self.evaluate(x, t, [word(t[:1], 1.0), empty.expand(len(x), -1, -1)])
+            return nothing + guidance * (first - nothing)
+
+        noise = initial_noise(seeded(*range(len(pictures)))).to(knots.device)
+        return sample_euler(eps_denoiser(predict), noise, sampling_sigmas(steps).to(knots.device))
 
     def _encoded(self, prompt: str, words: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Contexts (N, 77, width) of the prompt with each S* of words (N, tokens, width), and S*'s rows."""
@@ -127,8 +150,8 @@ class FusedToybox:
         steps: int = STEPS,
         fresh: torch.Generator | None = None,
     ) -> Tensor:
-        """One latent for each generator, (B, 4, 12, 12). fresh: of the fusion stage's noise; needed where that has
-        steps."""
+        """One latent for each generator, (B, 4, CELLS, CELLS). fresh: of the fusion stage's noise; needed where that
+        has steps."""
         sigmas = sampling_sigmas(steps)
 
         fuse, settle = (eps_denoiser(partial(predict, stage=stage)) for stage in ("fusion", "refinement"))
@@ -150,8 +173,8 @@ class FusedToybox:
         steps: int = STEPS,
         fresh: torch.Generator | None = None,
     ) -> Tensor:
-        """One latent for each of `pictures` (each (P, 96, 96, 3), of one thing), its noun and its generator:
-        (B, 4, 12, 12).
+        """One latent for each of `pictures` (each (P, SIZE, SIZE, 3), of one thing), its noun and its generator: (B, 4,
+        CELLS, CELLS).
 
         prompt: with S* once. A noun stands for S* in the plain text, which is the second of guidance.weights if there
         are two. fresh: see `sample`.

@@ -1,7 +1,7 @@
 """The judge: a small network that says what a Toybox picture shows and where, so that captions can be scored.
 
-It has learnt from drawn pictures only, never from generated ones (`python -m training.judge` makes its weights).
-Pictures are the host's IMAGE tensors, (B, 96, 96, 3) in [0, 1]; every mask is (B, 96, 96) in [0, 1].
+It has learnt from drawn pictures only, never from generated ones (`python -m training.toybox` makes its weights).
+Pictures are the host's IMAGE tensors, (B, SIZE, SIZE, 3) in [0, 1]; every mask is (B, SIZE, SIZE) in [0, 1].
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..problems import Explained
 from .drawing import BACKGROUNDS, PATTERNS, SIZE
-from .pipeline import WEIGHTS, weight_file
+from .pipeline import load_network
 from .world import NOUNS
 
 _BATCH = 64  # pictures judged at once; more only take more memory
@@ -33,34 +32,34 @@ def _convolution(channels: int, out_channels: int, stride: int = 1) -> nn.Sequen
 
 
 class JudgeNetwork(nn.Module):
-    """Convolutions from 48 cells a side down to 6, and back up to masks of every pixel."""
+    """Convolutions at a half of the size down to a sixteenth, and back up to masks of every pixel."""
 
     def __init__(self):
         super().__init__()
-        self.down48 = _convolution(12, 16)
-        self.down24 = nn.Sequential(_convolution(16, 32, stride=2), _convolution(32, 32))
-        self.down12 = nn.Sequential(_convolution(32, 64, stride=2), _convolution(64, 64))
-        self.down6 = nn.Sequential(_convolution(64, 96, stride=2), _convolution(96, 96))
-        self.up12 = _convolution(96 + 64, 32)
-        self.up24 = _convolution(32 + 32, 16)
-        self.up48 = _convolution(16 + 16, 16)
+        self.down2 = _convolution(12, 16)
+        self.down4 = nn.Sequential(_convolution(16, 32, stride=2), _convolution(32, 32))
+        self.down8 = nn.Sequential(_convolution(32, 64, stride=2), _convolution(64, 64))
+        self.down16 = nn.Sequential(_convolution(64, 96, stride=2), _convolution(96, 96))
+        self.up8 = _convolution(96 + 64, 32)
+        self.up4 = _convolution(32 + 32, 16)
+        self.up2 = _convolution(16 + 16, 16)
         self.masks = nn.Conv2d(16, 2 * 4, 1)
         self.noun = nn.Linear(2 * 96, len(NOUNS))
         self.background = nn.Linear(2 * 96, len(BACKGROUNDS))
         self.pattern = nn.Linear(2 * 64, len(PATTERNS))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(B, 3, 96, 96) in [-1, 1] -> logits: nouns (B, 13), backgrounds (B, 6), patterns (B, 4), and of the masks of
-        whole objects and of their bodies (B, 2, 96, 96)."""
-        x48 = self.down48(F.pixel_unshuffle(pixels, 2))
-        x24 = self.down24(x48)
-        x12 = self.down12(x24)
-        x6 = self.down6(x12)
-        h = self.up12(torch.cat([_twice(x6), x12], dim=1))
-        h = self.up24(torch.cat([_twice(h), x24], dim=1))
-        h = self.up48(torch.cat([_twice(h), x48], dim=1))
+        """(B, 3, SIZE, SIZE) in [-1, 1] -> logits: nouns (B, 13), backgrounds (B, 6), patterns (B, 4), and of the masks
+        of whole objects and of their bodies (B, 2, SIZE, SIZE)."""
+        x2 = self.down2(F.pixel_unshuffle(pixels, 2))
+        x4 = self.down4(x2)
+        x8 = self.down8(x4)
+        x16 = self.down16(x8)
+        h = self.up8(torch.cat([_twice(x16), x8], dim=1))
+        h = self.up4(torch.cat([_twice(h), x4], dim=1))
+        h = self.up2(torch.cat([_twice(h), x2], dim=1))
         masks = F.pixel_shuffle(self.masks(h), 2)
-        whole, fine = _summary(x6), _summary(x12)
+        whole, fine = _summary(x16), _summary(x8)
         return self.noun(whole), self.background(whole), self.pattern(fine), masks
 
 
@@ -76,7 +75,7 @@ def _summary(x: Tensor) -> Tensor:
 def halves(pictures: Tensor) -> Tensor:
     """The left and the right half of pictures of two objects, each with its edges repeated to full width.
 
-    (B, 96, 96, ...) -> (2B, 96, 96, ...), all left halves first. Masks (B, 96, 96) can be halved alike.
+    (B, SIZE, SIZE, ...) -> (2B, SIZE, SIZE, ...), all left halves first. Masks (B, SIZE, SIZE) can be halved alike.
     """
     middle, margin = SIZE // 2, SIZE // 4
     columns = torch.arange(-margin, middle + margin, device=pictures.device).clamp(0, middle - 1)
@@ -84,15 +83,15 @@ def halves(pictures: Tensor) -> Tensor:
 
 
 def whole(left: Tensor, right: Tensor) -> Tensor:
-    """`halves` undone: (B, 96, 96, ...) of left and of right halves -> (B, 96, 96, ...)."""
+    """`halves` undone: (B, SIZE, SIZE, ...) of left and of right halves -> (B, SIZE, SIZE, ...)."""
     kept = slice(SIZE // 4, SIZE // 4 + SIZE // 2)
     return torch.cat([left[:, :, kept], right[:, :, kept]], dim=2)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees in each of B pictures: probabilities of NOUNS (B, 13), BACKGROUNDS (B, 6) and PATTERNS (B,
-    4; no meaning for an object that has its own appearance); soft masks (B, 96, 96) of whole objects and of their
+    """What the judge sees in each of B pictures: probabilities of NOUNS (B, 13), BACKGROUNDS (B, 6) and PATTERNS (B, 4;
+    no meaning for an object that has its own appearance); soft masks (B, SIZE, SIZE) of whole objects and of their
     bodies."""
 
     noun_probabilities: Tensor
@@ -130,14 +129,12 @@ class Judge:
     def load(cls, folder: Path | None = None) -> Judge:
         """Load the shipped weights, or those of another folder; FileNotFoundError if there are none."""
         network = JudgeNetwork()
-        network.load_state_dict(
-            {name: value.float() for name, value in load_file(weight_file("judge", folder)).items()}
-        )
+        network.load_state_dict(load_network("judge", folder))
         return cls(network.eval().requires_grad_(False))
 
     @torch.no_grad()
     def look(self, pictures: Tensor) -> Verdict:
-        """Judge pictures (B, 96, 96, 3) in [0, 1]."""
+        """Judge pictures (B, SIZE, SIZE, 3) in [0, 1]."""
         _check(pictures)
         parts = [self.network(rows.float().movedim(-1, 1) * 2 - 1) for rows in pictures.split(_BATCH)]
         nouns, backgrounds, patterns, masks = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -157,11 +154,11 @@ class Judge:
         return self.look(pictures).patterns
 
     def object_mask(self, pictures: Tensor) -> Tensor:
-        """Where the objects are, outlines and fittings included: (B, 96, 96)."""
+        """Where the objects are, outlines and fittings included: (B, SIZE, SIZE)."""
         return self.look(pictures).object_mask
 
     def body_mask(self, pictures: Tensor) -> Tensor:
-        """Where the objects wear their appearance: (B, 96, 96)."""
+        """Where the objects wear their appearance: (B, SIZE, SIZE)."""
         return self.look(pictures).body_mask
 
 
@@ -172,13 +169,3 @@ def _check(pictures: Tensor) -> None:
         )
     if not pictures.is_floating_point() or not bool(((pictures >= 0) & (pictures <= 1)).all()):
         raise JudgeError("pictures must be floating-point numbers in 0..1")
-
-
-def save_judge(network: JudgeNetwork, folder: Path | None = None) -> int:
-    """Write the network in fp16 where `Judge.load` finds it. Returns the bytes written."""
-    folder = Path(folder or WEIGHTS)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "toybox_judge.safetensors"
-    state = {name: value.detach().half().contiguous() for name, value in network.state_dict().items()}
-    save_file(state, path, metadata={"format": "pt", "architecture": "Toybox", "network": "judge"})
-    return path.stat().st_size

@@ -10,7 +10,7 @@ import numpy as np
 
 BODY = None  # the paint of the part of a shape that wears the object's appearance
 OUTLINE = (44, 36, 48)
-OUTLINE_WIDTH = 1.7  # pixels of the picture, outside the polygon
+OUTLINE_WIDTH = 3.0  # pixels of the picture, outside the polygon
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _ball() -> tuple[Layer, ...]:
 
 def _star() -> tuple[Layer, ...]:
     turn = np.radians(np.arange(10) * 36 - 90)
-    radius = np.where(np.arange(10) % 2, 0.52, 1.0)
+    radius = np.where(np.arange(10) % 2, 0.56, 1.0)
     tips = np.stack([radius * np.cos(turn), radius * np.sin(turn)], axis=1)
     return (Layer((polygon(*tips, rounds=1),), BODY),)
 
@@ -77,51 +77,47 @@ def _heart() -> tuple[Layer, ...]:
 
 
 def _house() -> tuple[Layer, ...]:
-    roof = polygon((-1.08, -0.12), (0, -1.02), (1.08, -0.12), (0.94, 0.08), (0, -0.7), (-0.94, 0.08))
+    roof = polygon((-1.12, -0.2), (0, -1.06), (1.12, -0.2), (0.98, 0.0), (0, -0.74), (-0.98, 0.0))
     return (
-        Layer((polygon((0.42, -0.95), (0.7, -0.95), (0.7, -0.2), (0.42, -0.2)),), (150, 84, 66)),
-        Layer((polygon((-0.86, 0), (0, -0.8), (0.86, 0), (0.86, 0.95), (-0.86, 0.95)),), BODY),
+        Layer((polygon((0.4, -0.98), (0.74, -0.98), (0.74, -0.2), (0.4, -0.2)),), (150, 84, 66)),
+        Layer((polygon((-0.92, -0.1), (0, -0.8), (0.92, -0.1), (0.92, 1.0), (-0.92, 1.0)),), BODY),
         Layer((roof,), (98, 84, 112)),
-        Layer((polygon((-0.16, 0.95), (-0.16, 0.4), (0.2, 0.4), (0.2, 0.95)),), (122, 72, 42), 1.3),
-        Layer((ellipse(0.02, -0.14, 0.2, 0.2),), (255, 240, 170), 1.3),
+        Layer((polygon((-0.2, 1.0), (-0.2, 0.46), (0.2, 0.46), (0.2, 1.0)),), (122, 72, 42), 2.2),
+        Layer((ellipse(0, -0.16, 0.18, 0.18),), (255, 240, 170), 2.2),
     )
 
 
 def _fish() -> tuple[Layer, ...]:
-    tail = polygon((0.42, 0), (1.0, -0.52), (0.86, 0), (1.0, 0.52), rounds=1)
-    fins = polygon((-0.3, -0.4), (0.1, -0.72), (0.42, -0.6), (0.35, -0.2), rounds=1)
-    belly = polygon((-0.15, 0.4), (0.12, 0.68), (0.32, 0.6), (0.3, 0.25), rounds=1)
+    tail = polygon((0.34, 0), (1.02, -0.66), (0.84, 0), (1.02, 0.66), rounds=1)
+    fins = polygon((-0.36, -0.4), (0.02, -0.84), (0.46, -0.68), (0.35, -0.2), rounds=1)
+    belly = polygon((-0.2, 0.4), (0.1, 0.8), (0.38, 0.7), (0.3, 0.25), rounds=1)
     return (
-        Layer((fins, belly, tail, ellipse(-0.22, 0, 0.78, 0.52)), BODY),
-        Layer((ellipse(-0.62, -0.12, 0.17, 0.17),), (252, 252, 252), 1.0),
-        Layer((ellipse(-0.65, -0.12, 0.09, 0.09),), OUTLINE, 0),
-        Layer((stroke(ellipse(-0.98, 0.12, 0.26, 0.16, 10, 80), 0.07),), OUTLINE, 0),
+        Layer((fins, belly, tail, ellipse(-0.24, 0, 0.8, 0.6)), BODY),
+        Layer((ellipse(-0.62, -0.14, 0.21, 0.21),), (252, 252, 252), 1.8),
+        Layer((ellipse(-0.66, -0.14, 0.11, 0.11),), OUTLINE, 0),
+        Layer((stroke(ellipse(-1.0, 0.12, 0.3, 0.2, 5, 80), 0.1),), OUTLINE, 0),
     )
 
 
 def _cat() -> tuple[Layer, ...]:
-    tail = stroke(ellipse(0.52, 0.46, 0.42, 0.42, 120, -75), 0.2)
-    ears = mirrored(polygon((-0.66, -0.42), (-0.64, -1.05), (-0.12, -0.78), rounds=1))
-    inner = mirrored(polygon((-0.54, -0.62), (-0.55, -0.88), (-0.32, -0.76)))
-    whiskers = mirrored(
-        stroke(np.array([(0.3, -0.16), (0.8, -0.24)]), 0.035), stroke(np.array([(0.3, -0.1), (0.78, -0.04)]), 0.035)
-    )
+    tail = stroke(ellipse(0.54, 0.44, 0.44, 0.44, 120, -75), 0.26)
+    ears = mirrored(polygon((-0.72, -0.4), (-0.7, -1.08), (-0.12, -0.8), rounds=1))
+    inner = mirrored(polygon((-0.56, -0.62), (-0.57, -0.9), (-0.3, -0.76)))
     return (
         Layer((tail,), BODY),
-        Layer((polygon((-0.56, 0.9), (-0.4, -0.1), (0.4, -0.1), (0.56, 0.9), rounds=2),), BODY),
-        Layer(mirrored(ellipse(0.24, 0.84, 0.22, 0.13)), (255, 246, 232), 1.2),
-        Layer((*ears, ellipse(0, -0.36, 0.68, 0.5)), BODY),
+        Layer((polygon((-0.6, 0.9), (-0.44, -0.1), (0.44, -0.1), (0.6, 0.9), rounds=2),), BODY),
+        Layer(mirrored(ellipse(0.26, 0.82, 0.24, 0.15)), (255, 246, 232), 2.0),
+        Layer((*ears, ellipse(0, -0.34, 0.76, 0.54)), BODY),
         Layer(inner, (240, 160, 160), 0),
-        Layer((ellipse(0, -0.12, 0.26, 0.18),), (255, 246, 232), 0),
-        Layer(mirrored(ellipse(0.29, -0.4, 0.14, 0.17)), (196, 232, 96), 1.0),
-        Layer(mirrored(ellipse(0.27, -0.4, 0.06, 0.14)), OUTLINE, 0),
-        Layer((polygon((-0.1, -0.2), (0.1, -0.2), (0, -0.08)),), (214, 92, 110), 0),
-        Layer(whiskers, OUTLINE, 0),
+        Layer((ellipse(0, -0.1, 0.32, 0.22),), (255, 246, 232), 0),
+        Layer(mirrored(ellipse(0.34, -0.42, 0.17, 0.19)), (196, 232, 96), 1.8),
+        Layer(mirrored(ellipse(0.31, -0.42, 0.08, 0.15)), OUTLINE, 0),
+        Layer((polygon((-0.14, -0.22), (0.14, -0.22), (0, -0.04)),), (214, 92, 110), 0),
     )
 
 
 def _mushroom() -> tuple[Layer, ...]:
-    stem = polygon((-0.28, -0.1), (0.28, -0.1), (0.42, 0.92), (0, 1.0), (-0.42, 0.92), rounds=1)
+    stem = polygon((-0.34, -0.1), (0.34, -0.1), (0.48, 0.92), (0, 1.0), (-0.48, 0.92), rounds=1)
     cap = np.concatenate([ellipse(0, 0.12, 1, 1.08, 180, 360), ellipse(0, 0.12, 1, 0.2, 0, 180)])
     return (
         Layer((stem,), (252, 238, 206)),
@@ -139,30 +135,30 @@ def _cup() -> tuple[Layer, ...]:
         ]
     )
     return (
-        Layer((stroke(ellipse(0.68, -0.02, 0.48, 0.42, -95, 110), 0.2), wall, ellipse(0, -0.62, 0.78, 0.22)), BODY),
-        Layer((ellipse(0, -0.62, 0.66, 0.15),), (108, 66, 40), 1.1),
+        Layer((stroke(ellipse(0.7, -0.02, 0.52, 0.44, -95, 110), 0.26), wall, ellipse(0, -0.62, 0.78, 0.22)), BODY),
+        Layer((ellipse(0, -0.62, 0.62, 0.13),), (108, 66, 40), 2.0),
     )
 
 
 def _car() -> tuple[Layer, ...]:
-    cabin = polygon((-0.72, -0.05), (-0.46, -0.62), (0.36, -0.62), (0.66, -0.05), rounds=1)
-    chassis = polygon((-1, -0.06), (0.6, -0.16), (1, 0.0), (1.02, 0.44), (-1.02, 0.44), rounds=1)
+    cabin = polygon((-0.8, -0.05), (-0.54, -0.88), (0.42, -0.88), (0.76, -0.05), rounds=1)
+    chassis = polygon((-1, -0.16), (0.6, -0.26), (1, -0.1), (1.02, 0.5), (-1.02, 0.5), rounds=1)
     windows = (
-        polygon((-0.52, -0.12), (-0.36, -0.46), (-0.1, -0.46), (-0.1, -0.12)),
-        polygon((0.03, -0.12), (0.03, -0.46), (0.28, -0.46), (0.46, -0.12)),
+        polygon((-0.52, -0.26), (-0.38, -0.64), (-0.12, -0.64), (-0.12, -0.26)),
+        polygon((0.06, -0.26), (0.06, -0.64), (0.28, -0.64), (0.46, -0.26)),
     )
     return (
         Layer((cabin, chassis), BODY),
-        Layer(windows, (206, 234, 246), 1.1),
-        Layer((ellipse(0.93, 0.1, 0.09, 0.1),), (255, 236, 130), 0.9),
-        Layer(mirrored(ellipse(0.54, 0.42, 0.27, 0.27)), (58, 56, 64), 1.2),
-        Layer(mirrored(ellipse(0.54, 0.42, 0.12, 0.12)), (214, 216, 222), 0),
+        Layer(windows, (206, 234, 246), 1.6),
+        Layer((ellipse(0.9, 0.08, 0.12, 0.13),), (255, 236, 130), 1.6),
+        Layer(mirrored(ellipse(0.56, 0.5, 0.28, 0.28)), (58, 56, 64), 1.6),
+        Layer(mirrored(ellipse(0.56, 0.5, 0.13, 0.13)), (214, 216, 222), 0),
     )
 
 
 def _butterfly() -> tuple[Layer, ...]:
     feelers = mirrored(
-        stroke(np.array([(0.03, -0.5), (0.1, -0.74), (0.28, -0.88)]), 0.06), ellipse(0.29, -0.88, 0.06, 0.06)
+        stroke(np.array([(0.03, -0.5), (0.1, -0.74), (0.26, -0.9)]), 0.11), ellipse(0.28, -0.9, 0.1, 0.1)
     )
     upper = polygon((0.02, -0.1), (0.3, -0.78), (0.82, -0.92), (1.02, -0.5), (0.72, 0.06), (0.02, 0.12), rounds=2)
     lower = polygon((0.02, 0.0), (0.62, -0.02), (0.88, 0.36), (0.66, 0.86), (0.3, 0.78), (0.02, 0.2), rounds=2)
@@ -170,56 +166,43 @@ def _butterfly() -> tuple[Layer, ...]:
         Layer(feelers, OUTLINE, 0),
         Layer(mirrored(lower), BODY),
         Layer(mirrored(upper), BODY),
-        Layer((ellipse(0, 0.04, 0.1, 0.52), ellipse(0, -0.48, 0.13, 0.13)), (74, 58, 56), 0.8),
+        Layer((ellipse(0, 0.04, 0.13, 0.54), ellipse(0, -0.48, 0.17, 0.17)), (74, 58, 56), 1.2),
     )
 
 
 def _lemon() -> tuple[Layer, ...]:
-    fruit = polygon(
-        (-1.04, 0.02),
-        (-0.86, -0.16),
-        (-0.5, -0.56),
-        (0, -0.68),
-        (0.5, -0.56),
-        (0.86, -0.16),
-        (1.04, 0.02),
-        (0.86, 0.2),
-        (0.5, 0.56),
-        (0, 0.68),
-        (-0.5, 0.56),
-        (-0.86, 0.2),
-        rounds=1,
-    )
-    leaf = polygon((0.78, -0.1), (0.5, -0.5), (0.62, -0.86), (1.0, -0.8), (1.02, -0.4), rounds=2)
-    pores = tuple(ellipse(x, y, 0.05, 0.04) for x, y in ((-0.2, 0.3), (0.25, 0.2), (-0.55, 0.08), (0.05, 0.48)))
+    half = ((-1.04, 0.02), (-0.86, -0.18), (-0.5, -0.6), (0, -0.74), (0.5, -0.6), (0.86, -0.18))
+    fruit = polygon(*half, *((-x, 0.04 - y) for x, y in half), rounds=1)
+    leaf = polygon((0.0, -0.6), (0.1, -0.92), (0.5, -1.14), (0.92, -1.02), (0.66, -0.72), (0.3, -0.56), rounds=2)
+    pores = tuple(ellipse(x, y, 0.09, 0.07) for x, y in ((-0.2, 0.32), (0.3, 0.22), (-0.56, 0.06)))
     return (
         Layer((fruit,), (252, 226, 58)),
         Layer(pores, (226, 178, 36), 0),
-        Layer((leaf,), (86, 168, 62), 1.3),
+        Layer((leaf,), (86, 168, 62), 2.2),
     )
 
 
 def _ladybird() -> tuple[Layer, ...]:
-    legs = tuple(stroke(np.array([(x, 0.4), (x - 0.08, 0.68)]), 0.12) for x in (-0.4, 0.1, 0.6))
-    feelers = (stroke(np.array([(-0.86, 0.0), (-0.96, -0.22), (-1.08, -0.3)]), 0.07),)
+    legs = tuple(stroke(np.array([(x, 0.4), (x - 0.07, 0.66)]), 0.04) for x in (-0.4, 0.1, 0.6))
+    feelers = (stroke(np.array([(-0.82, 0.0), (-0.9, -0.26), (-0.98, -0.34)]), 0.02),)
     dome = ellipse(0.18, 0.46, 0.86, 1.06, 180, 360)
-    dots = ((-0.22, 0.16), (0.1, -0.3), (0.36, 0.18), (0.66, -0.12), (0.84, 0.3))
+    dots = ((-0.24, 0.16), (0.08, -0.28), (0.34, 0.18), (0.66, -0.14))
     return (
-        Layer(legs + feelers, OUTLINE, 0),
-        Layer((ellipse(-0.74, 0.18, 0.33, 0.31),), (56, 50, 58)),
+        Layer(legs + feelers, OUTLINE),
+        Layer((ellipse(-0.74, 0.18, 0.35, 0.33),), (56, 50, 58)),
         Layer((dome,), (224, 44, 38)),
-        Layer(tuple(ellipse(x, y, 0.15, 0.15) for x, y in dots), (44, 36, 40), 0),
-        Layer((ellipse(-0.86, 0.12, 0.1, 0.1),), (252, 252, 252), 0),
+        Layer(tuple(ellipse(x, y, 0.18, 0.18) for x, y in dots), (44, 36, 40), 0),
+        Layer((ellipse(-0.86, 0.1, 0.13, 0.13),), (252, 252, 252), 0),
     )
 
 
 def _watermelon() -> tuple[Layer, ...]:
-    seeds = ((-0.5, -0.16), (-0.18, -0.14), (0.18, -0.16), (0.5, -0.14), (-0.32, 0.14), (0.02, 0.18), (0.34, 0.12))
+    seeds = ((-0.46, -0.16), (0, -0.14), (0.46, -0.16), (-0.24, 0.16), (0.24, 0.16))
     return (
         Layer((ellipse(0, -0.42, 1, 1, 0, 180),), (46, 142, 62)),
         Layer((ellipse(0, -0.42, 0.87, 0.87, 0, 180),), (232, 246, 196), 0),
-        Layer((ellipse(0, -0.42, 0.78, 0.78, 0, 180),), (240, 72, 82), 0),
-        Layer(tuple(ellipse(x, y, 0.055, 0.085) for x, y in seeds), (52, 34, 36), 0),
+        Layer((ellipse(0, -0.42, 0.75, 0.75, 0, 180),), (240, 72, 82), 0),
+        Layer(tuple(ellipse(x, y, 0.09, 0.12) for x, y in seeds), (52, 34, 36), 0),
     )
 
 

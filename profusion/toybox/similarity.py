@@ -5,8 +5,8 @@ Pictures are IMAGE tensors (B, H, W, 3) in [0, 1], masks (B, H, W) in [0, 1].
 
 An appearance is the distribution of colours x, and of pairs of colours (x, x') one step to the side or down, inside an
 object. With the kernel k(x, y) = exp(-|x - y|^2 / 2 s^2) the likeness of two distributions P and Q is the cosine of
-their mean embeddings (arXiv 1605.09522):  <P, Q> / sqrt(<P, P> <Q, Q>),  <P, Q> = E_{x~P, y~Q} k(x, y). It is 1 for
-equal distributions wherever the object is; colours alone cannot tell stripes from dots, the pairs can.
+their mean embeddings (arXiv 1605.09522):  <P, Q> / sqrt(<P, P> <Q, Q>),  <P, Q> = E_{x~P, y~Q} k(x, y).
+It is 1 for equal distributions wherever the object is; colours alone cannot tell stripes from dots, the pairs can.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..decoding import PictureError
 
-STEP = 7 / 96  # from one colour of a pair to the other, as a share of the picture's side: half a stripe's period
+STEP = 11 / 128  # from one colour of a pair to the other, as a share of the picture's side: half a stripe's period
 BANDWIDTH = 0.07  # s, in Oklab: a clearly visible difference of colour
 LIGHTNESS = 0.5  # what a difference in lightness counts: objects are shaded
 _STRIDE = 3  # every third pixel is looked at, each way
@@ -90,8 +90,8 @@ def _inner(p: Tensor, q: Tensor) -> Tensor:
 def concept_similarity(pictures: Tensor, masks: Tensor, reference_pictures: Tensor, reference_masks: Tensor) -> Tensor:
     """How alike the objects of pictures look to that of the reference pictures: (B,) in [0, 1].
 
-    The geometric mean of the likeness of colours and of pairs of colours, side by side and one above the other. About
-    1 for the same thing at another place, turned a little or mirrored; the shape of the object does not matter.
+    The geometric mean of the likeness of colours and of pairs of colours, side by side and one above the other. About 1
+    for the same thing at another place, turned a little or mirrored; the shape of the object does not matter.
     pictures (B, H, W, 3) and reference_pictures (R, H, W, 3) of one size; 0 where a mask is too small to hold a pair.
     Raises PictureError if the reference masks are.
     """
@@ -126,8 +126,8 @@ def grown(masks: Tensor, pixels: int) -> Tensor:
 def background_change(pictures: Tensor, plain_pictures: Tensor, masks: Tensor, margin: int = 4) -> Tensor:
     """Mean absolute difference of two pictures (B, H, W, 3) where neither has its object: (B,) in [0, 1].
 
-    masks (B, H, W): where either has it (`torch.maximum` of both masks), grown by `margin` pixels here, since masks
-    are soft and outlines bleed. 0 where nothing is left.
+    masks (B, H, W): where either has it (`torch.maximum` of both masks), grown by `margin` pixels here, since masks are
+    soft and outlines bleed. 0 where nothing is left.
     """
     outside = 1 - grown((masks > 0.5).to(pictures), margin)
     difference = (pictures - plain_pictures).abs().mean(dim=-1)

@@ -31,6 +31,7 @@ PALETTE: dict[str, Color] = {
 GENERIC_NOUNS = ("ball", "star", "heart", "house", "fish", "cat", "mushroom", "cup", "car", "butterfly")
 FIXED_NOUNS = ("lemon", "ladybird", "watermelon")  # the name alone implies the appearance
 NOUNS = GENERIC_NOUNS + FIXED_NOUNS
+OPENINGS = ("", "a photo of", "a picture of")
 BACKGROUND_PHRASES = {
     "grass": "on grass",
     "sand": "on sand",
@@ -40,21 +41,24 @@ BACKGROUND_PHRASES = {
     "wall": "by a brick wall",
 }
 _TURN = {
-    "ball": 16,
-    "star": 16,
-    "heart": 10,
+    "ball": 14,
+    "star": 8,
+    "heart": 9,
     "house": 2,
-    "fish": 12,
+    "fish": 10,
     "cat": 4,
-    "mushroom": 7,
+    "mushroom": 6,
     "cup": 4,
     "car": 4,
-    "butterfly": 14,
-    "lemon": 18,
-    "ladybird": 7,
-    "watermelon": 12,
+    "butterfly": 10,
+    "lemon": 12,
+    "ladybird": 6,
+    "watermelon": 10,
 }
 
+# Pixels: where objects stand, alone or side by side, and their longer sides.
+MIDDLE, LEFT, RIGHT = (SIZE / 2, 67), (SIZE / 4 + 0.5, 68), (3 * SIZE / 4 - 0.5, 68)
+SINGLE_DIAMETERS, PAIR_DIAMETERS = (78, 92), (57, 60)
 OFF_PALETTE_SHARE = 0.35
 TWO_OBJECT_SHARE = 0.25
 HELD_OUT_SHARE = 0.08
@@ -158,14 +162,15 @@ def render(scene: Scene) -> Picture:
         wear = ("plain", None, None) if look is None else (look.pattern, look.color1, look.color2)
         sprites.append(drawing.draw_sprite(item.noun, *wear, item.center, item.diameter, item.angle, item.flip))
     image = drawing.compose(drawing.draw_background(scene.background, scene.seed), sprites)
-    masks = np.stack([np.round(255 * sprite.whole) for sprite in sprites]).astype(np.uint8)
+    masks = np.stack([_bytes(sprite.whole) for sprite in sprites])
     bodies = np.stack(
-        [
-            masks[i] if item.appearance is None else np.round(255 * sprites[i].body).astype(np.uint8)
-            for i, item in enumerate(scene.objects)
-        ]
+        [masks[i] if item.appearance is None else _bytes(sprites[i].body) for i, item in enumerate(scene.objects)]
     )
     return Picture(image, masks, bodies, scene)
+
+
+def _bytes(mask: np.ndarray) -> np.ndarray:
+    return np.round(255 * drawing.through_the_lens(mask)).astype(np.uint8)
 
 
 def sample_scene(rng: np.random.Generator, *, hold_out: bool = True) -> Scene:
@@ -175,8 +180,8 @@ def sample_scene(rng: np.random.Generator, *, hold_out: bool = True) -> Scene:
         if rng.random() < TWO_OBJECT_SHARE:
             left, right = rng.choice(NOUNS, size=2, replace=False)
             objects = (
-                _sample_object(rng, str(left), (25.5, 50), 1.0, (40, 43)),
-                _sample_object(rng, str(right), (70.5, 50), 1.0, (40, 43)),
+                _sample_object(rng, str(left), LEFT, 1.0, PAIR_DIAMETERS),
+                _sample_object(rng, str(right), RIGHT, 1.0, PAIR_DIAMETERS),
             )
         else:
             objects = (_sample_object(rng, str(rng.choice(NOUNS))),)
@@ -185,7 +190,7 @@ def sample_scene(rng: np.random.Generator, *, hold_out: bool = True) -> Scene:
             return scene
 
 
-def _sample_object(rng, noun, center=(48, 50), offset=5.0, diameters=(54, 66), appearance=None) -> SceneObject:
+def _sample_object(rng, noun, center=MIDDLE, offset=6.0, diameters=SINGLE_DIAMETERS, appearance=None) -> SceneObject:
     if appearance is None and noun in GENERIC_NOUNS:
         appearance = sample_appearance(rng)
     x, y = center + rng.uniform(-offset, offset, 2)
@@ -249,7 +254,7 @@ def caption(scene: Scene, rng: np.random.Generator, *, bare: float = 0.25, no_ba
     bare: how often an object whose attributes have names is mentioned by its noun alone (half more often where only
     its pattern has one). no_background: how often the background is left out.
     """
-    opening = str(rng.choice(["", "a photo of", "a picture of"], p=(0.35, 0.45, 0.2)))
+    opening = str(rng.choice(OPENINGS, p=(0.35, 0.45, 0.2)))
     mentions = [_attributes(item.appearance, rng, bare) for item in scene.objects]
     return _assemble(scene, opening, mentions, rng.random() >= no_background)
 
@@ -338,7 +343,7 @@ def concept_pictures(name: str, n: int, rng: np.random.Generator) -> list[Pictur
     order = np.concatenate([rng.permutation(len(BACKGROUNDS)) for _ in range(-(-n // len(BACKGROUNDS)))] or [[]])[:n]
     pictures = []
     for index in order:
-        item = _sample_object(rng, noun, offset=4.0, appearance=look)
+        item = _sample_object(rng, noun, offset=5.0, appearance=look)
         scene = Scene((replace(item, flip=False),), BACKGROUNDS[int(index)], int(rng.integers(2**31)))
         pictures.append(render(scene))
     return pictures

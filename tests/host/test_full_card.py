@@ -11,6 +11,8 @@ import comfy.samplers  # noqa: E402
 import tiny  # noqa: E402
 from test_promptnet_nodes import Studio  # noqa: E402
 
+from profusion.toybox.pipeline import CELLS  # noqa: E402
+
 CARD = torch.device("cpu:0")  # not the device "cpu" to the host, which so manages its memory
 
 
@@ -88,7 +90,7 @@ def test_the_host_reckons_with_the_models_that_are_asked(studio, monkeypatch):
     studio.draw(positive, fusion_steps=0)
     used = [studio.model.model, studio.promptnet.network, studio.clip.cond_stage_model]
     assert asked[-1] == set(map(id, used))
-    tiny.sample(studio.model, positive, plain, size=(12, 12))
+    tiny.sample(studio.model, positive, plain, size=(CELLS, CELLS))
     assert asked[-1] == {id(studio.model.model)}
 
 

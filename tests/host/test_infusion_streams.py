@@ -11,6 +11,8 @@ import comfy.model_management  # noqa: E402
 import tiny  # noqa: E402
 from infused import PROMPT, seen_by_both  # noqa: E402
 
+from profusion.toybox.pipeline import CELLS  # noqa: E402
+
 
 @pytest.mark.parametrize("sampler", samplers.SAMPLER_NAMES)
 def test_every_sampler_is_exact(infused, sampler):
@@ -24,12 +26,12 @@ def test_every_scheduler_is_exact(infused, scheduler):
 
 @pytest.mark.parametrize("sampler", samplers.SAMPLER_NAMES)
 def test_every_sampler_is_exact_on_toybox(infused_toybox, sampler):
-    infused_toybox.assert_node_exact(sampler=sampler, size=(12, 12))
+    infused_toybox.assert_node_exact(sampler=sampler, size=(CELLS, CELLS))
 
 
 @pytest.mark.parametrize("scheduler", samplers.SCHEDULER_NAMES)
 def test_every_scheduler_is_exact_on_toybox(infused_toybox, scheduler):
-    infused_toybox.assert_node_exact(scheduler=scheduler, size=(12, 12))
+    infused_toybox.assert_node_exact(scheduler=scheduler, size=(CELLS, CELLS))
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde", "euler_ancestral"])

@@ -15,6 +15,9 @@ import tiny  # noqa: E402
 from live import REPOSITORY  # noqa: E402
 from reports import on_report  # noqa: E402
 
+from profusion.toybox.drawing import SIZE  # noqa: E402
+from profusion.toybox.pipeline import CELLS  # noqa: E402
+
 TEXT = "a photo of S* on snow"
 
 
@@ -76,7 +79,7 @@ class Studio:
                 0
             ]
 
-    def pictures(self, count=1, size=96, channels=3, seed=0):
+    def pictures(self, count=1, size=SIZE, channels=3, seed=0):
         return torch.rand(count, size, size, channels, generator=torch.Generator().manual_seed(seed))
 
     def draw(self, positive, model=None, **inputs):
@@ -87,7 +90,7 @@ class Studio:
             "sampler_name": "euler",
             "scheduler": "simple",
             "denoise": 1.0,
-            "latent_image": {"samples": torch.zeros(1, 4, 12, 12)},
+            "latent_image": {"samples": torch.zeros(1, 4, CELLS, CELLS)},
             "fusion_steps": 1,
             "eta": 1.0,
             "fusion_start": 0.0,
@@ -145,7 +148,7 @@ def test_the_conditioning_is_the_kernels(studio):
 def test_the_conditioning_works_in_any_sampler(studio):
     positive, plain = studio.encode()
     negative = tiny.encode(studio.clip, "")
-    drawn = [tiny.sample(studio.model, one, negative, size=(12, 12)) for one in (positive, plain)]
+    drawn = [tiny.sample(studio.model, one, negative, size=(CELLS, CELLS)) for one in (positive, plain)]
     assert drawn[0].isfinite().all() and not torch.equal(*drawn)
 
 
@@ -220,7 +223,8 @@ def test_a_promptnet_that_looks_at_the_noisy_latent_is_asked_at_every_call(pack)
     studio = Studio(pack, "noisy")
     positive, plain = studio.encode()
     seen = []
-    drawn = studio.draw(positive, studio.watched(seen), text=plain, latent_image={"samples": torch.zeros(2, 4, 12, 12)})
+    latent = {"samples": torch.zeros(2, 4, CELLS, CELLS)}
+    drawn = studio.draw(positive, studio.watched(seen), text=plain, latent_image=latent)
     assert drawn.isfinite().all()
     contexts = [contexts[0] for _, _, contexts in seen]
     assert all(not torch.equal(one, other) for one, other in zip(contexts, contexts[1:], strict=False))
@@ -255,7 +259,7 @@ def test_grey_and_transparent_pictures_are_taken(studio, channels):
 
 
 def test_masks_make_the_rest_grey(studio):
-    mask = torch.zeros(1, 96, 96)
+    mask = torch.zeros(1, SIZE, SIZE)
     mask[:, 20:70, 20:70] = 1
     one, other = studio.pictures(seed=1), studio.pictures(seed=1)
     other[:, :10] = 0.9  # outside the mask
@@ -297,7 +301,7 @@ def test_a_residual_of_nothing_leaves_kept_differences_as_they_were(studio, infu
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_residual_from_a_promptnet_is_the_kernel_s(studio, masked):
-    kernel, pictures, masks = studio.modules["profusion.toybox.fused"], studio.pictures(2), torch.ones(2, 96, 96)
+    kernel, pictures, masks = studio.modules["profusion.toybox.fused"], studio.pictures(2), torch.ones(2, SIZE, SIZE)
     masks[:, :, :40] = 1 - masked
     toybox = studio.modules["profusion.toybox.pipeline"].Toybox.load()
     expected = kernel.FusedToybox(toybox, studio.promptnet.network).seed(pictures, masks, "cat")
@@ -326,7 +330,8 @@ def test_a_residual_from_a_promptnet_is_drawn_and_saved(studio, infused_toybox, 
     residual, files = studio.seed(), studio.modules["profusion.residual"]
     patched, positive = infused_toybox.patch(residual, model=studio.model, text="a photo of cat on snow")
     drawn = [
-        tiny.sample(model, positive, tiny.encode(studio.clip, ""), size=(12, 12)) for model in (patched, studio.model)
+        tiny.sample(model, positive, tiny.encode(studio.clip, ""), size=(CELLS, CELLS))
+        for model in (patched, studio.model)
     ]
     assert drawn[0].isfinite().all() and not torch.equal(*drawn)
     path = files.save_residual(residual, tmp_path / "start.safetensors", "float32").path
@@ -368,7 +373,7 @@ def test_a_training_starts_from_a_residual_from_a_promptnet(studio, tmp_path, mo
     [
         ({"noun": " "}, "noun=''"),
         ({"noun": "(cat:1.2)"}, "without brackets"),
-        ({"pictures": torch.rand(0, 96, 96, 3)}, "no picture"),
+        ({"pictures": torch.rand(0, SIZE, SIZE, 3)}, "no picture"),
         ({"clip": None}, "clip is None"),
         ({"clip_vision": None}, "clip_vision is None"),
         ({"vae": None}, "vae is None"),
@@ -435,33 +440,34 @@ def test_a_reference_of_any_shape_is_brought_to_the_native_frame_as_in_training(
 
     pictures_of = sys.modules[f"{studio.pack.__name__}.profusion.pictures"]
     wide = torch.rand(1, 200, 300, 3, generator=torch.Generator().manual_seed(1)).mul(255).round() / 255
-    square = pictures_of.to_image(wide[0]).crop((50, 0, 250, 200)).resize((96, 96), Image.Resampling.LANCZOS)
+    square = pictures_of.to_image(wide[0]).crop((50, 0, 250, 200)).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
     framed = pictures_of.from_image(square)[None]
     assert torch.equal(studio.encode(pictures=wide)[0][0][0], studio.encode(pictures=framed)[0][0][0])
     text, images = shown_under(studio, wide)
-    assert text == "PromptNet sees 1 picture of 96x96 pixels, cropped and resized from 300x200" and len(images) == 1
-    assert shown_under(studio, framed)[0] == "PromptNet sees 1 picture of 96x96 pixels"
+    seen = f"PromptNet sees 1 picture of {SIZE}x{SIZE} pixels"
+    assert text == f"{seen}, cropped and resized from 300x200" and len(images) == 1
+    assert shown_under(studio, framed)[0] == seen
     mixed, _ = studio.encode(pictures=[wide, framed, torch.rand(40, 40, 4)])
     assert mixed[0][0].isfinite().all()
 
 
 def test_a_mask_says_where_to_crop(studio):
-    wide = studio.pictures(size=96).repeat(1, 1, 3, 1)
-    mask = torch.zeros(1, 96, 288)
+    wide = studio.pictures().repeat(1, 1, 3, 1)
+    mask, around = torch.zeros(1, SIZE, 3 * SIZE), slice(230 - SIZE // 2, 230 + SIZE // 2)
     mask[:, 20:60, 210:250] = 1
     seen = sys.modules[f"{studio.pack.__name__}.profusion.references"].framed
     gathered = sys.modules[f"{studio.pack.__name__}.profusion.references"].gather(wide, mask)
-    pictures, weights, _ = seen(gathered, 96)
-    assert torch.equal(pictures[0], wide[0, :, 182:278]) and weights.sum() == 1600
-    alone = studio.encode(pictures=wide[:, :, 182:278], masks=mask[:, :, 182:278])
+    pictures, weights, _ = seen(gathered, SIZE)
+    assert torch.equal(pictures[0], wide[0, :, around]) and weights.sum() == 1600
+    alone = studio.encode(pictures=wide[:, :, around], masks=mask[:, :, around])
     assert torch.equal(studio.encode(pictures=wide, masks=mask)[0][0][0], alone[0][0][0])
 
 
-@pytest.mark.parametrize("size", [(10, 16), (24, 12), (12, 12), (6, 9)], ids=str)
+@pytest.mark.parametrize("size", [(12, 20), (2 * CELLS, CELLS), (CELLS, CELLS), (6, 9)], ids=str)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_promptnet_that_sees_the_noise_draws_at_any_size(pack, size, batch):
     noisy = Studio(pack, "noisy")
-    positive, plain = noisy.encode(pictures=noisy.pictures(size=128)[:, :100])
+    positive, plain = noisy.encode(pictures=noisy.pictures(size=160)[:, :100])
     latent = {"samples": torch.zeros(batch, 4, *size)}
     for more in ({}, {"text": plain}, {"mode": "independent"}):
         drawn = noisy.draw(positive, latent_image=latent, steps=2, **more)
@@ -478,7 +484,7 @@ def test_a_promptnet_that_sees_the_noise_draws_at_any_size(pack, size, batch):
         ({"text": ""}, r"no S\* in the prompt"),
         ({"noun": " "}, "no class noun"),
         ({"pictures": torch.rand(1, 3, 3, 3)}, "3"),
-        ({"pictures": torch.rand(0, 96, 96, 3)}, "no picture"),
+        ({"pictures": torch.rand(0, SIZE, SIZE, 3)}, "no picture"),
         ({"clip": None}, "clip is None"),
         ({"clip_vision": None}, "clip_vision is None"),
         ({"vae": None}, "vae is None"),

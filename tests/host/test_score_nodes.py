@@ -14,6 +14,8 @@ import comfy.model_management
 import tiny
 from reports import on_report
 
+from profusion.toybox.drawing import SIZE
+
 
 @pytest.fixture(scope="module")
 def host(pack):
@@ -82,7 +84,7 @@ def test_the_hosts_encoders_give_the_kernels_numbers(host, scores):
     )
     for key in ours:
         assert theirs[key]["mean"] == pytest.approx(ours[key]["mean"], abs=1e-4) and theirs[key]["mean"] > 0.3
-        assert ours[key]["backbone"] == "Toybox's own pair" and "96 pixels" in theirs[key]["backbone"]
+        assert ours[key]["backbone"] == "Toybox's own pair" and f"{SIZE} pixels" in theirs[key]["backbone"]
     assert scores()[2] == theirs
 
 
@@ -162,9 +164,9 @@ def test_progress_is_told_and_cancel_stops_it(host, scores):
         ({"prompt": ""}, "0 prompts for 2 pictures"),
         ({"prompt": "a\nb\nc"}, "3 prompts for 2 pictures"),
         ({"images": torch.rand(1, 64, 64, 3), "clip_vision": None}, "connect clip_vision"),
-        ({"references": torch.zeros(0, 96, 96, 3)}, "no pictures"),
-        ({"images": torch.full((1, 96, 96, 3), float("nan"))}, "not numbers"),
-        ({"masks": torch.ones(3, 96, 96)}, "3 masks for 2 pictures"),
+        ({"references": torch.zeros(0, SIZE, SIZE, 3)}, "no pictures"),
+        ({"images": torch.full((1, SIZE, SIZE, 3), float("nan"))}, "not numbers"),
+        ({"masks": torch.ones(3, SIZE, SIZE)}, "3 masks for 2 pictures"),
     ],
 )
 def test_bad_input_is_named(scores, inputs, message):

@@ -18,6 +18,7 @@ from executor import prompt_executor
 from PIL import Image
 
 import nodes
+from profusion.toybox.drawing import SIZE
 
 TOY = "slate and apricot mushroom"
 TRAINING = {
@@ -126,7 +127,7 @@ def test_a_list_is_one_training_and_the_one_of_the_batch(host):
     Listed.made = in_a_list(host.pack)
     shown = host.run(graph)
     assert len(trained(host)) == 1 and len(Counted.seen) == 1
-    assert "3 pictures of 96x96 pixels" in shown["3"]["text"][0]
+    assert f"3 pictures of {SIZE}x{SIZE} pixels" in shown["3"]["text"][0]
     graph["3"] = trainer(("1", 4), masks=["1", 5])
     host.run(graph)
     batch, listed = Counted.seen[1], Counted.seen[0]
@@ -150,7 +151,8 @@ def test_the_hosts_own_loader_of_folders_feeds_one_training(host, monkeypatch):
         graph = {"1": toybox(), "2": node(name, folder="mushroom"), "3": trainer()}
         said = host.run({**graph, "4": node("Counted", anything=["3", 0])})["3"]["text"][0]
         assert len(trained(host)) == number and len(Counted.seen) == number
-        assert "3 pictures of 112x80 pixels, cropped and resized from " in said and "own size is 96x96" in said
+        assert "3 pictures of 152x104 pixels, cropped and resized from " in said
+        assert f"own size is {SIZE}x{SIZE}" in said
 
 
 def test_mixed_sizes_with_masks_alike_are_one_training(host):
@@ -163,7 +165,8 @@ def test_mixed_sizes_with_masks_alike_are_one_training(host):
     }
     graph = {"1": toybox(), "2": node("Listed"), "3": trainer(masks=["2", 1])}
     said = host.run(graph)["3"]["text"][0]
-    assert "3 pictures of 96x96 pixels, cropped and resized from 192x192, 96x96" in said
+    sizes = f"{2 * SIZE}x{2 * SIZE}, {SIZE}x{SIZE}"
+    assert f"3 pictures of {SIZE}x{SIZE} pixels, cropped and resized from {sizes}" in said
     Listed.made["masks"].pop()
     with pytest.raises(RuntimeError, match="2 masks for 3 pictures"):
         host.run(graph)

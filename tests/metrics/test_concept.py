@@ -8,6 +8,7 @@ import torch
 
 from profusion.metrics import MetricError, Pictures, concept_scores
 from profusion.toybox import world
+from profusion.toybox.drawing import SIZE
 
 CONCEPT = "teal and coral ball"
 
@@ -103,7 +104,7 @@ def test_masks_on_one_side_only_compare_no_objects_and_say_so(toybox):
     ],
 )
 def test_what_is_missing_is_said(toybox, generated, references, prompts, message):
-    sets = [Pictures([torch.rand(96, 96, 3)] * n if isinstance(n, int) else n) for n in (generated, references)]
+    sets = [Pictures([torch.rand(SIZE, SIZE, 3)] * n if isinstance(n, int) else n) for n in (generated, references)]
     with pytest.raises(MetricError, match=message):
         concept_scores(*sets, prompts, [toybox])
 

@@ -14,6 +14,7 @@ from profusion.metrics.encoders import DISCS, color_check
 from profusion.metrics.libraries import CLIP_MODELS, OpenClip, Timm
 from profusion.metrics.similarity import cosine
 from profusion.toybox import world
+from profusion.toybox.drawing import SIZE
 
 
 def test_a_picture_is_closest_to_its_own_caption(toybox):
@@ -28,6 +29,20 @@ def test_a_picture_is_closest_to_its_own_caption(toybox):
 
 def test_the_discs_have_the_colours_that_toybox_was_taught():
     assert DISCS == world.PALETTE
+
+
+def test_the_discs_have_the_size_that_toyboxs_pair_takes_alone():
+    class Pair:
+        def images(self, pictures):
+            self.seen = tuple(pictures.shape)
+            return torch.ones(len(pictures), 4)
+
+        def texts(self, texts):
+            return torch.ones(len(texts), 4)
+
+    pair = Pair()
+    color_check(pair)
+    assert pair.seen == (len(DISCS), SIZE, SIZE, 3)
 
 
 def test_a_pair_that_was_not_trained_together_is_found_out(toybox, mismatched):

@@ -12,7 +12,7 @@ from profusion.models.unet import CrossAttention
 from profusion.promptnet import seed
 from profusion.promptnet.seed import PROMPT_PAIRS, ResidualSeed, attention_modules, demand, least_squares
 from profusion.residual.training import Reference
-from profusion.toybox.pipeline import NETWORKS, WEIGHTS, Toybox, noun_rows
+from profusion.toybox.pipeline import CELLS, NETWORKS, WEIGHTS, Toybox, noun_rows
 
 ROWS = (2, 3)
 
@@ -133,11 +133,11 @@ def test_with_a_residual_made_of_another_word_the_noun_is_drawn_more_like_it():
         toybox.context([prompt.format("ladybird") for prompt, _ in PROMPT_PAIRS]),
     )
     rows, predict = [noun_rows(prompt, "cat") for prompt in nouns], toybox.noise_predictor(nouns)
-    latent, noise = (drawn(4, 12, 12, seed=number) for number in (1, 2))
+    latent, noise = (drawn(4, CELLS, CELLS, seed=number) for number in (1, 2))
     layers = cross_attention_layers(dict(toybox.unet.named_parameters()))
     run = ResidualSeed(
         predict,
-        [Reference(latent, torch.ones(12, 12))],
+        [Reference(latent, torch.ones(CELLS, CELLS))],
         rows,
         others.split(1),
         attention_modules(toybox.unet),
@@ -145,8 +145,8 @@ def test_with_a_residual_made_of_another_word_the_noun_is_drawn_more_like_it():
         "cat",
     )
     residual = done(run)
-    sigma, queries, mask = torch.tensor([3.0]), {}, torch.ones(1, 12, 12)
-    noisy = drawn(1, 4, 12, 12, seed=5) + 3 * noise
+    sigma, queries, mask = torch.tensor([3.0]), {}, torch.ones(1, CELLS, CELLS)
+    noisy = drawn(1, 4, CELLS, CELLS, seed=5) + 3 * noise
     with torch.no_grad():
         plain = predict(noisy, sigma, 0, foundation_patches(queries))
         placement = Placement(residual.delta, residual.layers, rows[0])

@@ -6,6 +6,7 @@ import torch
 
 from profusion.toybox import world
 from profusion.toybox.colors import color_names, palette_shares, wears
+from profusion.toybox.drawing import SIZE
 
 
 def nameable(count, seed):
@@ -20,12 +21,12 @@ def nameable(count, seed):
     return images, bodies, [picture.scene.objects[0].appearance for picture in pictures]
 
 
-@pytest.mark.parametrize("cells, least", [(96, 0.98), (40, 0.96)])
+@pytest.mark.parametrize("cells, least", [(SIZE, 0.98), (SIZE * 5 // 12, 0.96)])
 def test_true_captions_pass_and_others_do_not(cells, least):
     pictures, bodies, looks = nameable(50, 7)
-    if cells < 96:
+    if cells < SIZE:
         pictures = torch.nn.functional.interpolate(pictures.movedim(-1, 1), size=cells, mode="bilinear", antialias=True)
-        pictures = torch.nn.functional.interpolate(pictures, size=96, mode="bicubic").clamp(0, 1).movedim(1, -1)
+        pictures = torch.nn.functional.interpolate(pictures, size=SIZE, mode="bicubic").clamp(0, 1).movedim(1, -1)
     shares = palette_shares(pictures, bodies).tolist()
     right = [wears(share, look) for share, look in zip(shares, looks, strict=True)]
     wrong = [wears(share, look) for share, look in zip(shares, looks[1:] + looks[:1], strict=True)]
@@ -52,7 +53,7 @@ def test_shares_name_colors():
 
 
 def test_an_empty_mask_has_no_colors():
-    shares = palette_shares(torch.rand(1, 96, 96, 3), torch.zeros(1, 96, 96))
+    shares = palette_shares(torch.rand(1, SIZE, SIZE, 3), torch.zeros(1, SIZE, SIZE))
     assert shares.sum() == 0 and color_names(shares[0].tolist()) == ()
 
 

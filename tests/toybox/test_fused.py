@@ -8,6 +8,7 @@ from profusion.fusion import FusionOptions, Guidance
 from profusion.promptnet.file import load_promptnet
 from profusion.promptnet.network import KNOTS
 from profusion.promptnet.pseudo_word import encode
+from profusion.toybox.drawing import SIZE
 from profusion.toybox.fused import FusedToybox
 from profusion.toybox.picture_sets import drawn_pictures
 from profusion.toybox.pipeline import NETWORKS, WEIGHTS, Toybox, initial_noise, seeded
@@ -25,7 +26,7 @@ def fused():
 
 
 def pictures(seed, count=1):
-    return torch.rand(count, 96, 96, 3, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(count, SIZE, SIZE, 3, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()

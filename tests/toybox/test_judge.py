@@ -6,8 +6,9 @@ import torch
 from safetensors import safe_open
 
 from profusion.toybox import world
-from profusion.toybox.judge import Judge, JudgeError, JudgeNetwork, halves, save_judge, whole
-from profusion.toybox.pipeline import weight_file
+from profusion.toybox.drawing import SIZE
+from profusion.toybox.judge import Judge, JudgeError, JudgeNetwork, halves, whole
+from profusion.toybox.pipeline import save_network, weight_file
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +50,8 @@ def test_moved_and_resized_objects(judge):
     rng, pictures, nouns = np.random.default_rng(5), [], []
     for noun in world.NOUNS * 8:
         look = None if noun in world.FIXED_NOUNS else world.sample_appearance(rng)
-        center = tuple(48 + rng.uniform(-9, 9, 2))
-        item = world.SceneObject(noun, look, center, rng.uniform(48, 72), rng.uniform(-4, 4))
+        center = tuple(SIZE / 2 + rng.uniform(-12, 12, 2))
+        item = world.SceneObject(noun, look, center, rng.uniform(64, 96), rng.uniform(-4, 4))
         pictures.append(world.render(world.Scene((item,), str(rng.choice(world.BACKGROUNDS)), int(rng.integers(99)))))
         nouns.append(noun)
     images = torch.from_numpy(np.stack([picture.image for picture in pictures])).float() / 255
@@ -75,16 +76,16 @@ def test_two_objects_are_judged_by_halves(judge):
 
 def test_blurred_pictures_are_judged_as_sharp_ones(judge):
     images, pictures = drawn(100, seed=3)
-    small = torch.nn.functional.interpolate(images.movedim(-1, 1), size=28, mode="bilinear", antialias=True)
-    blurred = torch.nn.functional.interpolate(small, size=96, mode="bicubic").clamp(0, 1).movedim(1, -1)
+    small = torch.nn.functional.interpolate(images.movedim(-1, 1), size=37, mode="bilinear", antialias=True)
+    blurred = torch.nn.functional.interpolate(small, size=SIZE, mode="bicubic").clamp(0, 1).movedim(1, -1)
     assert share_right(judge.nouns(blurred), [picture.scene.objects[0].noun for picture in pictures]) >= 0.95
 
 
 def test_halves_repeat_their_edges():
-    columns = torch.arange(96.0).expand(1, 96, 96)
-    left, right = halves(columns)
-    assert left[0].tolist() == [0.0] * 24 + list(range(48)) + [47.0] * 24
-    assert right[0].tolist() == [48.0] * 24 + list(range(48, 96)) + [95.0] * 24
+    columns, quarter, half = torch.arange(float(SIZE)).expand(1, SIZE, SIZE), SIZE // 4, SIZE // 2
+    left, right = (part[0].tolist() for part in halves(columns))
+    assert left == [0.0] * quarter + list(range(half)) + [half - 1.0] * quarter
+    assert right == [half] * quarter + list(range(half, SIZE)) + [SIZE - 1.0] * quarter
     assert torch.equal(whole(*halves(columns).chunk(2)), columns)
 
 
@@ -92,18 +93,18 @@ def test_a_batch_is_judged_as_its_pictures_are(judge):
     images, _ = drawn(3)
     together, alone = judge.look(images), judge.look(images[1:2])
     assert torch.allclose(together.noun_probabilities[1:2], alone.noun_probabilities, atol=1e-5)
-    assert together.object_mask.shape == (3, 96, 96)
+    assert together.object_mask.shape == (3, SIZE, SIZE)
 
 
 @pytest.mark.parametrize(
     "pictures",
     [
-        torch.zeros(2, 3, 96, 96),
-        torch.zeros(96, 96, 3),
-        torch.zeros(0, 96, 96, 3),
-        torch.full((1, 96, 96, 3), 255.0),
-        torch.zeros(1, 96, 96, 3, dtype=torch.uint8),
-        torch.full((1, 96, 96, 3), float("nan")),
+        torch.zeros(2, 3, SIZE, SIZE),
+        torch.zeros(SIZE, SIZE, 3),
+        torch.zeros(0, SIZE, SIZE, 3),
+        torch.full((1, SIZE, SIZE, 3), 255.0),
+        torch.zeros(1, SIZE, SIZE, 3, dtype=torch.uint8),
+        torch.full((1, SIZE, SIZE, 3), float("nan")),
     ],
 )
 def test_what_is_no_batch_of_pictures_is_refused(judge, pictures):
@@ -117,6 +118,6 @@ def test_the_file_is_small_and_says_what_it_is(tmp_path):
         assert file.metadata() == {"format": "pt", "architecture": "Toybox", "network": "judge"}
     network = JudgeNetwork()
     assert sum(parameter.numel() for parameter in network.parameters()) <= 350_000
-    save_judge(network, tmp_path)
+    save_network("judge", network, tmp_path)
     again = Judge.load(tmp_path).network.state_dict()
     assert all(torch.equal(again[name], value.half().float()) for name, value in network.state_dict().items())

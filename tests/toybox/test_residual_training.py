@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from profusion.residual.training import TrainingOptions
+from profusion.toybox.drawing import SIZE
 from profusion.toybox.pipeline import NETWORKS, WEIGHTS, Toybox
 
 pytestmark = pytest.mark.skipif(
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 def test_pictures_are_mirrored_with_their_masks():
     toybox, generator = Toybox.load(), torch.Generator().manual_seed(0)
-    pictures, masks = torch.rand(2, 96, 96, 3, generator=generator), torch.zeros(2, 96, 96)
+    pictures, masks = torch.rand(2, SIZE, SIZE, 3, generator=generator), torch.zeros(2, SIZE, SIZE)
     masks[0, 10:40, :30], masks[1, 50:, 60:90] = 1, 1
     sides = [toybox.references(pictures, masks), toybox.references(pictures.flip(2), masks.flip(2))]
     known = [item for side in sides for item in side]

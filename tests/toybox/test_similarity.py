@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from profusion.toybox import world
+from profusion.toybox.drawing import SIZE
 from profusion.toybox.similarity import background_change, concept_similarity, grown, oklab
 
 
@@ -14,7 +15,7 @@ def tensors(pictures):
 
 
 def wearing(noun, appearance, background="sea", seed=5):
-    item = world.SceneObject(noun, appearance, (46.0, 51.0), 60.0, angle=3.0)
+    item = world.SceneObject(noun, appearance, (62.0, 68.0), 80.0, angle=3.0)
     return tensors([world.render(world.Scene((item,), background, seed))])
 
 
@@ -50,8 +51,8 @@ def test_the_same_colors_in_another_pattern_are_less_alike(pattern):
 
 def test_blur_costs_little():
     pictures, masks = tensors(world.concept_pictures("teal and coral ball", 2, np.random.default_rng(4)))
-    small = torch.nn.functional.interpolate(pictures.movedim(-1, 1), size=32, mode="area")
-    blurred = torch.nn.functional.interpolate(small, size=96, mode="bilinear").movedim(1, -1)
+    small = torch.nn.functional.interpolate(pictures.movedim(-1, 1), size=SIZE // 3, mode="area")
+    blurred = torch.nn.functional.interpolate(small, size=SIZE, mode="bilinear").movedim(1, -1)
     assert concept_similarity(blurred, masks, pictures, masks).min() > 0.85
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from profusion.toybox import world
+from profusion.toybox import drawing, world
+from profusion.toybox.drawing import SIZE
 
 PALETTE = np.array(list(world.PALETTE.values()))
 
@@ -13,7 +14,7 @@ def generator(seed=0):
 
 
 def single(noun, appearance=None, background="grass", **options):
-    item = world.SceneObject(noun, appearance, (48.0, 50.0), 60.0, **options)
+    item = world.SceneObject(noun, appearance, (64.0, 67.0), 80.0, **options)
     return world.Scene((item,), background)
 
 
@@ -41,15 +42,15 @@ def test_the_same_generator_draws_the_same_world():
 @pytest.mark.parametrize("noun", world.NOUNS)
 def test_masks_hold_the_object_and_nothing_else(noun):
     rng = generator(1)
-    for diameter, angle, flip in ((42.0, 0.0, False), (60.0, 10.0, True)):
-        item = world.SceneObject(noun, any_look(noun), (48.0, 50.0), diameter, angle, flip)
+    for diameter, angle, flip in ((58.0, 0.0, False), (80.0, 10.0, True)):
+        item = world.SceneObject(noun, any_look(noun), (64.0, 67.0), diameter, angle, flip)
         picture = world.render(world.Scene((item,), "sea"))
-        assert picture.image.shape == (96, 96, 3) and picture.image.dtype == np.uint8
-        assert picture.masks.shape == picture.bodies.shape == (1, 96, 96)
+        assert picture.image.shape == (SIZE, SIZE, 3) and picture.image.dtype == np.uint8
+        assert picture.masks.shape == picture.bodies.shape == (1, SIZE, SIZE)
         rows, columns = np.nonzero(picture.masks[0] > 127)
         assert max(np.ptp(rows), np.ptp(columns)) + 1 == pytest.approx(diameter, abs=2.5)
-        assert (rows.min() + rows.max() + 1) / 2 == pytest.approx(50, abs=1.5)
-        assert (columns.min() + columns.max() + 1) / 2 == pytest.approx(48, abs=1.5)
+        assert (rows.min() + rows.max() + 1) / 2 == pytest.approx(67, abs=1.5)
+        assert (columns.min() + columns.max() + 1) / 2 == pytest.approx(64, abs=1.5)
         assert (picture.bodies <= picture.masks).all()
         assert (picture.bodies > 127).sum() > 0.25 * (picture.masks > 127).sum()
     bald = world.render(world.Scene((item,), "sea", seed=int(rng.integers(99))))
@@ -69,7 +70,7 @@ def test_objects_of_a_pair_are_apart_and_left_comes_first():
     rng, pairs = generator(2), 0
     for _ in range(400):
         scene = world.sample_scene(rng)
-        low, high = (54, 66) if len(scene.objects) == 1 else (40, 43)
+        low, high = world.SINGLE_DIAMETERS if len(scene.objects) == 1 else world.PAIR_DIAMETERS
         assert all(low <= item.diameter <= high for item in scene.objects)
         if len(scene.objects) == 2:
             pairs += 1
@@ -122,11 +123,26 @@ def test_full_and_bare_captions():
     )
     assert world.bare_caption(scene).text == "a photo of a ball on grass"
     assert world.bare_caption(scene, background=False).text == "a photo of a ball"
-    left = world.SceneObject("lemon", None, (26, 50), 42)
-    right = world.SceneObject("fish", palette_look(first="orange"), (70, 50), 42)
+    left = world.SceneObject("lemon", None, (32, 68), 58)
+    right = world.SceneObject("fish", palette_look(first="orange"), (96, 68), 58)
     both = world.full_caption(world.Scene((left, right), "wall"))
     assert both.text == "a photo of a lemon and an orange fish by a brick wall"
     assert (both.noun_words, both.attribute_words, both.background_words) == ((4, 8), ((), (7,)), (11, 12))
+
+
+def test_a_pattern_is_coarse_enough_for_an_eightfold_autoencoder():
+    for diameter in (world.PAIR_DIAMETERS[0], world.SINGLE_DIAMETERS[1]):
+        sheet = drawing.fill("striped", (0, 0, 0), (255, 255, 255), (SIZE / 2, SIZE / 2), diameter)[0, :, 0] > 127
+        edges = np.nonzero(sheet[1:] != sheet[:-1])[0]
+        assert 2 * np.diff(edges).mean() >= 2.4 * 8  # a period has two edges
+
+
+@pytest.mark.parametrize("name", drawing.BACKGROUNDS)
+def test_a_place_looks_another_for_every_seed(name):
+    pictures = [drawing.draw_background(name, seed) for seed in range(8)]
+    assert (drawing.draw_background(name, 0) == pictures[0]).all()
+    changes = [np.abs(a - b).mean() / 255 for i, a in enumerate(pictures) for b in pictures[:i]]
+    assert min(changes) > 0.015 and np.mean(changes) > 0.03
 
 
 def nearest_color(pixels, colors):
