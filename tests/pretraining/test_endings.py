@@ -37,17 +37,26 @@ def folder(tmp_path_factory):
     return folder
 
 
-def processes_of(group: int) -> list[int]:
-    """The live processes of a group, those that wait to be collected apart."""
+def live_processes(place: int, number: int) -> list[int]:
+    """Those whose line in /proc has this number at a place, those that wait to be collected apart."""
     found = []
     for name in os.listdir("/proc"):
         try:
             fields = Path("/proc", name, "stat").read_text().rpartition(")")[2].split() if name.isdigit() else []
         except OSError:
             continue
-        if fields and int(fields[2]) == group and fields[0] != "Z":
+        if fields and int(fields[place]) == number and fields[0] != "Z":
             found.append(int(name))
     return found
+
+
+def processes_of(group: int) -> list[int]:
+    return live_processes(2, group)
+
+
+def children() -> set[int]:
+    """This process's own: other tests, whose processes may be of the same group, run beside it."""
+    return set(live_processes(1, os.getpid()))
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="processes are counted by /proc")
@@ -124,15 +133,15 @@ def test_a_worker_that_ends_by_itself_is_an_error_that_says_what_to_do(folder):
 
 
 def test_an_ended_stream_leaves_no_worker(folder):
-    before = set(processes_of(os.getpgrp()))
+    before = children()
     batches = PictureStream(open_source(str(folder)), size=16, batch=4, workers=2).batches()
     next(batches)
-    assert len(set(processes_of(os.getpgrp())) - before) == 2
+    assert len(children() - before) == 2
     batches.close()
     until = time.monotonic() + 10
-    while set(processes_of(os.getpgrp())) - before and time.monotonic() < until:
+    while children() - before and time.monotonic() < until:
         time.sleep(0.05)
-    assert not set(processes_of(os.getpgrp())) - before
+    assert not children() - before
 
 
 @pytest.mark.parametrize("workers", [0, 2])
