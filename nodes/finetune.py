@@ -39,28 +39,16 @@ class PromptNetFinetune(io.ComfyNode):
                 inputs.vae(),
                 io.Image.Input("images", tooltip="The picture, or variants of it, as a batch or a list, of any sizes."),
                 inputs.steps(50, "Training steps. The paper takes about 50."),
-                io.Float.Input(
-                    "learning_rate",
-                    default=2e-5,
-                    min=1e-7,
-                    max=1.0,
-                    step=1e-6,
-                    round=False,
-                    tooltip="How far each step moves PromptNet. 1e-5 to 1e-4 is usual.",
-                ),
+                inputs.learning_rate(2e-5, "How far each step moves PromptNet. 1e-5 to 1e-4 is usual."),
                 io.Boolean.Input(
                     "train_attention",
                     default=True,
                     tooltip="Train the model's attention layers too, as in the paper. Off: only PromptNet.",
                 ),
-                io.Float.Input(
+                inputs.learning_rate(
+                    1e-4,
+                    "How far each step moves the attention layers: 1e-4 to 1e-3 with a rank, 1e-5 without.",
                     "attention_learning_rate",
-                    default=1e-4,
-                    min=1e-7,
-                    max=1.0,
-                    step=1e-6,
-                    round=False,
-                    tooltip="How far each step moves the attention layers: 1e-4 to 1e-3 with a rank, 1e-5 without.",
                 ),
                 io.Int.Input(
                     "rank",

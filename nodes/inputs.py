@@ -54,6 +54,11 @@ def steps(default: int, tooltip: str, name: str = "steps", largest: int = 100_00
     return io.Int.Input(name, default=default, min=1, max=largest, tooltip=tooltip)
 
 
+def learning_rate(default: float, tooltip: str, name: str = "learning_rate") -> io.Float.Input:
+    """Of a network's weights; a residual's is larger."""
+    return io.Float.Input(name, default=default, min=1e-7, max=1.0, step=1e-6, round=False, tooltip=tooltip)
+
+
 def cfg(tooltip: str, name: str = "cfg", default: float = 6.0, rounding: float | None = 0.01) -> io.Float.Input:
     return io.Float.Input(name, default=default, min=0.0, max=100.0, step=0.1, round=rounding, tooltip=tooltip)
 

@@ -58,14 +58,8 @@ class PromptNetTrainer(io.ComfyNode):
                     "Training steps. The paper takes 80,000 of 64 pictures; a few thousand of 4 make a beginning.",
                     largest=10_000_000,
                 ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=2e-5,
-                    min=1e-7,
-                    max=1.0,
-                    step=1e-6,
-                    round=False,
-                    tooltip="How far each step goes: 2e-5 in the paper. A short run may take 1e-4, with warmup.",
+                inputs.learning_rate(
+                    2e-5, "How far each step goes: 2e-5 in the paper. A short run may take 1e-4, with warmup."
                 ),
                 inputs.batch_size(),
                 inputs.seed("Random seed of the new PromptNet and the training. The same seed trains the same file."),

@@ -61,8 +61,8 @@ class Checkpoint:
 
     @property
     def size(self) -> int:
-        """The side of the pictures that it was trained on: 512 for SD 2.x too, where it predicts eps."""
-        return 512 if (self.family.name, self.prediction) == ("SD 2.x", "eps") else self.family.size
+        """The side of the pictures that it was trained on."""
+        return _native_size(self.family, self.prediction)
 
 
 def plan(path: str | Path) -> Plan:
@@ -115,6 +115,15 @@ def prediction(contents: Contents, family: Family) -> Prediction:
         (_, tensor), *_ = contents.tensors([name])
         return "v" if torch.std(tensor, unbiased=False) > _V_FROM else "eps"
     return "eps"
+
+
+def native_size(made: Plan) -> int:
+    """The side in pixels of the pictures that a planned checkpoint was trained on."""
+    return _native_size(made.family, prediction(made.contents, made.family))
+
+
+def _native_size(family: Family, predicts: Prediction) -> int:
+    return 512 if (family.name, predicts) == ("SD 2.x", "eps") else family.size  # the base of SD 2.x, as SD 1.x
 
 
 def prefixed(contents: Contents, prefix: str) -> Sources:

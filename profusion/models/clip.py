@@ -105,6 +105,7 @@ class VisionModel(CLIPVisionModelWithProjection):
             hidden_act=config.activation,
         )
         super().__init__(sizes)
+        self.sizes = config
         if config.projection is None:
             self.visual_projection = None
         _drawn_as_torch_does(self)

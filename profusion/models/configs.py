@@ -159,6 +159,11 @@ class VisionConfig:
     projection: int | None  # None where its file has none, so that it gives no embeddings
     activation: str = "quick_gelu"
 
+    @property
+    def tokens(self) -> int:
+        """Image tokens of a picture: the class token and one for each patch."""
+        return 1 + (self.image_size // self.patch_size) ** 2
+
 
 SD15 = UNetConfig(320, (1, 2, 4, 4), 2, (1, 1, 1, 0), 1, 768, num_heads=8)
 SD21 = UNetConfig(320, (1, 2, 4, 4), 2, (1, 1, 1, 0), 1, 1024, head_channels=64, use_linear=True)

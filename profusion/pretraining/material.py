@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import load_image_tower
-from ..checkpoints.loading import plan
+from ..checkpoints.loading import native_size, plan
 from ..checkpoints.vision import vision_plan
 from ..decoding import PictureError
 from ..keeping import digest
@@ -99,7 +99,7 @@ def sizes_of(command: Command, data: Data, checkpoint: Path, tower: Path) -> Siz
         command.with_noise,
         command.layout,
     )
-    return Sizes(base.unet, base.vae, towers, vision, config, data.size or base.family.size)
+    return Sizes(base.unet, base.vae, towers, vision, config, data.size or native_size(base))
 
 
 def on_checkpoint(command: Command, data: Data, checkpoint: Path, tower: Path, ranks: Ranks, say: Say) -> Material:
@@ -112,7 +112,7 @@ def on_checkpoint(command: Command, data: Data, checkpoint: Path, tower: Path, r
     vision = load_image_tower(tower, kind).to(ranks.device)
     widths = [tower.sizes.width for tower in base.towers]
     config = config_for(
-        base.unet.config, widths, vision.config.hidden_size, command.tokens, command.with_noise, command.layout
+        base.unet.config, widths, vision.sizes.width, command.tokens, command.with_noise, command.layout
     )
     return of_source(command, data, source, base, vision, config, ranks, say)
 
@@ -187,7 +187,6 @@ def _cache(data: Data, source: Source | Streamed, encoders: Encoders, base: Pipe
     if data.crop == "random":
         raise PictureError("--cache keeps one square of each picture, and --crop random draws another each time")
     channels, cells = base.unet.config.in_channels, base.size // base.cell
-    tokens = encoders.vision.config
-    rows = (tokens.image_size // tokens.patch_size) ** 2 + 1
-    sizes = CacheSizes(len(source), (channels, cells, cells), (rows, tokens.hidden_size))
+    vision = encoders.vision.sizes
+    sizes = CacheSizes(len(source), (channels, cells, cells), (vision.tokens, vision.width))
     return FeatureCache(Path(data.cache), sizes, about)

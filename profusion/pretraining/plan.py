@@ -115,7 +115,7 @@ def need(
         engine = Engine(objective, options, Ranks(), checkpointing=checkpointing)
         cells = sizes.size // base.cell
         latents = torch.zeros(micro, sizes.config.unet.in_channels, cells, cells)
-        image_tokens = torch.zeros(micro, _tokens(sizes.vision), sizes.vision.width)
+        image_tokens = torch.zeros(micro, sizes.vision.tokens, sizes.vision.width)
         noise, sigma = torch.zeros_like(latents), torch.ones(micro)
         frozen = [base.unet, *base.towers] + ([base.vae, vision] if vision is not None else [])
         average = list(engine.average.values()) if engine.average else []
@@ -153,10 +153,6 @@ def need(
         spared = int(learned * 4 * (4 + bool(average)) * (1 - 1 / world))  # weights, gradients, two moments, average
         held, step, encoding = held - int(spared * 3 / 4), step - spared, encoding - int(spared * 3 / 4)
     return Need(learned, held, step, encoding, counted.get_total_flops() / micro, encoding_operations)
-
-
-def _tokens(vision: VisionConfig) -> int:
-    return (vision.image_size // vision.patch_size) ** 2 + 1
 
 
 def _base(sizes: Sizes, kind: torch.dtype) -> StableDiffusion:

@@ -7,12 +7,17 @@ import torch
 
 from profusion import __main__ as program
 from profusion.pretraining import released
+from profusion.pretraining.arguments import Data
+from profusion.pretraining.command import Command
+from profusion.pretraining.engine import PretrainingOptions
+from profusion.pretraining.material import sizes_of
 from profusion.pretraining.peak import tensors_of
 from profusion.pretraining.plan import CARDS, need, report
 from profusion.pretraining.promptnet import new_promptnet
 from profusion.promptnet import PromptNetError, load_promptnet
 from profusion.promptnet.file import load_training, official_promptnet
 from profusion.promptnet.released import check_archive, config_beside
+from profusion.stable_diffusion import StableDiffusion
 from profusion.toybox.pretraining import DrawnPictures
 from tests.pretraining.small import base, network_for
 from tests.shrunken import FAMILIES, VISIONS, checkpoint, vision_state, written
@@ -57,6 +62,16 @@ def test_a_plan_is_made_of_headers_and_is_what_a_step_takes(files, tmp_path, cap
     assert "DOES NOT FIT" not in capsys.readouterr().out and not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("family", "prediction", "size"), [("SD 2.x", "eps", 512), ("SD 2.x", "v", 768), ("SDXL", "eps", 1024)]
+)
+def test_a_plan_is_for_the_size_that_is_trained(files, tmp_path, family, prediction, size):
+    path = written(tmp_path / "one.safetensors", checkpoint(family, prediction))
+    options = PretrainingOptions(batch_size=4)
+    planned = sizes_of(Command(tmp_path / "x.safetensors", options), Data(""), path, files / "vision.safetensors")
+    assert planned.size == StableDiffusion.load(path).size == size
+
+
 def test_the_authors_layout_is_read_back_as_the_same_network(files, tmp_path):
     out = tmp_path / "theirs.safetensors"
     assert program.main(arguments(files, "SD 1.x", out, "--layout", "authors", "--learning-rate", "1e-2")) == 0
@@ -85,9 +100,6 @@ def test_what_theirs_cannot_be_is_refused(files, tmp_path, capsys):
 
 
 def test_a_plan_counts_what_is_held(files):
-    from profusion.pretraining.command import Command
-    from profusion.pretraining.engine import PretrainingOptions
-    from profusion.pretraining.material import Data, sizes_of
 
     options = PretrainingOptions(batch_size=4, ema=0.9)
     sizes = sizes_of(
@@ -116,9 +128,7 @@ def test_a_plan_counts_what_is_held(files):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_plan_counts_what_a_real_step_allocates(files, checkpointing):
-    from profusion.pretraining.command import Command
-    from profusion.pretraining.engine import Engine, PretrainingOptions
-    from profusion.pretraining.material import Data, sizes_of
+    from profusion.pretraining.engine import Engine
     from profusion.pretraining.objective import Objective
     from profusion.pretraining.peak import PeakMemory
     from profusion.pretraining.ranks import Ranks
