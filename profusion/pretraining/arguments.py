@@ -14,8 +14,26 @@ from .plan import CARDS
 TOYBOX = "toybox"
 # By what is trained: Toybox's is small and learns from few pictures; the other is the paper's (section 3.1).
 _DEFAULTS = {
-    True: {"steps": 6000, "batch": 16, "learning_rate": 3e-4, "warmup": 100, "weight_cap": 20.0, "tokens": 4},
-    False: {"steps": 80000, "batch": 64, "learning_rate": 2e-5, "warmup": 500, "weight_cap": 1.0, "tokens": 1},
+    True: {
+        "steps": 6000,
+        "batch": 16,
+        "learning_rate": 6e-4,
+        "warmup": 100,
+        "weight_cap": 20.0,
+        "level_bias": 1.0,
+        "ema": 0.999,
+        "tokens": 4,
+    },
+    False: {
+        "steps": 80000,
+        "batch": 64,
+        "learning_rate": 2e-5,
+        "warmup": 500,
+        "weight_cap": 1.0,
+        "level_bias": 0.0,
+        "ema": 0.0,
+        "tokens": 1,
+    },
 }
 
 
@@ -89,14 +107,18 @@ def _add_training(train: argparse.ArgumentParser) -> None:
     add("--steps", type=int, help="those of a resumed run included (default: 80000, Toybox 6000)")
     add("--batch", type=int, help="pictures a step, of all processes together (default: 64, Toybox 16)")
     add("--micro", type=int, default=0, help="of them at once on one card; the rest in turns (default: all)")
-    add("--learning-rate", type=float, help="AdamW's highest (default: 2e-5, Toybox 3e-4)")
+    add("--learning-rate", type=float, help="AdamW's highest (default: 2e-5, Toybox 6e-4)")
     add("--warmup", type=int, help="steps over which it rises (default: 500, Toybox 100)")
     add("--constant", action="store_true", help="keep the learning rate; default is half a cosine")
     add("--weight-decay", type=float, default=0.0, help="AdamW's (default: %(default)s)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
-    add("--ema", type=float, default=0.0, help="share kept of the average of all steps, such as 0.9999; 0: none")
+    add(
+        "--ema",
+        type=float,
+        help="share kept of the average of all steps, such as 0.9999 (default: 0, none; Toybox 0.999)",
+    )
     add("--weight-cap", type=float, help="rows weigh min(1 / alpha_bar, this); 1, the default, is the paper's loss")
-    add("--level-bias", type=float, default=0.0, help="draws noise level k in proportion to k^this (default: 0)")
+    add("--level-bias", type=float, help="draws noise level k in proportion to k^this (default: 0, Toybox 1)")
     add("--seed", type=int, default=0, help="of the pictures, the network and the training (default: %(default)s)")
     add("--minutes", type=float, help="stop after so many; run it again to go on")
     for name, value, what in (
@@ -144,9 +166,9 @@ def command_of(given: argparse.Namespace) -> Command:
         cosine=not given.constant,
         clip=given.clip,
         weight_cap=chosen["weight_cap"],
-        level_bias=given.level_bias,
+        level_bias=chosen["level_bias"],
         micro=given.micro,
-        ema=given.ema,
+        ema=chosen["ema"],
         weight_decay=given.weight_decay,
     )
     same = ("out", "noun", "start", "with_noise", "layout", "bfloat16", "shard", "minutes")

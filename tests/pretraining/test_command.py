@@ -70,7 +70,7 @@ def whole(toybox, tmp_path_factory):
 
 def test_a_run_writes_what_it_made_and_says_how_it_went(whole):
     out, report, lines = whole
-    assert report["steps"] == 4 and report["parameters"] == 3_605_408 and out.stat().st_size == report["bytes"]
+    assert report["steps"] == 4 and report["parameters"] == 4_178_848 and out.stat().st_size == report["bytes"]
     folder = out.with_suffix(".training")
     assert [step_of(path) for path in checkpoints(folder)] == [4] and (folder / "sheets/00000004.png").is_file()
     assert list(losses(out)) == [1, 2, 3, 4]
@@ -298,7 +298,7 @@ def test_the_command_line_reports_and_says_what_is_wrong(toybox, tmp_path, capsy
     monkeypatch.setattr("profusion.toybox.pretraining.Toybox.load", lambda: toybox)
     assert program.main(arguments(tmp_path / "one.safetensors", "--steps", "1")) == 0
     report = json.loads(capsys.readouterr().out.partition("{")[2].join(["{", ""]))
-    assert report["steps"] == 1 and report["parameters"] == 3_605_408
+    assert report["steps"] == 1 and report["parameters"] == 4_178_848
     for more, message in (
         (("--steps", "0"), "steps=0"),
         (("--save-every", "0"), "--save-every"),
