@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,12 +23,12 @@ from ..devices import smoothly_resized
 from ..diffusion import per_row
 from ..infusion import ExtraOptions, Patches, layer_name
 
-LEVELS = (0.1, 0.3, 0.5)  # of the timesteps: noise under which the model still sees what is there
-_FAINTEST = 2.0  # times the rest's: with less the map does not stand out
-_ROUNDS = 30  # of the two means, which settle within ten
+if TYPE_CHECKING:
+    from .training import PredictWithPatches
 
-PredictWithPatches = Callable[[Tensor, Tensor, int, Patches], Tensor]
-"""See `residual.training`."""
+LEVELS = (0.1, 0.3, 0.5)  # of the timesteps: noise under which the model still sees what is there
+FAINTEST = 2.0  # times the rest's: with less the map does not stand out
+_ROUNDS = 30  # of the two means, which settle within ten
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Seen:
     masks: Tensor
     found: tuple[bool, ...]
     row_size: float
+
+    def weights(self) -> Tensor:
+        """The masks, and all of a picture in which nothing stands out."""
+        found = torch.tensor(self.found, device=self.masks.device)[:, None, None]
+        return torch.where(found, self.masks, torch.ones_like(self.masks))
 
 
 def map_patches(rows: Sequence[int], see: Callable[[str, Tensor, Tensor], None]) -> Patches:
@@ -78,7 +84,7 @@ def soft_mask(seen: Tensor) -> tuple[Tensor, bool]:
             break
         low, high = seen[~above].mean(), seen[above].mean()
     mask = ((seen - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-    return mask, bool(high > _FAINTEST * low.clamp_min(0) and high > low)
+    return mask, bool(high > FAINTEST * low.clamp_min(0) and high > low)
 
 
 def look(
