@@ -19,13 +19,25 @@ from torch import Tensor
 
 from .noun_map import Seen, look
 
-__all__ = ["BOUND", "CHECK_EVERY", "CHECK_ROWS", "LEAST_NOISE", "Seen", "bounded", "look", "rate", "why_ended"]
+__all__ = [
+    "BOUND",
+    "CHECK_EVERY",
+    "CHECK_ROWS",
+    "LEAST_NOISE",
+    "STRANGE",
+    "Seen",
+    "bounded",
+    "look",
+    "rate",
+    "why_ended",
+]
 
 RATE, SLOWING = 0.1, 50  # of the first step; after three times as many steps it is half of that
 BOUND = 1.0
 LEAST_NOISE = 0.2  # of the timesteps: those below teach nothing
 CHECK_EVERY, CHECK_ROWS = 25, 12  # steps; noisy pictures
 PATIENCE, WORTHWHILE = 3, 0.005  # checks; of the plain model's error
+STRANGE = 3.0  # times as much as of pictures that the model drew itself: what it misses of pictures far from its own
 
 
 def rate(step: int) -> float:

@@ -160,7 +160,9 @@ class ResidualTraining(TrainingLoop):
     queries: where F's queries wait in a step. A model that recomputes C on the way back asks for each twice.
     identity: says whether two trainings of one model from nothing are the same. seen: what was found out of the model
     and the pictures before the first step here, where the options ask for it. checks: the loss as a share of the plain
-    model's, always on the same noisy pictures, after every `automatic.CHECK_EVERY` steps.
+    model's, always on the same noisy pictures, after every `automatic.CHECK_EVERY` steps. own: latents (N, C, H, W) of
+    pictures that the model itself drew of the noun, given before the first step or not at all; strangeness: how many
+    times as much the model misses of the references as of those, found with `seen`.
     """
 
     def __init__(
@@ -181,6 +183,9 @@ class ResidualTraining(TrainingLoop):
         self._queries, self._rows = queries, tuple(prompt_rows)
         self.seen: automatic.Seen | None = None
         self.checks: list[float] = []
+        self.own: Tensor | None = None
+        self.strangeness: float | None = None
+        self.found_masks = False
         self._check_batches: list[ResidualBatch] = []
         self._names = tuple(layer.name for layer in layers)
         both = [references, flipped] if options.flip and flipped else [references]
@@ -237,6 +242,11 @@ class ResidualTraining(TrainingLoop):
         return tuple(self._latents.shape[2:])
 
     @property
+    def without_masks(self) -> bool:
+        """Whether all of every picture counts."""
+        return bool((self._masks == 1).all())
+
+    @property
     def masks(self) -> Tensor:
         """The weights of the references' cells (M, H, W): given, or found before the first step."""
         return self._masks[0]
@@ -284,27 +294,58 @@ class ResidualTraining(TrainingLoop):
             return
         generator = generator_of(-1 - options.seed)
         with torch.inference_mode(False), torch.no_grad():
-            find = options.finds_object and bool((self._masks == 1).all())
+            find = self.without_masks and options.finds_object
             sides = self._latents if find else self._latents[:1]
             looked = [
                 automatic.look(self._predict_noise, side, self._rows[0], self._sigmas, generator) for side in sides
             ]
             self.seen = looked[0]
             if find:
+                self.found_masks = True
                 self._masks = torch.stack([side.weights() for side in looked])
-            self._check_batches = self._fixed_batches(generator)
+            fixed = torch.randn(automatic.CHECK_ROWS, *self.latent_size, generator=generator)
+            self._check_batches = self._fixed_batches(self._latents[0], self._masks[0], fixed)
+            if self.own is not None:
+                own = self.own.to(self._latents)
+                one, other = (
+                    self._plain_error(self._fixed_batches(latents, torch.ones_like(latents[:, 0]), fixed))
+                    for latents in (self._latents[0], own)
+                )
+                self.strangeness = (one / other).mean().item()
 
-    def _fixed_batches(self, generator: torch.Generator) -> list[ResidualBatch]:
-        """What the loss is checked on: each picture in turn, at noise levels from all of the range, always the same."""
-        index = torch.arange(automatic.CHECK_ROWS)
-        picture = index % self._latents.shape[1]
+    def _fixed_batches(self, latents: Tensor, masks: Tensor, noise: Tensor) -> list[ResidualBatch]:
+        """Latents (N, C, H, W), each in its turn, with this noise (B, C, H, W), at levels from all of the range."""
+        index = torch.arange(len(noise))
+        picture = index % len(latents)
         levels = self._levels()
         level = ((index + 0.5) / len(index) * len(levels)).long()
-        sigma, clean = levels[level].to(self._latents.device), self._latents[0, picture]
-        noise = torch.randn(clean.shape, generator=generator).to(clean)
-        noisy, mask, size = clean + per_row(sigma, clean) * noise, self._masks[0, picture], self.options.batch_size
+        sigma, clean, noise = levels[level].to(latents.device), latents[picture], noise.to(latents)
+        noisy, mask, size = clean + per_row(sigma, clean) * noise, masks[picture], self.options.batch_size
         parts = zip(*(each.split(size) for each in (noisy, noise, sigma, mask)), strict=True)
         return [ResidualBatch(*part, prompt=0) for part in parts]
+
+    def _plain_error(self, batches: Sequence[ResidualBatch]) -> Tensor:
+        """F's error in each row, (B,)."""
+        predicted = (self._predict_noise(batch.noisy, batch.sigma, batch.prompt, {}) for batch in batches)
+        errors = [row_noise_error(one, batch.noise, batch.mask) for one, batch in zip(predicted, batches, strict=True)]
+        return torch.cat(errors).clamp_min(1e-8)
+
+    def remarks(self) -> list[str]:
+        """What a person should know of the pictures, once the training has begun."""
+        said = []
+        found = self.seen.found if self.found_masks else ()
+        hidden = [str(number) for number, seen in enumerate(found, start=1) if not seen]
+        if hidden:
+            said.append(
+                f"the model sees no {self._noun!r} that stands out in picture {', '.join(hidden)}: all of it is "
+                "learned. Paint a mask, or give another noun"
+            )
+        if self.strangeness is not None and self.strangeness > automatic.STRANGE:
+            said.append(
+                f"the pictures are far from what the model knows: it misses {self.strangeness:.1f} times as much of "
+                f"them as of a {self._noun} that it draws itself. Expect a likeness in colours more than in form"
+            )
+        return said
 
     def after_step(self) -> None:
         """Keep the residual within its bound, and check the loss now and then."""
