@@ -242,6 +242,11 @@ class ResidualTraining(TrainingLoop):
         return tuple(self._latents.shape[2:])
 
     @property
+    def noun(self) -> str:
+        """What the pictures show."""
+        return self._noun
+
+    @property
     def without_masks(self) -> bool:
         """Whether all of every picture counts."""
         return bool((self._masks == 1).all())
