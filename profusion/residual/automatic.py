@@ -33,8 +33,8 @@ __all__ = [
 ]
 
 RATE, SLOWING = 0.1, 50  # of the first step; after three times as many steps it is half of that
-BOUND = 1.0
-LEAST_NOISE = 0.2  # of the timesteps: those below teach nothing
+BOUND = 0.8
+LEAST_NOISE = 0.35  # of the timesteps: those below teach nothing
 CHECK_EVERY, CHECK_ROWS = 25, 12  # steps; noisy pictures
 PATIENCE, WORTHWHILE = 3, 0.005  # checks; of the plain model's error
 STRANGE = 3.0  # times as much as of pictures that the model drew itself: what it misses of pictures far from its own
