@@ -776,7 +776,7 @@ def test_another_model_s_vae_clip_or_residual_is_named(train, host):
 
 @pytest.mark.parametrize(("channels", "size"), [(1, (64, 64)), (4, (64, 64)), (3, (61, 75)), (3, (8, 8))])
 def test_grey_transparent_and_odd_pictures_train(train, channels, size):
-    residual, _, samples = train(images=pictures(2, *size, channels), steps=1)
+    residual, _, samples, _ = train(images=pictures(2, *size, channels), steps=1)
     assert residual.delta.any()
     assert samples.shape[1:3] == tuple(side // 8 * 8 for side in size)
 
