@@ -24,7 +24,7 @@ from .toybox.pipeline import CUSTOMISED_GUIDANCE, Toybox, seeded
 from .toybox.scores import likeness_among, picture_scores
 from .toybox.similarity import concept_similarity
 
-OPTIONS = TrainingOptions(steps=400, learning_rate=0.0)
+OPTIONS = TrainingOptions(steps=200, learning_rate=0.0)
 SEEDS, SAMPLING_STEPS = (2, 1, 3, 4), 25
 
 

@@ -158,7 +158,7 @@ def test_it_says_why_it_ended_before_its_last_step(model, concept, monkeypatch):
     said = []
     trained = train(model, concept, replace(OPTIONS, learning_rate=0.0, steps=50), said.append)
     assert trained.residual.steps == automatic.PATIENCE + 1 and said[-1] == trained.remarks[-1]
-    assert said[-1].startswith(f"ended at step {automatic.PATIENCE + 1}: the loss has not fallen")
+    assert said[-1].startswith(f"ended at step {automatic.PATIENCE + 1}: the loss has hardly fallen")
 
 
 def test_a_training_of_before_is_told_apart_as_before(model, concept):

@@ -36,7 +36,7 @@ RATE, SLOWING = 0.1, 50  # of the first step; after three times as many steps it
 BOUND = 0.8
 LEAST_NOISE = 0.35  # of the timesteps: those below teach nothing
 CHECK_EVERY, CHECK_ROWS = 25, 12  # steps; noisy pictures
-PATIENCE, WORTHWHILE = 3, 0.005  # checks; of the plain model's error
+PATIENCE, WORTHWHILE = 3, 0.01  # checks; of the plain model's error
 STRANGE = 3.0  # times as much as of pictures that the model drew itself: what it misses of pictures far from its own
 
 
@@ -69,6 +69,6 @@ def why_ended(checks: Sequence[float]) -> str:
     if since < before - WORTHWHILE:
         return ""
     return (
-        f"ended at step {len(checks) * CHECK_EVERY}: the loss has not fallen for {PATIENCE * CHECK_EVERY} steps. On "
+        f"ended at step {len(checks) * CHECK_EVERY}: the loss has hardly fallen for {PATIENCE * CHECK_EVERY} steps. On "
         f"the same noise it is {min(before, since):.0%} of the plain model's"
     )

@@ -304,7 +304,7 @@ def test_it_ends_early_says_why_and_names_the_file_by_its_steps(train, host, fol
     assert residual.steps == ended
     (path,) = folder.rglob("*.safetensors")
     assert path.name == f"ball_{ended}_steps_00001_.safetensors"
-    assert f"ball: {ended} steps" in seen[0] and "has not fallen" in seen[0]
+    assert f"ball: {ended} steps" in seen[0] and "has hardly fallen" in seen[0]
     again = train(steps=40, learning_rate=0.0, resume=residual)[0]
     assert again.steps == ended and torch.equal(again.delta, residual.delta)
     assert train(steps=10, learning_rate=0.0, stop_early="off")[0].steps == 10
