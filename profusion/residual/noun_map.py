@@ -41,9 +41,13 @@ class Seen:
     row_size: float
 
     def weights(self) -> Tensor:
-        """The masks, and all of a picture in which nothing stands out."""
-        found = torch.tensor(self.found, device=self.masks.device)[:, None, None]
-        return torch.where(found, self.masks, torch.ones_like(self.masks))
+        """The masks, and all of a picture whose map says nothing at all.
+
+        Also those that hardly stand out: were all of such a picture learned, nothing would hold what is around the
+        noun to the plain model's, and a residual so trained turns whole pictures into noise.
+        """
+        empty = self.masks.flatten(1).sum(1)[:, None, None] < 1
+        return torch.where(empty, torch.ones_like(self.masks), self.masks)
 
 
 def map_patches(rows: Sequence[int], see: Callable[[str, Tensor, Tensor], None]) -> Patches:

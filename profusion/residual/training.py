@@ -342,8 +342,8 @@ class ResidualTraining(TrainingLoop):
         hidden = [str(number) for number, seen in enumerate(found, start=1) if not seen]
         if hidden:
             said.append(
-                f"the model sees no {self._noun!r} that stands out in picture {', '.join(hidden)}: all of it is "
-                "learned. Paint a mask, or give another noun"
+                f"the model sees no {self._noun!r} that stands out in picture {', '.join(hidden)}, so it may learn "
+                "something else of it. Look at the masks that were found; paint your own, or give another noun"
             )
         if self.strangeness is not None and self.strangeness > automatic.STRANGE:
             said.append(

@@ -311,7 +311,6 @@ def test_it_ends_early_says_why_and_names_the_file_by_its_steps(train, host, fol
 
 
 def test_found_masks_come_out_and_are_shown_and_given_ones_are_kept(train, host, automatic, monkeypatch):
-    monkeypatch.setattr(sys.modules[f"{host.pack.__name__}.profusion.residual.noun_map"], "FAINTEST", 0.0)
     heights = []
     shown = host.trainer.show
     monkeypatch.setattr(

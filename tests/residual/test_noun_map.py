@@ -7,7 +7,7 @@ from profusion.diffusion import noise_predictor, training_sigmas
 from profusion.infusion import cross_attention_layers
 from profusion.models.configs import UNetConfig
 from profusion.models.unet import UNet
-from profusion.residual.noun_map import LEVELS, look, map_patches, soft_mask
+from profusion.residual.noun_map import LEVELS, Seen, look, map_patches, soft_mask
 
 SINGLE = UNetConfig(32, (1, 2), 1, (1, 1), 1, 24, num_heads=1)
 LENGTH, ROWS = 11, (5, 6)
@@ -78,3 +78,8 @@ def test_pictures_are_looked_at_one_by_one_and_the_noun_s_row_is_measured(unet):
     assert seen.row_size == pytest.approx(own.square().mean().sqrt().item(), rel=1e-5)
     again = look(predict, latents, ROWS, training_sigmas(), torch.Generator().manual_seed(0))
     assert torch.equal(again.masks, seen.masks)
+
+
+def test_a_map_that_says_nothing_is_a_mask_of_everything():
+    masks = torch.stack([torch.zeros(4, 4), torch.eye(4)])
+    assert torch.equal(Seen(masks, (False, True), 1.0).weights(), torch.stack([torch.ones(4, 4), torch.eye(4)]))
