@@ -49,12 +49,16 @@ def rate(step: int) -> float:
     return RATE / math.sqrt(1 + step / SLOWING)
 
 
-def bounded(delta: Tensor, row_size: float) -> Tensor:
+def bounded(delta: Tensor, row_size: float, strangeness: float | None = None) -> Tensor:
     """delta (layers, 1, D) whose rows are no longer than BOUND times the noun's own row.
 
     row_size: the root of the mean square of that row. What is longer drowns everything else that the prompt says.
+    strangeness: how many times as much the model misses of the pictures as of its own (see `ResidualTraining`). Beyond
+    STRANGE the bound falls with it: what is learned of pictures that the model cannot draw is how to leave its world.
     """
     longest = BOUND * row_size * math.sqrt(delta.shape[-1])
+    if strangeness is not None:
+        longest *= min(1.0, STRANGE / max(round(strangeness, 1), 1e-6))  # the same where a device rounds otherwise
     return delta * (longest / delta.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp(max=1)
 
 

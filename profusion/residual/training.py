@@ -348,7 +348,8 @@ class ResidualTraining(TrainingLoop):
         if self.strangeness is not None and self.strangeness > automatic.STRANGE:
             said.append(
                 f"the pictures are far from what the model knows: it misses {self.strangeness:.1f} times as much of "
-                f"them as of a {self._noun} that it draws itself. Expect a likeness in colours more than in form"
+                f"them as of a {self._noun} that it draws itself. Less is learned of such, so that nothing is "
+                "destroyed: expect a likeness in colours more than in form"
             )
         return said
 
@@ -356,7 +357,7 @@ class ResidualTraining(TrainingLoop):
         """Keep the residual within its bound, and check the loss now and then."""
         if self.options.automatic:
             with torch.no_grad():
-                self.delta.copy_(automatic.bounded(self.delta, self.seen.row_size))
+                self.delta.copy_(automatic.bounded(self.delta, self.seen.row_size, self.strangeness))
         if self._check_batches and self.step % automatic.CHECK_EVERY == 0:
             self.checks.append(self._checked())
 

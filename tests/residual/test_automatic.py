@@ -33,6 +33,14 @@ def test_a_residual_grows_to_its_bound_and_no_further():
     assert found[1].norm() == pytest.approx(longest) and torch.cosine_similarity(found[1], delta[1]) > 0.9999
 
 
+def test_of_strange_pictures_less_is_learned():
+    delta = torch.ones(1, 1, 16)
+    usual = automatic.bounded(delta, 0.1)
+    for strangeness in (0.0, 1.0, automatic.STRANGE):
+        assert torch.equal(automatic.bounded(delta, 0.1, strangeness), usual)
+    torch.testing.assert_close(automatic.bounded(delta, 0.1, 2 * automatic.STRANGE), usual / 2)
+
+
 def test_it_ends_where_the_loss_falls_no_more_and_says_where_that_is():
     falling = [0.9, 0.8, 0.7, 0.6, 0.5]
     assert not automatic.why_ended(falling) and not automatic.why_ended([])
@@ -149,6 +157,22 @@ def test_a_fixed_rate_may_have_found_masks_and_an_end_and_has_neither_by_itself(
     run = training(unet, TrainingOptions(steps=2, batch_size=2, stop_early=True, find_object=True))
     list(run.steps())
     assert len(run.checks) == 2 and not (run.masks == 1).all()
+
+
+def test_pictures_unlike_the_model_s_own_are_measured_and_said(unet):
+    evaluated = predictor(unet)
+
+    def knows_nothing_else(x, sigma, prompt, patches):
+        """Takes every picture for its own, which are nearly grey: what it misses of a latent is its size."""
+        return 0 * evaluated(x, sigma, prompt, patches) + x / sigma.view(-1, 1, 1, 1)
+
+    latents = torch.stack([item.latent for item in references()])
+    for times, said in ((1.0, 0), (0.5, 1)):
+        run = training(unet, options(), knows_nothing_else)
+        run.own = times * latents
+        run.prepare()
+        assert run.strangeness == pytest.approx(times**-2, rel=1e-3)
+        assert sum("4.0 times as much" in remark for remark in run.remarks()) == said
 
 
 def test_what_is_checked_is_always_the_same_and_begins_at_the_plain_model_s(unet):
