@@ -104,7 +104,7 @@ def test_it_never_outgrows_its_bound(unet, monkeypatch):
     assert run.delta.norm(dim=-1).amin() > 0
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize("stop", [1, 2])
 def test_it_goes_on_bit_for_bit_through_a_file(unet, tmp_path, monkeypatch, stop):
     monkeypatch.setattr(automatic, "CHECK_EVERY", 2)
     whole = training(unet, options(4))
@@ -142,7 +142,7 @@ def test_masks_are_found_where_there_are_none_and_given_ones_stay(unet):
     given = [Reference(item.latent, mask) for item in references()]
     run = training(unet, options(1), references=given, flipped=given)
     list(run.steps())
-    assert torch.equal(run.masks, mask.expand(2, -1, -1))
+    assert torch.equal(run.masks.cpu(), mask.expand(2, -1, -1))
     whole = training(unet, options(1, find_object=False))
     list(whole.steps())
     assert (whole.masks == 1).all()
