@@ -12,6 +12,8 @@ from .host.drawing import Sampling
 from .host.identity import BaseFile, other_bases
 from .host.residual_training import Samples, prepare_training
 
+_CHOICES = {"auto": None, "on": True, "off": False}
+
 
 class ResidualTrainer(io.ComfyNode):
     SETS = ("images", "masks")
@@ -47,16 +49,17 @@ class ResidualTrainer(io.ComfyNode):
                 ),
                 inputs.steps(
                     300,
-                    "Training steps, counted from the very first one even if you resume. 200 to 500 is usual.",
+                    "Training steps at most, counted from the very first one even if you resume.",
                 ),
                 io.Float.Input(
                     "learning_rate",
-                    default=0.02,
-                    min=0.0001,
+                    default=0.0,
+                    min=0.0,
                     max=1.0,
                     step=0.0001,
                     round=False,
-                    tooltip="How far each step goes. 0.01 to 0.03 is usual.",
+                    tooltip="0: automatic, and quickest: the size of the steps and what bounds them are measured on "
+                    "the model. Above 0: how far each step goes under the paper's loss; 0.01 to 0.03 is usual.",
                 ),
                 inputs.batch_size(),
                 inputs.seed("Random seed of the training and the samples. The same seed trains the same residual."),
@@ -101,6 +104,21 @@ class ResidualTrainer(io.ComfyNode):
                     "point from Residual from PromptNet.",
                 ),
                 inputs.gradient_checkpointing(),
+                io.Combo.Input(
+                    "stop_early",
+                    options=list(_CHOICES),
+                    default="auto",
+                    optional=True,
+                    tooltip="End before the last step once the loss falls no more. auto: if learning_rate is 0.",
+                ),
+                io.Combo.Input(
+                    "find_object",
+                    options=list(_CHOICES),
+                    default="auto",
+                    optional=True,
+                    tooltip="Without masks: learn only what the model itself sees as the noun, not the background. "
+                    "auto: if learning_rate is 0.",
+                ),
             ],
             outputs=[
                 io.Custom("RESIDUAL").Output(tooltip="The concept, for Infusion Attention Patch and Residual Saver."),
@@ -108,6 +126,9 @@ class ResidualTrainer(io.ComfyNode):
                 io.Image.Output(
                     display_name="samples",
                     tooltip="Sample pictures, newest first. The last one is the plain picture without the concept.",
+                ),
+                io.Mask.Output(
+                    display_name="masks", tooltip="What was learned of each picture: your masks, or those found."
                 ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
@@ -135,8 +156,12 @@ class ResidualTrainer(io.ComfyNode):
         masks=None,
         resume=None,
         gradient_checkpointing="auto",
+        stop_early="auto",
+        find_object="auto",
     ) -> io.NodeOutput:
-        options = TrainingOptions(steps, learning_rate, batch_size, seed, flip, preserve)
+        options = TrainingOptions(
+            steps, learning_rate, batch_size, seed, flip, preserve, _CHOICES[stop_early], _CHOICES[find_object]
+        )
         samples = Samples(sample_prompt, sample_every, Sampling(sample_steps, sample_cfg))
         noun, remarks = noun.strip(), Remarks(cls)
         if resume is not None and (others := other_bases([resume], model)):
@@ -158,10 +183,11 @@ class ResidualTrainer(io.ComfyNode):
         )
         with keeping(cls, run.keep):
             run.train()
-        text = remarks.after(f"{noun}: {steps} steps\n{run.about}\n{run.saved.path}\n{run.saved.size:,} bytes")
-        plot = run.plot()
-        shown = show(cls, text, captioned(plot, text), previewed=True)
-        return io.NodeOutput(run.residual(), from_image(plot)[None], run.samples(), ui=shown)
+        text = remarks.after(
+            f"{noun}: {run.training.step} steps\n{run.about}\n{run.saved.path}\n{run.saved.size:,} bytes"
+        )
+        shown = show(cls, text, captioned(run.shown(), text), previewed=True)
+        return io.NodeOutput(run.residual(), from_image(run.plot())[None], run.samples(), run.masks(), ui=shown)
 
 
 NODES = [ResidualTrainer]

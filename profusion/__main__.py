@@ -55,7 +55,10 @@ def parser() -> argparse.ArgumentParser:
     _add_model(one)
     one.add_argument("--steps", type=int, default=demo.OPTIONS.steps, help="training steps (default: %(default)s)")
     one.add_argument(
-        "--learning-rate", type=float, default=demo.OPTIONS.learning_rate, help="AdamW's (default: %(default)s)"
+        "--learning-rate",
+        type=float,
+        default=demo.OPTIONS.learning_rate,
+        help="AdamW's; 0: automatic, and then masks and an end are found (default: %(default)s)",
     )
     one.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
     one.set_defaults(prepare=_demo)

@@ -12,7 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from .learning import Concept, Report, Say, Trained, train
-from .pictures import grid, loss_plot, to_image
+from .pictures import grid, loss_plot, masked, to_image
 from .pipeline import noun_rows, seeded
 from .residual import Residual, save_residual
 from .residual.training import TrainingOptions
@@ -61,6 +61,7 @@ def run(
         "noun": concept.noun,
         "pictures": len(concept.pictures),
         "training_steps": options.steps,
+        **trained.found(),
         "train_seconds": round(trained.seconds, 1),
         "total_seconds": round(time.monotonic() - started, 1),
         "residual_bytes": saved.path.stat().st_size,
@@ -87,14 +88,19 @@ def _write(
     report: Report,
 ) -> None:
     loss_plot(trained.losses, options.steps, start=trained.first).save(out / "loss.png")
-    _grid(concept, drawings).save(out / "grid.png")
+    _grid(concept, drawings, trained.masks).save(out / "grid.png")
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     trained.partial.discard()
 
 
-def _grid(concept: Concept, drawings: Sequence[Drawing]) -> Image:
-    """References on top, then each prompt's plain picture and Infusion's of the same seed."""
+def _grid(concept: Concept, drawings: Sequence[Drawing], masks: Tensor | None) -> Image:
+    """References on top, then each prompt's plain picture and Infusion's of the same seed.
+
+    masks: weights of the references' cells, where they were found.
+    """
     rows = [("pictures to learn from", [*concept.pictures[: len(drawings)]])]
+    if masks is not None:
+        rows.append(("what is learned of them", [*masked(concept.pictures, masks)[: len(drawings)]]))
     for index in range(len(drawings[0].plain)):
         rows.append(("plain", [drawing.plain[index] for drawing in drawings]))
         rows.append(("Infusion, same seed", [drawing.customised[index] for drawing in drawings]))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .learning import Concept, Report, Say, train
-from .pictures import grid, loss_plot, to_image
+from .pictures import grid, loss_plot, masked, to_image
 from .promptnet.pseudo_word import PLACEHOLDER
 from .residual import Residual, save_residual
 from .residual.training import TrainingOptions
@@ -24,7 +24,7 @@ from .toybox.pipeline import CUSTOMISED_GUIDANCE, Toybox, seeded
 from .toybox.scores import likeness_among, picture_scores
 from .toybox.similarity import concept_similarity
 
-OPTIONS = TrainingOptions(steps=400, learning_rate=0.01)
+OPTIONS = TrainingOptions(steps=200, learning_rate=0.0)
 SEEDS, SAMPLING_STEPS = (2, 1, 3, 4), 25
 
 
@@ -124,12 +124,13 @@ def run(
     preview = to_image(drawings[0].customised[0])
     saved = save_residual(residual, out / "residual.safetensors", preview=preview)
     loss_plot(trained.losses, options.steps, start=trained.first).save(out / "loss.png")
-    _grid(concept, drawings).save(out / "grid.png")
+    _grid(concept, drawings, trained.masks).save(out / "grid.png")
     report: Report = {
         "concept": concept.name,
         "noun": concept.noun,
         "pictures": len(concept.pictures),
         "training_steps": options.steps,
+        **trained.found(),
         "train_seconds": round(trained.seconds, 1),
         "total_seconds": round(time.monotonic() - started, 1),
         "residual_bytes": saved.path.stat().st_size,
@@ -142,10 +143,15 @@ def run(
     return report
 
 
-def _grid(concept: Concept, drawings: Sequence[Drawing]):
-    """References on top, then each prompt's plain picture and what both methods make of the same seed."""
+def _grid(concept: Concept, drawings: Sequence[Drawing], masks: Tensor | None = None):
+    """References on top, then each prompt's plain picture and what both methods make of the same seed.
+
+    masks: weights of the references' cells, where they were found.
+    """
     first = [*concept.pictures[: len(drawings)]]
     rows = [("pictures to learn from (ProFusion: the first)", first)]
+    if masks is not None:
+        rows.append(("what is learned of them", [*masked(concept.pictures, masks)[: len(drawings)]]))
     for column in range(min(2, len(drawings[0].plain))):
         rows.append(("plain", [drawing.plain[column] for drawing in drawings]))
         rows.append(("Infusion, same seed", [drawing.customised[column] for drawing in drawings]))

@@ -17,12 +17,13 @@ from .files import sha256_of
 from .interrupts import gathered
 from .keeping import Partial, digest
 from .pictures import read_pictures
-from .pipeline import Pipeline
+from .pipeline import Pipeline, seeded
 from .residual import SUFFIX, Origin, Residual, ResidualError, load_residual, save_residual
 from .residual.origin import SAMPLED, Sample, sample_of
 from .residual.training import NOUN_PROMPTS, ResidualTraining, TrainingOptions
 
 REPORT_EVERY, REPORT_SECONDS = 25, 30.0  # steps, and at most so long, between two lines
+OWN_SEEDS, OWN_STEPS = (101, 102), 15  # of the pictures that the model draws to compare the user's with
 Say = Callable[[str], None]
 """Told, line by line, what a person who waits wants to know."""
 Report = dict[str, object]
@@ -52,7 +53,9 @@ def own_concept(folder: Path, noun: str, size: int) -> Concept:
 class Trained:
     """A residual, the step its training went on from, the losses since then and the seconds that they took.
 
-    partial: the file it can go on from, where one was written.
+    partial: the file it can go on from, where one was written. remarks: what was said of the pictures, and why it ended
+    early. masks: weights (M, h, w) of the pictures' cells where they were found, and not given. strangeness, left: see
+    `ResidualTraining`; of the plain model's error, the share that is left at the end, where it was checked.
     """
 
     residual: Residual
@@ -60,6 +63,20 @@ class Trained:
     losses: list[float]
     seconds: float
     partial: Partial | None = None
+    remarks: tuple[str, ...] = ()
+    masks: Tensor | None = None
+    strangeness: float | None = None
+    left: float | None = None
+
+    def found(self) -> Report:
+        """What a report says of it."""
+        numbers = {"strangeness": self.strangeness, "error_left": self.left}
+        return {
+            "trained_steps": self.residual.steps,
+            "masks": "found" if self.masks is not None else "as given",
+            **{name: round(value, 4) for name, value in numbers.items() if value is not None},
+            "remarks": list(self.remarks),
+        }
 
 
 def train(
@@ -99,11 +116,26 @@ def train(
         if begun is not None:
             partial.take(path)
     first = training.step
+    if options.automatic and first < options.steps:
+        own = [NOUN_PROMPTS[0].format(concept.noun)] * len(OWN_SEEDS)
+        training.own = model.generate(own, seeded(*OWN_SEEDS), OWN_STEPS)
     _take_steps(training, partial, say)
+    if training.why_ended():
+        say(training.why_ended())
     if partial is not None:
         partial.save()
     base.wait()
-    return Trained(learned(), first, training.losses, time.monotonic() - started, partial)
+    return Trained(
+        learned(),
+        first,
+        training.losses,
+        time.monotonic() - started,
+        partial,
+        tuple(filter(None, [*training.remarks(), training.why_ended()])),
+        training.masks.cpu() if training.found_masks else None,
+        training.strangeness,
+        training.checks[-1] if training.checks else None,
+    )
 
 
 def _take_steps(training: ResidualTraining, partial: Partial | None, say: Say) -> None:
@@ -113,6 +145,9 @@ def _take_steps(training: ResidualTraining, partial: Partial | None, say: Say) -
     with gathered() as interrupts:
         for loss in training.steps(partial):
             now, done = time.monotonic(), training.step
+            if done == first + 1:
+                for remark in training.remarks():
+                    say(f"note: {remark}")
             if done % REPORT_EVERY == 0 or done == steps or now - said > REPORT_SECONDS:
                 pace, said = (now - started) / (done - first), now
                 say(

@@ -54,15 +54,17 @@ class LoopOptions:
 
     largest_rate: ClassVar[float] = 1.0
     usual_rates: ClassVar[str] = "1e-5 to 1e-3"
+    may_be_automatic: ClassVar[bool] = False  # whether 0 is a learning rate: one that the method finds itself
 
     def __post_init__(self) -> None:
         check_whole(self, "steps", "batch_size", "seed")
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}: train at least one")
-        if not 0 < self.learning_rate <= self.largest_rate:
+        automatic = self.may_be_automatic and self.learning_rate == 0
+        if not automatic and not 0 < self.learning_rate <= self.largest_rate:
             raise ValueError(
                 f"learning_rate={self.learning_rate} must lie in (0, {self.largest_rate:g}]; {self.usual_rates} is "
-                "usual"
+                f"usual{', 0 is automatic' * self.may_be_automatic}"
             )
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
@@ -121,6 +123,16 @@ class TrainingLoop(ABC):
         """The learning rate of this step."""
         return self.options.learning_rate
 
+    def prepare(self) -> None:  # noqa: B027 (most methods need nothing)
+        """What has to be known of the model before the first step here, where it can be evaluated."""
+
+    def after_step(self) -> None:  # noqa: B027
+        """What is to be done once a step has moved the parameters, such as keeping them within bounds."""
+
+    def why_ended(self) -> str:
+        """Why there is nothing more to learn, in words; empty while there is."""
+        return ""
+
     def batch(self) -> Any:
         """What this step trains on. It depends on the seed and the step only, so that a resumed training draws
         alike."""
@@ -129,10 +141,12 @@ class TrainingLoop(ABC):
     def steps(self, partial: Partial | None = None) -> Iterator[float]:
         """Train to the end, yielding each step's loss; stop asking and the training stops after the last whole step.
 
-        partial: the file that is written now and then meanwhile. Raises TrainingError on a loss that is not finite;
-        what was learned before it is kept.
+        partial: the file that is written now and then meanwhile. Ends before the last step where `why_ended` says so.
+        Raises TrainingError on a loss that is not finite; what was learned before it is kept.
         """
-        while self.step < self.options.steps:
+        if self.step < self.options.steps:
+            self.prepare()
+        while self.step < self.options.steps and not self.why_ended():
             loss = self._one_step()
             if partial is not None:
                 partial.after_step()
@@ -189,6 +203,7 @@ class TrainingLoop(ABC):
             self._optimizer.step()
         self.step += 1
         self.losses.append(value)
+        self.after_step()
         return value
 
     def _differentiate(self) -> float:

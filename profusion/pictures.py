@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .decoding import OTHER_SUFFIXES, RAW_SUFFIXES, SUFFIXES, PictureError, decode, is_picture, unreadable
-from .devices import area_means
+from .devices import area_means, smoothly_resized
 from .references import INVERT_ALPHA, Fitted, Shown, check_not_inverted, framed, over_grey
 
 MOST_NAMES = 20  # of files, in a message
@@ -112,6 +112,12 @@ def read_picture(path: Path) -> tuple[Tensor, Tensor]:
         raise PictureError(f"{path} is wholly transparent, so there is no object to learn")
     check_not_inverted(mask, f"{path} is opaque all around and transparent inside", INVERT_ALPHA)
     return over_grey(values[..., :3], mask), mask
+
+
+def masked(pictures: Tensor, weights: Tensor) -> Tensor:
+    """Pictures (M, H, W, 3) that are pale where the weights (M, h, w) of their cells are 0."""
+    shares = smoothly_resized(weights[:, None].float(), pictures.shape[1:3])[:, 0].clamp(0, 1)
+    return torch.lerp(torch.ones_like(pictures), pictures, 0.15 + 0.85 * shares[..., None].to(pictures))
 
 
 def to_image(picture: Tensor) -> Image.Image:

@@ -36,7 +36,7 @@ def add_to(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     one = residual.add_subparsers(dest="action", required=True).add_parser(
         "train", help="train one on a folder of pictures; run it again to go on after an interrupt"
     )
-    defaults = TrainingOptions()
+    defaults = TrainingOptions(learning_rate=0.0)
     one.add_argument(
         "--images", type=Path, required=True, metavar="DIR", help="pictures of the concept; alpha is the object's mask"
     )
@@ -44,7 +44,12 @@ def add_to(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     one.add_argument("--out", type=Path, required=True, metavar="FILE", help=f"file to write, {SUFFIX}")
     numbers = (
         ("--steps", int, defaults.steps, "training steps, those of a resumed run included"),
-        ("--learning-rate", float, defaults.learning_rate, "AdamW's"),
+        (
+            "--learning-rate",
+            float,
+            defaults.learning_rate,
+            "AdamW's; 0: automatic, and then masks and an end are found",
+        ),
         ("--batch", int, defaults.batch_size, "rows a step"),
         ("--seed", int, defaults.seed, "of the training"),
         ("--preserve", float, defaults.preserve, "how strongly the background is held to the plain model's"),
@@ -130,6 +135,7 @@ def run(command: Command, model: Pipeline, say: Say = print, resume: Residual | 
         "base_hash": trained.residual.origin.base_hash,
         "pictures": len(concept.pictures),
         "steps": trained.residual.steps,
+        **{name: value for name, value in trained.found().items() if name != "trained_steps"},
         "seconds": round(trained.seconds, 1),
         "loss": round(sum(trained.losses[-REPORT_EVERY:]) / max(1, len(trained.losses[-REPORT_EVERY:])), 5),
     }

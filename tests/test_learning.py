@@ -11,7 +11,7 @@ import torch
 
 from profusion import interrupts, keeping, learning
 from profusion.learning import Concept, train, weights_sample
-from profusion.residual import load_residual, save_residual
+from profusion.residual import automatic, load_residual, save_residual
 from profusion.residual.origin import other_base
 from profusion.residual.training import NOUN_PROMPTS, ResidualTraining, TrainingOptions
 from profusion.stable_diffusion import StableDiffusion
@@ -19,6 +19,7 @@ from tests import shrunken
 
 SIZE = 16
 OPTIONS = TrainingOptions(steps=4, learning_rate=0.5)
+IDENTITY = "7b14e92c7488ac5f"  # as it was before a training could be automatic
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,39 @@ def test_progress_says_how_long_it_will_take_and_is_said_now_and_then(model, con
     monkeypatch.setattr(learning, "REPORT_SECONDS", 0.0)
     train(model, concept, OPTIONS, said.append)
     assert len(said) == 5
+
+
+def test_an_automatic_training_says_what_it_found_and_goes_on_bit_for_bit(model, concept, tmp_path, monkeypatch):
+    monkeypatch.setattr(automatic, "CHECK_EVERY", 2)
+    monkeypatch.setattr(automatic, "STRANGE", 0.0)
+    options, said = replace(OPTIONS, learning_rate=0.0), []
+    whole = train(model, concept, options, said.append)
+    report = whole.found()
+    assert report["masks"] == "found" and whole.masks.shape == (2, SIZE // model.cell, SIZE // model.cell)
+    assert report["strangeness"] > 0 and report["error_left"] > 0 and report["trained_steps"] == 4
+    assert "times as much" in report["remarks"][-1] and f"note: {report['remarks'][-1]}" in said
+    begun = train(model, concept, replace(options, steps=3), silent).residual
+    path = save_residual(begun, tmp_path / "begun.safetensors", "float32").path
+    further = train(model, concept, options, silent, tmp_path / "folder", resume=load_residual(path))
+    assert further.first == 3 and torch.equal(further.residual.delta, whole.residual.delta)
+
+
+def test_it_says_why_it_ended_before_its_last_step(model, concept, monkeypatch):
+    monkeypatch.setattr(automatic, "CHECK_EVERY", 1)
+    monkeypatch.setattr(automatic, "WORTHWHILE", 2.0)
+    said = []
+    trained = train(model, concept, replace(OPTIONS, learning_rate=0.0, steps=50), said.append)
+    assert trained.residual.steps == automatic.PATIENCE + 1 and said[-1] == trained.remarks[-1]
+    assert said[-1].startswith(f"ended at step {automatic.PATIENCE + 1}: the loss has hardly fallen")
+
+
+def test_a_training_of_before_is_told_apart_as_before(model, concept):
+    """By what its unfinished file is called."""
+    for options in (OPTIONS, replace(OPTIONS, steps=9), replace(OPTIONS, stop_early=None, find_object=None)):
+        assert model.training(concept.pictures, concept.masks, "cat", options).identity == IDENTITY
+    assert (
+        model.training(concept.pictures, concept.masks, "cat", replace(OPTIONS, stop_early=True)).identity != IDENTITY
+    )
 
 
 def test_a_checkpoint_in_half_precision_keeps_its_vae_in_single(path):

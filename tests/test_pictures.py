@@ -17,6 +17,7 @@ from profusion.pictures import (
     grid,
     latent_masks,
     loss_plot,
+    masked,
     picture_files,
     picture_paths,
     read_picture,
@@ -392,3 +393,10 @@ def test_what_may_be_pictures_is_found_in_every_folder_and_judged_later(tmp_path
             read_picture(tmp_path / name)
     with pytest.raises(OSError):
         picture_files(tmp_path / "d")
+
+
+def test_what_is_not_learned_of_a_picture_is_pale():
+    pictures, weights = torch.full((2, 16, 16, 3), 0.2), torch.zeros(2, 2, 2)
+    weights[:, 0] = 1
+    shown = masked(pictures, weights)
+    assert shown.shape == pictures.shape and (shown[:, 0] < 0.25).all() and (shown[:, -1] > 0.85).all()

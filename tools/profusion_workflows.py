@@ -63,8 +63,8 @@ def residual_trainer(graph: Graph, at: At, base: Node) -> Node:
         images=base["pictures"],
         masks=base["masks"],
         noun=base["noun"],
-        steps=250,
-        learning_rate=0.01,
+        steps=150,
+        learning_rate=0.0,
         sample_cfg=2.0,
     )
 

@@ -141,7 +141,7 @@ def train_and_generate(graph: Graph) -> None:
         shown.below,
         (380, 320),
     )
-    trained = concept(graph, (420, 0), base, base["pictures"], base["masks"], base["noun"], 400, 0.01, 2.0)
+    trained = concept(graph, (420, 0), base, base["pictures"], base["masks"], base["noun"], 200, 0.0, 2.0)
     generate(graph, 1140, 0, base, "a photo of a mushroom on snow", [trained["RESIDUAL"]], SIZE, 25, 2.0)
 
 
@@ -156,9 +156,9 @@ def two_concepts(graph: Graph) -> None:
         other.below,
         (380, 160),
     )
-    first = concept(graph, (420, 0), base, base["pictures"], base["masks"], base["noun"], 250, 0.01, 2.0)
+    first = concept(graph, (420, 0), base, base["pictures"], base["masks"], base["noun"], 150, 0.0, 2.0)
     lower = max(node.below[1] for node in graph.nodes)
-    second = concept(graph, (420, lower), base, other["pictures"], other["masks"], other["noun"], 250, 0.01, 2.0)
+    second = concept(graph, (420, lower), base, other["pictures"], other["masks"], other["noun"], 150, 0.0, 2.0)
     generate(
         graph,
         1140,
@@ -187,7 +187,7 @@ def sd15(graph: Graph) -> None:
         third.below,
         (480, 260),
     )
-    trained = concept(graph, (520, 0), base, batch["IMAGE"], None, "cat", 300, 0.02, 7.0)
+    trained = concept(graph, (520, 0), base, batch["IMAGE"], None, "cat", 300, 0.0, 7.0)
     generate(graph, 1240, 0, base, "a photo of a cat in the snow, detailed", [trained["RESIDUAL"]], 512, 30, 7.0)
 
 

@@ -12,17 +12,18 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from torch import Tensor
 
+from ...profusion.devices import smoothly_resized
 from ...profusion.infusion import CONCEPTS_KEY
 from ...profusion.keeping import Partial, digest
 from ...profusion.loop import pauses
-from ...profusion.pictures import loss_plot, stacked, to_image
+from ...profusion.pictures import loss_plot, masked, stacked, tiled, to_image
 from ...profusion.prompt import NounError
-from ...profusion.references import concept_pictures
+from ...profusion.references import Fitted, concept_pictures
 from ...profusion.residual import Origin, Residual, ResidualError, SavedResidual, save_residual
-from ...profusion.residual.training import Reference, ResidualTraining, TrainingOptions
+from ...profusion.residual.training import NOUN_PROMPTS, Reference, ResidualTraining, TrainingOptions
 from .budget import plan_training
 from .display import Progress
-from .drawing import Sampling, draw
+from .drawing import Sampling, draw, draw_seeds, stop_if_cancelled
 from .encoding import check_connected, encode_references, model_layers, native_size
 from .evaluation import TrainedModel
 from .files import RESIDUALS, check_writable, save_residual_numbered, with_noun
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 FOLDER = "training"
 
 PREVIEW_EVERY = 10
+OWN, OWN_STEPS = 2, 15  # pictures that the model draws to compare the user's with, and their sampling steps
 
 _unsaved: dict[str, Residual] = {}
 """The last training that no file could be written of, by `_identity`: queued again, it goes on from there."""
@@ -79,6 +81,12 @@ class SamplePictures:
             self.plain = self._decode(self._model.model.process_latent_out(foundations[0].float()))
         return self._decode(samples)
 
+    def own(self, noun: str, tell: Callable[[int], None]) -> Tensor:
+        """Latents (OWN, C, H, W), as the model takes them, of pictures that it draws of a noun by itself."""
+        positive = encode_prompt(self._clip, NOUN_PROMPTS[0].format(noun), ())
+        sampling = replace(self._sampling, steps=OWN_STEPS)
+        return draw_seeds(self._model, positive, self._negative, self._size, self._seed, OWN, sampling, tell)
+
     def _decode(self, latents: Tensor) -> Tensor:
         return self._vae.decode(latents).float().cpu()
 
@@ -93,14 +101,17 @@ class TrainingRun:
         samples: SamplePictures,
         sample_every: int,
         identity: str,
-        pictures: str,
+        fitted: Fitted,
         warn: Callable[[str], None],
+        remark: Callable[[str], None],
         origin: Origin,
         base: BaseFile,
     ):
-        """pictures: what they are, and what was done to them, for people. warn: told where what has been learned so far
-        cannot be written while it runs. origin, base: what is trained on."""
-        self.about, self._origin, self._base = pictures, origin, base
+        """fitted: the pictures, their masks, and what was done to them. warn: told where what has been learned so far
+        cannot be written while it runs. remark: told what is to be known of the pictures. origin, base: what is trained
+        on."""
+        self.about, self._origin, self._base, self._fitted = fitted.note, origin, base, fitted
+        self._remark = remark
         self.training, self._model, self._samples, self._identity = training, model, samples, identity
         self._sample_every, self.first_step = sample_every, training.step
         self.pictures: list[Tensor] = []  # the newest first
@@ -134,14 +145,20 @@ class TrainingRun:
         """
         options = self.training.options
         shape = options.batch_size, *self.training.latent_size
+        if options.automatic and self.training.step < options.steps:
+            self.training.own = self._samples.own(self.training.noun, stop_if_cancelled)
         for stop in pauses(self.training.step, options.steps, self._sample_every):
             self._model.run(lambda stop=stop: self._train_until(stop), shape)
-            if stop == options.steps:
-                self._finish(f"{stop}_steps")
+            ended = self.training.why_ended()
+            if stop == options.steps or ended:
+                self._finish(f"{self.training.step}_steps")
             else:
                 self._partial.at_a_pause()
             self.pictures.insert(0, self._samples.draw(self.training.residual()))
-            self._progress.report(stop, self._preview())
+            self._progress.report(options.steps if ended else stop, self._preview())
+            if ended:
+                self._remark(ended)
+                break
         _unsaved.pop(self._identity, None)
 
     def _finish(self, name: str) -> None:
@@ -155,18 +172,38 @@ class TrainingRun:
     def _train_until(self, stop: int) -> None:
         for _ in self.training.steps(self._partial):
             done = self.training.step
+            if done == self.first_step + 1:
+                for remark in self.training.remarks():
+                    self._remark(remark)
             worth_showing = done % PREVIEW_EVERY == 0 or done in (self.first_step + 1, stop)
             self._progress.report(done, self._preview() if worth_showing else None)
             if done == stop:
                 return
 
     def _preview(self) -> Image.Image:
-        """The newest sample above the plot so far."""
+        """The newest sample above the plot so far; before there is one, what is learned of the pictures."""
         sample = [to_image(picture[0]) for picture in self.pictures[:1]]
-        return stacked([*sample, self.plot()])
+        return stacked([*(sample or self._found()), self.plot()])
+
+    def _found(self) -> list[Image.Image]:
+        """The pictures, pale where nothing is learned of them, if that was found and not given."""
+        training = self.training
+        return [tiled(list(masked(self._fitted.pictures.cpu(), training.masks.cpu())))] if training.found_masks else []
+
+    def shown(self) -> Image.Image:
+        """What is left under the node: the plot, below what was learned of the pictures where that was found."""
+        return stacked([*self._found(), self.plot()])
 
     def plot(self) -> Image.Image:
-        return loss_plot(self.training.losses, self.training.options.steps, start=self.first_step)
+        title = {"title": "loss (share of the plain model's)"} if self.training.options.automatic else {}
+        return loss_plot(self.training.losses, self.training.options.steps, start=self.first_step, **title)
+
+    def masks(self) -> Tensor:
+        """What counted of each picture (M, H, W), in [0, 1]."""
+        given = self._fitted.masks.float().cpu()
+        if not self.training.found_masks:
+            return given
+        return smoothly_resized(self.training.masks.float().cpu()[:, None], given.shape[1:])[:, 0].clamp(0, 1)
 
     def samples(self) -> Tensor:
         """Every sample, (B, H, W, 3), the newest first, and the plain picture."""
@@ -256,7 +293,8 @@ def prepare_training(
     """
     layers = model_layers(model)
     check_connected(clip=clip, vae=vae)
-    pictures, weights, about = concept_pictures(images, masks, vae.spacial_compression_encode(), native_size(model))
+    fitted = concept_pictures(images, masks, vae.spacial_compression_encode(), native_size(model))
+    pictures, weights, _ = fitted
     conditionings, rows = encode_training_prompts(clip, noun, layers)
     references = encode_references(model, vae, pictures, weights)
     identity = _identity(model, conditionings, references, noun, options, resume)
@@ -275,6 +313,6 @@ def prepare_training(
     text = samples.prompt.replace("%noun%", noun)
     drawn = SamplePictures(model, clip, vae, text, training.latent_size, options.seed, samples.sampling)
     origin = origin_on(model, base, options.learning_rate)
-    run = TrainingRun(training, trained, drawn, samples.every, identity, about, warn, origin, base)
+    run = TrainingRun(training, trained, drawn, samples.every, identity, fitted, warn, remark, origin, base)
     run.check()
     return run

@@ -8,7 +8,7 @@ seed, to the same residual.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -26,9 +26,10 @@ from ..infusion import (
     foundation_patches,
 )
 from ..keeping import digest
-from ..loop import MOMENTS, Group, LoopOptions, TrainingError, TrainingLoop
-from ..losses import masked_noise_error
+from ..loop import MOMENTS, Group, LoopOptions, TrainingError, TrainingLoop, generator_of
+from ..losses import masked_noise_error, relative_noise_error, row_noise_error
 from ..queries import TakenOnce
+from . import automatic
 from .concept import Residual, ResidualError, check_architecture
 
 _WITHOUT_GRADIENT = (
@@ -46,8 +47,11 @@ prompt whose context all B rows take, and the attention patches to evaluate with
 class TrainingOptions(LoopOptions):
     """How a residual is trained; see `LoopOptions`.
 
-    flip: whether the mirrored pictures are used too. preserve: how much C is held to F's own prediction outside the
-    concept's mask; 0 is the paper's loss.
+    learning_rate: AdamW's, for the paper's loss; or 0, automatic: steps in units of the noun's own row, the loss as a
+    share of what the plain model misses, and a bound (see `automatic`). flip: whether the mirrored pictures are used
+    too. preserve: how much C is held to F's own prediction outside the concept's mask; 0 is the paper's loss.
+    stop_early: end where the loss falls no more. find_object: find masks where all pictures count as a whole. None, for
+    both: where the rate is automatic.
     """
 
     steps: int = 300
@@ -56,7 +60,10 @@ class TrainingOptions(LoopOptions):
     seed: int = 0
     flip: bool = True
     preserve: float = 1.0
+    stop_early: bool | None = None
+    find_object: bool | None = None
 
+    may_be_automatic: ClassVar[bool] = True
     largest_rate: ClassVar[float] = 10.0
     usual_rates: ClassVar[str] = "0.01 to 0.03"
 
@@ -66,6 +73,19 @@ class TrainingOptions(LoopOptions):
             raise ValueError(
                 f"preserve={self.preserve} must lie in [0, 100]: 1 is usual, 0 leaves what is around the concept free"
             )
+
+    @property
+    def automatic(self) -> bool:
+        """Whether the training finds its own steps."""
+        return self.learning_rate == 0
+
+    @property
+    def stops_early(self) -> bool:
+        return self.automatic if self.stop_early is None else self.stop_early
+
+    @property
+    def finds_object(self) -> bool:
+        return self.automatic if self.find_object is None else self.find_object
 
 
 @dataclass(frozen=True)
@@ -105,6 +125,20 @@ def residual_loss(predicted: Tensor, noise: Tensor, plain: Tensor, mask: Tensor,
     return loss
 
 
+def relative_residual_loss(predicted: Tensor, noise: Tensor, plain: Tensor, mask: Tensor, preserve: float) -> Tensor:
+    """The same, row by row, as a share of the error that F itself has inside the mask: 1 where C predicts as F does.
+
+    Arguments as `residual_loss` has them; scalar, float32. F's error falls by a hundred from little noise to much, and
+    in a plain mean the rows with little noise would count alone, which say least of how a concept looks.
+    """
+    unit = row_noise_error(plain, noise, mask).clamp_min(1e-8)
+    loss = relative_noise_error(predicted, noise, mask, unit)
+    outside = 1 - mask
+    if preserve and outside.any():
+        loss = loss + preserve * relative_noise_error(predicted, plain, outside, unit)
+    return loss
+
+
 @dataclass(frozen=True)
 class ResidualBatch:
     """noisy = clean + sigma * noise and noise (B, C, H, W), sigma (B,), mask (B, H, W), and the prompt of all rows."""
@@ -124,7 +158,11 @@ class ResidualTraining(TrainingLoop):
     `training_state` is kept, to go on from bit for bit, or one of no steps, to start from. sigmas: the noise levels of
     the model's timesteps (n,), each as likely to be drawn; default Stable Diffusion's.
     queries: where F's queries wait in a step. A model that recomputes C on the way back asks for each twice.
-    identity: says whether two trainings of one model from nothing are the same.
+    identity: says whether two trainings of one model from nothing are the same. seen: what was found out of the model
+    and the pictures before the first step here, where the options ask for it. checks: the loss as a share of the plain
+    model's, always on the same noisy pictures, after every `automatic.CHECK_EVERY` steps. own: latents (N, C, H, W) of
+    pictures that the model itself drew of the noun, given before the first step or not at all; strangeness: how many
+    times as much the model misses of the references as of those, found with `seen`.
     """
 
     def __init__(
@@ -142,7 +180,13 @@ class ResidualTraining(TrainingLoop):
     ):
         _check_references(references, flipped)
         self._predict_noise, self._layers, self._noun = predict_noise, tuple(layers), noun
-        self._queries = queries
+        self._queries, self._rows = queries, tuple(prompt_rows)
+        self.seen: automatic.Seen | None = None
+        self.checks: list[float] = []
+        self.own: Tensor | None = None
+        self.strangeness: float | None = None
+        self.found_masks = False
+        self._check_batches: list[ResidualBatch] = []
         self._names = tuple(layer.name for layer in layers)
         both = [references, flipped] if options.flip and flipped else [references]
         device = references[0].latent.device
@@ -153,7 +197,12 @@ class ResidualTraining(TrainingLoop):
             self._sigmas = (training_sigmas() if sigmas is None else sigmas).to("cpu", torch.float32, copy=True)
             self.delta = torch.zeros(len(layers), 1, layers[0].context_dim, device=device)
         self._placements = [Placement(self.delta, self._names, rows) for rows in prompt_rows]
-        compared = {name: value for name, value in asdict(options).items() if name != "steps"}
+        later = {"stop_early": None, "find_object": None}  # what older trainings did not have, as they were
+        compared = {
+            name: value
+            for name, value in asdict(options).items()
+            if name != "steps" and (name not in later or value is not later[name])
+        }
         self.identity = digest(compared, noun, self._names, prompt_rows, self._latents, self._masks)
         learned = Group("the residual", {"delta": self.delta}, _WITHOUT_GRADIENT)
         super().__init__(options, [learned], self._latents[0, 0].numel())
@@ -192,31 +241,151 @@ class ResidualTraining(TrainingLoop):
         """(C, H, W) of the references."""
         return tuple(self._latents.shape[2:])
 
+    @property
+    def noun(self) -> str:
+        """What the pictures show."""
+        return self._noun
+
+    @property
+    def without_masks(self) -> bool:
+        """Whether all of every picture counts."""
+        return bool((self._masks == 1).all())
+
+    @property
+    def masks(self) -> Tensor:
+        """The weights of the references' cells (M, H, W): given, or found before the first step."""
+        return self._masks[0]
+
     def draw(self, generator: torch.Generator) -> ResidualBatch:
         """Pictures, mirrored or not, noise of levels that are all as likely, and one prompt for all rows."""
         count, device = self.options.batch_size, self._latents.device
         picture = torch.randint(self._latents.shape[1], (count,), generator=generator)
         side = torch.randint(self._latents.shape[0], (count,), generator=generator)
         prompt = int(torch.randint(len(self._placements), (), generator=generator))
-        sigma = self._sigmas[torch.randint(len(self._sigmas), (count,), generator=generator)].to(device)
+        levels = self._levels()
+        sigma = levels[torch.randint(len(levels), (count,), generator=generator)].to(device)
         clean = self._latents[side, picture]
         noise = torch.randn(clean.shape, generator=generator).to(device)
         return ResidualBatch(clean + per_row(sigma, clean) * noise, noise, sigma, self._masks[side, picture], prompt)
 
+    def _levels(self) -> Tensor:
+        """The noise levels that are drawn from."""
+        least = int(automatic.LEAST_NOISE * len(self._sigmas)) if self.options.automatic else 0
+        return self._sigmas[least:]
+
     def loss(self, batch: ResidualBatch) -> Tensor:
         """See `residual_loss`; F is evaluated first, and leaves its queries."""
+        weighed = relative_residual_loss if self.options.automatic else residual_loss
+        return self._weighed(batch, weighed, self.options.preserve)
+
+    def _weighed(self, batch: ResidualBatch, weighed: Callable[..., Tensor], preserve: float) -> Tensor:
         queries = self._queries()
         with torch.no_grad():  # F needs no gradient: its queries are constants of the loss
             plain = self._predict_noise(batch.noisy, batch.sigma, batch.prompt, foundation_patches(queries))
         placements = (self._placements[batch.prompt],)
         patches = customised_patches(queries, lambda options, chunk: placements)
         predicted = self._predict_noise(batch.noisy, batch.sigma, batch.prompt, patches)
-        return residual_loss(predicted, batch.noise, plain, batch.mask, self.options.preserve)
+        return weighed(predicted, batch.noise, plain, batch.mask, preserve)
+
+    def learning_rate(self) -> float:
+        if not self.options.automatic:
+            return self.options.learning_rate
+        return automatic.rate(self.step) * self.seen.row_size
+
+    def prepare(self) -> None:
+        """Look at the pictures with the model, where the options ask for anything that is found so."""
+        options = self.options
+        if self.seen is not None or not (options.automatic or options.stops_early or options.finds_object):
+            return
+        generator = generator_of(-1 - options.seed)
+        with torch.inference_mode(False), torch.no_grad():
+            find = self.without_masks and options.finds_object
+            sides = self._latents if find else self._latents[:1]
+            looked = [
+                automatic.look(self._predict_noise, side, self._rows[0], self._sigmas, generator) for side in sides
+            ]
+            self.seen = looked[0]
+            if find:
+                self.found_masks = True
+                self._masks = torch.stack([side.weights() for side in looked])
+            fixed = torch.randn(automatic.CHECK_ROWS, *self.latent_size, generator=generator)
+            self._check_batches = self._fixed_batches(self._latents[0], self._masks[0], fixed)
+            if self.own is not None:
+                own = self.own.to(self._latents)
+                one, other = (
+                    self._plain_error(self._fixed_batches(latents, torch.ones_like(latents[:, 0]), fixed))
+                    for latents in (self._latents[0], own)
+                )
+                self.strangeness = (one / other).mean().item()
+
+    def _fixed_batches(self, latents: Tensor, masks: Tensor, noise: Tensor) -> list[ResidualBatch]:
+        """Latents (N, C, H, W), each in its turn, with this noise (B, C, H, W), at levels from all of the range."""
+        index = torch.arange(len(noise))
+        picture = index % len(latents)
+        levels = self._levels()
+        level = ((index + 0.5) / len(index) * len(levels)).long()
+        sigma, clean, noise = levels[level].to(latents.device), latents[picture], noise.to(latents)
+        noisy, mask, size = clean + per_row(sigma, clean) * noise, masks[picture], self.options.batch_size
+        parts = zip(*(each.split(size) for each in (noisy, noise, sigma, mask)), strict=True)
+        return [ResidualBatch(*part, prompt=0) for part in parts]
+
+    def _plain_error(self, batches: Sequence[ResidualBatch]) -> Tensor:
+        """F's error in each row, (B,)."""
+        predicted = (self._predict_noise(batch.noisy, batch.sigma, batch.prompt, {}) for batch in batches)
+        errors = [row_noise_error(one, batch.noise, batch.mask) for one, batch in zip(predicted, batches, strict=True)]
+        return torch.cat(errors).clamp_min(1e-8)
+
+    def remarks(self) -> list[str]:
+        """What a person should know of the pictures, once the training has begun."""
+        said = []
+        found = self.seen.found if self.found_masks else ()
+        hidden = [str(number) for number, seen in enumerate(found, start=1) if not seen]
+        if hidden:
+            said.append(
+                f"the model sees no {self._noun!r} that stands out in picture {', '.join(hidden)}, so it may learn "
+                "something else of it. Look at the masks that were found; paint your own, or give another noun"
+            )
+        if self.strangeness is not None and self.strangeness > automatic.STRANGE:
+            said.append(
+                f"the pictures are far from what the model knows: it misses {self.strangeness:.1f} times as much of "
+                f"them as of a {self._noun} that it draws itself. Less is learned of such, so that nothing is "
+                "destroyed: expect a likeness in colours more than in form"
+            )
+        return said
+
+    def after_step(self) -> None:
+        """Keep the residual within its bound, and check the loss now and then."""
+        if self.options.automatic:
+            with torch.no_grad():
+                self.delta.copy_(automatic.bounded(self.delta, self.seen.row_size, self.strangeness))
+        if self._check_batches and self.step % automatic.CHECK_EVERY == 0:
+            self.checks.append(self._checked())
+
+    def _checked(self) -> float:
+        """What C misses inside the masks as a share of what F misses there."""
+        with torch.inference_mode(False), torch.no_grad():
+            each = [
+                len(batch.sigma) * self._weighed(batch, relative_residual_loss, 0.0).item()
+                for batch in self._check_batches
+            ]
+        return sum(each) / automatic.CHECK_ROWS
+
+    def why_ended(self) -> str:
+        return automatic.why_ended(self.checks) if self.options.stops_early else ""
+
+    def state(self) -> dict[str, Tensor]:
+        state = super().state()
+        return {**state, "checks": torch.tensor(self.checks, dtype=torch.float64)} if self.checks else state
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        super().restore(state)
+        self.checks = state["checks"].tolist() if "checks" in state else []
 
     def residual(self) -> Residual:
         """What has been learned so far, with the optimizer's state, so that it can be resumed."""
         state = self.state()
         moments = {kind: state[f"{kind}.delta"].clone() for kind in MOMENTS if f"{kind}.delta" in state}
+        checks = {"checks": state["checks"]} if "checks" in state else {}
         return Residual(
             delta=self.delta.detach().clone(),
             noun=self._noun,
@@ -224,7 +393,7 @@ class ResidualTraining(TrainingLoop):
             architecture=architecture_name(self._layers),
             steps=self.step,
             seed=self.options.seed,
-            training_state={**moments, "loss_scale": state["loss_scale"].float()} if moments else None,
+            training_state={**moments, "loss_scale": state["loss_scale"].float(), **checks} if moments else None,
         )
 
 

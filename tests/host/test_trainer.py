@@ -52,7 +52,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def train(host, clip, folder):
-    """Run the node as the host does, in inference mode: -> (residual, loss plot, samples)."""
+    """Run the node as the host does, in inference mode: -> (residual, loss plot, samples, masks)."""
 
     def run(model=None, **inputs):
         inputs = {**defaults(), **inputs}
@@ -123,8 +123,10 @@ def test_the_schema_is_frozen_and_explained(host):
         "masks:MASK",
         "resume:RESIDUAL",
         "gradient_checkpointing:COMBO",
+        "stop_early:COMBO",
+        "find_object:COMBO",
     ]
-    assert [output.io_type for output in schema.outputs] == ["RESIDUAL", "IMAGE", "IMAGE"]
+    assert [output.io_type for output in schema.outputs] == ["RESIDUAL", "IMAGE", "IMAGE", "MASK"]
     assert all(entry.tooltip for entry in [*schema.inputs, *schema.outputs]) and schema.description
     root = Path(host.trainer.__file__).parents[1]
     assert (root / "web" / "docs" / f"{schema.node_id}.md").is_file()
@@ -141,10 +143,11 @@ def test_the_seed_stays_as_it_is_when_queued_again(host):
 def test_it_gives_a_residual_a_plot_samples_and_a_file(train, host, folder):
     seen = []
     on_report(lambda done, _, preview: seen.append((done, preview)))
-    residual, plot, samples = train(steps=4, sample_every=2)
+    residual, plot, samples, masks = train(steps=4, sample_every=2)
     assert (residual.noun, residual.steps, residual.seed) == ("ball", 4, 0) and residual.delta.any()
     assert plot.shape == (1, 288, 512, 3) and samples.shape == (3, 64, 64, 3)
     assert samples.isfinite().all() and not torch.equal(samples[0], samples[2])
+    assert masks.shape == pictures().shape[:3] and (masks == 1).all()
     (path,) = folder.rglob("*.safetensors")
     assert path.relative_to(folder).as_posix() == "training/ball_4_steps_00001_.safetensors"
     same(host.residual.load_residual(path), residual)
@@ -238,6 +241,100 @@ def test_the_kernel_and_the_node_train_the_same_residual(train, host, tmp_path, 
     assert residual.layers == kernel.residual().layers and residual.architecture == "Toybox"
     assert all(0.01 < loss < 100 for loss in losses)
     torch.testing.assert_close(residual.delta, kernel.residual().delta, rtol=0, atol=1e-4)
+
+
+# Automatic: learning_rate 0
+
+
+@pytest.fixture
+def automatic(host, monkeypatch):
+    """The rules of an automatic training, with checks that fit into a few steps."""
+    rules = sys.modules[f"{host.pack.__name__}.profusion.residual.automatic"]
+    monkeypatch.setattr(rules, "CHECK_EVERY", 2)
+    return rules
+
+
+def test_a_graph_of_before_trains_as_it_did_and_a_new_node_is_automatic(train, host):
+    """Saved graphs hold the rate; what was appended is then what its default makes of it."""
+    entries = host.trainer.ResidualTrainer.INPUT_TYPES()
+    assert entries["required"]["learning_rate"][1]["default"] == 0
+    assert [entries["optional"][name][1]["default"] for name in ("stop_early", "find_object")] == ["auto", "auto"]
+    same(train(stop_early="auto", find_object="auto")[0], train(stop_early="off", find_object="off")[0])
+
+
+def test_the_kernel_and_the_node_find_the_same_masks_and_residual(train, host, tmp_path, automatic):
+    pipeline = importlib.import_module(f"{host.pack.__name__}.profusion.toybox.pipeline")
+    models = importlib.import_module(f"{host.pack.__name__}.nodes.host.toybox")
+    folder = toybox_folder(host, tmp_path / "toybox")
+    images = pictures(2, 96, 96)
+    options = host.training.TrainingOptions(steps=4, batch_size=2, seed=11, learning_rate=0.0)
+    kernel = pipeline.Toybox.load(folder).training(images, torch.ones(2, 96, 96), "ball", options)
+    list(kernel.steps())
+    with torch.inference_mode():
+        networks = {"model": models.load_model(folder), "clip": models.load_clip(None, folder)}
+        networks["vae"] = models.load_vae(folder)
+    residual = train(**networks, images=images, steps=4, seed=11, learning_rate=0.0)[0]
+    assert len(kernel.checks) == 2 and all(0 < check < 2 for check in kernel.checks)
+    torch.testing.assert_close(
+        residual.training_state["checks"], torch.tensor(kernel.checks).double(), rtol=1e-4, atol=0
+    )
+    torch.testing.assert_close(residual.delta, kernel.residual().delta, rtol=0, atol=1e-3)
+
+
+def test_an_automatic_training_goes_on_bit_for_bit_after_cancel(train, host, folder, automatic):
+    whole = train(steps=6, learning_rate=0.0)[0]
+    for path in folder.rglob("*.safetensors"):
+        path.unlink()
+    cancel_at(3)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train(steps=6, learning_rate=0.0)
+    stop_listening()
+    (path,) = folder.rglob("*.safetensors")
+    half = host.residual.load_residual(path)
+    assert 0 < half.steps < 6
+    same(train(steps=6, learning_rate=0.0, resume=half)[0], whole)
+
+
+def test_it_ends_early_says_why_and_names_the_file_by_its_steps(train, host, folder, automatic, monkeypatch):
+    monkeypatch.setattr(automatic, "WORTHWHILE", 2.0)
+    seen = []
+    monkeypatch.setattr(host.trainer, "show", lambda node, text, *rest, **more: seen.append(text))
+    residual = train(steps=40, learning_rate=0.0)[0]
+    ended = 2 * (automatic.PATIENCE + 1)
+    assert residual.steps == ended
+    (path,) = folder.rglob("*.safetensors")
+    assert path.name == f"ball_{ended}_steps_00001_.safetensors"
+    assert f"ball: {ended} steps" in seen[0] and "has hardly fallen" in seen[0]
+    again = train(steps=40, learning_rate=0.0, resume=residual)[0]
+    assert again.steps == ended and torch.equal(again.delta, residual.delta)
+    assert train(steps=10, learning_rate=0.0, stop_early="off")[0].steps == 10
+
+
+def test_found_masks_come_out_and_are_shown_and_given_ones_are_kept(train, host, automatic, monkeypatch):
+    heights = []
+    shown = host.trainer.show
+    monkeypatch.setattr(
+        host.trainer, "show", lambda node, text, picture, **more: heights.append(picture.height) or shown(node, text)
+    )
+    found = train(learning_rate=0.0)[3]
+    assert found.shape == pictures().shape[:3] and 0 <= found.amin() < found.amax() <= 1
+    mask = torch.zeros(1, *pictures().shape[1:3])
+    mask[:, 16:48, 16:48] = 1
+    given = train(learning_rate=0.0, masks=mask)[3]
+    assert set(given.unique().tolist()) <= {0.0, 1.0} and given[0, 30, 30] == 1 and given[0, 0, 0] == 0
+    assert heights[0] > heights[1]
+    assert (train(learning_rate=0.0, find_object="off")[3] == 1).all()
+
+
+def test_pictures_that_the_model_does_not_know_are_said_to_be_so(train, host, automatic, monkeypatch):
+    seen = []
+    monkeypatch.setattr(host.trainer, "show", lambda node, text, *rest, **more: seen.append(text))
+    monkeypatch.setattr(automatic, "STRANGE", 0.0)
+    train(learning_rate=0.0)
+    assert "times as much of them as of a ball that it draws itself" in seen[0]
+    monkeypatch.setattr(automatic, "STRANGE", 1e9)
+    train(learning_rate=0.0)
+    assert "far from what the model knows" not in seen[1]
 
 
 # The host's own model
@@ -678,7 +775,7 @@ def test_another_model_s_vae_clip_or_residual_is_named(train, host):
 
 @pytest.mark.parametrize(("channels", "size"), [(1, (64, 64)), (4, (64, 64)), (3, (61, 75)), (3, (8, 8))])
 def test_grey_transparent_and_odd_pictures_train(train, channels, size):
-    residual, _, samples = train(images=pictures(2, *size, channels), steps=1)
+    residual, _, samples, _ = train(images=pictures(2, *size, channels), steps=1)
     assert residual.delta.any()
     assert samples.shape[1:3] == tuple(side // 8 * 8 for side in size)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from profusion.diffusion import noise_predictor, training_sigmas
+from profusion.diffusion import training_sigmas
 from profusion.infusion import (
     Placement,
     cross_attention_layers,
@@ -16,64 +16,9 @@ from profusion.infusion import (
 )
 from profusion.loop import TrainingError
 from profusion.losses import masked_noise_error
-from profusion.models.configs import UNetConfig
-from profusion.models.unet import UNet
 from profusion.residual import Residual, ResidualError, load_residual, save_residual
-from profusion.residual.training import Reference, ResidualTraining, TrainingOptions, residual_loss
-
-SMALL = UNetConfig(32, (1, 2), 1, (1, 1), 1, 24, num_heads=2)
-LENGTH, ROWS = 11, ((4,), (5, 6))
-
-
-@pytest.fixture(scope="module")
-def unet(device):
-    torch.manual_seed(3)
-    return UNet(SMALL).eval().requires_grad_(False).to(device)
-
-
-def device_of(unet):
-    return next(unet.parameters()).device
-
-
-def predictor(unet, note=lambda *_: None):
-    """The UNet as a training sees it, with two prompts."""
-    contexts = torch.randn(2, LENGTH, SMALL.context_dim, generator=torch.Generator().manual_seed(1))
-    contexts = contexts.to(device_of(unet))
-
-    def predict(x, sigma, prompt, patches):
-        note(x, sigma, prompt, patches)
-        options = {"patches": patches, "cond_or_uncond": [0]}
-        context = contexts[prompt].expand(len(x), -1, -1)
-        return noise_predictor(lambda x, t: unet(x, t, context, transformer_options=options))(x, sigma)
-
-    return predict
-
-
-def references(count=2, seed=2):
-    generator = torch.Generator().manual_seed(seed)
-    return [Reference(torch.randn(4, 8, 8, generator=generator), torch.ones(8, 8)) for _ in range(count)]
-
-
-def training(unet, options=None, predict=None, **inputs):
-    layers = cross_attention_layers(dict(unet.named_parameters()))
-    inputs = {"references": references(), "flipped": references(seed=3), **inputs}
-    for name in ("references", "flipped"):
-        inputs[name] = [Reference(item.latent.to(device_of(unet)), item.mask) for item in inputs[name]]
-    arguments = inputs.pop("references"), ROWS, layers, "ball", options or TrainingOptions(steps=4, batch_size=2)
-    return ResidualTraining(predict or predictor(unet), *arguments, **inputs)
-
-
-def trained(unet, steps, **options):
-    run = training(unet, TrainingOptions(steps=steps, batch_size=2, **options))
-    return run, list(run.steps())
-
-
-def same(one, other):
-    assert torch.equal(one.delta, other.delta) and one.steps == other.steps
-    assert one.training_state.keys() == other.training_state.keys()
-    for name, value in one.training_state.items():
-        assert torch.equal(value, other.training_state[name])
-
+from profusion.residual.training import Reference, TrainingOptions, residual_loss
+from tests.residual.trainings import LENGTH, ROWS, SMALL, predictor, references, same, trained, training
 
 # What is learned
 
@@ -441,7 +386,7 @@ def test_f_s_queries_are_let_go_as_c_takes_them(unet):
     ("options", "message"),
     [
         ({"steps": 0}, "steps=0"),
-        ({"learning_rate": 0.0}, "learning_rate=0.0"),
+        ({"learning_rate": -0.1}, "learning_rate=-0.1"),
         ({"learning_rate": math.nan}, "learning_rate=nan"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"preserve": -1.0}, "preserve=-1.0"),
