@@ -150,7 +150,7 @@ class Placement:
         addend = self._kept.get(key)
         if addend is None:
             residual = self.strength * self.delta[self.layers.index(layer)]
-            addend = residual_rows(residual, self._index(value), value)
+            addend = residual_rows(residual, self.rows_in(value), value)
             if not self.delta.requires_grad:  # not the addend's: it has none where gradients are off
                 self._kept[key] = addend
         return value + addend
@@ -162,7 +162,7 @@ class Placement:
             self._kept[key] = region_weights(self.region.to(device), rows, size)
         return self._kept[key]
 
-    def _index(self, value: Tensor) -> Tensor:
+    def rows_in(self, value: Tensor) -> Tensor:
         """The noun's rows in every repeat of the prompt in `value`, on its device: moved
         there once, since that waits."""
         length = value.shape[-2]
