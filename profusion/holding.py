@@ -91,7 +91,7 @@ def held(customised: Tensor, foundation: Tensor, region: Tensor) -> Tensor:
 
 @dataclass
 class _Sum:
-    """Maps (B, H, W) of one noun of one prompt, how many they are the sum of for each picture, and the user's region."""
+    """Maps (B, H, W) of one noun of one prompt, of how many they are the sum, and the user's region."""
 
     maps: Tensor
     counts: Tensor

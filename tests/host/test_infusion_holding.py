@@ -1,6 +1,7 @@
 """A held background in the host: outside the region the picture is the plain one to the bit, whatever is sampled."""
 
 import inspect
+import sys
 
 import pytest
 import torch
@@ -18,12 +19,10 @@ def regions_of(infused, model, latent):
 
 def draw(infused, background="held", region=None, more=None, change=lambda x: x, model=None, strength=1.0, **options):
     """The plain latent, C's and the region, (B, 1, H, W)."""
-    inputs = {} if region is None else {"region": region}
+    inputs = {**(more or {}), "background": background, **({} if region is None else {"region": region})}
     model = infused.model if model is None else model
     plain = infused.run(model, change(infused.positive), **options)
-    patched, positive = infused.patch(
-        infused.residual(3.0 * strength), model, background=background, **inputs, **(more or {})
-    )
+    patched, positive = infused.patch(infused.residual(3.0 * strength), model, **inputs)
     customised = infused.run(patched, change(positive), **options)
     return plain, customised, regions_of(infused, patched, customised)[:, None]
 
@@ -212,6 +211,16 @@ def test_regions_are_found_by_what_was_drawn(infused):
     assert torch.equal(regions_of(infused, patched.clone(), one), first)
     assert regions_of(infused, patched, torch.zeros_like(one)) is None
     assert regions_of(infused, infused.model, one) is None
+
+
+def test_the_region_is_shown_as_a_mask(infused):
+    region = sys.modules[f"{infused.pack.__name__}.nodes.region"].InfusionRegion
+    patched, positive = infused.patch(infused.residual(), background="held")
+    latent = infused.run(patched, positive, batch=2, size=(8, 6))
+    (mask,) = region.execute(patched, {"samples": latent}).args
+    assert mask.shape == (2, 64, 48) and torch.equal(mask[:, ::8, ::8], regions_of(infused, patched, latent))
+    with pytest.raises(ValueError, match="set background of Infusion Attention Patch to 'held'"):
+        region.execute(patched, {"samples": latent + 1})
 
 
 @pytest.mark.parametrize("background", ["held", "held softly"])
