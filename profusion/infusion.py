@@ -142,6 +142,12 @@ class Placement:
     def is_active(self, sigma: float) -> bool:
         return self.sigma_end <= sigma <= self.sigma_start
 
+    def adds(self) -> bool:
+        """Whether there is anything to add."""
+        if "adds" not in self._kept:  # asked of the device once
+            self._kept["adds"] = torch.tensor(bool(self.strength and self.delta.any()))
+        return bool(self._kept["adds"])
+
     def add_to(self, value: Tensor, layer: str) -> Tensor:
         """V_bar's input in a layer: value (N, L, D) with the residual at the noun, in every repeat of the prompt."""
         if layer not in self.layers:

@@ -300,11 +300,23 @@ class _Streams:
             )
 
     def evaluate_both(self, evaluate, model, conds, x, sigma, options):
-        """C on a shared latent: F looks at it first, and draws from the global generators what C will draw again."""
+        """C on a shared latent: F looks at it first, and draws from the global generators what C will draw again.
+
+        Conditionings to which nothing is ever added, as the negative, are the same in both, so that C has F's.
+        """
+        moved = [self._moves(index, group, model, x) for index, group in enumerate(conds)]
+        if not any(moved):
+            return self._foundation(evaluate, model, conds, x, sigma)
         before = _random_state(x.device)
-        self._foundation(lambda *given: evaluate(*given, apart=self._apart), model, conds, x, sigma)
+        plain = self._foundation(lambda *given: evaluate(*given, apart=self._apart), model, conds, x, sigma)
         _set_random_state(x.device, before)
-        return self._customised(evaluate, model, conds, x, sigma, options)
+        own = [group if moves else None for group, moves in zip(conds, moved, strict=True)]
+        drawn = self._customised(evaluate, model, own, x, sigma, options)
+        return [one if moves else same for one, same, moves in zip(drawn, plain, moved, strict=True)]
+
+    def _moves(self, index: int, group: Sequence[dict] | None, model: Any, x: Tensor) -> bool:
+        """Whether anything is ever added to conditionings of this group."""
+        return any(placement.adds() for cond in group or () for placement in self._of(index, cond, model, x))
 
     def _foundation(self, evaluate, model, conds, x, sigma):
         def look(n: Tensor, context: Tensor, value: Tensor, extra_options: ExtraOptions):
