@@ -166,7 +166,7 @@ def map_patches(
             return n, context, value  # merged tokens, say: where each is nobody can tell
         attention = attention_of(layer_name(extra_options))
         for owner, own_n, own_context in zip(whose, n.chunk(len(whose)), context.chunk(len(whose)), strict=True):
-            placements: Sequence[Placement] = placements_for(extra_options, owner)
+            placements: Sequence[Placement] = [p for p in placements_for(extra_options, owner) if p.adds()]
             if not placements:
                 continue
             probabilities = attention_probabilities(attention, own_n, own_context)

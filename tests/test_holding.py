@@ -153,8 +153,8 @@ def test_softly_has_an_edge_and_moves_less_than_free(unet, narrow):
 
 @pytest.mark.parametrize("background", [HELD, SOFTLY])
 def test_with_nothing_to_add_both_streams_are_the_plain_run(unet, background):
-    plain, customised, _ = drawn(unet, background, strength=0.0)
-    assert torch.equal(plain, customised)
+    plain, customised, region = drawn(unet, background, strength=0.0)
+    assert torch.equal(plain, customised) and region is None
 
 
 def test_what_cannot_be_held_is_refused(unet):
