@@ -241,3 +241,10 @@ def test_the_kernel_draws_the_same(infused_toybox, monkeypatch, background):
     theirs = infused_toybox.model.model.process_latent_in(theirs)
     assert (ours - plain).abs().max() > 1e-2 * plain.abs().max() and (ours == plain).all(dim=1).any()
     assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
+
+
+def test_the_regions_schema_is_frozen(infused):
+    schema = sys.modules[f"{infused.pack.__name__}.nodes.region"].InfusionRegion.define_schema()
+    assert schema.node_id == "ProFusion_InfusionRegion"
+    assert [entry.id for entry in schema.inputs] == ["model", "latent"]
+    assert [output.io_type for output in schema.outputs] == ["MASK"]
