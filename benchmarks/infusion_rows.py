@@ -46,8 +46,9 @@ class Scheme:
         return 2 + (2 if self.guidance else 1) / self.every
 
 
-SCHEMES = tuple(
-    Scheme(f"{whose} guidance, every {every}", every, whose == "own") for whose in ("own", "F's") for every in (1, 2, 3)
+SCHEMES = (
+    *(Scheme(f"own guidance, every {every}", every) for every in (1, 2, 3, 4)),
+    *(Scheme(f"F's guidance, every {every}", every, False) for every in (1, 2)),
 )
 
 
