@@ -1,6 +1,19 @@
 """The pack's nodes: schemas alone. What they do in the host is in host/, and the mathematics in the kernel."""
 
-from . import augment, finetune, fusion, infusion, overfit, pretrain, promptnet, residual, scores, toybox, trainer
+from . import (
+    augment,
+    finetune,
+    fusion,
+    infusion,
+    overfit,
+    pretrain,
+    promptnet,
+    region,
+    residual,
+    scores,
+    toybox,
+    trainer,
+)
 from .host.guarding import guarded
 from .host.sets import taking_sets
 
@@ -9,6 +22,7 @@ _NODES = [
     *trainer.NODES,
     *residual.NODES,
     *infusion.NODES,
+    *region.NODES,
     *promptnet.NODES,
     *fusion.NODES,
     *pretrain.NODES,

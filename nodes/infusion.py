@@ -7,6 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..profusion.holding import BACKGROUNDS, FREE
 from ..profusion.infusion import check_context_width
 from ..profusion.prompt import OCCURRENCES
 from . import inputs
@@ -124,6 +125,17 @@ class InfusionAttentionPatch(io.ComfyNode):
                         "placed in it. If not connected, the text is encoded here."
                     ),
                 ),
+                io.Combo.Input(
+                    "background",
+                    options=list(BACKGROUNDS),
+                    default=FREE,
+                    optional=True,
+                    tooltip=(
+                        "What is around the concepts. free: it may change a little with them. held: exactly the plain "
+                        "picture's, around where that one has the nouns. held softly: almost, where a concept must "
+                        "outgrow the plain picture's outline. Needs stream: own trajectory."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model, ready to draw the concepts of the conditioning."),
@@ -146,6 +158,7 @@ class InfusionAttentionPatch(io.ComfyNode):
         stream,
         region=None,
         conditioning=None,
+        background=FREE,
         **more,
     ) -> io.NodeOutput:
         check_connected(clip=clip)
@@ -161,7 +174,9 @@ class InfusionAttentionPatch(io.ComfyNode):
         others = other_bases([concept.residual for concept in concepts], model)
         if others:
             warn("\n".join(others))
-        patched = add_streams(model, layers, stream == SHARED_LATENT, on_plain=lambda: warn(NO_CONCEPT))
+        patched = add_streams(
+            model, layers, stream == SHARED_LATENT, on_plain=lambda: warn(NO_CONCEPT), background=background
+        )
         return io.NodeOutput(patched, conditioning)
 
 

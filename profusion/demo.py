@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .holding import HELD
 from .learning import Concept, Report, Say, train
 from .pictures import grid, loss_plot, masked, to_image
 from .promptnet.pseudo_word import PLACEHOLDER
@@ -46,7 +47,9 @@ def draw(
     """prompt: with {} for the noun. ProFusion has not been trained on anything: it sees one picture (1, SIZE, SIZE,
     3)."""
     toybox, text = fused.toybox, prompt.format(residual.noun)
-    plain, customised = toybox.generate_customised(text, [residual], seeded(*seeds), steps, CUSTOMISED_GUIDANCE)
+    plain, customised = toybox.generate_customised(
+        text, [residual], seeded(*seeds), steps, CUSTOMISED_GUIDANCE, background=HELD
+    )
     others = seeded(*(seed + 1000 for seed in seeds))
     other = toybox.generate([text] * len(seeds), others, steps, CUSTOMISED_GUIDANCE)
     word = fused.generate(

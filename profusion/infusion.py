@@ -142,6 +142,12 @@ class Placement:
     def is_active(self, sigma: float) -> bool:
         return self.sigma_end <= sigma <= self.sigma_start
 
+    def adds(self) -> bool:
+        """Whether there is anything to add."""
+        if "adds" not in self._kept:  # asked of the device once
+            self._kept["adds"] = torch.tensor(bool(self.strength and self.delta.any()))
+        return bool(self._kept["adds"])
+
     def add_to(self, value: Tensor, layer: str) -> Tensor:
         """V_bar's input in a layer: value (N, L, D) with the residual at the noun, in every repeat of the prompt."""
         if layer not in self.layers:
@@ -150,7 +156,7 @@ class Placement:
         addend = self._kept.get(key)
         if addend is None:
             residual = self.strength * self.delta[self.layers.index(layer)]
-            addend = residual_rows(residual, self._index(value), value)
+            addend = residual_rows(residual, self.rows_in(value), value)
             if not self.delta.requires_grad:  # not the addend's: it has none where gradients are off
                 self._kept[key] = addend
         return value + addend
@@ -162,7 +168,7 @@ class Placement:
             self._kept[key] = region_weights(self.region.to(device), rows, size)
         return self._kept[key]
 
-    def _index(self, value: Tensor) -> Tensor:
+    def rows_in(self, value: Tensor) -> Tensor:
         """The noun's rows in every repeat of the prompt in `value`, on its device: moved
         there once, since that waits."""
         length = value.shape[-2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .diffusion import Prediction, denoiser, noise_predictor, sample_euler, sampling_sigmas
+from .holding import FREE, Holding, cross_attention
 from .infusion import Patches, Placement, cross_attention_layers, on_conditional
 from .models.chunks import chunks
 from .models.conditioning import of_one_length
@@ -125,15 +127,19 @@ class Pipeline:
         shared_latent: bool = False,
         callback: Callback | None = None,
         negative: str = "",
+        background: str = FREE,
     ) -> tuple[Tensor, Tensor]:
         """Both streams of a prompt, a picture a generator -> plain and customised latents, (B, 4, cells, cells)
-        each. strength: of all residuals, or one for each. Raises what `placements` raises."""
+        each. strength: of all residuals, or one for each. background: whether what is around the concepts is held to
+        the plain picture, see `holding.BACKGROUNDS`. Raises what `placements` raises."""
         placements = self.placements(prompt, residuals, strength)
         evaluate = self.evaluator(*self._guided([prompt] * len(generators), guidance), negative)
-        denoise = two_stream_denoiser(evaluate, on_conditional(placements), shared_latent)
-        noise = self._noise(generators)
+        noise, holding = self._noise(generators), None
+        if background != FREE:
+            holding = Holding(background, partial(cross_attention, self.unet), len(noise), noise.shape[-2:])
+        denoise = two_stream_denoiser(evaluate, on_conditional(placements), shared_latent, holding)
         plain, customised = sample_euler(denoise, torch.cat([noise, noise]), self._sigmas(steps), callback).chunk(2)
-        return plain, customised
+        return plain, customised if holding is None else holding.finished(customised, plain)
 
     def placements(
         self,

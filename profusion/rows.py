@@ -175,13 +175,20 @@ def _unlike(foundation: int, customised: str, model_options: Mapping[str, Any]) 
     )
 
 
-def check_size(extra_options: ExtraOptions, size: Sequence[int], matters: bool) -> None:
-    """Raise UnknownRowsError where latents are not of this size, as tiles are not, and it matters."""
+_A_REGION = "a region is of the whole picture", "leave region unconnected"
+
+
+def check_size(
+    extra_options: ExtraOptions, size: Sequence[int], matters: bool, why: tuple[str, str] = _A_REGION
+) -> None:
+    """Raise UnknownRowsError where latents are not of this size, as tiles are not, and it matters.
+
+    why: it matters, and what else to do, in words.
+    """
     call = extra_options[ROWS]
     if matters and call.size != tuple(size):
         raise UnknownRowsError(
-            f"a region is of the whole picture, and the UNet is given parts of it: leave region unconnected, or remove "
-            f"{_suspects(call.options)} from the model"
+            f"{why[0]}, and the UNet is given parts of it: {why[1]}, or remove {_suspects(call.options)} from the model"
         )
 
 

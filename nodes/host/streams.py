@@ -12,10 +12,11 @@ import copy
 import logging
 import math
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,12 @@ from torch import Tensor
 
 from ...profusion.apart import Apart
 from ...profusion.coroutine import Coroutine
+from ...profusion.holding import FREE, NO_PICTURE, Holding, cross_attention
 from ...profusion.infusion import (
     CONCEPTS_KEY,
     ExtraOptions,
     Layer,
+    Owners,
     Patches,
     PlacedConcept,
     Placement,
@@ -60,24 +63,65 @@ _NO_MEMORY = ("conds", "original_conds", "model_patcher", "inner_model", "loaded
 KEY = CONCEPTS_KEY  # of the wrappers, and of the stream that is being evaluated in transformer_options
 
 
+_HELD_BACKGROUND = "a held background is of the whole picture", "set background to free"
+
+
+class DrawnRegions:
+    """Where the last runs of a model with streams drew their concepts, to be found by what they drew.
+
+    A latent (B, C, H, W), as a sampler leaves it, and its region (B, H, W) in [0, 1], in main memory.
+    """
+
+    def __init__(self, runs: int = 8):
+        self._runs: deque[tuple[Tensor, Tensor]] = deque(maxlen=runs)
+
+    def add(self, samples: Tensor, region: Tensor | None) -> None:
+        if region is not None:
+            self._runs.append((samples.float().cpu(), region.cpu()))
+
+    def of(self, samples: Tensor) -> Tensor | None:
+        """The region of these; None where they are of no run that held a background."""
+        for drawn, region in reversed(self._runs):
+            if drawn.shape == samples.shape and torch.allclose(drawn, samples.float().cpu(), rtol=1e-2, atol=1e-2):
+                return region
+        return None
+
+
+def drawn_region(model: ModelPatcher, samples: Tensor) -> Tensor | None:
+    """Where concepts were drawn with MODEL in these samples of a LATENT: (B, H, W) in [0, 1], in cells of the latent.
+
+    None where they are none of those that it drew last with a background that was not free.
+    """
+    regions = model.get_attachment(KEY)
+    return None if regions is None else regions.of(model.model.process_latent_in(samples))
+
+
 def add_streams(
     model: ModelPatcher,
     layers: Sequence[Layer],
     shared_latent: bool,
     on_foundation: Callable[[Tensor], None] | None = None,
     on_plain: Callable[[], None] = lambda: None,
+    background: str = FREE,
 ) -> ModelPatcher:
     """A clone of MODEL that draws the concepts that conditionings carry; a run without any is the plain run.
 
     shared_latent: F looks at C's latent instead of following its own trajectory. A model that has the streams already
     gets these in their place. `on_foundation`, for whoever wants to see the plain picture too, is given F's finished
     latent (own trajectory only). `on_plain` is called at each sampling run whose conditionings carry no concept.
+    background: see `holding.BACKGROUNDS`; `drawn_region` finds the regions of what was drawn with the clone. Raises
+    ValueError where a shared latent leaves nothing to hold it to.
     """
-    names = tuple(layer.name for layer in layers)
+    if shared_latent and background != FREE:
+        raise ValueError(f"background={background!r} and stream='shared latent': {NO_PICTURE}")
+    names, regions = tuple(layer.name for layer in layers), DrawnRegions()
     patched = model.clone()
+    patched.set_attachments(KEY, regions)
     wrappers = {
         WrappersMP.PREPARE_SAMPLING: _reserve_memory,
-        WrappersMP.SAMPLER_SAMPLE: _sampler_wrapper(names, shared_latent, on_foundation, on_plain),
+        WrappersMP.SAMPLER_SAMPLE: _sampler_wrapper(
+            lambda: _Streams(names, background), shared_latent, on_foundation, on_plain, regions
+        ),
         WrappersMP.CALC_COND_BATCH: _evaluate_stream,
     }
     for kind, wrapper in wrappers.items():
@@ -104,7 +148,11 @@ def _reserve_memory(executor, model: ModelPatcher, noise_shape: Sequence[int], c
 
 
 def _sampler_wrapper(
-    layers: tuple[str, ...], shared_latent: bool, on_foundation: Callable | None, on_plain: Callable[[], None]
+    new_streams: Callable[[], _Streams],
+    shared_latent: bool,
+    on_foundation: Callable | None,
+    on_plain: Callable[[], None],
+    regions: DrawnRegions,
 ) -> Callable:
     def sample(
         executor,
@@ -129,14 +177,16 @@ def _sampler_wrapper(
             return run(extra_args, callback, noise, disable_pbar)
 
         _say_if_compiled(extra_args["model_options"])
-        streams = _Streams(layers)
+        streams = new_streams()
         if shared_latent:
             both = _with_stream(extra_args, streams.evaluate_both)
             return run(both, callback, noise, disable_pbar, guider=_numbered(copy.copy(guider), len(noise)))
 
         def foundation_run(ask: Callable) -> Tensor:
             stream = _with_stream(extra_args, streams.asking_foundation(ask))
-            return run(stream, None, noise.clone(), True, guider=streams.foundation_calls.of(copy.copy(guider)))
+            own = copy.copy(guider)
+            own = _numbered(own, len(noise)) if streams.hold(guider.inner_model, noise) else own
+            return run(stream, None, noise.clone(), True, guider=streams.foundation_calls.of(own))
 
         foundation = _InStep(foundation_run, noise.device)
         try:
@@ -147,6 +197,10 @@ def _sampler_wrapper(
             finished = foundation.finish()  # also for what it leaves to the next run, as a plain run does
             if on_foundation is not None:
                 on_foundation(finished)
+            if streams.holding is None:
+                return samples
+            samples = streams.holding.finished(samples, finished)
+            regions.add(samples, streams.holding.region())
             return samples
         finally:
             foundation.close()
@@ -188,8 +242,11 @@ class _Calls:
 class _Streams:
     """How the two streams of one sampling run are evaluated, and what they share: F's queries."""
 
-    def __init__(self, layers: tuple[str, ...]):
+    def __init__(self, layers: tuple[str, ...], background: str = FREE):
         self._layers = layers
+        self._background = background
+        self.holding: Holding | None = None
+        self._predicted: dict[tuple[int, ...], list[Tensor]] = {}  # F's, of these pictures of the batch
         self._queries = WaitingQueries()
         self._placements: dict = {}
         self._regrouped: dict = {}
@@ -199,11 +256,18 @@ class _Streams:
         self._apart = Apart(_SHARED)
         self.foundation_calls, self.customised_calls = _Calls(), _Calls()
 
+    def hold(self, model: Any, noise: Tensor) -> bool:
+        """Begin to hold the background of a run with this noise, where it is to be held at all."""
+        if self._background != FREE:
+            attention_of = partial(cross_attention, model.diffusion_model)
+            self.holding = Holding(self._background, attention_of, len(noise), noise.shape[-2:])
+        return self.holding is not None
+
     def asking_foundation(self, ask: Callable) -> Callable:
         """F, sampled in step: has its evaluations done by whoever answers."""
 
         def stream(evaluate, model, conds, x, sigma, *_):
-            return ask(lambda: self._foundation(evaluate, conds, x, sigma))
+            return ask(lambda: self._foundation(evaluate, model, conds, x, sigma))
 
         return stream
 
@@ -236,22 +300,54 @@ class _Streams:
             )
 
     def evaluate_both(self, evaluate, model, conds, x, sigma, options):
-        """C on a shared latent: F looks at it first, and draws from the global generators what C will draw again."""
-        before = _random_state(x.device)
-        self._foundation(lambda *given: evaluate(*given, apart=self._apart), conds, x, sigma)
-        _set_random_state(x.device, before)
-        return self._customised(evaluate, model, conds, x, sigma, options)
+        """C on a shared latent: F looks at it first, and draws from the global generators what C will draw again.
 
-    def _foundation(self, evaluate, conds, x, sigma):
+        Conditionings to which nothing is ever added, as the negative, are the same in both, so that C has F's.
+        """
+        moved = [self._moves(index, group, model, x) for index, group in enumerate(conds)]
+        if not any(moved):
+            return self._foundation(evaluate, model, conds, x, sigma)
+        before = _random_state(x.device)
+        plain = self._foundation(lambda *given: evaluate(*given, apart=self._apart), model, conds, x, sigma)
+        _set_random_state(x.device, before)
+        own = [group if moves else None for group, moves in zip(conds, moved, strict=True)]
+        drawn = self._customised(evaluate, model, own, x, sigma, options)
+        return [one if moves else same for one, same, moves in zip(drawn, plain, moved, strict=True)]
+
+    def _moves(self, index: int, group: Sequence[dict] | None, model: Any, x: Tensor) -> bool:
+        """Whether anything is ever added to conditionings of this group."""
+        return any(placement.adds() for cond in group or () for placement in self._of(index, cond, model, x))
+
+    def _foundation(self, evaluate, model, conds, x, sigma):
         def look(n: Tensor, context: Tensor, value: Tensor, extra_options: ExtraOptions):
             self._seen_at = sigma  # unless a step cache has what the UNet would say
             return n, context, value
 
         evaluation = Evaluation(conds, len(x), CONDRegular)
         patches = foundation_patches(self._queries, owners)
-        predicted = evaluate(evaluation, {**patches, "attn2_patch": [*patches["attn2_patch"], look]})
+        patches = {**patches, "attn2_patch": [*patches["attn2_patch"], look]}
+        if self.holding is not None:
+            patches = self.holding.watching_foundation(patches, *self._nouns(model, conds, x, owners))
+        predicted = evaluate(evaluation, patches)
         self._turns = evaluation.turns
+        if self.holding is not None:
+            self._predicted[_pictures(conds, len(x))] = predicted
         return predicted
+
+    def _nouns(self, model: Any, conds: Sequence, x: Tensor, whose: Owners) -> tuple[Callable, Owners, Callable]:
+        """What `holding.map_patches` asks for: whose nouns are looked for, and where what it finds belongs."""
+        known = {identity(index, cond): (index, cond) for index, group in enumerate(conds) for cond in group or ()}
+
+        def placements_for(extra_options: ExtraOptions, owner: tuple) -> list[Placement]:
+            index, cond = known[owner[0]]
+            return self._of(index, cond, model, x)
+
+        def where(extra_options: ExtraOptions, owner: tuple):
+            _, cond = known[owner[0]]
+            check_size(extra_options, _size(cond, x), True, _HELD_BACKGROUND)
+            return owner[0], extra_options[ROWS].pictures[owner], cond.get("area")
+
+        return placements_for, whose, where
 
     def _customised(self, evaluate, model, conds, x, sigma, options):
         placements = {}
@@ -266,9 +362,20 @@ class _Streams:
             return [self._in_pictures(placement, extra_options[ROWS].pictures[owner]) for placement in found]
 
         evaluation = Evaluation(customised(conds), len(x), CONDRegular)
-        predicted = evaluate(evaluation, customised_patches(self._queries, placements_for, owners_after(self._turns)))
+        whose = owners_after(self._turns)
+        patches = customised_patches(self._queries, placements_for, whose)
+        if self.holding is not None:
+            patches = self.holding.watching_customised(patches, *self._nouns(model, conds, x, whose))
+        predicted = evaluate(evaluation, patches)
         check_turns(self._turns, evaluation.turns, options)
-        return predicted
+        return predicted if self.holding is None else self._held(predicted, _pictures(conds, len(x)))
+
+    def _held(self, predicted: list[Tensor], pictures: tuple[int, ...]) -> list[Tensor]:
+        """C's predictions for each group of conditionings, and thereby what guidance makes of them, with F's around."""
+        plain = self._predicted.get(pictures, ())
+        if len(plain) != len(predicted):  # a pack that evaluates some groups now and then
+            return predicted
+        return [self.holding.denoised(*both, pictures) for both in zip(predicted, plain, strict=True)]
 
     def _in_pictures(self, placement: Placement, pictures: tuple[int, ...]) -> Placement:
         """A placement whose region has a mask for each of these pictures of the batch, as a region's masks go round."""
@@ -288,6 +395,12 @@ class _Streams:
             placed = [_resolve(concept, cond, model, x, self._layers) for concept in concepts]
             self._placements[key] = [placement for placement in placed if placement is not None]
         return self._placements[key]
+
+
+def _pictures(conds: Sequence[Sequence[dict] | None], count: int) -> tuple[int, ...]:
+    """Which pictures of the batch conditionings are evaluated for: so many of them."""
+    told = next((cond[PICTURES] for group in conds for cond in group or () if PICTURES in cond), None)
+    return tuple(range(count)) if told is None or len(told) != count else tuple(told.tolist())
 
 
 def _size(cond: dict, x: Tensor) -> tuple[int, ...]:

@@ -72,6 +72,30 @@ def test_a_shared_latent(infused, sampler):
     assert not torch.equal(customised, infused.run(own, positive, sampler=sampler))
 
 
+def rows_of_a_run(infused, model, positive, **options):
+    """How many rows each call of the UNet had."""
+    seen = seen_by_both()
+    watched = model.clone()
+    watched.set_model_unet_function_wrapper(
+        lambda apply, args: seen.calls.append(len(args["input"])) or apply(args["input"], args["timestep"], **args["c"])
+    )
+    return infused.run(watched, positive, **options), seen.calls
+
+
+def test_on_a_shared_latent_the_negative_is_evaluated_once(infused, monkeypatch):
+    """It is the same row in both streams: three rows a step, not four; and without anything to add, the plain run's."""
+    shared, positive = infused.patch(infused.residual(), stream="shared latent")
+    customised, rows = rows_of_a_run(infused, shared, positive)
+    assert rows == 3 * [2, 1]
+    zero, zero_positive = infused.patch(infused.residual(0.0), stream="shared latent")
+    assert rows_of_a_run(infused, zero, zero_positive)[1] == 3 * [2]
+    streams = infused.pack.nodes.host.streams
+    monkeypatch.setattr(streams._Streams, "_moves", lambda self, *_: True)
+    both, rows = rows_of_a_run(infused, shared, positive)
+    assert rows == 3 * [2, 2]
+    torch.testing.assert_close(customised, both, rtol=1e-4, atol=1e-4 * both.std().item())
+
+
 def test_noise_from_the_global_generator_is_the_same_for_both(infused):
     """Some samplers of other packs draw so; here the host's euler with churn does."""
     import comfy.k_diffusion.sampling

@@ -1,0 +1,227 @@
+"""The background is F's: where a concept's noun is drawn is found from F's own attention, and all around it is held.
+
+Prompt-to-prompt's local blend (arXiv 2208.01626, section 3.2) on the two streams of Infusion (arXiv 2404.14007). F's
+cross-attention maps say where the noun is: with A_F,i = softmax(Q_F K^T / sqrt(d)) in layer i, at every step so far,
+
+    M = mean over layers and steps of sum over the noun's rows j of A_F,i[:, j]     resized to the latent
+    region = grown(M > THRESHOLD max(M))                                            of several concepts: either's
+
+and each denoised prediction of C is F's outside the region. Both streams begin with the same noise and draw the same
+noise, so C's latent is F's there. Cells that were in the region once keep something of C; `held` on the finished
+latents takes that too, and then C is F's outside the region to the bit, whatever the sampler was.
+
+A concept with a region of the user's has that one in the place of M's: the user has said where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .devices import area_means, smoothly_resized
+from .infusion import ExtraOptions, Owners, Patches, Placement, PlacementsFor, chunks_in_order, layer_name
+from .models.attention import attention_map
+
+FREE, SOFTLY, HELD = "free", "held softly", "held"
+BACKGROUNDS = (FREE, SOFTLY, HELD)
+THRESHOLD = 0.35  # of the largest value of a noun's map
+GROWN = 1  # cells of the latent around what is above it
+NO_PICTURE = (
+    "on a shared latent the foundation draws no picture of its own, so that the background cannot be held to it: take "
+    "the foundation's own trajectory, or leave the background free"
+)
+_FEATHER = 2  # cells of the latent in which a soft region falls to nothing
+
+
+class Attention(Protocol):
+    """A cross-attention of a UNet, here or in the host."""
+
+    heads: int
+    to_q: nn.Module
+    to_k: nn.Module
+
+
+def cross_attention(unet: nn.Module, layer: str) -> Attention:
+    """The cross-attention that has this name among `infusion.cross_attention_layers`."""
+    kind, block, index = layer.split(".")
+    parts = [unet.middle_block] if kind == "middle" else [getattr(unet, f"{kind}_blocks")[int(block)]]
+    (transformer,) = (part for blocks in parts for part in blocks if hasattr(part, "transformer_blocks"))
+    return transformer.transformer_blocks[int(index)].attn2
+
+
+def noun_map(attention: Attention, n: Tensor, context: Tensor, rows: Tensor) -> Tensor:
+    """sum over j in rows of softmax(Q K^T / sqrt(d))[:, j], the mean of all heads: (B, T, C), (B, L, D) -> (B, T)."""
+    return attention_probabilities(attention, n, context)[..., rows].sum(dim=-1)
+
+
+def attention_probabilities(attention: Attention, n: Tensor, context: Tensor) -> Tensor:
+    """softmax(Q K^T / sqrt(d)), the mean of all heads, float32: (B, T, C), (B, L, D) -> (B, T, L)."""
+    return attention_map(attention.to_q(n), attention.to_k(context), attention.heads).float().mean(dim=1)
+
+
+def region_of(maps: Tensor, threshold: float = THRESHOLD, grown: int = GROWN) -> Tensor:
+    """Where maps (B, H, W) are above this share of their largest value, and so many cells around: (B, H, W), 0 or 1."""
+    inside = (maps > threshold * maps.amax(dim=(1, 2), keepdim=True)).float()
+    return F.max_pool2d(inside[:, None], 2 * grown + 1, stride=1, padding=grown)[:, 0]
+
+
+def feathered(region: Tensor, cells: int = _FEATHER) -> Tensor:
+    """A region (B, H, W) whose edge falls to 0 in as many further cells, in even steps; inside it stays what it is."""
+    soft, reached = region, region
+    for step in range(1, cells + 1):
+        reached = F.max_pool2d(reached[:, None], 3, stride=1, padding=1)[:, 0]
+        soft = torch.maximum(soft, reached * (1 - step / (cells + 1)))
+    return soft
+
+
+def held(customised: Tensor, foundation: Tensor, region: Tensor) -> Tensor:
+    """C inside a region (B, H, W) in [0, 1], F outside, and both where it is soft; (B, C, H, W) or (B, C, 1, H, W).
+
+    To the bit F's where the region is 0, and C's where it is 1.
+    """
+    region = region.to(customised).view(len(region), *[1] * (customised.ndim - 3), *region.shape[1:])
+    mixed = torch.where(region >= 1, customised, foundation + region * (customised - foundation))
+    return torch.where(region > 0, mixed, foundation)
+
+
+@dataclass
+class _Sum:
+    """Maps (B, H, W) of one noun of one prompt, of how many they are the sum, and the user's region."""
+
+    maps: Tensor
+    counts: Tensor
+    region: Tensor | None
+
+
+@dataclass
+class NounMaps:
+    """The maps of a run's nouns so far. size: (height, width) of the latent; pictures: of the batch."""
+
+    pictures: int
+    size: tuple[int, int]
+    _sums: dict[Hashable, _Sum] = field(default_factory=dict, init=False, repr=False)
+
+    def add(
+        self,
+        key: Hashable,
+        maps: Tensor,
+        region: Tensor | None = None,
+        pictures: Sequence[int] | None = None,
+        area: Sequence[int] | None = None,
+    ) -> None:
+        """One layer's maps (b, h, w) of a noun. key: the noun's, in its prompt. region: its concept's, if it has one.
+
+        pictures: which of the batch they are of, if not of all. area: (height, width, top, left), in cells of the
+        latent, that the layer saw, if not all of it.
+        """
+        height, width, top, left = area or (*self.size, 0, 0)
+        height, width = min(height, self.size[0] - top), min(width, self.size[1] - left)
+        resized = smoothly_resized(maps[:, None].float(), (height, width))[:, 0]
+        index = torch.tensor(range(self.pictures) if pictures is None else pictures, device=maps.device)
+        part = slice(None), slice(top, top + height), slice(left, left + width)
+        if key not in self._sums:
+            whole = maps.new_zeros(self.pictures, *self.size, dtype=torch.float32)
+            given = None if region is None else whole.clone()
+            if given is not None:
+                masks = area_means(region.reshape(-1, 1, *region.shape[-2:]).to(whole), (height, width))[:, 0]
+                given[part] = (masks > 0).float()[torch.arange(self.pictures, device=masks.device) % len(masks)]
+            self._sums[key] = _Sum(whole, whole.new_zeros(self.pictures, 1, 1), given)
+        known = self._sums[key]
+        known.maps[part].index_add_(0, index, resized)
+        known.counts.index_add_(0, index, torch.ones_like(known.counts[index]))
+
+    def region(self) -> Tensor | None:
+        """Where C may differ from F, after all maps so far: (B, H, W), 0 or 1; None before the first of them."""
+        found = [self._region_of(one) for one in self._sums.values()]
+        return torch.stack(found).amax(dim=0) if found else None
+
+    def _region_of(self, one: _Sum) -> Tensor:
+        return region_of(one.maps / one.counts.clamp(min=1)) if one.region is None else one.region
+
+
+Where = Callable[[ExtraOptions, Hashable], tuple[Hashable, Sequence[int] | None, Sequence[int] | None]]
+"""`where(extra_options, owner) -> (key, pictures, area)`: what `NounMaps.add` is told of an owner's rows."""
+
+
+def map_patches(
+    maps: NounMaps,
+    attention_of: Callable[[str], Attention],
+    placements_for: PlacementsFor,
+    owners: Owners = chunks_in_order,
+    where: Where = lambda _, owner: (owner, None, None),
+) -> Patches:
+    """Patches that add to `maps` what a stream's cross-attentions say of its nouns, and change nothing.
+
+    They must see what `foundation_patches` sees: the UNet's own n and context, before other packs' patches.
+    """
+
+    def look(n: Tensor, context: Tensor, value: Tensor, extra_options: ExtraOptions):
+        whose, size = owners(extra_options, len(n)), extra_options["activations_shape"][-2:]
+        if size[0] * size[1] != n.shape[1]:
+            return n, context, value  # merged tokens, say: where each is nobody can tell
+        attention = attention_of(layer_name(extra_options))
+        for owner, own_n, own_context in zip(whose, n.chunk(len(whose)), context.chunk(len(whose)), strict=True):
+            placements: Sequence[Placement] = [p for p in placements_for(extra_options, owner) if p.adds()]
+            if not placements:
+                continue
+            probabilities = attention_probabilities(attention, own_n, own_context)
+            key, pictures, area = where(extra_options, owner)
+            for index, placement in enumerate(placements):
+                found = probabilities[..., placement.rows_in(own_context)].sum(dim=-1).view(len(own_n), *size)
+                maps.add((key, index), found, placement.region, pictures, area)
+        return n, context, value
+
+    return {"attn2_patch": [look]}
+
+
+class Holding:
+    """How one run of both streams holds the background. background: softly, or to the bit.
+
+    Softly, the region is F's and C's own together, by the map of the noun that each one's queries make, and its edge is
+    soft: a shape that has to grow beyond F's outline may. Nothing is replaced at the end.
+    """
+
+    def __init__(self, background: str, attention_of: Callable[[str], Attention], pictures: int, size: Sequence[int]):
+        if background not in (SOFTLY, HELD):
+            raise ValueError(f"background={background!r}: give {SOFTLY!r} or {HELD!r}")
+        self.softly = background == SOFTLY
+        self._attention_of = attention_of
+        self._foundation, self._customised = (NounMaps(pictures, tuple(size)) for _ in range(2))
+
+    def watching_foundation(self, patches: Patches, placements_for: PlacementsFor, *known) -> Patches:
+        """F's patches, and what they leave of its nouns. known: `owners` and `where` of `map_patches`."""
+        return self._before(patches, map_patches(self._foundation, self._attention_of, placements_for, *known))
+
+    def watching_customised(self, patches: Patches, placements_for: PlacementsFor, *known) -> Patches:
+        """C's patches, and what its own queries say of its nouns where that matters."""
+        if not self.softly:
+            return patches
+        return self._before(patches, map_patches(self._customised, self._attention_of, placements_for, *known))
+
+    @staticmethod
+    def _before(patches: Patches, watching: Patches) -> Patches:
+        return {**patches, "attn2_patch": [*watching["attn2_patch"], *patches.get("attn2_patch", ())]}
+
+    def region(self) -> Tensor | None:
+        """Where C may differ from F: (B, H, W) in [0, 1]; None while nothing is known of the nouns."""
+        region = self._foundation.region()
+        if region is None or not self.softly:
+            return region
+        own = self._customised.region()
+        return feathered(region if own is None else torch.maximum(region, own))
+
+    def denoised(self, customised: Tensor, foundation: Tensor, pictures: Sequence[int] | None = None) -> Tensor:
+        """C's denoised prediction with F's around the region: (B, C, H, W) each; pictures: which of the batch."""
+        region = self.region()
+        if region is None:
+            return customised
+        return held(customised, foundation, region if pictures is None else region[list(pictures)])
+
+    def finished(self, customised: Tensor, foundation: Tensor) -> Tensor:
+        """C's finished latent: held to the bit, F's own outside the region."""
+        return customised if self.softly else self.denoised(customised, foundation)

@@ -1,0 +1,164 @@
+"""A held background: where the noun is found, and what is left of C around it."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from profusion.holding import (
+    FREE,
+    HELD,
+    SOFTLY,
+    Holding,
+    NounMaps,
+    cross_attention,
+    feathered,
+    held,
+    noun_map,
+    region_of,
+)
+from profusion.infusion import Placement, cross_attention_layers, on_conditional
+from profusion.models.configs import UNetConfig
+from profusion.models.unet import UNet
+from profusion.streams import two_stream_denoiser
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return UNet(UNetConfig(32, (1, 2), 1, (1, 1), 1, 16, num_heads=2)).eval().requires_grad_(False)
+
+
+def test_a_nouns_map_is_what_the_layer_computes(unet):
+    """Of every layer, by its name: its own attention, seen by its probe."""
+    layers = [layer.name for layer in cross_attention_layers(dict(unet.named_parameters()))]
+    seen, probed = {}, {}
+
+    def note(n, context, value, options):
+        kind, block = options["block"]
+        name = f"{kind}.{block}.{options['block_index']}"
+        seen[name] = noun_map(cross_attention(unet, name), n, context, torch.tensor([3, 4]))
+        return n, context, value
+
+    def probe(layer, probabilities):
+        probed[".".join(map(str, layer))] = probabilities[..., 3:5].sum(dim=-1).mean(dim=1)
+
+    options = {"patches": {"attn2_patch": [note]}, "attention_probe": probe}
+    unet(torch.randn(2, 4, 8, 8), torch.tensor([500.0, 400.0]), torch.randn(2, 7, 16), transformer_options=options)
+    assert list(seen) == layers == list(probed)
+    for name in layers:
+        torch.testing.assert_close(seen[name], probed[name])
+
+
+def test_a_region_is_what_is_above_a_share_of_the_largest_and_grown():
+    maps = torch.zeros(2, 7, 7)
+    maps[0, 3, 3], maps[0, 0, 0], maps[1, 6, 6] = 1.0, 0.3, 1e-3
+    region = region_of(maps, 0.35, 1)
+    assert region[0].sum() == 9 and region[0, 2:5, 2:5].all()
+    assert region[1].sum() == 4 and region[1, 5:, 5:].all()
+    assert region_of(maps, 0.2, 0)[0].sum() == 2
+
+
+def test_a_feather_falls_in_even_steps():
+    region = torch.zeros(1, 1, 9)
+    region[..., 4] = 1
+    torch.testing.assert_close(feathered(region, 2)[0, 0], torch.tensor([0, 0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3, 0, 0]))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3, 3), (2, 4, 1, 3, 3)])
+def test_what_is_held_is_to_the_bit(shape):
+    customised, foundation = torch.randn(shape), 1e4 * torch.randn(shape)
+    region = torch.tensor([[0.0, 0.5, 1.0]] * 3).expand(2, 3, 3)
+    both = held(customised, foundation, region)
+    assert torch.equal(both[..., 0], foundation[..., 0]) and torch.equal(both[..., 2], customised[..., 2])
+    torch.testing.assert_close(both[..., 1], (customised + foundation)[..., 1] / 2)
+    assert torch.equal(held(foundation, foundation, region), foundation)
+
+
+def test_maps_are_means_over_layers_of_all_sizes():
+    """One picture alone, an area, and cells of half the size."""
+    maps, whole = NounMaps(2, (8, 8)), torch.rand(2, 8, 8)
+    maps.add("ball", whole)
+    maps.add("ball", 3 * whole)
+    assert torch.equal(maps.region(), region_of(2 * whole))
+    small = F.avg_pool2d(whole, 2)
+    alone = NounMaps(2, (8, 8))
+    alone.add("ball", small[1:], pictures=[1])
+    assert alone.region()[1].any()
+    partly = NounMaps(1, (8, 8))
+    partly.add("ball", torch.ones(1, 2, 2), area=(4, 6, 4, 2))
+    expected = torch.zeros(8, 8)
+    expected[3:, 1:] = 1  # its cells and one around
+    assert torch.equal(partly.region()[0], expected)
+
+
+def test_regions_of_concepts_come_together_and_a_users_is_taken_as_it_is():
+    maps = NounMaps(2, (8, 8))
+    assert maps.region() is None
+    one, other, given = torch.zeros(2, 8, 8), torch.zeros(2, 8, 8), torch.zeros(2, 16, 16)
+    one[:, 1, 1], other[:, 6, 6] = 1, 1
+    given[0, 9, 1], given[1, 15, 15] = 1, 1
+    maps.add("one", one)
+    maps.add("given", other, region=given)
+    expected = region_of(one)
+    expected[0, 4, 0] = expected[1, 7, 7] = 1
+    assert torch.equal(maps.region(), expected)
+
+
+def placements(unet, strength=1.0):
+    layers = tuple(layer.name for layer in cross_attention_layers(dict(unet.named_parameters())))
+    return [Placement(3 * torch.randn(len(layers), 1, 16, generator=torch.manual_seed(2)), layers, (3,), strength)]
+
+
+def drawn(unet, background, strength=1.0, steps=3):
+    """(plain, C) after a few steps of halving noise, and the region."""
+    x = torch.randn(2, 4, 8, 8, generator=torch.manual_seed(1)).repeat(2, 1, 1, 1)
+    context = torch.randn(1, 7, 16, generator=torch.manual_seed(3)).expand(2, -1, -1)
+
+    def evaluate(x, sigma, patches):
+        return unet(x, 100 * sigma, context, transformer_options={"patches": patches, "cond_or_uncond": [0]})
+
+    holding = None
+    if background != FREE:
+        holding = Holding(background, partial(cross_attention, unet), 2, (8, 8))
+    denoise = two_stream_denoiser(evaluate, on_conditional(placements(unet, strength)), holding=holding)
+    for step in range(steps):
+        denoised = denoise(x, torch.full((4,), float(steps - step)))
+        x = denoised + 0.5 * (x - denoised)
+    plain, customised = x.chunk(2)
+    return plain, customised if holding is None else holding.finished(customised, plain), holding and holding.region()
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """A random model's maps are all but even: the region is where they are largest."""
+    monkeypatch.setattr(region_of, "__defaults__", (0.95, 0))
+
+
+def test_c_is_f_to_the_bit_around_the_noun(unet, narrow):
+    plain, customised, region = drawn(unet, HELD)
+    outside = (region == 0)[:, None].expand_as(plain)
+    assert outside.any() and region.any()
+    assert torch.equal(customised[outside], plain[outside]) and not torch.equal(customised, plain)
+    free_plain, free, _ = drawn(unet, FREE)
+    assert torch.equal(free_plain, plain) and not torch.equal(free[outside], plain[outside])
+
+
+def test_softly_has_an_edge_and_moves_less_than_free(unet, narrow):
+    plain, customised, region = drawn(unet, SOFTLY)
+    assert ((region > 0) & (region < 1)).any()
+    assert 0 < (customised - plain).norm() < (drawn(unet, FREE)[1] - plain).norm()
+
+
+@pytest.mark.parametrize("background", [HELD, SOFTLY])
+def test_with_nothing_to_add_both_streams_are_the_plain_run(unet, background):
+    plain, customised, region = drawn(unet, background, strength=0.0)
+    assert torch.equal(plain, customised) and region is None
+
+
+def test_what_cannot_be_held_is_refused(unet):
+    with pytest.raises(ValueError, match="give 'held softly' or 'held'"):
+        Holding(FREE, partial(cross_attention, unet), 1, (8, 8))
+    with pytest.raises(ValueError, match="draws no picture of its own"):
+        two_stream_denoiser(lambda *_: None, on_conditional([]), True, Holding(HELD, lambda _: None, 1, (8, 8)))
