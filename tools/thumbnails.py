@@ -77,7 +77,7 @@ def shown(workflow: dict) -> list[Tensor]:
     """The pictures that a workflow's Toybox Loaders give: of several toys, two each."""
     loaders = [node["widgets_values"] for node in workflow["nodes"] if node["type"] == "ProFusion_ToyboxLoader"]
     each = 4 if len(loaders) == 1 else 2
-    return [picture for toy, count, seed in loaders for picture in drawn_concept(toy, count, seed).pictures[:each]]
+    return [picture for toy, count, seed, *_ in loaders for picture in drawn_concept(toy, count, seed).pictures[:each]]
 
 
 def saved(server: Server, workflow: dict) -> list[Tensor]:

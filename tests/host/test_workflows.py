@@ -13,6 +13,8 @@ from conftest import HOST
 from live import REPOSITORY, running, to_prompt
 from PIL import Image
 
+from tools import thumbnails
+
 pytestmark = pytest.mark.xdist_group("workflows")  # one server for all
 
 WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
@@ -115,3 +117,11 @@ def test_a_toybox_workflow_finishes(path, server, object_info):
     for kind, folders in FILES.items():
         for folder in folders if kind in kinds else ():
             assert list(Path(server.base, "models", folder).rglob("*.safetensors")), f"{kind} left no file in {folder}"
+
+
+def test_a_thumbnail_shows_what_its_workflow_learns_from():
+    for thumbnail in thumbnails.THUMBNAILS.values():
+        workflow = json.loads((REPOSITORY / "workflows" / f"{thumbnail.workflow}.json").read_text())
+        toys = [node for node in workflow["nodes"] if node["type"] == "ProFusion_ToyboxLoader"]
+        shown = thumbnails.shown(workflow)
+        assert len(shown) == sum(min(4 if len(toys) == 1 else 2, node["widgets_values"][1]) for node in toys)
