@@ -225,13 +225,23 @@ def test_what_is_shown_and_what_is_drawn_may_differ(small):
 
 def test_mixed_shows_one_picture_and_draws_another(small):
     """Nothing else of a batch depends on it, and of one picture it makes no difference."""
-    own, mixed = training(small, batch_size=64), training(small, batch_size=64, mixed=True)
+    words = []
+
+    def encode(prompt, word):
+        words.append(word.detach())
+        return encode_tokens(small.text, *prompt_tokens("S*"), word)
+
+    own = training(small, batch_size=64, encode=encode)
+    mixed = training(small, batch_size=64, encode=encode, mixed=True)
     one, other = own.batch(), mixed.batch()
     assert one.shown is None and torch.equal(one.rows, other.rows) and torch.equal(one.noise, other.noise)
     assert torch.equal(one.sigma, other.sigma) and one.prompt == other.prompt
     pairs = {(int(shown), int(drawn)) for shown, drawn in zip(other.shown, other.rows, strict=True)}
     assert pairs == {(0, 0), (0, 1), (1, 0), (1, 1)}
-    assert mixed.loss(other) != own.loss(one)
+    mixed.loss(other)
+    own.loss(one)
+    crossed = other.shown != other.rows
+    assert (words[0] != words[1]).flatten(1).any(dim=1).equal(crossed)  # the loss of random networks hardly tells
     straight = replace(other, shown=other.rows)
     torch.testing.assert_close(mixed.loss(straight), own.loss(one), rtol=0, atol=0)
     alone = [training(small, given=pictures(1), steps=3, mixed=mixed) for mixed in (False, True)]
