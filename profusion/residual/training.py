@@ -81,6 +81,11 @@ class TrainingOptions(LoopOptions):
         return self.learning_rate == 0
 
     @property
+    def loss_title(self) -> str:
+        """What the losses are, in words."""
+        return "loss (share of the plain model's)" if self.automatic else "loss (eps error inside the mask)"
+
+    @property
     def stops_early(self) -> bool:
         return self.automatic if self.stop_early is None else self.stop_early
 
