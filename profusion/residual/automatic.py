@@ -76,5 +76,5 @@ def why_ended(checks: Sequence[float], step: int | None = None) -> str:
     last = step or len(checks) * CHECK_EVERY
     return (
         f"ended at step {last}: the loss has hardly fallen for {PATIENCE * CHECK_EVERY} steps. On the same noise it is "
-        f"{min(before, since):.0%} of the plain model's"
+        f"{checks[-1]:.0%} of the plain model's"
     )

@@ -53,7 +53,8 @@ def test_it_ends_where_the_loss_falls_no_more_and_says_where_that_is():
 
 def test_a_rise_ends_it_and_one_bad_check_does_not():
     falling = [0.9, 0.8, 0.7]
-    assert automatic.why_ended([*falling, *[0.75] * automatic.PATIENCE])
+    assert "75%" in automatic.why_ended([*falling, *[0.75] * automatic.PATIENCE])  # what is kept, not the best
+    assert "120%" in automatic.why_ended([1.5, 1.4, 1.3, 1.2])
     assert not automatic.why_ended([*falling, 0.75, 0.65])
 
 
