@@ -15,10 +15,10 @@ def test_readme_leads_with_a_picture_and_install_and_is_short(root):
 
 def test_readmes_python_runs(root, tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert "steps=300" in code
+    assert "steps=100" in code
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng():
-        exec(compile(code.replace("steps=300", "steps=2"), "README.md", "exec"), {})
+        exec(compile(code.replace("steps=100", "steps=2"), "README.md", "exec"), {})
     assert (tmp_path / "cup.png").stat().st_size > 10_000
 
 
