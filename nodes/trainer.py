@@ -74,8 +74,8 @@ class ResidualTrainer(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="How strongly the background is held to the plain model's (needs masks). 0: not at all, as "
-                    "in the paper. Above 1: steadier background, weaker concept.",
+                    tooltip="How strongly the background is held to the plain model's (needs masks, yours or found "
+                    "ones). 0: not at all, as in the paper. Above 1: steadier background, weaker concept.",
                 ),
                 io.Int.Input(
                     "sample_every",

@@ -87,7 +87,8 @@ def _write(
     drawings: Sequence[Drawing],
     report: Report,
 ) -> None:
-    loss_plot(trained.losses, options.steps, start=trained.first).save(out / "loss.png")
+    plot = loss_plot(trained.losses, options.steps, start=trained.first, title=options.loss_title)
+    plot.save(out / "loss.png")
     _grid(concept, drawings, trained.masks).save(out / "grid.png")
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     trained.partial.discard()

@@ -126,7 +126,8 @@ def run(
         say(f"drawn: {drawings[-1].prompt}")
     preview = to_image(drawings[0].customised[0])
     saved = save_residual(residual, out / "residual.safetensors", preview=preview)
-    loss_plot(trained.losses, options.steps, start=trained.first).save(out / "loss.png")
+    plot = loss_plot(trained.losses, options.steps, start=trained.first, title=options.loss_title)
+    plot.save(out / "loss.png")
     _grid(concept, drawings, trained.masks).save(out / "grid.png")
     report: Report = {
         "concept": concept.name,

@@ -35,6 +35,7 @@ NO_PICTURE = (
     "on a shared latent the foundation draws no picture of its own, so that the background cannot be held to it: take "
     "the foundation's own trajectory, or leave the background free"
 )
+_AT_ONCE = 2**23  # numbers of all heads' maps, 32 MiB: two rows of SDXL's largest layers at 1024 pixels
 _FEATHER = 2  # cells of the latent in which a soft region falls to nothing
 
 
@@ -60,8 +61,15 @@ def noun_map(attention: Attention, n: Tensor, context: Tensor, rows: Tensor) -> 
 
 
 def attention_probabilities(attention: Attention, n: Tensor, context: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(d)), the mean of all heads, float32: (B, T, C), (B, L, D) -> (B, T, L)."""
-    return attention_map(attention.to_q(n), attention.to_k(context), attention.heads).float().mean(dim=1)
+    """softmax(Q K^T / sqrt(d)), the mean of all heads, float32: (B, T, C), (B, L, D) -> (B, T, L).
+
+    In float32 whatever the model computes in, since half of the bits round a score by whole tenths and overflow at
+    65504; and of a few rows at a time, since a map has a number for every head.
+    """
+    query, key = attention.to_q(n), attention.to_k(context)
+    at_once = max(1, _AT_ONCE // (attention.heads * query.shape[1] * key.shape[1]))
+    parts = zip(query.split(at_once), key.split(at_once), strict=True)
+    return torch.cat([attention_map(q.float(), k.float(), attention.heads).mean(dim=1) for q, k in parts])
 
 
 def region_of(maps: Tensor, threshold: float = THRESHOLD, grown: int = GROWN) -> Tensor:

@@ -216,9 +216,10 @@ class TrainingLoop(ABC):
         while True:
             gradient = self._gradient(self.loss(batch), scale)
             if not math.isfinite(gradient.loss):
+                rate = self.options.learning_rate
+                advice = f". Lower the learning rate ({rate}), or" if rate else ":"
                 raise TrainingError(
-                    f"the loss is {gradient.loss} at step {self.step}. Lower the learning rate "
-                    f"({self.options.learning_rate}), or use a model in float32 or bfloat16"
+                    f"the loss is {gradient.loss} at step {self.step}{advice} use a model in float32 or bfloat16"
                 )
             if not gradient.finite:
                 overflowed_at, scale = scale, scale / SCALE_FACTOR

@@ -10,7 +10,7 @@ from profusion import __main__ as program
 from profusion import checkpoint_demo, keeping
 from profusion.pipeline import noun_rows, seeded
 from profusion.residual import load_residual
-from profusion.residual.training import ResidualTraining
+from profusion.residual.training import ResidualTraining, TrainingOptions
 from profusion.stable_diffusion import StableDiffusion
 from tests import shrunken
 
@@ -56,6 +56,19 @@ def test_it_writes_a_grid_a_report_and_a_residual_that_draws_again(tmp_path, che
     assert noun_rows(report["prompts"][0], residual.noun)
     plain, customised = model.generate_customised(report["prompts"][0], [residual], seeded(1), 2)
     assert plain.isfinite().all() and not torch.equal(plain, customised)
+
+
+def test_the_plot_says_which_loss_it_is_of(tmp_path, checkpoint, images, short, monkeypatch):
+    titles, plot = [], checkpoint_demo.loss_plot
+
+    def noted(*args, title=None, **options):
+        titles.append(title)
+        return plot(*args, **options)
+
+    monkeypatch.setattr(checkpoint_demo, "loss_plot", noted)
+    assert run(tmp_path, checkpoint, images) == 0
+    assert titles == [TrainingOptions(learning_rate=0.0).loss_title] == ["loss (share of the plain model's)"]
+    assert "eps error" in TrainingOptions().loss_title
 
 
 def test_what_is_no_checkpoint_is_one_line(tmp_path, images, capsys):

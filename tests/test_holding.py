@@ -1,17 +1,20 @@
 """A held background: where the noun is found, and what is left of C around it."""
 
+import copy
 from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from profusion import holding
 from profusion.holding import (
     FREE,
     HELD,
     SOFTLY,
     Holding,
     NounMaps,
+    attention_probabilities,
     cross_attention,
     feathered,
     held,
@@ -19,6 +22,7 @@ from profusion.holding import (
     region_of,
 )
 from profusion.infusion import Placement, cross_attention_layers, on_conditional
+from profusion.models.attention import attention_map
 from profusion.models.configs import UNetConfig
 from profusion.models.unet import UNet
 from profusion.streams import two_stream_denoiser
@@ -49,6 +53,38 @@ def test_a_nouns_map_is_what_the_layer_computes(unet):
     assert list(seen) == layers == list(probed)
     for name in layers:
         torch.testing.assert_close(seen[name], probed[name])
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 400), (torch.bfloat16, 10)])
+def test_a_map_is_in_float32_whatever_the_model_computes_in(unet, dtype, scale):
+    """Scores of half the bits are off by whole parts of a map, and beyond 65504 are none."""
+    attention = copy.deepcopy(cross_attention(unet, "middle.0.0")).to(dtype)
+    attention.to_q.weight.mul_(scale)
+    attention.to_k.weight.mul_(scale)
+    n, context = torch.randn(2, 16, attention.to_q.in_features).to(dtype), torch.randn(2, 7, 16).to(dtype)
+    query, key = attention.to_q(n), attention.to_k(context)
+    expected = attention_map(query.double(), key.double(), attention.heads).mean(dim=1)
+    found = attention_probabilities(attention, n, context)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_maps_of_many_pictures_are_made_a_few_at_a_time(unet, monkeypatch):
+    attention = cross_attention(unet, "middle.0.0")
+    n, context = torch.randn(5, 16, attention.to_q.in_features), torch.randn(5, 7, 16)
+    whole = attention_probabilities(attention, n, context)
+    sizes = []
+
+    def noted(query, key, heads):
+        sizes.append(len(query))
+        return attention_map(query, key, heads)
+
+    monkeypatch.setattr(holding, "attention_map", noted)
+    for at_once, expected in ((1, [1] * 5), (2 * attention.heads * 16 * 7, [2, 2, 1])):
+        sizes.clear()
+        monkeypatch.setattr(holding, "_AT_ONCE", at_once)
+        torch.testing.assert_close(attention_probabilities(attention, n, context), whole)
+        assert sizes == expected
 
 
 def test_a_region_is_what_is_above_a_share_of_the_largest_and_grown():

@@ -195,8 +195,8 @@ class TrainingRun:
         return stacked([*self._found(), self.plot()])
 
     def plot(self) -> Image.Image:
-        title = {"title": "loss (share of the plain model's)"} if self.training.options.automatic else {}
-        return loss_plot(self.training.losses, self.training.options.steps, start=self.first_step, **title)
+        options = self.training.options
+        return loss_plot(self.training.losses, options.steps, start=self.first_step, title=options.loss_title)
 
     def masks(self) -> Tensor:
         """What counted of each picture (M, H, W), in [0, 1]."""

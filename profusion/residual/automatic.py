@@ -62,17 +62,19 @@ def bounded(delta: Tensor, row_size: float, strangeness: float | None = None) ->
     return delta * (longest / delta.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp(max=1)
 
 
-def why_ended(checks: Sequence[float]) -> str:
+def why_ended(checks: Sequence[float], step: int | None = None) -> str:
     """Why a training need not go on, in words; empty while its checks still fall.
 
-    checks: the loss after every CHECK_EVERY steps, as a share of what it was before the first.
+    checks: the loss after every CHECK_EVERY steps, as a share of what it was before the first. step: of the last of
+    them, where there were steps before any check.
     """
     if len(checks) <= PATIENCE:
         return ""
     before, since = min(1.0, *checks[:-PATIENCE]), min(checks[-PATIENCE:])
     if since < before - WORTHWHILE:
         return ""
+    last = step or len(checks) * CHECK_EVERY
     return (
-        f"ended at step {len(checks) * CHECK_EVERY}: the loss has hardly fallen for {PATIENCE * CHECK_EVERY} steps. On "
-        f"the same noise it is {min(before, since):.0%} of the plain model's"
+        f"ended at step {last}: the loss has hardly fallen for {PATIENCE * CHECK_EVERY} steps. On the same noise it is "
+        f"{checks[-1]:.0%} of the plain model's"
     )

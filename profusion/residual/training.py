@@ -8,6 +8,7 @@ seed, to the same residual.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
@@ -78,6 +79,11 @@ class TrainingOptions(LoopOptions):
     def automatic(self) -> bool:
         """Whether the training finds its own steps."""
         return self.learning_rate == 0
+
+    @property
+    def loss_title(self) -> str:
+        """What the losses are, in words."""
+        return "loss (share of the plain model's)" if self.automatic else "loss (eps error inside the mask)"
 
     @property
     def stops_early(self) -> bool:
@@ -317,6 +323,8 @@ class ResidualTraining(TrainingLoop):
                     for latents in (self._latents[0], own)
                 )
                 self.strangeness = (one / other).mean().item()
+        if self.step and self.step == (len(self.checks) + 1) * automatic.CHECK_EVERY:
+            self._check()  # the one that the training went on from ended in
 
     def _fixed_batches(self, latents: Tensor, masks: Tensor, noise: Tensor) -> list[ResidualBatch]:
         """Latents (N, C, H, W), each in its turn, with this noise (B, C, H, W), at levels from all of the range."""
@@ -359,7 +367,13 @@ class ResidualTraining(TrainingLoop):
             with torch.no_grad():
                 self.delta.copy_(automatic.bounded(self.delta, self.seen.row_size, self.strangeness))
         if self._check_batches and self.step % automatic.CHECK_EVERY == 0:
-            self.checks.append(self._checked())
+            self._check()
+
+    def _check(self) -> None:
+        found = self._checked()
+        if not math.isfinite(found):  # nor could a file keep it
+            raise TrainingError(f"the loss is {found} after step {self.step}: use a model in float32 or bfloat16")
+        self.checks.append(found)
 
     def _checked(self) -> float:
         """What C misses inside the masks as a share of what F misses there."""
@@ -371,7 +385,8 @@ class ResidualTraining(TrainingLoop):
         return sum(each) / automatic.CHECK_ROWS
 
     def why_ended(self) -> str:
-        return automatic.why_ended(self.checks) if self.options.stops_early else ""
+        last = self.step - self.step % automatic.CHECK_EVERY
+        return automatic.why_ended(self.checks, last) if self.options.stops_early else ""
 
     def state(self) -> dict[str, Tensor]:
         state = super().state()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from profusion.diffusion import noise_predictor
+from profusion.loop import TrainingError
 from profusion.residual import automatic, load_residual, save_residual
 from profusion.residual.training import Reference, TrainingOptions, relative_residual_loss
 from tests.residual.trainings import ROWS, SMALL, device_of, predictor, references, same, training
@@ -52,7 +53,8 @@ def test_it_ends_where_the_loss_falls_no_more_and_says_where_that_is():
 
 def test_a_rise_ends_it_and_one_bad_check_does_not():
     falling = [0.9, 0.8, 0.7]
-    assert automatic.why_ended([*falling, *[0.75] * automatic.PATIENCE])
+    assert "75%" in automatic.why_ended([*falling, *[0.75] * automatic.PATIENCE])  # what is kept, not the best
+    assert "120%" in automatic.why_ended([1.5, 1.4, 1.3, 1.2])
     assert not automatic.why_ended([*falling, 0.75, 0.65])
 
 
@@ -130,6 +132,56 @@ def test_it_ends_early_and_again_when_it_is_resumed(unet, tmp_path, monkeypatch)
     assert not list(again.steps()) and again.why_ended() == run.why_ended()
     on = training(unet, options(5, stop_early=False))
     assert len(list(on.steps())) == 5
+
+
+def test_it_says_at_which_step_it_ended_whatever_it_went_on_from(unet, monkeypatch):
+    """One that was trained at a fixed rate has no checks of its steps."""
+    monkeypatch.setattr(automatic, "CHECK_EVERY", 2)
+    monkeypatch.setattr(automatic, "WORTHWHILE", 1.0)
+    fixed = training(unet, TrainingOptions(steps=5, batch_size=2))
+    list(fixed.steps())
+    run = training(unet, options(50), resume=fixed.residual())
+    list(run.steps())
+    assert len(run.checks) == automatic.PATIENCE + 1 and run.step == 12
+    assert run.why_ended().startswith("ended at step 12:")
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_check_that_failed_is_made_again_when_it_is_resumed(unet, monkeypatch, stop):
+    """The step before it counts: what is kept goes on as if nothing had happened."""
+    monkeypatch.setattr(automatic, "CHECK_EVERY", 1)
+    whole = training(unet, options(3))
+    list(whole.steps())
+    first = training(unet, options(3))
+    check = first._checked
+
+    def out_of_memory():
+        if first.step == stop:
+            raise MemoryError
+        return check()
+
+    first._checked = out_of_memory
+    with pytest.raises(MemoryError):
+        list(first.steps())
+    assert first.step == stop and len(first.checks) == stop - 1
+    second = training(unet, options(3), resume=first.residual())
+    list(second.steps())
+    same(second.residual(), whole.residual())
+
+
+def test_a_check_that_is_not_finite_ends_it_and_what_was_learned_can_be_kept(unet, tmp_path, monkeypatch):
+    monkeypatch.setattr(automatic, "CHECK_EVERY", 2)
+    run = training(unet, options(4))
+    run._checked = lambda: float("nan")
+    with pytest.raises(TrainingError, match="the loss is nan after step 2: use a model in float32 or bfloat16"):
+        list(run.steps())
+    assert save_residual(run.residual(), tmp_path / "kept.safetensors", "float32").path.is_file() and run.step == 2
+
+
+def test_an_automatic_training_is_not_told_to_lower_its_rate(unet):
+    run = training(unet, options(4), lambda *inputs: predictor(unet)(*inputs) * torch.nan)
+    with pytest.raises(TrainingError, match="the loss is nan at step 0: use a model in float32 or bfloat16"):
+        next(run.steps())
 
 
 def test_masks_are_found_where_there_are_none_and_given_ones_stay(unet):
