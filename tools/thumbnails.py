@@ -1,5 +1,5 @@
-"""Make the workflows' thumbnails and README's picture of ProFusion: `COMFYUI_PATH=... python -m
-tools.thumbnails [NAME ...]`.
+"""Make the workflows' thumbnails and README's two pictures: `COMFYUI_PATH=... python -m tools.thumbnails
+[NAME ...]`.
 
 A thumbnail shows what its workflow draws: it is run in a host, as a user would run it. NAME is a workflow's, or
 `readme`; default: all of them, a quarter of an hour on a CPU.
@@ -18,11 +18,14 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from profusion import demo
+from profusion.holding import HELD
+from profusion.learning import train
 from profusion.pictures import INK, PAPER, from_image, grid, to_image
 from profusion.toybox import world
-from profusion.toybox.concepts import drawn_concept
+from profusion.toybox.concepts import DEMO_PROMPTS, drawn_concept
 from profusion.toybox.fused import FRESH_NOISE, FUSED_SHARE, GUIDED, FusedToybox, first_levels
-from profusion.toybox.pipeline import STEPS, seeded
+from profusion.toybox.pipeline import CUSTOMISED_GUIDANCE, STEPS, Toybox, seeded
 from tests.host.live import Server, to_prompt
 from tools.hosts import needed_host
 
@@ -110,7 +113,29 @@ def make_thumbnails(names: Sequence[str]) -> None:
             server.stop()
 
 
-def make_readme_picture() -> None:
+def make_infusion_picture() -> None:
+    """What the demo learns and draws of Infusion: the demo's own toy, settings, prompts and first seeds."""
+    toybox, toy = Toybox.load(), drawn_concept()
+    residual = train(toybox, toy, demo.OPTIONS, print).residual
+    prompts = [prompt.format(toy.noun) for prompt in DEMO_PROMPTS]
+    rows = [("pictures to learn from", [*toy.pictures])]
+    for seed in demo.SEEDS[:2]:
+        drawn = [
+            toybox.generate_customised(
+                prompt, [residual], seeded(seed), demo.SAMPLING_STEPS, CUSTOMISED_GUIDANCE, background=HELD
+            )
+            for prompt in prompts
+        ]
+        for name, latents in zip(("plain", "Infusion, same seed"), zip(*drawn, strict=True), strict=True):
+            rows.append((name, [toybox.vae.pictures(latent)[0] for latent in latents]))
+    path = ROOT / "docs" / "grid.jpg"
+    image = grid(rows, prompts)
+    image.thumbnail((1340, 1340), Image.Resampling.LANCZOS)
+    image.save(path, quality=90)
+    print(path)
+
+
+def make_profusion_picture() -> None:
     """Every toy that Toybox has never seen, from one picture each, as the demo draws it: none is picked out."""
     fused = FusedToybox.load()
     toys = [drawn_concept(name, 1) for name in world.CONCEPTS]
@@ -143,7 +168,8 @@ def main() -> None:
     if workflows:
         make_thumbnails(workflows)
     if README in names:
-        make_readme_picture()
+        make_infusion_picture()
+        make_profusion_picture()
 
 
 if __name__ == "__main__":
