@@ -277,7 +277,7 @@ def test_a_promptnet_is_trained_once_on_a_list_and_a_folder(host, tmp_path, monk
     Image.fromarray((drawn[0] * 255).byte().numpy()).save(folder / "one.png")
     Listed.made = {"images": [drawn[1:2], drawn[2:3, :80]], "masks": [], "texts": []}
     graph = {"1": toybox(), "2": node("Listed"), "3": promptnets("toys", images=["2", 0])}
-    assert "3 pictures of 96x96 pixels" in host.run(graph)["3"]["text"][0]
+    assert f"3 pictures of {SIZE}x{SIZE} pixels" in host.run(graph)["3"]["text"][0]
     graph = {"1": toybox(), "3": promptnets("toys")}
     made = lambda: len(list((tmp_path / "profusion_promptnets").glob("made_*")))  # noqa: E731
     host.run(graph)
@@ -285,7 +285,7 @@ def test_a_promptnet_is_trained_once_on_a_list_and_a_folder(host, tmp_path, monk
     host.run(graph)
     assert made() == 2
     Image.fromarray((drawn[1] * 255).byte().numpy()).save(folder / "two.png")
-    assert "2 pictures of 96x96 pixels" in host.run(graph)["3"]["text"][0] and made() == 3
+    assert f"2 pictures of {SIZE}x{SIZE} pixels" in host.run(graph)["3"]["text"][0] and made() == 3
 
 
 @pytest.mark.parametrize("folder", ["gone", "../..", "/etc"])
