@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..profusion.holding import BACKGROUNDS, FREE
 from ..profusion.infusion import check_context_width
 from ..profusion.prompt import OCCURRENCES
+from ..profusion.stride import EVERY, MOST
 from . import inputs
 from .host.display import warn_under
 from .host.encoding import check_connected, model_layers
@@ -136,6 +137,18 @@ class InfusionAttentionPatch(io.ComfyNode):
                         "outgrow the plain picture's outline. Needs stream: own trajectory."
                     ),
                 ),
+                io.Int.Input(
+                    "every",
+                    default=EVERY,
+                    min=1,
+                    max=MOST,
+                    optional=True,
+                    tooltip=(
+                        "At each so manyth step the concepts are drawn anew; between them they stay what they last "
+                        "differed by from the plain picture. 1: at each step, as in the paper, for the price of two "
+                        "plain pictures. 4: for a quarter more than one."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model, ready to draw the concepts of the conditioning."),
@@ -159,6 +172,7 @@ class InfusionAttentionPatch(io.ComfyNode):
         region=None,
         conditioning=None,
         background=FREE,
+        every=1,
         **more,
     ) -> io.NodeOutput:
         check_connected(clip=clip)
@@ -175,7 +189,12 @@ class InfusionAttentionPatch(io.ComfyNode):
         if others:
             warn("\n".join(others))
         patched = add_streams(
-            model, layers, stream == SHARED_LATENT, on_plain=lambda: warn(NO_CONCEPT), background=background
+            model,
+            layers,
+            stream == SHARED_LATENT,
+            on_plain=lambda: warn(NO_CONCEPT),
+            background=background,
+            every=every,
         )
         return io.NodeOutput(patched, conditioning)
 

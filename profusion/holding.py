@@ -15,7 +15,7 @@ A concept with a region of the user's has that one in the place of M's: the user
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -113,6 +113,7 @@ class NounMaps:
     pictures: int
     size: tuple[int, int]
     _sums: dict[Hashable, _Sum] = field(default_factory=dict, init=False, repr=False)
+    _latest: dict[Hashable, _Sum] = field(default_factory=dict, init=False, repr=False)  # of one evaluation
 
     def add(
         self,
@@ -127,29 +128,72 @@ class NounMaps:
         pictures: which of the batch they are of, if not of all. area: (height, width, top, left), in cells of the
         latent, that the layer saw, if not all of it.
         """
-        height, width, top, left = area or (*self.size, 0, 0)
-        height, width = min(height, self.size[0] - top), min(width, self.size[1] - left)
-        resized = smoothly_resized(maps[:, None].float(), (height, width))[:, 0]
+        part = self._part(area)
+        resized = smoothly_resized(maps[:, None].float(), _size_of(part))[:, 0]
         index = torch.tensor(range(self.pictures) if pictures is None else pictures, device=maps.device)
-        part = slice(None), slice(top, top + height), slice(left, left + width)
-        if key not in self._sums:
+        if key not in self._latest:
             whole = maps.new_zeros(self.pictures, *self.size, dtype=torch.float32)
-            given = None if region is None else whole.clone()
-            if given is not None:
-                masks = area_means(region.reshape(-1, 1, *region.shape[-2:]).to(whole), (height, width))[:, 0]
-                given[part] = (masks > 0).float()[torch.arange(self.pictures, device=masks.device) % len(masks)]
-            self._sums[key] = _Sum(whole, whole.new_zeros(self.pictures, 1, 1), given)
-        known = self._sums[key]
+            given = None if region is None else self._given(region, part, maps.device)
+            self._latest[key] = _Sum(whole, whole.new_zeros(self.pictures, 1, 1), given)
+        known = self._latest[key]
         known.maps[part].index_add_(0, index, resized)
         known.counts.index_add_(0, index, torch.ones_like(known.counts[index]))
 
+    def latest(self) -> dict[Hashable, tuple[Tensor, Tensor]]:
+        """What the last evaluation said of each noun: the sum of its maps (B, H, W), and of how many (B, 1, 1)."""
+        return {key: (one.maps, one.counts) for key, one in self._latest.items()}
+
+    def recall(
+        self,
+        key: Hashable,
+        latest: tuple[Tensor, Tensor] | None,
+        region: Tensor | None = None,
+        area: Sequence[int] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """Have again what an evaluation said of a noun, as `latest` gave it; of one with a region nothing is needed."""
+        given = None if region is None else self._given(region, self._part(area), device)
+        if latest is None:
+            latest = torch.zeros(self.pictures, *self.size), torch.zeros(self.pictures, 1, 1)
+        self._latest[key] = _Sum(*(tensor.to(device, copy=True) for tensor in latest), given)
+
+    def copy_latest(self, other: NounMaps) -> None:
+        """Take what another's last evaluation said for this one's."""
+        self._latest = {key: _Sum(one.maps, one.counts, one.region) for key, one in other._latest.items()}
+
+    def settle(self) -> None:
+        """Count the last evaluation among those before it. Each is summed apart, so that a kept one counts the same."""
+        for key, one in self._latest.items():
+            known = self._sums.setdefault(key, one)
+            if known is not one:
+                known.maps, known.counts = known.maps + one.maps, known.counts + one.counts
+        self._latest = {}
+
     def region(self) -> Tensor | None:
         """Where C may differ from F, after all maps so far: (B, H, W), 0 or 1; None before the first of them."""
+        self.settle()
         found = [self._region_of(one) for one in self._sums.values()]
         return torch.stack(found).amax(dim=0) if found else None
 
     def _region_of(self, one: _Sum) -> Tensor:
         return region_of(one.maps / one.counts.clamp(min=1)) if one.region is None else one.region
+
+    def _part(self, area: Sequence[int] | None) -> tuple[slice, slice, slice]:
+        """An area's place in (B, H, W), cut off at the latent's edges."""
+        height, width, top, left = area or (*self.size, 0, 0)
+        bottom, right = min(top + height, self.size[0]), min(left + width, self.size[1])
+        return slice(None), slice(top, bottom), slice(left, right)
+
+    def _given(self, region: Tensor, part: tuple[slice, slice, slice], device: torch.device) -> Tensor:
+        """A user's region in the part of the latent that it is for: (B, H, W), 0 or 1."""
+        given = torch.zeros(self.pictures, *self.size, device=device)
+        masks = area_means(region.reshape(-1, 1, *region.shape[-2:]).to(given), _size_of(part))[:, 0]
+        given[part] = (masks > 0).float()[torch.arange(self.pictures, device=masks.device) % len(masks)]
+        return given
+
+
+def _size_of(part: tuple[slice, slice, slice]) -> tuple[int, int]:
+    return part[1].stop - part[1].start, part[2].stop - part[2].start
 
 
 Where = Callable[[ExtraOptions, Hashable], tuple[Hashable, Sequence[int] | None, Sequence[int] | None]]
@@ -187,6 +231,15 @@ def map_patches(
     return {"attn2_patch": [look]}
 
 
+@dataclass(frozen=True)
+class Noun:
+    """A noun of a prompt that maps are of: its key among them, its concept's region and its prompt's area, if any."""
+
+    key: Hashable
+    region: Tensor | None
+    area: Sequence[int] | None
+
+
 class Holding:
     """How one run of both streams holds the background. background: softly, or to the bit.
 
@@ -203,13 +256,31 @@ class Holding:
 
     def watching_foundation(self, patches: Patches, placements_for: PlacementsFor, *known) -> Patches:
         """F's patches, and what they leave of its nouns. known: `owners` and `where` of `map_patches`."""
+        self._foundation.settle()
         return self._before(patches, map_patches(self._foundation, self._attention_of, placements_for, *known))
 
     def watching_customised(self, patches: Patches, placements_for: PlacementsFor, *known) -> Patches:
         """C's patches, and what its own queries say of its nouns where that matters."""
         if not self.softly:
             return patches
+        self._customised.settle()
         return self._before(patches, map_patches(self._customised, self._attention_of, placements_for, *known))
+
+    def latest(self) -> dict[Hashable, tuple[Tensor, Tensor]]:
+        """What F's last evaluation said of each noun, until `region` or the next evaluation; see `NounMaps.latest`."""
+        return self._foundation.latest()
+
+    def recall(self, nouns: Sequence[Noun], known: Mapping[Hashable, tuple[Tensor, Tensor]], device: torch.device):
+        """Have what an evaluation of F said of these nouns, as `latest` gave it, in its place."""
+        self._foundation.settle()
+        for noun in nouns:
+            self._foundation.recall(noun.key, known.get(noun.key), noun.region, noun.area, device)
+
+    def alike(self) -> None:
+        """C is F at this evaluation: its own queries say what F's do."""
+        if self.softly:
+            self._customised.settle()
+            self._customised.copy_latest(self._foundation)
 
     @staticmethod
     def _before(patches: Patches, watching: Patches) -> Patches:

@@ -23,6 +23,7 @@ from .prompt import NounError, Span, Wanted, find_noun, rows_of
 from .residual import Residual, check_architecture
 from .residual.training import NOUN_PROMPTS, PredictWithPatches, Reference, ResidualTraining, TrainingOptions
 from .streams import Evaluate, two_stream_denoiser
+from .stride import Stride
 
 if TYPE_CHECKING:
     from .models.clip import TextModel
@@ -128,17 +129,21 @@ class Pipeline:
         callback: Callback | None = None,
         negative: str = "",
         background: str = FREE,
+        every: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """Both streams of a prompt, a picture a generator -> plain and customised latents, (B, 4, cells, cells)
         each. strength: of all residuals, or one for each. background: whether what is around the concepts is held to
-        the plain picture, see `holding.BACKGROUNDS`. Raises what `placements` raises."""
+        the plain picture, see `holding.BACKGROUNDS`. every: the customised stream is evaluated at each so manyth step,
+        see `stride`. Raises what `placements` raises."""
         placements = self.placements(prompt, residuals, strength)
         evaluate = self.evaluator(*self._guided([prompt] * len(generators), guidance), negative)
         noise, holding = self._noise(generators), None
         if background != FREE:
             holding = Holding(background, partial(cross_attention, self.unet), len(noise), noise.shape[-2:])
-        denoise = two_stream_denoiser(evaluate, on_conditional(placements), shared_latent, holding)
-        plain, customised = sample_euler(denoise, torch.cat([noise, noise]), self._sigmas(steps), callback).chunk(2)
+        sigmas = self._sigmas(steps)
+        stride = Stride(every, sigmas.tolist())
+        denoise = two_stream_denoiser(evaluate, on_conditional(placements), shared_latent, holding, stride)
+        plain, customised = sample_euler(denoise, torch.cat([noise, noise]), sigmas, callback).chunk(2)
         return plain, customised if holding is None else holding.finished(customised, plain)
 
     def placements(

@@ -9,32 +9,51 @@ from torch import Tensor
 
 from .holding import NO_PICTURE, Holding
 from .infusion import Patches, PlacementsFor, QueryStore, customised_patches, foundation_patches
+from .stride import Stride
 
 Evaluate = Callable[[Tensor, Tensor, Patches], Tensor]
 """`evaluate(x, sigma, patches) -> denoised` of the frozen model with these attention patches."""
 
 
 def two_stream_denoiser(
-    evaluate: Evaluate, placements_for: PlacementsFor, shared_latent: bool = False, holding: Holding | None = None
+    evaluate: Evaluate,
+    placements_for: PlacementsFor,
+    shared_latent: bool = False,
+    holding: Holding | None = None,
+    stride: Stride | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A denoiser of the stacked streams, (2N, ...): N rows of F, then N of C (arXiv 2404.14007, section 4).
 
     F follows its own trajectory, so that C keeps the plain picture's layout; or, with `shared_latent`, looks at C's.
     holding: what keeps C's background F's; it needs F's own trajectory, and `Holding.finished` at the end of the run.
+    stride: at which noise levels C is evaluated; None: at all.
     """
     if holding is not None and shared_latent:
         raise ValueError(NO_PICTURE)
+    stride = stride or Stride(1)
+
+    def look(x: Tensor, sigma: Tensor, queries: QueryStore) -> Tensor:
+        patches = foundation_patches(queries)
+        if holding is not None:
+            patches = holding.watching_foundation(patches, placements_for)
+        return evaluate(x, sigma, patches)
+
+    def draw(x: Tensor, sigma: Tensor, queries: QueryStore) -> Tensor:
+        patches = customised_patches(queries, placements_for)
+        if holding is not None:
+            patches = holding.watching_customised(patches, placements_for)
+        return evaluate(x, sigma, patches)
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         foundation, customised = x.chunk(2)
         sigma_f, sigma_c = sigma.chunk(2)
-        queries: QueryStore = {}
-        seen = customised if shared_latent else foundation
-        look, draw = foundation_patches(queries), customised_patches(queries, placements_for)
-        if holding is None:
-            return torch.cat([evaluate(seen, sigma_f, look), evaluate(customised, sigma_c, draw)])
-        plain = evaluate(seen, sigma_f, holding.watching_foundation(look, placements_for))
-        drawn = evaluate(customised, sigma_c, holding.watching_customised(draw, placements_for))
-        return torch.cat([plain, holding.denoised(drawn, plain)])
+        level, queries = float(sigma_c[0]), {}
+        plain = look(customised if shared_latent else foundation, sigma_f, queries)
+        if stride.due(level):
+            drawn = draw(customised, sigma_c, queries)
+            stride.keep(level, [drawn], [plain])
+        else:
+            (drawn,) = stride.between([plain])
+        return torch.cat([plain, drawn if holding is None else holding.denoised(drawn, plain)])
 
     return denoise

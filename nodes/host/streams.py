@@ -13,9 +13,9 @@ import logging
 import math
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,12 +23,24 @@ import numpy as np
 import torch
 from comfy.conds import CONDRegular
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
 from ...profusion.apart import Apart
 from ...profusion.coroutine import Coroutine
-from ...profusion.holding import FREE, NO_PICTURE, Holding, cross_attention
+from ...profusion.foundations import (
+    Evaluated,
+    Foundations,
+    UntoldError,
+    fingerprint,
+    names,
+    queries_by_name,
+    queries_by_place,
+    state_key,
+    turns_by_name,
+    turns_by_place,
+)
+from ...profusion.holding import FREE, NO_PICTURE, Holding, Noun, cross_attention
 from ...profusion.infusion import (
     CONCEPTS_KEY,
     ExtraOptions,
@@ -54,6 +66,7 @@ from ...profusion.rows import (
     owners,
     owners_after,
 )
+from ...profusion.stride import Stride
 from ...profusion.threads import state_of_this_thread
 
 # Packages whose objects are the host's, not a run's memory: its core and whoever runs it, and this pack.
@@ -64,6 +77,8 @@ KEY = CONCEPTS_KEY  # of the wrappers, and of the stream that is being evaluated
 
 
 _HELD_BACKGROUND = "a held background is of the whole picture", "set background to free"
+FOUNDATIONS = Foundations()
+"""F's evaluations of the last pictures, for the next ones of the same prompt and seed."""
 
 
 class DrawnRegions:
@@ -103,31 +118,63 @@ def add_streams(
     on_foundation: Callable[[Tensor], None] | None = None,
     on_plain: Callable[[], None] = lambda: None,
     background: str = FREE,
+    every: int = 1,
 ) -> ModelPatcher:
     """A clone of MODEL that draws the concepts that conditionings carry; a run without any is the plain run.
 
     shared_latent: F looks at C's latent instead of following its own trajectory. A model that has the streams already
     gets these in their place. `on_foundation`, for whoever wants to see the plain picture too, is given F's finished
     latent (own trajectory only). `on_plain` is called at each sampling run whose conditionings carry no concept.
-    background: see `holding.BACKGROUNDS`; `drawn_region` finds the regions of what was drawn with the clone. Raises
-    ValueError where a shared latent leaves nothing to hold it to.
+    background: see `holding.BACKGROUNDS`; `drawn_region` finds the regions of what was drawn with the clone. every: see
+    `stride.Stride`. Raises ValueError where a shared latent leaves nothing to hold it to.
     """
     if shared_latent and background != FREE:
         raise ValueError(f"background={background!r} and stream='shared latent': {NO_PICTURE}")
-    names, regions = tuple(layer.name for layer in layers), DrawnRegions()
+    layer_names, regions = tuple(layer.name for layer in layers), DrawnRegions()
     patched = model.clone()
     patched.set_attachments(KEY, regions)
     wrappers = {
         WrappersMP.PREPARE_SAMPLING: _reserve_memory,
         WrappersMP.SAMPLER_SAMPLE: _sampler_wrapper(
-            lambda: _Streams(names, background), shared_latent, on_foundation, on_plain, regions
+            partial(_Streams, layer_names, background, every), shared_latent, on_foundation, on_plain, regions
         ),
         WrappersMP.CALC_COND_BATCH: _evaluate_stream,
     }
     for kind, wrapper in wrappers.items():
         patched.remove_wrappers_with_key(kind, KEY)
         patched.add_wrapper_with_key(kind, KEY, wrapper)
+    patched.remove_callbacks_with_key(CallbacksMP.ON_DETACH, KEY)
+    patched.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, _forget_foundations)
     return patched
+
+
+def _forget_foundations(model: ModelPatcher, unloaded: bool) -> None:
+    """ON_DETACH: what is kept of a model goes with it when the host unloads it."""
+    if unloaded:
+        FOUNDATIONS.forget(model.model)
+
+
+def _state_of(patcher: ModelPatcher) -> bytes | None:
+    """What a model's evaluations depend on besides their inputs; None where nobody can tell.
+
+    Weights have an id that every patch on them changes. Where a part of them waits in main memory, patches are worked
+    out anew at each evaluation, and round differently.
+    """
+    others = (patcher.injections, patcher.hook_patches, patcher.additional_models, patcher.weight_wrapper_patches)
+    if any(others) or patcher.object_patches.keys() - {"model_sampling"}:
+        return None
+    model, kind = patcher.model, patcher.load_device.type
+    loaded = getattr(model, "model_loaded_weight_memory", None) if patcher.patches else None
+    modes = (
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_num_threads(),
+    )
+    try:
+        return fingerprint(str(patcher.patches_uuid), str(patcher.load_device), loaded, modes, model.model_sampling)
+    except UntoldError:
+        return None
 
 
 def _reserve_memory(executor, model: ModelPatcher, noise_shape: Sequence[int], conds: dict, *args, **kwargs):
@@ -148,7 +195,7 @@ def _reserve_memory(executor, model: ModelPatcher, noise_shape: Sequence[int], c
 
 
 def _sampler_wrapper(
-    new_streams: Callable[[], _Streams],
+    new_streams: Callable[[Sequence[float], bytes | None], _Streams],
     shared_latent: bool,
     on_foundation: Callable | None,
     on_plain: Callable[[], None],
@@ -177,7 +224,8 @@ def _sampler_wrapper(
             return run(extra_args, callback, noise, disable_pbar)
 
         _say_if_compiled(extra_args["model_options"])
-        streams = new_streams()
+        FOUNDATIONS.begin(guider.model_patcher.model)
+        streams = new_streams(sigmas.tolist(), _state_of(guider.model_patcher))
         if shared_latent:
             both = _with_stream(extra_args, streams.evaluate_both)
             return run(both, callback, noise, disable_pbar, guider=_numbered(copy.copy(guider), len(noise)))
@@ -220,7 +268,7 @@ def _evaluate_stream(executor, model, conds, x, sigma, model_options, *args, **k
         with _uncompiled():
             return own(model, evaluation.conds, x, sigma, options, *args, **kwargs)
 
-    return stream(evaluate, model, conds, x, float(sigma.flatten()[0]), model_options)
+    return stream(evaluate, model, conds, x, sigma, model_options)
 
 
 class _Calls:
@@ -239,14 +287,51 @@ class _Calls:
         return executor(*args, **kwargs)
 
 
-class _Streams:
-    """How the two streams of one sampling run are evaluated, and what they share: F's queries."""
+@dataclass
+class _Plain:
+    """F's last evaluation. key: what it is known by, None where nobody can tell; queries: whether it left them for C.
 
-    def __init__(self, layers: tuple[str, ...], background: str = FREE):
+    leave_queries: does it once more, for these.
+    """
+
+    x: Tensor
+    sigma: float
+    pictures: tuple[int, ...]
+    predicted: list[Tensor]
+    key: bytes | None
+    queries: bool
+    leave_queries: Callable[[], Any]
+
+    def is_at(self, sigma: float, pictures: tuple[int, ...], groups: int) -> bool:
+        """Whether it is what C's prediction here can be made of."""
+        alike = self.pictures == pictures and len(self.predicted) == groups
+        return alike and math.isclose(self.sigma, sigma, rel_tol=1e-4)
+
+
+class _Streams:
+    """How the two streams of one sampling run are evaluated, and what they share: F's queries.
+
+    sigmas: the run's. state: of the model, as `_state_of` says it.
+    """
+
+    def __init__(
+        self,
+        layers: tuple[str, ...],
+        background: str = FREE,
+        every: int = 1,
+        sigmas: Sequence[float] = (),
+        state: bytes | None = None,
+    ):
         self._layers = layers
         self._background = background
+        self._stride = Stride(every, sigmas)
+        self._state = state
         self.holding: Holding | None = None
         self._predicted: dict[tuple[int, ...], list[Tensor]] = {}  # F's, of these pictures of the batch
+        self._plain: _Plain | None = None
+        self._differs = False  # C from F, so far
+        self._parted = False  # whether C was evaluated where F was not
+        self._wants_queries = True
         self._queries = WaitingQueries()
         self._placements: dict = {}
         self._regrouped: dict = {}
@@ -266,8 +351,8 @@ class _Streams:
     def asking_foundation(self, ask: Callable) -> Callable:
         """F, sampled in step: has its evaluations done by whoever answers."""
 
-        def stream(evaluate, model, conds, x, sigma, *_):
-            return ask(lambda: self._foundation(evaluate, model, conds, x, sigma))
+        def stream(evaluate, model, conds, x, levels, options):
+            return ask(lambda: self._known_foundation(evaluate, model, conds, x, levels, options))
 
         return stream
 
@@ -275,18 +360,47 @@ class _Streams:
         """C on its own trajectory: before each of its evaluations, F does that of the same call of its guider.
 
         A step cache may have left it out in F, so that C looks where F last did, or left some out in C, which F does
-        now.
+        now. Where C is not due, or F still, it is made of F's prediction, if F has been evaluated for it.
         """
 
-        def stream(evaluate, model, conds, x, sigma, options):
+        def stream(evaluate, model, conds, x, levels, options):
+            sigma, pictures = _level(levels), _pictures(conds, len(x))
+            moves = self._differs or self._acts(model, conds, x, sigma)
+            self._wants_queries = self._parted or (moves and self._stride.due(sigma, pictures))
+            before = self._plain
             while foundation.waits() and self.foundation_calls.count < self.customised_calls.count:
                 foundation.evaluate()
             if foundation.waits() and self.foundation_calls.count == self.customised_calls.count:
                 foundation.evaluate()
+            plain = self._plain
+            in_step = plain is not before and plain.is_at(sigma, pictures, len(conds))
+            self._parted = self._parted or not in_step
+            if in_step and not self._wants_queries:
+                if moves:
+                    return self._held(self._stride.between(plain.predicted, pictures), pictures)
+                if plain.key is not None and torch.equal(x, plain.x):
+                    return self._as_foundation(plain)
+            if plain is not None and not plain.queries:
+                plain.leave_queries()
             self._say_if_elsewhere(sigma)
-            return self._customised(evaluate, model, conds, x, sigma, options)
+            self._differs = True
+            own = self._customised(evaluate, model, conds, x, sigma, options)
+            if in_step:
+                self._stride.keep(sigma, own, plain.predicted, pictures)
+            return self._held(own, pictures)
 
         return stream
+
+    def _as_foundation(self, plain: _Plain) -> list[Tensor]:
+        """C's predictions while it is F: of the same latent, with nothing to add."""
+        if self.holding is not None:
+            self.holding.alike()
+        return [predicted.clone() for predicted in plain.predicted]
+
+    def _acts(self, model: Any, conds: Sequence, x: Tensor, sigma: float) -> bool:
+        """Whether anything is added to any conditioning at a noise level."""
+        found = (self._of(index, cond, model, x) for index, group in enumerate(conds) for cond in group or ())
+        return any(placement.is_active(sigma) and placement.adds() for placed in found for placement in placed)
 
     def _say_if_elsewhere(self, sigma: float) -> None:
         if not self._told and self._seen_at is not None and not math.isclose(self._seen_at, sigma, rel_tol=1e-4):
@@ -299,39 +413,102 @@ class _Streams:
                 sigma,
             )
 
-    def evaluate_both(self, evaluate, model, conds, x, sigma, options):
+    def evaluate_both(self, evaluate, model, conds, x, levels, options):
         """C on a shared latent: F looks at it first, and draws from the global generators what C will draw again.
 
-        Conditionings to which nothing is ever added, as the negative, are the same in both, so that C has F's.
+        Conditionings to which nothing is ever added, as the negative, are the same in both, so that C has F's; and so
+        are all where nothing is added at this noise level.
         """
+        sigma, pictures = _level(levels), _pictures(conds, len(x))
         moved = [self._moves(index, group, model, x) for index, group in enumerate(conds)]
-        if not any(moved):
+        acts = self._acts(model, conds, x, sigma)
+        if not any(moved) or (not acts and self._told_apart(conds, options)):
             return self._foundation(evaluate, model, conds, x, sigma)
         before = _random_state(x.device)
         plain = self._foundation(lambda *given: evaluate(*given, apart=self._apart), model, conds, x, sigma)
+        if not self._stride.due(sigma, pictures):
+            return self._stride.between(plain, pictures) if acts else plain
         _set_random_state(x.device, before)
         own = [group if moves else None for group, moves in zip(conds, moved, strict=True)]
         drawn = self._customised(evaluate, model, own, x, sigma, options)
-        return [one if moves else same for one, same, moves in zip(drawn, plain, moved, strict=True)]
+        drawn = [one if moves else same for one, same, moves in zip(drawn, plain, moved, strict=True)]
+        if acts:
+            self._stride.keep(sigma, drawn, plain, pictures)
+        return drawn
 
     def _moves(self, index: int, group: Sequence[dict] | None, model: Any, x: Tensor) -> bool:
         """Whether anything is ever added to conditionings of this group."""
         return any(placement.adds() for cond in group or () for placement in self._of(index, cond, model, x))
 
-    def _foundation(self, evaluate, model, conds, x, sigma):
+    def _told_apart(self, conds: Sequence, options: dict) -> bool:
+        """Whether all is known that an evaluation depends on, so that leaving one out changes nothing else."""
+        return self._state is not None and state_key(self._state, conds, options) is not None
+
+    def _known_foundation(self, evaluate, model, conds, x, levels, options) -> list[Tensor]:
+        """F's predictions, of a run before this one where it was the same there."""
+        key = None if self._state is None else state_key(self._state, conds, options, x, levels)
+        wanted, sigma, pictures = self._wants_queries or key is None, _level(levels), _pictures(conds, len(x))
+
+        def anew(queries: bool = True, again: bool = True) -> list[Tensor]:
+            predicted = self._foundation(evaluate, model, conds, x, sigma, queries, watched=not again)
+            if key is not None:
+                known = names(conds)
+                maps = {} if again or self.holding is None else self.holding.latest()
+                maps = {of_f: maps[noun.key] for of_f, noun in self._placed(model, conds, x) if noun.key in maps}
+                left = queries_by_place(self._queries, known) if queries else None
+                FOUNDATIONS.keep(key, Evaluated(predicted, turns_by_place(self._turns, known), maps, left), len(x))
+            self._plain = _Plain(x, sigma, pictures, predicted, key, queries, anew)
+            return predicted
+
+        kept = None if key is None else FOUNDATIONS.get(key)
+        if kept is None or (wanted and kept.queries is None) or not self._recall_maps(kept, model, conds, x):
+            return anew(wanted, again=False)
+        known = names(conds)
+        for place, rows in queries_by_name(kept.queries or {}, known).items() if wanted else ():
+            self._queries[place] = rows
+        self._turns, self._seen_at = turns_by_name(kept.turns, known), sigma
+        predicted = [tensor.to(x.device, copy=True) for tensor in kept.predicted]
+        self._predicted[pictures] = predicted
+        self._plain = _Plain(x, sigma, pictures, predicted, key, wanted, anew)
+        return predicted
+
+    def _placed(self, model: Any, conds: Sequence, x: Tensor) -> list[tuple[Hashable, Noun]]:
+        """The nouns that F's maps are of: what tells each in any run, and what it is in this one."""
+        found, places = [], {name: place for place, name in enumerate(names(conds))}
+        for index, cond in ((index, cond) for index, group in enumerate(conds) for cond in group or ()):
+            name = identity(index, cond)
+            placed = [placement for placement in self._of(index, cond, model, x) if placement.adds()]
+            for number, one in enumerate(placed):
+                noun = Noun((name, number), one.region, cond.get("area"))
+                found.append(((places[name], one.rows, one.context_length), noun))
+        return found
+
+    def _recall_maps(self, kept: Evaluated, model: Any, conds: Sequence, x: Tensor) -> bool:
+        """Have what a kept evaluation said of this run's nouns; False where it was not asked for one of them."""
+        if self.holding is None:
+            return True
+        nouns = self._placed(model, conds, x)
+        if any(noun.region is None and of_f not in kept.maps for of_f, noun in nouns):
+            return False
+        known = {noun.key: kept.maps[of_f] for of_f, noun in nouns if of_f in kept.maps}
+        self.holding.recall([noun for _, noun in nouns], known, x.device)
+        return True
+
+    def _foundation(self, evaluate, model, conds, x, sigma, queries: bool = True, watched: bool = True) -> list[Tensor]:
+        """Evaluate F. queries: whether C may look at what it leaves. watched: whether it tells where the nouns are."""
+
         def look(n: Tensor, context: Tensor, value: Tensor, extra_options: ExtraOptions):
             self._seen_at = sigma  # unless a step cache has what the UNet would say
             return n, context, value
 
         evaluation = Evaluation(conds, len(x), CONDRegular)
-        patches = foundation_patches(self._queries, owners)
+        patches: Patches = foundation_patches(self._queries, owners) if queries else {"attn2_patch": []}
         patches = {**patches, "attn2_patch": [*patches["attn2_patch"], look]}
-        if self.holding is not None:
+        if self.holding is not None and watched:
             patches = self.holding.watching_foundation(patches, *self._nouns(model, conds, x, owners))
         predicted = evaluate(evaluation, patches)
         self._turns = evaluation.turns
-        if self.holding is not None:
-            self._predicted[_pictures(conds, len(x))] = predicted
+        self._predicted[_pictures(conds, len(x))] = predicted
         return predicted
 
     def _nouns(self, model: Any, conds: Sequence, x: Tensor, whose: Owners) -> tuple[Callable, Owners, Callable]:
@@ -368,10 +545,12 @@ class _Streams:
             patches = self.holding.watching_customised(patches, *self._nouns(model, conds, x, whose))
         predicted = evaluate(evaluation, patches)
         check_turns(self._turns, evaluation.turns, options)
-        return predicted if self.holding is None else self._held(predicted, _pictures(conds, len(x)))
+        return predicted
 
     def _held(self, predicted: list[Tensor], pictures: tuple[int, ...]) -> list[Tensor]:
         """C's predictions for each group of conditionings, and thereby what guidance makes of them, with F's around."""
+        if self.holding is None:
+            return predicted
         plain = self._predicted.get(pictures, ())
         if len(plain) != len(predicted):  # a pack that evaluates some groups now and then
             return predicted
@@ -395,6 +574,11 @@ class _Streams:
             placed = [_resolve(concept, cond, model, x, self._layers) for concept in concepts]
             self._placements[key] = [placement for placement in placed if placement is not None]
         return self._placements[key]
+
+
+def _level(levels: Tensor) -> float:
+    """The noise level of an evaluation, which is that of all its pictures."""
+    return float(levels.flatten()[0])
 
 
 def _pictures(conds: Sequence[Sequence[dict] | None], count: int) -> tuple[int, ...]:

@@ -1,0 +1,72 @@
+"""A cheaper customised stream: C at every n-th step alone, and between them what it last differed by from F.
+
+C's prediction between its evaluations, of denoised pictures, is
+
+    D_C = D_F + (D_C - D_F)_last
+
+What C draws otherwise than F is settled early and changes slowly: the difference ends as that of the two pictures, so
+that it is kept as it is and not in proportion to the noise. n = 1 is the paper's scheme (arXiv 2404.14007, section 4).
+
+A step is one of the run's noise levels, not a call of the model: samplers call it once, twice or thrice a step, and at
+the steps that are C's it is evaluated at each of their calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+EVERY = 4  # as a new node has it, see benchmarks/infusion_rows.py
+MOST = 8  # steps: beyond, C is hardly looked at
+_SAME = 1e-4  # relative: samplers that compute with the logarithm of a level have it back so exactly
+
+
+def step_of(sigma: float, sigmas: Sequence[float]) -> int:
+    """Which of a run's falling noise levels has last been reached at a level: 0 is the first, and what is above it."""
+    return sum(level >= sigma * (1 - _SAME) for level in sigmas[1:])
+
+
+def between(foundation: Sequence[Tensor], differences: Sequence[Tensor]) -> list[Tensor]:
+    """D_C = D_F + (D_C - D_F)_last, of each group of conditionings."""
+    return [plain + difference for plain, difference in zip(foundation, differences, strict=True)]
+
+
+@dataclass
+class _Last:
+    step: int
+    differences: list[Tensor]
+
+
+class Stride:
+    """When C is evaluated in one run, and what it is meanwhile.
+
+    every: at each so manyth step; 1 is at each. sigmas: the run's noise levels, falling. What is kept is that of some
+    pictures of a batch, `of`, where not all are evaluated at once. Raises ValueError unless every is 1 or more.
+    """
+
+    def __init__(self, every: int, sigmas: Sequence[float] = ()):
+        if every < 1:
+            raise ValueError(f"every={every}: give 1, for each step, or more")
+        self.every, self._sigmas = every, list(sigmas)
+        self._last: dict[Hashable, _Last] = {}
+
+    def due(self, sigma: float, of: Hashable = None) -> bool:
+        """Whether C is to be evaluated at a noise level: not since the last n steps began, or in this very step."""
+        if self.every == 1 or of not in self._last:
+            return True
+        step, last = step_of(sigma, self._sigmas), self._last[of].step
+        return step == last or step // self.every != last // self.every
+
+    def keep(
+        self, sigma: float, customised: Sequence[Tensor], foundation: Sequence[Tensor], of: Hashable = None
+    ) -> None:
+        """Note what C differs by from F, as both were evaluated."""
+        if self.every > 1:
+            differences = [own - plain for own, plain in zip(customised, foundation, strict=True)]
+            self._last[of] = _Last(step_of(sigma, self._sigmas), differences)
+
+    def between(self, foundation: Sequence[Tensor], of: Hashable = None) -> list[Tensor]:
+        """C's predictions where it is not due, from F's."""
+        return between(foundation, self._last[of].differences)

@@ -1,0 +1,57 @@
+"""C at every n-th step: when it is evaluated, whatever the sampler calls, and what it is between."""
+
+import pytest
+import torch
+
+from profusion.stride import Stride, between, step_of
+
+SIGMAS = [16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.0]
+
+
+def test_a_step_is_a_noise_level():
+    assert [step_of(sigma, SIGMAS) for sigma in SIGMAS] == list(range(8))
+    assert step_of(17.0, SIGMAS) == 0 and step_of(8.0 * (1 + 1e-6), SIGMAS) == step_of(8.0 * (1 - 1e-6), SIGMAS) == 1
+    assert step_of(7.0, SIGMAS) == 1 and step_of(0.1, SIGMAS) == 6
+
+
+def due_at(every, calls):
+    stride, found = Stride(every, SIGMAS), []
+    for sigma in calls:
+        found.append(stride.due(sigma))
+        if found[-1]:
+            stride.keep(sigma, [torch.ones(1)], [torch.zeros(1)])
+    return found
+
+
+def test_one_call_a_step():
+    assert due_at(1, SIGMAS[:-1]) == [True] * 7
+    assert due_at(3, SIGMAS[:-1]) == [True, False, False, True, False, False, True]
+
+
+def test_several_calls_a_step():
+    """Heun's: at a step's begin and at its end, which is the next one's begin."""
+    calls = [SIGMAS[0], *(level for level in SIGMAS[1:-1] for _ in range(2))]
+    assert due_at(3, calls) == [True, *[False] * 4, True, True, *[False] * 4, True, True]
+    middles = [level for first in SIGMAS[:-2] for level in (first, first * 0.8)]
+    assert due_at(3, middles) == [True, True, *[False] * 4] * 2
+
+
+def test_a_sampler_that_leaves_levels_out_or_goes_back():
+    assert due_at(2, [16.0, 1.5, 0.3]) == [True, True, True]
+    assert due_at(3, [16.0, 2.0, 8.0, 1.0]) == [True, True, True, True]
+
+
+def test_between_c_is_f_and_the_last_difference():
+    stride, generator = Stride(2, SIGMAS), torch.manual_seed(0)
+    (own, plain, later), pictures = torch.randn(3, 2, 4, 8, 8, generator=generator), (1, 2)
+    assert stride.due(16.0, pictures)
+    stride.keep(16.0, [own, plain], [plain, plain], pictures)
+    assert not stride.due(8.0, pictures) and stride.due(8.0)
+    found = stride.between([later, later], pictures)
+    assert torch.equal(found[0], later + (own - plain)) and torch.equal(found[1], later)
+    assert torch.equal(between([later], [own - plain])[0], found[0])
+
+
+def test_every_is_one_or_more():
+    with pytest.raises(ValueError, match="give 1, for each step, or more"):
+        Stride(0)
