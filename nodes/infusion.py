@@ -78,8 +78,9 @@ class InfusionAttentionPatch(io.ComfyNode):
             category="ProFusion",
             description=(
                 "Draws learned concepts at their nouns in a prompt, on the layout and background of the plain picture "
-                "(Infusion, arXiv 2404.14007). Give both outputs to any sampler. Every step evaluates the model twice, "
-                "however many concepts there are."
+                "(Infusion, arXiv 2404.14007). Give both outputs to any sampler. However many concepts there are, it "
+                "costs a quarter more than the plain picture, or twice as much where every is 1; the next picture costs "
+                "less."
             ),
             inputs=[
                 io.Model.Input(
@@ -144,8 +145,8 @@ class InfusionAttentionPatch(io.ComfyNode):
                     max=MOST,
                     optional=True,
                     tooltip=(
-                        "At each so manyth step the concepts are drawn anew; between them they stay what they last "
-                        "differed by from the plain picture. 1: at each step, as in the paper, for the price of two "
+                        "At each so manyth step the concepts are drawn anew; between them what they differ by from the "
+                        "plain picture is carried on. 1: at each step, as in the paper, for the price of two "
                         "plain pictures. 4: for a quarter more than one."
                     ),
                 ),

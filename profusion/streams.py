@@ -53,7 +53,7 @@ def two_stream_denoiser(
             drawn = draw(customised, sigma_c, queries)
             stride.keep(level, [drawn], [plain])
         else:
-            (drawn,) = stride.between([plain])
+            (drawn,) = stride.between(level, [plain])
         return torch.cat([plain, drawn if holding is None else holding.denoised(drawn, plain)])
 
     return denoise

@@ -1,11 +1,12 @@
-"""A cheaper customised stream: C at every n-th step alone, and between them what it last differed by from F.
+"""A cheaper customised stream: C at every n-th step alone, and between them what it differs by from F, carried on.
 
-C's prediction between its evaluations, of denoised pictures, is
+With d = D_C - D_F, of denoised predictions, at the two steps k < l at which C was last evaluated, at a step i between
 
-    D_C = D_F + (D_C - D_F)_last
+    D_C = D_F + d_l + (d_l - d_k) (i - l) / (l - k)
 
-What C draws otherwise than F is settled early and changes slowly: the difference ends as that of the two pictures, so
-that it is kept as it is and not in proportion to the noise. n = 1 is the paper's scheme (arXiv 2404.14007, section 4).
+and D_F + d_l before there are two. What C draws otherwise than F is settled early, changes slowly and ends as the
+difference of the two pictures, so that it is not in proportion to the noise. n = 1 is the paper's scheme (arXiv
+2404.14007, section 4).
 
 A step is one of the run's noise levels, not a call of the model: samplers call it once, twice or thrice a step, and at
 the steps that are C's it is evaluated at each of their calls.
@@ -28,13 +29,24 @@ def step_of(sigma: float, sigmas: Sequence[float]) -> int:
     return sum(level >= sigma * (1 - _SAME) for level in sigmas[1:])
 
 
-def between(foundation: Sequence[Tensor], differences: Sequence[Tensor]) -> list[Tensor]:
-    """D_C = D_F + (D_C - D_F)_last, of each group of conditionings."""
-    return [plain + difference for plain, difference in zip(foundation, differences, strict=True)]
+def between(
+    foundation: Sequence[Tensor],
+    last: Sequence[Tensor],
+    before: Sequence[Tensor] | None = None,
+    ahead: float = 0.0,
+) -> list[Tensor]:
+    """D_C = D_F + d_l + (d_l - d_k) ahead, of each group of conditionings: d_l is `last`, d_k `before`, None for none.
+
+    ahead: (i - l) / (l - k).
+    """
+    if before is None or not ahead:
+        return [plain + one for plain, one in zip(foundation, last, strict=True)]
+    of_both = zip(foundation, last, before, strict=True)
+    return [plain + (one + (one - other) * ahead) for plain, one, other in of_both]
 
 
 @dataclass
-class _Last:
+class _Evaluated:
     step: int
     differences: list[Tensor]
 
@@ -50,13 +62,13 @@ class Stride:
         if every < 1:
             raise ValueError(f"every={every}: give 1, for each step, or more")
         self.every, self._sigmas = every, list(sigmas)
-        self._last: dict[Hashable, _Last] = {}
+        self._last: dict[Hashable, list[_Evaluated]] = {}  # two at most, the last one first
 
     def due(self, sigma: float, of: Hashable = None) -> bool:
         """Whether C is to be evaluated at a noise level: not since the last n steps began, or in this very step."""
         if self.every == 1 or of not in self._last:
             return True
-        step, last = step_of(sigma, self._sigmas), self._last[of].step
+        step, last = step_of(sigma, self._sigmas), self._last[of][0].step
         return step == last or step // self.every != last // self.every
 
     def keep(
@@ -65,8 +77,14 @@ class Stride:
         """Note what C differs by from F, as both were evaluated."""
         if self.every > 1:
             differences = [own - plain for own, plain in zip(customised, foundation, strict=True)]
-            self._last[of] = _Last(step_of(sigma, self._sigmas), differences)
+            one = _Evaluated(step_of(sigma, self._sigmas), differences)
+            before = [other for other in self._last.get(of, ()) if other.step < one.step]
+            self._last[of] = [one, *before[:1]]
 
-    def between(self, foundation: Sequence[Tensor], of: Hashable = None) -> list[Tensor]:
-        """C's predictions where it is not due, from F's."""
-        return between(foundation, self._last[of].differences)
+    def between(self, sigma: float, foundation: Sequence[Tensor], of: Hashable = None) -> list[Tensor]:
+        """C's predictions at a noise level where it is not due, from F's."""
+        last, *before = self._last[of]
+        if not before:
+            return between(foundation, last.differences)
+        ahead = (step_of(sigma, self._sigmas) - last.step) / (last.step - before[0].step)
+        return between(foundation, last.differences, before[0].differences, ahead)

@@ -41,15 +41,39 @@ def test_a_sampler_that_leaves_levels_out_or_goes_back():
     assert due_at(3, [16.0, 2.0, 8.0, 1.0]) == [True, True, True, True]
 
 
-def test_between_c_is_f_and_the_last_difference():
+def test_between_c_is_f_and_the_last_difference_carried_on():
     stride, generator = Stride(2, SIGMAS), torch.manual_seed(0)
-    (own, plain, later), pictures = torch.randn(3, 2, 4, 8, 8, generator=generator), (1, 2)
+    (own, plain, later, further), pictures = torch.randn(4, 2, 4, 8, 8, generator=generator), (1, 2)
     assert stride.due(16.0, pictures)
     stride.keep(16.0, [own, plain], [plain, plain], pictures)
     assert not stride.due(8.0, pictures) and stride.due(8.0)
-    found = stride.between([later, later], pictures)
+    found = stride.between(8.0, [later, later], pictures)
     assert torch.equal(found[0], later + (own - plain)) and torch.equal(found[1], later)
-    assert torch.equal(between([later], [own - plain])[0], found[0])
+    stride.keep(4.0, [further, plain], [plain, plain], pictures)
+    found = stride.between(2.0, [later, later], pictures)
+    torch.testing.assert_close(found[0], later + (further - plain) + (further - own) / 2)
+    assert torch.equal(found[1], later)
+    both = between([later], [further - plain], [own - plain], 0.5)
+    assert torch.equal(found[0], both[0])
+
+
+def test_a_difference_that_grows_evenly_is_met():
+    stride, plain = Stride(3, SIGMAS), torch.randn(4, generator=torch.manual_seed(0))
+    for step, sigma in enumerate(SIGMAS[:-1]):
+        own = plain + 0.1 * step
+        if stride.due(sigma):
+            stride.keep(sigma, [own], [plain])
+        elif step > 3:
+            torch.testing.assert_close(stride.between(sigma, [plain])[0], own)
+
+
+def test_of_several_calls_in_a_step_the_last_counts():
+    stride, plain = Stride(2, SIGMAS), torch.zeros(1)
+    for sigma, own in ((16.0, 1.0), (4.0, 5.0), (4.0, 3.0)):
+        stride.keep(sigma, [plain + own], [plain])
+    assert stride.between(2.0, [plain])[0] == 3.0 + (3.0 - 1.0) / 2
+    stride.keep(16.0, [plain + 7.0], [plain])  # a sampler that goes back begins anew
+    assert stride.between(8.0, [plain])[0] == 7.0
 
 
 def test_every_is_one_or_more():

@@ -377,7 +377,7 @@ class _Streams:
             self._parted = self._parted or not in_step
             if in_step and not self._wants_queries:
                 if moves:
-                    return self._held(self._stride.between(plain.predicted, pictures), pictures)
+                    return self._held(self._stride.between(sigma, plain.predicted, pictures), pictures)
                 if plain.key is not None and torch.equal(x, plain.x):
                     return self._as_foundation(plain)
             if plain is not None and not plain.queries:
@@ -427,7 +427,7 @@ class _Streams:
         before = _random_state(x.device)
         plain = self._foundation(lambda *given: evaluate(*given, apart=self._apart), model, conds, x, sigma)
         if not self._stride.due(sigma, pictures):
-            return self._stride.between(plain, pictures) if acts else plain
+            return self._stride.between(sigma, plain, pictures) if acts else plain
         _set_random_state(x.device, before)
         own = [group if moves else None for group, moves in zip(conds, moved, strict=True)]
         drawn = self._customised(evaluate, model, own, x, sigma, options)
