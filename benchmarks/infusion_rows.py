@@ -4,9 +4,11 @@ F is the plain run: two UNet rows a step. C takes two more in the paper's scheme
 all with the background held:
 
 - *F's guidance*: C's conditional row alone, led by F: D_C = c_C + (s - 1)(c_F - u_F)
-- every n-th step: between them D_C = D_F + (D_C - D_F)_last, what C last differed by
+- every n-th step: between them D_C = D_F + d, d carried on from C's last two steps (`profusion.stride`), as it
+  ships; or *kept*: what it was at the last of them
 
-c and u are the denoised predictions with the prompt and the negative, s the scale of guidance.
+c and u are the denoised predictions with the prompt and the negative, s the scale of guidance. *off*: how far a latent
+is from that of the paper's scheme, as a share of what this one is from the plain.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from profusion.diffusion import eps_denoiser, per_row, sampling_sigmas, variance
 from profusion.holding import HELD, Holding, cross_attention
 from profusion.infusion import Patches, customised_patches, foundation_patches, on_conditional
 from profusion.residual import Residual, load_residual
+from profusion.stride import Stride
 from profusion.toybox.concepts import DEMO_PROMPTS
 from profusion.toybox.judge import Judge
 from profusion.toybox.pipeline import CUSTOMISED_GUIDANCE, Toybox, initial_noise, seeded
@@ -34,11 +37,13 @@ from profusion.toybox.pipeline import CUSTOMISED_GUIDANCE, Toybox, initial_noise
 
 @dataclass(frozen=True)
 class Scheme:
-    """every: C is evaluated at each so manyth step. guidance: whether C has its own negative row."""
+    """every: C is evaluated at each so manyth step. guidance: whether C has its own negative row. carried: whether what
+    it differs by is carried on between them."""
 
     name: str
     every: int = 1
     guidance: bool = True
+    carried: bool = True
 
     @property
     def rows(self) -> float:
@@ -47,9 +52,11 @@ class Scheme:
 
 
 SCHEMES = (
-    *(Scheme(f"own guidance, every {every}", every) for every in (1, 2, 3, 4)),
-    *(Scheme(f"F's guidance, every {every}", every, False) for every in (1, 2)),
+    *(Scheme(f"own guidance, every {every}", every) for every in (1, 2, 3, 4, 6)),
+    *(Scheme(f"own guidance, every {every}, kept", every, carried=False) for every in (2, 4)),
+    *(Scheme(f"F's guidance, every {every}", every, False) for every in (1, 4)),
 )
+WHOLE = SCHEMES[0].name
 
 
 @torch.no_grad()
@@ -70,25 +77,35 @@ def draw(toybox: Toybox, residual: Residual, prompt: str, seeds: Sequence[int], 
 
     plain = variance_exploding(noise, sigmas[0])
     latents = {scheme.name: plain for scheme in SCHEMES}
-    differences: dict[str, Tensor] = {}
-    for step, (sigma, after) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    strides = {scheme.name: Stride(scheme.every, sigmas.tolist()) for scheme in SCHEMES}
+    for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
         levels, queries = sigma.expand(len(seeds)), {}
         look = holding.watching_foundation(foundation_patches(queries), placements)
         with_prompt, with_negative = evaluate(plain, levels, look, [0, 1])
         guided = with_negative + scale * (with_prompt - with_negative)
         patches = customised_patches(queries, placements)
         for scheme in SCHEMES:
-            x = latents[scheme.name]
-            if step % scheme.every == 0:
+            x, stride = latents[scheme.name], strides[scheme.name]
+            if stride.due(float(sigma)):
                 own, *negative = evaluate(x, levels, patches, [0, 1] if scheme.guidance else [0])
                 leads = own - negative[0] if negative else with_prompt - with_negative
-                differences[scheme.name] = own + (scale - 1) * leads - guided
-            denoised = holding.denoised(guided + differences[scheme.name], guided)
+                drawn = own + (scale - 1) * leads
+                if not scheme.carried:
+                    stride = strides[scheme.name] = Stride(scheme.every, sigmas.tolist())
+                stride.keep(float(sigma), [drawn], [guided])
+            else:
+                (drawn,) = stride.between(float(sigma), [guided])
+            denoised = holding.denoised(drawn, guided)
             latents[scheme.name] = denoised + (x - denoised) * per_row(after / sigma, x)
         plain = guided + (plain - guided) * per_row(after / sigma, plain)
     latents = {name: holding.finished(x, plain) for name, x in latents.items()}
     others = seeded(*(seed + 1000 for seed in seeds))
     return {"plain": plain, **latents, "another seed": toybox.generate([prompt] * len(seeds), others, steps, scale)}
+
+
+def off(latents: Tensor, whole: Tensor, plain: Tensor) -> Tensor:
+    """How far latents (B, C, H, W) are from those of the whole scheme, as a share of how far these are from plain."""
+    return (latents - whole).flatten(1).abs().mean(dim=1) / (whole - plain).flatten(1).abs().mean(dim=1)
 
 
 def main() -> None:
@@ -105,7 +122,9 @@ def main() -> None:
         residual, name = load_residual(path), path.stem.replace("_", " ")
         for prompt in DEMO_PROMPTS[: given.prompts]:
             latents = draw(toybox, residual, prompt.format(residual.noun), range(1, given.seeds + 1), given.steps)
-            for kind, of_kind in scores(toybox, judge, name, latents).items():
+            found = scores(toybox, judge, name, latents)
+            for kind, of_kind in found.items():
+                of_kind["off"] = off(latents[kind], latents[WHOLE], latents["plain"])
                 for score, values in of_kind.items():
                     gathered.setdefault(kind, {}).setdefault(score, []).append(values)
         print(f"drawn: {name}", flush=True)
