@@ -330,6 +330,7 @@ class _Streams:
         self._predicted: dict[tuple[int, ...], list[Tensor]] = {}  # F's, of these pictures of the batch
         self._plain: _Plain | None = None
         self._differs = False  # C from F, so far
+        self._acted: dict[tuple[int, ...], tuple[bool, ...]] = {}  # which concepts did, as C was last evaluated
         self._parted = False  # whether C was evaluated where F was not
         self._wants_queries = True
         self._queries = WaitingQueries()
@@ -365,8 +366,9 @@ class _Streams:
 
         def stream(evaluate, model, conds, x, levels, options):
             sigma, pictures = _level(levels), _pictures(conds, len(x))
-            moves = self._differs or self._acts(model, conds, x, sigma)
-            self._wants_queries = self._parted or (moves and self._stride.due(sigma, pictures))
+            active = self._active(model, conds, x, sigma)
+            moves = self._differs or any(active)
+            self._wants_queries = self._parted or (moves and self._due(sigma, pictures, active))
             before = self._plain
             while foundation.waits() and self.foundation_calls.count < self.customised_calls.count:
                 foundation.evaluate()
@@ -380,13 +382,15 @@ class _Streams:
                     return self._held(self._stride.between(sigma, plain.predicted, pictures), pictures)
                 if plain.key is not None and torch.equal(x, plain.x):
                     return self._as_foundation(plain)
+                moves = plain.key is not None  # C's sampler has gone another way
             if plain is not None and not plain.queries:
                 plain.leave_queries()
             self._say_if_elsewhere(sigma)
-            self._differs = True
             own = self._customised(evaluate, model, conds, x, sigma, options)
-            if in_step:
+            self._differs = moves
+            if in_step and moves:
                 self._stride.keep(sigma, own, plain.predicted, pictures)
+                self._acted[pictures] = active
             return self._held(own, pictures)
 
         return stream
@@ -397,10 +401,14 @@ class _Streams:
             self.holding.alike()
         return [predicted.clone() for predicted in plain.predicted]
 
-    def _acts(self, model: Any, conds: Sequence, x: Tensor, sigma: float) -> bool:
-        """Whether anything is added to any conditioning at a noise level."""
+    def _active(self, model: Any, conds: Sequence, x: Tensor, sigma: float) -> tuple[bool, ...]:
+        """Of each concept whether it adds anything at a noise level."""
         found = (self._of(index, cond, model, x) for index, group in enumerate(conds) for cond in group or ())
-        return any(placement.is_active(sigma) and placement.adds() for placed in found for placement in placed)
+        return tuple(placement.is_active(sigma) and placement.adds() for placed in found for placement in placed)
+
+    def _due(self, sigma: float, pictures: tuple[int, ...], active: tuple[bool, ...]) -> bool:
+        """Whether C is to be evaluated: it is its step, or other concepts act than when it last was."""
+        return self._stride.due(sigma, pictures) or self._acted.get(pictures) != active
 
     def _say_if_elsewhere(self, sigma: float) -> None:
         if not self._told and self._seen_at is not None and not math.isclose(self._seen_at, sigma, rel_tol=1e-4):
@@ -421,19 +429,21 @@ class _Streams:
         """
         sigma, pictures = _level(levels), _pictures(conds, len(x))
         moved = [self._moves(index, group, model, x) for index, group in enumerate(conds)]
-        acts = self._acts(model, conds, x, sigma)
+        active = self._active(model, conds, x, sigma)
+        acts = any(active)
         if not any(moved) or (not acts and self._told_apart(conds, options)):
             return self._foundation(evaluate, model, conds, x, sigma)
         before = _random_state(x.device)
         plain = self._foundation(lambda *given: evaluate(*given, apart=self._apart), model, conds, x, sigma)
-        if not self._stride.due(sigma, pictures):
-            return self._stride.between(sigma, plain, pictures) if acts else plain
+        if acts and not self._due(sigma, pictures, active):
+            return self._stride.between(sigma, plain, pictures)
         _set_random_state(x.device, before)
         own = [group if moves else None for group, moves in zip(conds, moved, strict=True)]
         drawn = self._customised(evaluate, model, own, x, sigma, options)
         drawn = [one if moves else same for one, same, moves in zip(drawn, plain, moved, strict=True)]
         if acts:
             self._stride.keep(sigma, drawn, plain, pictures)
+            self._acted[pictures] = active
         return drawn
 
     def _moves(self, index: int, group: Sequence[dict] | None, model: Any, x: Tensor) -> bool:

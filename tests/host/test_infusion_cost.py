@@ -278,6 +278,26 @@ def test_regions_and_several_concepts_with_a_stride(infused, foundations):
     assert torch.equal(drawn(infused, every=2, run={"steps": 5}, **more), cheap)
 
 
+@pytest.mark.parametrize("change", [lambda model: model, wrapped])
+def test_a_window_is_seen_at_once(infused, change):
+    """At the step at which concepts begin or end to act, whatever the stride."""
+    model, steps = change(infused.model), {"steps": 12, "scheduler": "simple"}
+
+    def previews(model, positive):
+        seen = []
+        infused.run(model, positive, callback=lambda step, x0, x, total: seen.append(x0), **steps)
+        return seen
+
+    def first_difference(one, other):
+        return [torch.equal(x, y) for x, y in zip(one, other, strict=True)].index(False)
+
+    plain = previews(model, infused.positive)
+    window = {"start_percent": 0.25, "end_percent": 0.6}
+    cheap, whole = (previews(*infused.patch(infused.residual(), model, every=every, **window)) for every in (8, 1))
+    begun = first_difference(whole, plain)
+    assert begun == first_difference(cheap, plain) == 3 and first_difference(cheap, whole) == begun + 1
+
+
 @pytest.mark.parametrize("kind", ["LazyCacheNode", "EasyCacheNode"])
 def test_a_stride_beside_a_step_cache(infused, kind):
     caches = pytest.importorskip("comfy_extras.nodes_easycache", reason="this host has no step caches")
