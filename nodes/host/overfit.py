@@ -71,7 +71,7 @@ def _of_residuals(
             continue
         layers, text = model_layers(model), class_prompt.replace(NOUN, residual.noun)
         placed = place_concepts(clip, text, layers, [ConceptInput(slot, residual, 1.0, "auto")], 0.0, 1.0)
-        patched = add_streams(model, layers, shared_latent=False)
+        patched = add_streams(model, layers, shared_latent=False, recall=False)  # what it costs is counted
         name = f"residual{slot} ({residual.noun})"
         found.append(Customised(name, residual.noun, patched, clip, encode_prompt(clip, text, placed)))
     return found

@@ -119,6 +119,7 @@ def add_streams(
     on_plain: Callable[[], None] = lambda: None,
     background: str = FREE,
     every: int = 1,
+    recall: bool = True,
 ) -> ModelPatcher:
     """A clone of MODEL that draws the concepts that conditionings carry; a run without any is the plain run.
 
@@ -126,7 +127,8 @@ def add_streams(
     gets these in their place. `on_foundation`, for whoever wants to see the plain picture too, is given F's finished
     latent (own trajectory only). `on_plain` is called at each sampling run whose conditionings carry no concept.
     background: see `holding.BACKGROUNDS`; `drawn_region` finds the regions of what was drawn with the clone. every: see
-    `stride.Stride`. Raises ValueError where a shared latent leaves nothing to hold it to.
+    `stride.Stride`. recall: whether F's evaluations are kept for other runs, and had from them. Raises
+    ValueError where a shared latent leaves nothing to hold it to.
     """
     if shared_latent and background != FREE:
         raise ValueError(f"background={background!r} and stream='shared latent': {NO_PICTURE}")
@@ -136,7 +138,12 @@ def add_streams(
     wrappers = {
         WrappersMP.PREPARE_SAMPLING: _reserve_memory,
         WrappersMP.SAMPLER_SAMPLE: _sampler_wrapper(
-            partial(_Streams, layer_names, background, every), shared_latent, on_foundation, on_plain, regions
+            partial(_Streams, layer_names, background, every),
+            shared_latent,
+            on_foundation,
+            on_plain,
+            regions,
+            _state_of if recall else lambda patcher: None,
         ),
         WrappersMP.CALC_COND_BATCH: _evaluate_stream,
     }
@@ -200,6 +207,7 @@ def _sampler_wrapper(
     on_foundation: Callable | None,
     on_plain: Callable[[], None],
     regions: DrawnRegions,
+    state_of: Callable[[ModelPatcher], bytes | None],
 ) -> Callable:
     def sample(
         executor,
@@ -225,7 +233,7 @@ def _sampler_wrapper(
 
         _say_if_compiled(extra_args["model_options"])
         FOUNDATIONS.begin(guider.model_patcher.model)
-        streams = new_streams(sigmas.tolist(), _state_of(guider.model_patcher))
+        streams = new_streams(sigmas.tolist(), state_of(guider.model_patcher))
         if shared_latent:
             both = _with_stream(extra_args, streams.evaluate_both)
             return run(both, callback, noise, disable_pbar, guider=_numbered(copy.copy(guider), len(noise)))
