@@ -26,15 +26,15 @@ def two_stream_denoiser(
 
     F follows its own trajectory, so that C keeps the plain picture's layout; or, with `shared_latent`, looks at C's.
     holding: what keeps C's background F's; it needs F's own trajectory, and `Holding.finished` at the end of the run.
-    stride: at which noise levels C is evaluated; None: at all.
+    stride: at which noise levels C is evaluated, and the nouns are looked for in F; None: at all.
     """
     if holding is not None and shared_latent:
         raise ValueError(NO_PICTURE)
     stride = stride or Stride(1)
 
-    def look(x: Tensor, sigma: Tensor, queries: QueryStore) -> Tensor:
+    def look(x: Tensor, sigma: Tensor, queries: QueryStore, due: bool) -> Tensor:
         patches = foundation_patches(queries)
-        if holding is not None:
+        if holding is not None and due:
             patches = holding.watching_foundation(patches, placements_for)
         return evaluate(x, sigma, patches)
 
@@ -48,8 +48,9 @@ def two_stream_denoiser(
         foundation, customised = x.chunk(2)
         sigma_f, sigma_c = sigma.chunk(2)
         level, queries = float(sigma_c[0]), {}
-        plain = look(customised if shared_latent else foundation, sigma_f, queries)
-        if stride.due(level):
+        due = stride.due(level)
+        plain = look(customised if shared_latent else foundation, sigma_f, queries, due)
+        if due:
             drawn = draw(customised, sigma_c, queries)
             stride.keep(level, [drawn], [plain])
         else:

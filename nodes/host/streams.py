@@ -340,7 +340,7 @@ class _Streams:
         self._differs = False  # C from F, so far
         self._acted: dict[tuple[int, ...], tuple[bool, ...]] = {}  # which concepts did, as C was last evaluated
         self._parted = False  # whether C was evaluated where F was not
-        self._wants_queries = True
+        self._wants_queries = self._watches = True  # of F's next evaluation: its queries, and where its nouns are
         self._queries = WaitingQueries()
         self._placements: dict = {}
         self._regrouped: dict = {}
@@ -376,7 +376,8 @@ class _Streams:
             sigma, pictures = _level(levels), _pictures(conds, len(x))
             active = self._active(model, conds, x, sigma)
             moves = self._differs or any(active)
-            self._wants_queries = self._parted or (moves and self._due(sigma, pictures, active))
+            self._watches = self._parted or self._due(sigma, pictures, active)
+            self._wants_queries = self._parted or (moves and self._watches)
             before = self._plain
             while foundation.waits() and self.foundation_calls.count < self.customised_calls.count:
                 foundation.evaluate()
@@ -468,10 +469,11 @@ class _Streams:
         wanted, sigma, pictures = self._wants_queries or key is None, _level(levels), _pictures(conds, len(x))
 
         def anew(queries: bool = True, again: bool = True) -> list[Tensor]:
-            predicted = self._foundation(evaluate, model, conds, x, sigma, queries, watched=not again)
+            watched = self._watches and not again
+            predicted = self._foundation(evaluate, model, conds, x, sigma, queries, watched)
             if key is not None:
                 known = names(conds)
-                maps = {} if again or self.holding is None else self.holding.latest()
+                maps = self.holding.latest() if watched and self.holding is not None else {}
                 maps = {of_f: maps[noun.key] for of_f, noun in self._placed(model, conds, x) if noun.key in maps}
                 left = queries_by_place(self._queries, known) if queries else None
                 FOUNDATIONS.keep(key, Evaluated(predicted, turns_by_place(self._turns, known), maps, left), len(x))
@@ -503,7 +505,7 @@ class _Streams:
 
     def _recall_maps(self, kept: Evaluated, model: Any, conds: Sequence, x: Tensor) -> bool:
         """Have what a kept evaluation said of this run's nouns; False where it was not asked for one of them."""
-        if self.holding is None:
+        if self.holding is None or not self._watches:
             return True
         nouns = self._placed(model, conds, x)
         if any(noun.region is None and of_f not in kept.maps for of_f, noun in nouns):
