@@ -143,13 +143,21 @@ class NounMaps:
         known.maps[part].index_add_(0, index, resized)
         known.counts.index_add_(0, index, torch.ones_like(known.counts[index]))
 
+    def maps(self, key: Hashable) -> Tensor:
+        """A noun's map (B, H, W), the mean of all layers and steps so far. KeyError before the first of them."""
+        return self._mean(self._sums[key])
+
     def region(self) -> Tensor | None:
         """Where C may differ from F, after all maps so far: (B, H, W), 0 or 1; None before the first of them."""
         found = [self._region_of(one) for one in self._sums.values()]
         return torch.stack(found).amax(dim=0) if found else None
 
     def _region_of(self, one: _Sum) -> Tensor:
-        return region_of(one.maps / one.counts.clamp(min=1)) if one.region is None else one.region
+        return region_of(self._mean(one)) if one.region is None else one.region
+
+    @staticmethod
+    def _mean(one: _Sum) -> Tensor:
+        return one.maps / one.counts.clamp(min=1)
 
 
 Where = Callable[[ExtraOptions, Hashable], tuple[Hashable, Sequence[int] | None, Sequence[int] | None]]

@@ -117,6 +117,7 @@ def test_maps_are_means_over_layers_of_all_sizes():
     maps, whole = NounMaps(2, (8, 8)), torch.rand(2, 8, 8)
     maps.add("ball", whole)
     maps.add("ball", 3 * whole)
+    assert torch.equal(maps.maps("ball"), 2 * whole)
     assert torch.equal(maps.region(), region_of(2 * whole))
     small = F.avg_pool2d(whole, 2)
     alone = NounMaps(2, (8, 8))
