@@ -43,18 +43,18 @@ PAIRS = (
     ("slate and apricot mushroom", "indigo and peach star"),
     ("turquoise and maroon butterfly", "chocolate and cream cat"),
     ("teal and coral ball", "olive and sky house"),
-    ("rust and lavender heart", "mint and plum car"),
     ("magenta and lime fish", "slate and apricot mushroom"),
     ("chocolate and cream cat", "teal and coral ball"),
-    ("mint and plum car", "gold and navy cup"),
+    ("indigo and peach star", "gold and navy cup"),
+    ("olive and sky house", "turquoise and maroon butterfly"),
 )
 EACH = "a stream each"
 
 
 def normalised(maps: Tensor, power: float = 1.0) -> Tensor:
     """w_k = m_k^p / sum_j m_j^p with m_k = M_k / max M_k: nouns' maps (K, B, H, W) -> their shares, which sum to 1."""
-    relative = (maps / maps.amax(dim=(-2, -1), keepdim=True).clamp(min=1e-12)).clamp(min=1e-6) ** power
-    return relative / relative.sum(dim=0, keepdim=True)
+    relative = maps / maps.amax(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
+    return (power * relative.clamp(min=1e-6).log()).softmax(dim=0)
 
 
 def sides(maps: Tensor) -> Tensor:
@@ -134,14 +134,14 @@ def draw(
 
 
 def scores(
-    toybox: Toybox, judge: Judge, names: Sequence[str], latents: dict[Kind | str, Tensor]
+    toybox: Toybox, judge: Judge, names: Sequence[str], nouns: Sequence[str], latents: dict[Kind | str, Tensor]
 ) -> tuple[dict[Kind | str, list[Scores]], int]:
     """Of every kind, for both concepts; only of pictures whose plain one shows both, and how many are left out."""
     pictures = {kind: toybox.vae.pictures(x) for kind, x in latents.items()}
     concepts = [drawn_concept(name) for name in names]
     seen = judge.nouns(halves(pictures["plain"]))
     left, right = seen[: len(seen) // 2], seen[len(seen) // 2 :]
-    shows = [both == tuple(one.noun for one in concepts) for both in zip(left, right, strict=True)]
+    shows = [both == tuple(nouns) for both in zip(left, right, strict=True)]
     pictures = {kind: shown[torch.tensor(shows)] for kind, shown in pictures.items()}
     if not any(shows):
         return {}, len(shows)
@@ -223,13 +223,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--schemes", nargs="*", default=list(SCHEMES), choices=SCHEMES)
+    parser.add_argument(
+        "--same-noun", action="store_true", help="the second concept at another place of the first's noun"
+    )
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     given = parser.parse_args()
     toybox, judge, gathered, left_out = Toybox.load(), Judge.load(), [], 0
     for names in PAIRS[: given.pairs]:
         pair = [load_residual(given.folder / f"{name.replace(' ', '_')}.safetensors") for name in names]
+        if given.same_noun:
+            pair[1] = replace(pair[1], noun=pair[0].noun)
         latents = draw(toybox, pair, range(1, given.seeds + 1), given.steps, given.schemes)
-        found, missing = scores(toybox, judge, names, latents)
+        found, missing = scores(toybox, judge, names, [one.noun for one in pair], latents)
         gathered, left_out = [*gathered, found] if found else gathered, left_out + missing
         print(f"drawn: {' and '.join(names)}", flush=True)
         if not gathered:

@@ -265,6 +265,8 @@ def test_shares_of_nouns_sum_to_one_and_sharpen():
     torch.testing.assert_close(
         infusion_pairs.normalised(maps, 64.0)[0, 0, 0], torch.tensor([1.0, 0.0, 0.0]), rtol=0, atol=1e-5
     )
+    nowhere = infusion_pairs.normalised(torch.zeros(2, 1, 1, 3), 64.0)
+    assert torch.equal(nowhere, torch.full((2, 1, 1, 3), 0.5))
 
 
 def test_a_ratio_of_what_goes_together_has_no_interval():
