@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..profusion.holding import BACKGROUNDS, FREE
+from ..profusion.holding import BACKGROUNDS, CONCEPTS, FREE, TOGETHER
 from ..profusion.infusion import check_context_width
 from ..profusion.prompt import OCCURRENCES
 from . import inputs
@@ -136,6 +136,17 @@ class InfusionAttentionPatch(io.ComfyNode):
                         "outgrow the plain picture's outline. Needs stream: own trajectory."
                     ),
                 ),
+                io.Combo.Input(
+                    "concepts",
+                    options=list(CONCEPTS),
+                    default=TOGETHER,
+                    optional=True,
+                    tooltip=(
+                        "Several concepts, together: in one evaluation, in which a little of one's look reaches the "
+                        "others. each apart: one evaluation each, so that every concept is what it is alone. Needs a "
+                        "background that is held."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model, ready to draw the concepts of the conditioning."),
@@ -159,23 +170,29 @@ class InfusionAttentionPatch(io.ComfyNode):
         region=None,
         conditioning=None,
         background=FREE,
+        concepts=TOGETHER,
         **more,
     ) -> io.NodeOutput:
         check_connected(clip=clip)
         layers = model_layers(model)
-        concepts = [ConceptInput("", residual, strength, occurrence, region), *_more_concepts(more)]
+        given = [ConceptInput("", residual, strength, occurrence, region), *_more_concepts(more)]
         pseudo_words = 0 if conditioning is None else _pseudo_words(conditioning, text)
-        placed = place_concepts(clip, text, layers, concepts, start_percent, end_percent, pseudo_words)
+        placed = place_concepts(clip, text, layers, given, start_percent, end_percent, pseudo_words)
         conditioning = (
             encode_prompt(clip, text, placed) if conditioning is None else placed_in(clip, text, conditioning, placed)
         )
         check_context_width(conditioning[0][0].shape[-1], layers)
         warn = warn_under(cls)
-        others = other_bases([concept.residual for concept in concepts], model)
+        others = other_bases([concept.residual for concept in given], model)
         if others:
             warn("\n".join(others))
         patched = add_streams(
-            model, layers, stream == SHARED_LATENT, on_plain=lambda: warn(NO_CONCEPT), background=background
+            model,
+            layers,
+            stream == SHARED_LATENT,
+            on_plain=lambda: warn(NO_CONCEPT),
+            background=background,
+            concepts=concepts,
         )
         return io.NodeOutput(patched, conditioning)
 

@@ -13,7 +13,7 @@ import logging
 import math
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -28,7 +28,16 @@ from torch import Tensor
 
 from ...profusion.apart import Apart
 from ...profusion.coroutine import Coroutine
-from ...profusion.holding import FREE, NO_PICTURE, Holding, cross_attention
+from ...profusion.holding import (
+    APART,
+    FREE,
+    NO_PICTURE,
+    NOT_HELD,
+    TOGETHER,
+    Holding,
+    cross_attention,
+    of_noun,
+)
 from ...profusion.infusion import (
     CONCEPTS_KEY,
     ExtraOptions,
@@ -103,24 +112,28 @@ def add_streams(
     on_foundation: Callable[[Tensor], None] | None = None,
     on_plain: Callable[[], None] = lambda: None,
     background: str = FREE,
+    concepts: str = TOGETHER,
 ) -> ModelPatcher:
     """A clone of MODEL that draws the concepts that conditionings carry; a run without any is the plain run.
 
     shared_latent: F looks at C's latent instead of following its own trajectory. A model that has the streams already
     gets these in their place. `on_foundation`, for whoever wants to see the plain picture too, is given F's finished
     latent (own trajectory only). `on_plain` is called at each sampling run whose conditionings carry no concept.
-    background: see `holding.BACKGROUNDS`; `drawn_region` finds the regions of what was drawn with the clone. Raises
-    ValueError where a shared latent leaves nothing to hold it to.
+    background: see `holding.BACKGROUNDS`; `drawn_region` finds the regions of what was drawn with the clone. concepts:
+    see `holding.CONCEPTS`. Raises ValueError where a shared latent leaves nothing to hold it to, or a free background
+    nothing to keep concepts apart by.
     """
     if shared_latent and background != FREE:
         raise ValueError(f"background={background!r} and stream='shared latent': {NO_PICTURE}")
+    if concepts == APART and background == FREE:
+        raise ValueError(f"concepts={concepts!r} and background={background!r}: {NOT_HELD}")
     names, regions = tuple(layer.name for layer in layers), DrawnRegions()
     patched = model.clone()
     patched.set_attachments(KEY, regions)
     wrappers = {
         WrappersMP.PREPARE_SAMPLING: _reserve_memory,
         WrappersMP.SAMPLER_SAMPLE: _sampler_wrapper(
-            lambda: _Streams(names, background), shared_latent, on_foundation, on_plain, regions
+            lambda: _Streams(names, background, concepts == APART), shared_latent, on_foundation, on_plain, regions
         ),
         WrappersMP.CALC_COND_BATCH: _evaluate_stream,
     }
@@ -214,7 +227,9 @@ def _evaluate_stream(executor, model, conds, x, sigma, model_options, *args, **k
     if stream is None:
         return executor(model, conds, x, sigma, model_options, *args, **kwargs)
 
-    def evaluate(evaluation: Evaluation, patches: Patches, apart: Callable = lambda value: value) -> list[Tensor]:
+    def evaluate(
+        evaluation: Evaluation, patches: Patches, apart: Callable = lambda value: value, x: Tensor = x
+    ) -> list[Tensor]:
         own = copy.copy(executor)
         own.wrappers, options = apart(executor.wrappers), evaluation.options(apart(model_options), patches)
         with _uncompiled():
@@ -242,11 +257,12 @@ class _Calls:
 class _Streams:
     """How the two streams of one sampling run are evaluated, and what they share: F's queries."""
 
-    def __init__(self, layers: tuple[str, ...], background: str = FREE):
+    def __init__(self, layers: tuple[str, ...], background: str = FREE, keep_apart: bool = False):
         self._layers = layers
-        self._background = background
+        self._background, self._keep_apart = background, keep_apart
         self.holding: Holding | None = None
-        self._predicted: dict[tuple[int, ...], list[Tensor]] = {}  # F's, of these pictures of the batch
+        # F's, of these pictures of the batch: the latent, its noise level, and what was predicted of it.
+        self._plain: dict[tuple[int, ...], tuple[Tensor, float, list[Tensor]]] = {}
         self._queries = WaitingQueries()
         self._placements: dict = {}
         self._regrouped: dict = {}
@@ -254,13 +270,15 @@ class _Streams:
         self._seen_at: float | None = None  # the noise level of F's queries
         self._told = False
         self._apart = Apart(_SHARED)
+        self._apart_for: dict[Hashable, Apart] = {}  # for the evaluations of concepts that have one each
         self.foundation_calls, self.customised_calls = _Calls(), _Calls()
 
     def hold(self, model: Any, noise: Tensor) -> bool:
         """Begin to hold the background of a run with this noise, where it is to be held at all."""
         if self._background != FREE:
             attention_of = partial(cross_attention, model.diffusion_model)
-            self.holding = Holding(self._background, attention_of, len(noise), noise.shape[-2:])
+            size = noise.shape[-2:]
+            self.holding = Holding(self._background, attention_of, len(noise), size, self._keep_apart)
         return self.holding is not None
 
     def asking_foundation(self, ask: Callable) -> Callable:
@@ -331,7 +349,7 @@ class _Streams:
         predicted = evaluate(evaluation, patches)
         self._turns = evaluation.turns
         if self.holding is not None:
-            self._predicted[_pictures(conds, len(x))] = predicted
+            self._plain[_pictures(conds, len(x))] = x, sigma, predicted
         return predicted
 
     def _nouns(self, model: Any, conds: Sequence, x: Tensor, whose: Owners) -> tuple[Callable, Owners, Callable]:
@@ -350,11 +368,38 @@ class _Streams:
         return placements_for, whose, where
 
     def _customised(self, evaluate, model, conds, x, sigma, options):
+        if self.holding is None:
+            return self._drawn(None, evaluate, model, conds, x, sigma, options)
+        pictures = _pictures(conds, len(x))
+        foundation, level, plain = self._plain.get(pictures, (x, sigma, ()))
+        if not math.isclose(level, sigma, rel_tol=1e-4):
+            foundation = x  # a step cache left it out
+        drawn, nouns, before = {}, self.holding.nouns(), _random_state(x.device)
+        for noun in reversed(nouns):  # copies are made of what the first, which has the originals, has not yet changed
+            own, own_conds = evaluate, conds
+            if noun != nouns[0]:
+                apart = self._apart_for.setdefault(noun, Apart(_SHARED))
+                own = partial(evaluate, apart=apart)
+                own_conds = [group and [_controlled_apart(cond, apart) for cond in group] for group in conds]
+            _set_random_state(x.device, before)
+            seen = self.holding.seen_by(noun, x, foundation, pictures)
+            drawn[noun] = self._drawn(noun, own, model, own_conds, seen, sigma, options)
+        joined = [
+            self.holding.joined(dict(zip(drawn, of_group, strict=True)), pictures)
+            for of_group in zip(*drawn.values(), strict=True)
+        ]
+        if len(plain) != len(joined):  # a pack that evaluates some groups now and then
+            return joined
+        return [self.holding.denoised(*both, pictures) for both in zip(joined, plain, strict=True)]
+
+    def _drawn(self, noun: Hashable | None, evaluate, model, conds, x, sigma, options) -> list[Tensor]:
+        """C's predictions for each group of conditionings, with all concepts or with the one at this noun."""
         placements = {}
         for index, group in enumerate(conds):
             for cond in group or ():
-                placed = [placement for placement in self._of(index, cond, model, x) if placement.is_active(sigma)]
-                placements[identity(index, cond)] = placed, _size(cond, x)
+                key = identity(index, cond)
+                placed = of_noun(self._of(index, cond, model, x), key, noun)
+                placements[key] = [one for one in placed if one.is_active(sigma)], _size(cond, x)
 
         def placements_for(extra_options: ExtraOptions, owner: tuple) -> list[Placement]:
             found, size = placements[owner[0]]
@@ -365,17 +410,10 @@ class _Streams:
         whose = owners_after(self._turns)
         patches = customised_patches(self._queries, placements_for, whose)
         if self.holding is not None:
-            patches = self.holding.watching_customised(patches, *self._nouns(model, conds, x, whose))
-        predicted = evaluate(evaluation, patches)
+            patches = self.holding.watching_customised(patches, *self._nouns(model, conds, x, whose), noun=noun)
+        predicted = evaluate(evaluation, patches, x=x)
         check_turns(self._turns, evaluation.turns, options)
-        return predicted if self.holding is None else self._held(predicted, _pictures(conds, len(x)))
-
-    def _held(self, predicted: list[Tensor], pictures: tuple[int, ...]) -> list[Tensor]:
-        """C's predictions for each group of conditionings, and thereby what guidance makes of them, with F's around."""
-        plain = self._predicted.get(pictures, ())
-        if len(plain) != len(predicted):  # a pack that evaluates some groups now and then
-            return predicted
-        return [self.holding.denoised(*both, pictures) for both in zip(predicted, plain, strict=True)]
+        return predicted
 
     def _in_pictures(self, placement: Placement, pictures: tuple[int, ...]) -> Placement:
         """A placement whose region has a mask for each of these pictures of the batch, as a region's masks go round."""
