@@ -11,8 +11,8 @@ drawn plain, with each concept alone and with both, beside one run of the plain 
   moves its own object
 
 Both together are drawn in several ways, all from F's maps M_k of the nouns so far (`holding.NounMaps`): out_C =
-out_F + sum_k w_k A_k V_delta_k with the weights that SCHEMES name. "a stream each" is the ceiling: every concept has a
-run of its own, and each region its concept's; it costs as many more runs.
+out_F + sum_k w_k A_k V_delta_k with the weights that SCHEMES name. "each apart" is Infusion Attention Patch's choice:
+an evaluation for each concept (`holding.APART`), which costs as many more.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks.results import plus_minus, table
 from profusion.diffusion import per_row, sampling_sigmas, variance_exploding
-from profusion.holding import FREE, HELD, Holding, NounMaps, cross_attention, map_patches, region_of
+from profusion.holding import APART, FREE, HELD, Holding, NounMaps, cross_attention, map_patches, of_noun
 from profusion.infusion import Placement, customised_patches, foundation_patches, on_conditional
 from profusion.residual import Residual, load_residual
 from profusion.toybox.concepts import drawn_concept
@@ -48,7 +48,6 @@ PAIRS = (
     ("indigo and peach star", "gold and navy cup"),
     ("olive and sky house", "turquoise and maroon butterfly"),
 )
-EACH = "a stream each"
 
 
 def normalised(maps: Tensor, power: float = 1.0) -> Tensor:
@@ -88,18 +87,24 @@ class Scores:
 
 @torch.no_grad()
 def draw(
-    toybox: Toybox, pair: Sequence[Residual], seeds: Sequence[int], steps: int, schemes: Sequence[str]
+    toybox: Toybox,
+    pair: Sequence[Residual],
+    seeds: Sequence[int],
+    steps: int,
+    schemes: Sequence[str],
+    backgrounds: Sequence[str],
 ) -> dict[Kind | str, Tensor]:
     """Latents (B, 4, h, w): plain, and of every kind, beside one F."""
     prompt = PROMPT.format(*(residual.noun for residual in pair))
     both = toybox.placements(prompt, pair)
-    placed: dict[str, list[Placement]] = {"first": both[:1], "second": both[1:], "both": both}
+    placed: dict[str, list[Placement]] = {"first": both[:1], "second": both[1:], "both": both, APART: both}
     noise, sigmas = initial_noise(seeded(*seeds)), sampling_sigmas(steps)
     evaluate = toybox.evaluator(toybox.context(prompt).expand(len(seeds), -1, -1), CUSTOMISED_GUIDANCE)
     attention_of, size = partial(cross_attention, toybox.unet), noise.shape[-2:]
-    holdings = {name: Holding(HELD, attention_of, len(seeds), size) for name in placed}
+    holdings = {name: Holding(HELD, attention_of, len(seeds), size, name == APART) for name in placed}
     maps = NounMaps(len(seeds), size)
-    kinds = [(name, background) for name in ("first", "second", *schemes) for background in (FREE, HELD)]
+    kinds = [(name, background) for name in ("first", "second", *schemes) for background in backgrounds]
+    kinds += [(APART, HELD)] if HELD in backgrounds else []
     latents = dict.fromkeys(("plain", *kinds), variance_exploding(noise, sigmas[0]))
     for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
         levels, queries = sigma.expand(len(seeds)), {}
@@ -114,10 +119,14 @@ def draw(
             of_run, told_apart = placed.get(name, both), SCHEMES.get(name)
             if told_apart is not None:
                 of_run = [replace(one, region=share) for one, share in zip(both, told_apart(seen), strict=True)]
-            drawn = evaluate(latents[name, background], levels, customised_patches(queries, on_conditional(of_run)))
-            if background == HELD:
-                drawn = holdings[name if name in placed else "both"].denoised(drawn, denoised["plain"])
-            denoised[name, background] = drawn
+            x, holding = latents[name, background], holdings[name if name in placed else "both"]
+            drawn = {}
+            for noun in holding.nouns():
+                placements_for = on_conditional(of_noun(of_run, 0, noun))
+                x_k = holding.seen_by(noun, x, latents["plain"])
+                drawn[noun] = evaluate(x_k, levels, customised_patches(queries, placements_for))
+            joined = holding.joined(drawn)
+            denoised[name, background] = holding.denoised(joined, denoised["plain"]) if background == HELD else joined
         latents = {
             kind: denoised[kind] + (x - denoised[kind]) * per_row(after / sigma, x) for kind, x in latents.items()
         }
@@ -125,11 +134,6 @@ def draw(
         if background == HELD:
             holding = holdings[name if name in placed else "both"]
             latents[name, HELD] = holding.finished(latents[name, HELD], latents["plain"])
-    mine = normalised(seen, 64.0) > 0.5
-    for index, name in enumerate(("first", "second")):
-        inside = (mine[index] & (region_of(seen[index]) > 0))[:, None]
-        before = latents.get((EACH, HELD), latents["plain"])
-        latents[EACH, HELD] = torch.where(inside, latents[name, HELD], before)
     return latents
 
 
@@ -223,6 +227,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--schemes", nargs="*", default=list(SCHEMES), choices=SCHEMES)
+    parser.add_argument("--backgrounds", nargs="+", default=[FREE, HELD], choices=[FREE, HELD])
     parser.add_argument(
         "--same-noun", action="store_true", help="the second concept at another place of the first's noun"
     )
@@ -233,7 +238,8 @@ def main() -> None:
         pair = [load_residual(given.folder / f"{name.replace(' ', '_')}.safetensors") for name in names]
         if given.same_noun:
             pair[1] = replace(pair[1], noun=pair[0].noun)
-        latents = draw(toybox, pair, range(1, given.seeds + 1), given.steps, given.schemes)
+        seeds = range(1, given.seeds + 1)
+        latents = draw(toybox, pair, seeds, given.steps, given.schemes, given.backgrounds)
         found, missing = scores(toybox, judge, names, [one.noun for one in pair], latents)
         gathered, left_out = [*gathered, found] if found else gathered, left_out + missing
         print(f"drawn: {' and '.join(names)}", flush=True)

@@ -374,14 +374,16 @@ class _Streams:
         foundation, level, plain = self._plain.get(pictures, (x, sigma, ()))
         if not math.isclose(level, sigma, rel_tol=1e-4):
             foundation = x  # a step cache left it out
-        drawn, nouns, before = {}, self.holding.nouns(), _random_state(x.device)
+        drawn, nouns = {}, self.holding.nouns()
+        before = _random_state(x.device) if len(nouns) > 1 else None
         for noun in reversed(nouns):  # copies are made of what the first, which has the originals, has not yet changed
             own, own_conds = evaluate, conds
             if noun != nouns[0]:
                 apart = self._apart_for.setdefault(noun, Apart(_SHARED))
                 own = partial(evaluate, apart=apart)
                 own_conds = [group and [_controlled_apart(cond, apart) for cond in group] for group in conds]
-            _set_random_state(x.device, before)
+            if before is not None:
+                _set_random_state(x.device, before)
             seen = self.holding.seen_by(noun, x, foundation, pictures)
             drawn[noun] = self._drawn(noun, own, model, own_conds, seen, sigma, options)
         joined = [
