@@ -18,7 +18,6 @@ an evaluation for each concept (`holding.APART`), which costs as many more.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.results import plus_minus, table
+from benchmarks.results import plus_minus, table, write
 from profusion.diffusion import per_row, sampling_sigmas, variance_exploding
 from profusion.holding import APART, FREE, HELD, Holding, NounMaps, cross_attention, map_patches, of_noun
 from profusion.infusion import Placement, customised_patches, foundation_patches, on_conditional
@@ -161,8 +160,9 @@ def scores(
         return ((one - other).abs().mean(dim=-1) * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2)).clamp(min=1)
 
     plain_objects, found = objects(pictures["plain"]), {}
+    (any_background, *_) = (kind[1] for kind in pictures if kind[0] == "first")
     for kind, shown in pictures.items():
-        masks, of_kind, background = objects(shown), [], FREE if kind == "plain" else kind[1]
+        masks, of_kind, background = objects(shown), [], any_background if kind == "plain" else kind[1]
         for index, concept in enumerate(concepts):
             other = 1 - index
             without = pictures[("first", "second")[other], background]
@@ -220,6 +220,16 @@ def summary(gathered: Sequence[dict[Kind | str, list[Scores]]]) -> dict[str, dic
     return found
 
 
+def report(figures: dict[str, dict[str, list[float]]], pairs: int, pictures: int, left_out: int) -> str:
+    """In Markdown."""
+    rows = [[kind, *(plus_minus(values) for values in of_kind.values())] for kind, of_kind in figures.items()]
+    shown = table(["both, background", *next(iter(figures.values()))], rows)
+    return (
+        f"{pairs} pairs, {pictures} pictures of each kind. Left out, since the plain one does not show both nouns: "
+        f"{left_out}.\n\n{shown}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="with the residuals, named as their concept, _ for spaces")
@@ -243,16 +253,11 @@ def main() -> None:
         found, missing = scores(toybox, judge, names, [one.noun for one in pair], latents)
         gathered, left_out = [*gathered, found] if found else gathered, left_out + missing
         print(f"drawn: {' and '.join(names)}", flush=True)
-        if not gathered:
-            continue
-        figures = summary(gathered)
-        if given.out:
-            given.out.write_text(json.dumps({"left out": left_out, "figures": figures}, indent=2) + "\n")
+        if gathered:
+            figures, pictures = summary(gathered), sum(len(found["plain"][0].own) for found in gathered)
+            write(given.out, vars(given), figures, report(figures, len(gathered), pictures, left_out))
     if not gathered:
         raise SystemExit("no plain picture shows both nouns: nothing can be measured")
-    rows = [[kind, *(plus_minus(values) for values in of_kind.values())] for kind, of_kind in figures.items()]
-    print(table(["both, background", *next(iter(figures.values()))], rows))
-    print(f"{left_out} pictures left out: their plain one does not show both")
 
 
 if __name__ == "__main__":

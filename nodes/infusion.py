@@ -78,7 +78,7 @@ class InfusionAttentionPatch(io.ComfyNode):
             description=(
                 "Draws learned concepts at their nouns in a prompt, on the layout and background of the plain picture "
                 "(Infusion, arXiv 2404.14007). Give both outputs to any sampler. Every step evaluates the model twice, "
-                "however many concepts there are."
+                "however many concepts there are; kept apart, once for the plain picture and once for each."
             ),
             inputs=[
                 io.Model.Input(
