@@ -224,10 +224,8 @@ def report(figures: dict[str, dict[str, list[float]]], pairs: int, pictures: int
     """In Markdown."""
     rows = [[kind, *(plus_minus(values) for values in of_kind.values())] for kind, of_kind in figures.items()]
     shown = table(["both, background", *next(iter(figures.values()))], rows)
-    return (
-        f"{pairs} pairs, {pictures} pictures of each kind. Left out, since the plain one does not show both nouns: "
-        f"{left_out}.\n\n{shown}"
-    )
+    counted = f"{pairs} {'pairs' if pairs > 1 else 'pair'}, {pictures} pictures of each kind."
+    return f"{counted} Left out, since the plain one does not show both nouns: {left_out}.\n\n{shown}"
 
 
 def main() -> None:
