@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..profusion.holding import BACKGROUNDS, FREE
+from ..profusion.holding import BACKGROUNDS, CONCEPTS, FREE, TOGETHER
 from ..profusion.infusion import check_context_width
 from ..profusion.prompt import OCCURRENCES
 from ..profusion.stride import EVERY, MOST
@@ -79,7 +79,8 @@ class InfusionAttentionPatch(io.ComfyNode):
             description=(
                 "Draws learned concepts at their nouns in a prompt, on the layout and background of the plain picture "
                 "(Infusion, arXiv 2404.14007). Give both outputs to any sampler. However many concepts there are, "
-                "it costs a quarter more than the plain picture, or twice as much where every is 1."
+                "it costs a quarter more than the plain picture, or twice as much where every is 1; kept apart, that "
+                "much more for each."
             ),
             inputs=[
                 io.Model.Input(
@@ -137,6 +138,17 @@ class InfusionAttentionPatch(io.ComfyNode):
                         "outgrow the plain picture's outline. Needs stream: own trajectory."
                     ),
                 ),
+                io.Combo.Input(
+                    "concepts",
+                    options=list(CONCEPTS),
+                    default=TOGETHER,
+                    optional=True,
+                    tooltip=(
+                        "Several concepts, together: in one evaluation, in which a little of one's look reaches the "
+                        "others. each apart: one evaluation each, so that every concept is what it is alone. Needs a "
+                        "background that is held."
+                    ),
+                ),
                 io.Int.Input(
                     "every",
                     default=EVERY,
@@ -172,20 +184,21 @@ class InfusionAttentionPatch(io.ComfyNode):
         region=None,
         conditioning=None,
         background=FREE,
+        concepts=TOGETHER,
         every=1,
         **more,
     ) -> io.NodeOutput:
         check_connected(clip=clip)
         layers = model_layers(model)
-        concepts = [ConceptInput("", residual, strength, occurrence, region), *_more_concepts(more)]
+        given = [ConceptInput("", residual, strength, occurrence, region), *_more_concepts(more)]
         pseudo_words = 0 if conditioning is None else _pseudo_words(conditioning, text)
-        placed = place_concepts(clip, text, layers, concepts, start_percent, end_percent, pseudo_words)
+        placed = place_concepts(clip, text, layers, given, start_percent, end_percent, pseudo_words)
         conditioning = (
             encode_prompt(clip, text, placed) if conditioning is None else placed_in(clip, text, conditioning, placed)
         )
         check_context_width(conditioning[0][0].shape[-1], layers)
         warn = warn_under(cls)
-        others = other_bases([concept.residual for concept in concepts], model)
+        others = other_bases([concept.residual for concept in given], model)
         if others:
             warn("\n".join(others))
         patched = add_streams(
@@ -194,6 +207,7 @@ class InfusionAttentionPatch(io.ComfyNode):
             stream == SHARED_LATENT,
             on_plain=lambda: warn(NO_CONCEPT),
             background=background,
+            concepts=concepts,
             every=every,
         )
         return io.NodeOutput(patched, conditioning)

@@ -11,6 +11,14 @@ noise, so C's latent is F's there. Cells that were in the region once keep somet
 latents takes that too, and then C is F's outside the region to the bit, whatever the sampler was.
 
 A concept with a region of the user's has that one in the place of M's: the user has said where.
+
+Several concepts in one stream do not meet in the maps, which hardly overlap, but in C's self-attention and
+convolutions, which carry one's look to the other (benchmarks/infusion_pairs.py). Apart, each noun k has an evaluation
+of its own, with its residual alone, and sees of C its own share of the region alone: what it would see without the
+others. With w_k = 1 where M_k / max M_k is the largest of the nouns' (Infusion combines concepts by maps that are
+normalised between them), 0 elsewhere, and x the latent before the step,
+
+    D_C = sum_k w_k D(x_k; delta_k),    x_k = x_F + w_k region (x_C - x_F)
 """
 
 from __future__ import annotations
@@ -31,6 +39,12 @@ FREE, SOFTLY, HELD = "free", "held softly", "held"
 BACKGROUNDS = (FREE, SOFTLY, HELD)
 THRESHOLD = 0.35  # of the largest value of a noun's map
 GROWN = 1  # cells of the latent around what is above it
+TOGETHER, APART = "together", "each apart"
+CONCEPTS = (TOGETHER, APART)
+NOT_HELD = (
+    "what is kept apart is found and put together by the regions of a held background: set background to 'held', or "
+    "leave the concepts together"
+)
 NO_PICTURE = (
     "on a shared latent the foundation draws no picture of its own, so that the background cannot be held to it: take "
     "the foundation's own trajectory, or leave the background free"
@@ -85,6 +99,17 @@ def feathered(region: Tensor, cells: int = _FEATHER) -> Tensor:
         reached = F.max_pool2d(reached[:, None], 3, stride=1, padding=1)[:, 0]
         soft = torch.maximum(soft, reached * (1 - step / (cells + 1)))
     return soft
+
+
+def winners(maps: Tensor, regions: Tensor) -> Tensor:
+    """w_k: 1 for the noun whose map, normalised between the nouns, is the largest in a cell, and 0 for the others.
+
+    maps, regions: (K, B, H, W) of all nouns -> (K, B, H, W), which sums to 1 over the nouns. In a noun's own region no
+    noun comes before it that has the cell not in its own.
+    """
+    relative = maps / maps.amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
+    first = (relative + 2 * (regions > 0)).argmax(dim=0)
+    return F.one_hot(first, len(maps)).movedim(-1, 0).to(maps)
 
 
 def held(customised: Tensor, foundation: Tensor, region: Tensor) -> Tensor:
@@ -169,6 +194,31 @@ class NounMaps:
                 known.maps, known.counts = known.maps + one.maps, known.counts + one.counts
         self._latest = {}
 
+    def put_in_order(self, keys: Sequence[Hashable]) -> None:
+        """Let the last evaluation's nouns be in this order, whatever order its rows were evaluated in.
+
+        Of nouns whose maps are alike the first one counts, so that a kept evaluation has to have them in the same.
+        """
+        ordered = [key for key in dict.fromkeys([*keys, *self._latest]) if key in self._latest]
+        self._latest = {key: self._latest[key] for key in ordered}
+
+    def maps(self, key: Hashable) -> Tensor:
+        """A noun's map (B, H, W), the mean of all layers and steps so far. KeyError before the first of them."""
+        self.settle()
+        return self._mean(self._sums[key])
+
+    def nouns(self) -> list[Hashable]:
+        """The nouns of which there are maps: (what `where` told of the owner, place among the owner's placements)."""
+        self.settle()
+        return list(self._sums)
+
+    def shares(self) -> dict[Hashable, Tensor]:
+        """Each noun's share of the picture: (B, H, W), 0 or 1; see `winners`."""
+        self.settle()
+        sums = self._sums.values()
+        found = winners(torch.stack([self._mean(one) for one in sums]), torch.stack([*map(self._region_of, sums)]))
+        return dict(zip(self._sums, found, strict=True))
+
     def region(self) -> Tensor | None:
         """Where C may differ from F, after all maps so far: (B, H, W), 0 or 1; None before the first of them."""
         self.settle()
@@ -176,7 +226,11 @@ class NounMaps:
         return torch.stack(found).amax(dim=0) if found else None
 
     def _region_of(self, one: _Sum) -> Tensor:
-        return region_of(one.maps / one.counts.clamp(min=1)) if one.region is None else one.region
+        return region_of(self._mean(one)) if one.region is None else one.region
+
+    @staticmethod
+    def _mean(one: _Sum) -> Tensor:
+        return one.maps / one.counts.clamp(min=1)
 
     def _part(self, area: Sequence[int] | None) -> tuple[slice, slice, slice]:
         """An area's place in (B, H, W), cut off at the latent's edges."""
@@ -200,14 +254,21 @@ Where = Callable[[ExtraOptions, Hashable], tuple[Hashable, Sequence[int] | None,
 """`where(extra_options, owner) -> (key, pictures, area)`: what `NounMaps.add` is told of an owner's rows."""
 
 
+def of_noun(placements: Sequence[Placement], key: Hashable, noun: Hashable | None) -> list[Placement]:
+    """An owner's placements, or of them the one at this noun; key: what `where` tells of the owner."""
+    return [one for index, one in enumerate(placements) if noun is None or (key, index) == noun]
+
+
 def map_patches(
     maps: NounMaps,
     attention_of: Callable[[str], Attention],
     placements_for: PlacementsFor,
     owners: Owners = chunks_in_order,
     where: Where = lambda _, owner: (owner, None, None),
+    noun: Hashable | None = None,
 ) -> Patches:
-    """Patches that add to `maps` what a stream's cross-attentions say of its nouns, and change nothing.
+    """Patches that add to `maps` what a stream's cross-attentions say of its nouns, or of one of them, and change
+    nothing.
 
     They must see what `foundation_patches` sees: the UNet's own n and context, before other packs' patches.
     """
@@ -218,12 +279,15 @@ def map_patches(
             return n, context, value  # merged tokens, say: where each is nobody can tell
         attention = attention_of(layer_name(extra_options))
         for owner, own_n, own_context in zip(whose, n.chunk(len(whose)), context.chunk(len(whose)), strict=True):
-            placements: Sequence[Placement] = [p for p in placements_for(extra_options, owner) if p.adds()]
+            placed = enumerate(placements_for(extra_options, owner))
+            placements: dict[int, Placement] = {index: one for index, one in placed if one.adds()}
             if not placements:
                 continue
-            probabilities = attention_probabilities(attention, own_n, own_context)
             key, pictures, area = where(extra_options, owner)
-            for index, placement in enumerate(placements):
+            if noun is not None:
+                placements = {index: one for index, one in placements.items() if (key, index) == noun}
+            probabilities = attention_probabilities(attention, own_n, own_context)
+            for index, placement in placements.items():
                 found = probabilities[..., placement.rows_in(own_context)].sum(dim=-1).view(len(own_n), *size)
                 maps.add((key, index), found, placement.region, pictures, area)
         return n, context, value
@@ -244,13 +308,21 @@ class Holding:
     """How one run of both streams holds the background. background: softly, or to the bit.
 
     Softly, the region is F's and C's own together, by the map of the noun that each one's queries make, and its edge is
-    soft: a shape that has to grow beyond F's outline may. Nothing is replaced at the end.
+    soft: a shape that has to grow beyond F's outline may. Nothing is replaced at the end. apart: whether several
+    concepts are drawn by an evaluation each.
     """
 
-    def __init__(self, background: str, attention_of: Callable[[str], Attention], pictures: int, size: Sequence[int]):
+    def __init__(
+        self,
+        background: str,
+        attention_of: Callable[[str], Attention],
+        pictures: int,
+        size: Sequence[int],
+        apart: bool = False,
+    ):
         if background not in (SOFTLY, HELD):
             raise ValueError(f"background={background!r}: give {SOFTLY!r} or {HELD!r}")
-        self.softly = background == SOFTLY
+        self.softly, self._apart = background == SOFTLY, apart
         self._attention_of = attention_of
         self._foundation, self._customised = (NounMaps(pictures, tuple(size)) for _ in range(2))
 
@@ -259,16 +331,23 @@ class Holding:
         self._foundation.settle()
         return self._before(patches, map_patches(self._foundation, self._attention_of, placements_for, *known))
 
-    def watching_customised(self, patches: Patches, placements_for: PlacementsFor, *known) -> Patches:
-        """C's patches, and what its own queries say of its nouns where that matters."""
+    def watching_customised(
+        self, patches: Patches, placements_for: PlacementsFor, *known, noun: Hashable | None = None
+    ) -> Patches:
+        """C's patches, and what its own queries say of its nouns, or of one of them, where that matters."""
         if not self.softly:
             return patches
         self._customised.settle()
-        return self._before(patches, map_patches(self._customised, self._attention_of, placements_for, *known))
+        watching = map_patches(self._customised, self._attention_of, placements_for, *known, noun=noun)
+        return self._before(patches, watching)
 
     def latest(self) -> dict[Hashable, tuple[Tensor, Tensor]]:
-        """What F's last evaluation said of each noun, until `region` or the next evaluation; see `NounMaps.latest`."""
+        """What F's last evaluation said of each noun, until that is asked for; see `NounMaps.latest`."""
         return self._foundation.latest()
+
+    def put_in_order(self, nouns: Sequence[Hashable]) -> None:
+        """Let what F's last evaluation said of its nouns be in this order, as `recall` has it in that of its nouns."""
+        self._foundation.put_in_order(nouns)
 
     def recall(self, nouns: Sequence[Noun], known: Mapping[Hashable, tuple[Tensor, Tensor]], device: torch.device):
         """Have what an evaluation of F said of these nouns, as `latest` gave it, in its place."""
@@ -293,6 +372,28 @@ class Holding:
             return region
         own = self._customised.region()
         return feathered(region if own is None else torch.maximum(region, own))
+
+    def nouns(self) -> list[Hashable | None]:
+        """What C is evaluated for, one after another: None is all of its nouns at once."""
+        found = self._foundation.nouns()
+        return found if self._apart and len(found) > 1 else [None]
+
+    def seen_by(
+        self, noun: Hashable | None, customised: Tensor, foundation: Tensor, pictures: Sequence[int] | None = None
+    ) -> Tensor:
+        """x_k: what a noun's evaluation looks at, of C's latent and of F's at the same level, (B, C, H, W) each."""
+        if noun is None:
+            return customised
+        share = self._foundation.shares()[noun] * self.region()
+        return held(customised, foundation, share if pictures is None else share[list(pictures)])
+
+    def joined(self, predictions: Mapping[Hashable | None, Tensor], pictures: Sequence[int] | None = None) -> Tensor:
+        """sum_k w_k D_k of the denoised predictions (B, C, H, W) for each of `nouns`."""
+        (_, joined), *others = predictions.items()
+        for noun, prediction in others:
+            share = self._foundation.shares()[noun]
+            joined = held(prediction, joined, share if pictures is None else share[list(pictures)])
+        return joined
 
     def denoised(self, customised: Tensor, foundation: Tensor, pictures: Sequence[int] | None = None) -> Tensor:
         """C's denoised prediction with F's around the region: (B, C, H, W) each; pictures: which of the batch."""

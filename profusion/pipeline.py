@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .diffusion import Prediction, denoiser, noise_predictor, sample_euler, sampling_sigmas
-from .holding import FREE, Holding, cross_attention
+from .holding import APART, FREE, NOT_HELD, TOGETHER, Holding, cross_attention
 from .infusion import Patches, Placement, cross_attention_layers, on_conditional
 from .models.chunks import chunks
 from .models.conditioning import of_one_length
@@ -129,17 +129,22 @@ class Pipeline:
         callback: Callback | None = None,
         negative: str = "",
         background: str = FREE,
+        concepts: str = TOGETHER,
         every: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """Both streams of a prompt, a picture a generator -> plain and customised latents, (B, 4, cells, cells)
         each. strength: of all residuals, or one for each. background: whether what is around the concepts is held to
-        the plain picture, see `holding.BACKGROUNDS`. every: the customised stream is evaluated at each so manyth step,
-        see `stride`. Raises what `placements` raises."""
+        the plain picture, see `holding.BACKGROUNDS`. concepts: whether several have an evaluation each, see
+        `holding.CONCEPTS`. every: the customised stream is evaluated at each so manyth step, see `stride`. Raises what
+        `placements` raises, and ValueError for concepts apart on a free background."""
+        if concepts == APART and background == FREE:
+            raise ValueError(NOT_HELD)
         placements = self.placements(prompt, residuals, strength)
         evaluate = self.evaluator(*self._guided([prompt] * len(generators), guidance), negative)
         noise, holding = self._noise(generators), None
         if background != FREE:
-            holding = Holding(background, partial(cross_attention, self.unet), len(noise), noise.shape[-2:])
+            attention_of, size = partial(cross_attention, self.unet), noise.shape[-2:]
+            holding = Holding(background, attention_of, len(noise), size, concepts == APART)
         sigmas = self._sigmas(steps)
         stride = Stride(every, sigmas.tolist())
         denoise = two_stream_denoiser(evaluate, on_conditional(placements), shared_latent, holding, stride)

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import charts, judging, mixtures, report, results, run
+from benchmarks import charts, infusion_pairs, judging, mixtures, report, results, run
 from benchmarks.jobs import Job, Runner
 from benchmarks.peers import OURS, PEERS
 from profusion.diffusion import eps_denoiser, sample_euler, sampling_sigmas, training_sigmas
@@ -254,3 +254,23 @@ def test_the_command_line_knows_its_settings(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         run.main()
     assert "quick" in capsys.readouterr().err
+
+
+def test_shares_of_nouns_sum_to_one_and_sharpen():
+    """The map's own size says nothing: a noun that is seen faintly all over the picture still has its place."""
+    maps = torch.tensor([[[[0.8, 0.4, 0.0]]], [[[0.05, 0.1, 0.1]]]])
+    shares = infusion_pairs.normalised(maps)
+    torch.testing.assert_close(shares.sum(dim=0), torch.ones(1, 1, 3))
+    torch.testing.assert_close(shares[0, 0, 0], torch.tensor([2 / 3, 1 / 3, 0.0]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        infusion_pairs.normalised(maps, 64.0)[0, 0, 0], torch.tensor([1.0, 0.0, 0.0]), rtol=0, atol=1e-5
+    )
+    nowhere = infusion_pairs.normalised(torch.zeros(2, 1, 1, 3), 64.0)
+    assert torch.equal(nowhere, torch.full((2, 1, 1, 3), 0.5))
+
+
+def test_a_ratio_of_what_goes_together_has_no_interval():
+    of = torch.tensor([0.2, 0.5, 0.9])
+    assert infusion_pairs.ratio(0.9 * of, of) == pytest.approx([0.9, 0.0], abs=1e-6)
+    share, half = infusion_pairs.ratio(of + torch.tensor([0.1, -0.1, 0.0]), of)
+    assert share == pytest.approx(1.0) and half > 0.1

@@ -1,6 +1,7 @@
 """A held background: where the noun is found, and what is left of C around it."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -20,6 +21,7 @@ from profusion.holding import (
     held,
     noun_map,
     region_of,
+    winners,
 )
 from profusion.infusion import Placement, cross_attention_layers, on_conditional
 from profusion.models.attention import attention_map
@@ -117,6 +119,7 @@ def test_maps_are_means_over_layers_of_all_sizes():
     maps, whole = NounMaps(2, (8, 8)), torch.rand(2, 8, 8)
     maps.add("ball", whole)
     maps.add("ball", 3 * whole)
+    assert torch.equal(maps.maps("ball"), 2 * whole)
     assert torch.equal(maps.region(), region_of(2 * whole))
     small = F.avg_pool2d(whole, 2)
     alone = NounMaps(2, (8, 8))
@@ -147,7 +150,7 @@ def placements(unet, strength=1.0):
     return [Placement(3 * torch.randn(len(layers), 1, 16, generator=torch.manual_seed(2)), layers, (3,), strength)]
 
 
-def drawn(unet, background, strength=1.0, steps=3):
+def drawn(unet, background, strength=1.0, steps=3, placed=None, apart=False):
     """(plain, C) after a few steps of halving noise, and the region."""
     x = torch.randn(2, 4, 8, 8, generator=torch.manual_seed(1)).repeat(2, 1, 1, 1)
     context = torch.randn(1, 7, 16, generator=torch.manual_seed(3)).expand(2, -1, -1)
@@ -157,8 +160,9 @@ def drawn(unet, background, strength=1.0, steps=3):
 
     holding = None
     if background != FREE:
-        holding = Holding(background, partial(cross_attention, unet), 2, (8, 8))
-    denoise = two_stream_denoiser(evaluate, on_conditional(placements(unet, strength)), holding=holding)
+        holding = Holding(background, partial(cross_attention, unet), 2, (8, 8), apart)
+    placed = placements(unet, strength) if placed is None else placed
+    denoise = two_stream_denoiser(evaluate, on_conditional(placed), holding=holding)
     for step in range(steps):
         denoised = denoise(x, torch.full((4,), float(steps - step)))
         x = denoised + 0.5 * (x - denoised)
@@ -198,3 +202,54 @@ def test_what_cannot_be_held_is_refused(unet):
         Holding(FREE, partial(cross_attention, unet), 1, (8, 8))
     with pytest.raises(ValueError, match="draws no picture of its own"):
         two_stream_denoiser(lambda *_: None, on_conditional([]), True, Holding(HELD, lambda _: None, 1, (8, 8)))
+
+
+def test_a_cell_is_the_nouns_that_is_largest_there_of_its_own_map():
+    maps = torch.tensor([[[[0.8, 0.4, 0.3]]], [[[0.05, 0.1, 0.09]]]])
+    anywhere = torch.zeros(2, 1, 1, 3)
+    assert winners(maps, anywhere)[:, 0, 0].tolist() == [[1, 0, 0], [0, 1, 1]]
+    own = anywhere.clone()
+    own[0, ..., 2] = 1
+    assert winners(maps, own)[:, 0, 0].tolist() == [[1, 0, 1], [0, 1, 0]]
+    own[1, ..., 2] = 1
+    assert winners(maps, own)[:, 0, 0].tolist() == [[1, 0, 0], [0, 1, 1]]
+    assert torch.equal(winners(torch.zeros(2, 1, 1, 3), anywhere).sum(dim=0), torch.ones(1, 1, 3))
+
+
+def two_placements(unet):
+    """At two nouns, on the two sides of the picture."""
+    (one,) = placements(unet)
+    left = torch.zeros(8, 8)
+    left[:, :4] = 1
+    other = replace(one, delta=one.delta.flip(0), rows=(5,), region=left.flip(1))
+    return [replace(one, region=left), other]
+
+
+def test_apart_each_concept_is_what_it_is_alone_to_the_bit(unet):
+    both = two_placements(unet)
+    plain, apart, _ = drawn(unet, HELD, placed=both, apart=True)
+    _, together, _ = drawn(unet, HELD, placed=both)
+    for placement in both:
+        _, alone, region = drawn(unet, HELD, placed=[placement])
+        own = (region > 0)[:, None].expand_as(plain)
+        assert torch.equal(apart[own], alone[own]) and not torch.equal(apart[own], plain[own])
+        assert not torch.equal(together[own], alone[own])
+
+
+@pytest.mark.parametrize("background", [HELD, SOFTLY])
+def test_concepts_apart_are_held_as_others_are(unet, narrow, background):
+    """Where they are found in the maps too."""
+    both = [replace(placement, region=None) for placement in two_placements(unet)]
+    plain, apart, region = drawn(unet, background, placed=both, apart=True)
+    _, _, together = drawn(unet, background, placed=both)
+    if background == HELD:
+        assert torch.equal(region, together)
+    outside = (region == 0)[:, None].expand_as(plain)
+    assert outside.any() and torch.equal(apart[outside], plain[outside]) == (background == HELD)
+    assert (apart != plain)[(region == 1)[:, None].expand_as(plain)].all()
+
+
+@pytest.mark.parametrize("background", [HELD, SOFTLY])
+def test_one_concept_apart_is_as_it_is(unet, narrow, background):
+    for mine, other in zip(drawn(unet, background, apart=True), drawn(unet, background), strict=True):
+        assert torch.equal(mine, other)

@@ -83,9 +83,18 @@ def concept(
 
 
 def generate(
-    graph: Graph, x: int, y: int, base: Node, text: str, residuals: list[tuple], size: int, steps: int, cfg: float
+    graph: Graph,
+    x: int,
+    y: int,
+    base: Node,
+    text: str,
+    residuals: list[tuple],
+    size: int,
+    steps: int,
+    cfg: float,
+    **choices: Any,
 ) -> None:
-    """The same prompt and seed twice: the plain picture and the one with the concepts."""
+    """The same prompt and seed twice: the plain picture and the one with the concepts; choices: of the patch."""
     prompt = graph.add("PrimitiveStringMultiline", (x, y), "Prompt", wide=340, value=text)
     more = {f"residual_{number}": residual for number, residual in enumerate(residuals[1:], 2)}
     patch = graph.add(
@@ -97,6 +106,7 @@ def generate(
         text=prompt["STRING"],
         residual=residuals[0],
         **more,
+        **choices,
     )
     positive = graph.add(
         "CLIPTextEncode", (x + 380, y), "Plain prompt", wide=280, clip=base["CLIP"], text=prompt["STRING"]
@@ -152,9 +162,10 @@ def two_concepts(graph: Graph) -> None:
     )
     graph.note(
         "### Two concepts in one prompt\nEach is learned apart, from its own pictures, and drawn at its own noun. "
-        "Their number costs nothing in sampling.",
+        "Apart, each costs an evaluation a step and is what it is alone; *together*, their number costs nothing, and "
+        "a little of each reaches the other.",
         other.below,
-        (380, 160),
+        (380, 190),
     )
     first = concept(graph, (420, 0), base, base["pictures"], base["masks"], base["noun"], 150, 0.0, 2.0)
     lower = max(node.below[1] for node in graph.nodes)
@@ -169,6 +180,8 @@ def two_concepts(graph: Graph) -> None:
         SIZE,
         25,
         2.0,
+        background="held",
+        concepts="each apart",
     )
 
 

@@ -13,7 +13,7 @@ import logging
 import math
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,7 +40,17 @@ from ...profusion.foundations import (
     turns_by_name,
     turns_by_place,
 )
-from ...profusion.holding import FREE, NO_PICTURE, Holding, Noun, cross_attention
+from ...profusion.holding import (
+    APART,
+    FREE,
+    NO_PICTURE,
+    NOT_HELD,
+    TOGETHER,
+    Holding,
+    Noun,
+    cross_attention,
+    of_noun,
+)
 from ...profusion.infusion import (
     CONCEPTS_KEY,
     ExtraOptions,
@@ -118,6 +128,7 @@ def add_streams(
     on_foundation: Callable[[Tensor], None] | None = None,
     on_plain: Callable[[], None] = lambda: None,
     background: str = FREE,
+    concepts: str = TOGETHER,
     every: int = 1,
     recall: bool = True,
 ) -> ModelPatcher:
@@ -126,19 +137,22 @@ def add_streams(
     shared_latent: F looks at C's latent instead of following its own trajectory. A model that has the streams already
     gets these in their place. `on_foundation`, for whoever wants to see the plain picture too, is given F's finished
     latent (own trajectory only). `on_plain` is called at each sampling run whose conditionings carry no concept.
-    background: see `holding.BACKGROUNDS`; `drawn_region` finds the regions of what was drawn with the clone. every: see
-    `stride.Stride`. recall: whether F's evaluations are kept for other runs, and had from them. Raises
-    ValueError where a shared latent leaves nothing to hold it to.
+    background: see `holding.BACKGROUNDS`; `drawn_region` finds the regions of what was drawn with the clone. concepts:
+    see `holding.CONCEPTS`. every: see `stride.Stride`. recall: whether F's evaluations are kept for other runs, and had
+    from them. Raises ValueError where a shared latent leaves nothing to hold it to, or a free background nothing to
+    keep concepts apart by.
     """
     if shared_latent and background != FREE:
         raise ValueError(f"background={background!r} and stream='shared latent': {NO_PICTURE}")
+    if concepts == APART and background == FREE:
+        raise ValueError(f"concepts={concepts!r} and background={background!r}: {NOT_HELD}")
     layer_names, regions = tuple(layer.name for layer in layers), DrawnRegions()
     patched = model.clone()
     patched.set_attachments(KEY, regions)
     wrappers = {
         WrappersMP.PREPARE_SAMPLING: _reserve_memory,
         WrappersMP.SAMPLER_SAMPLE: _sampler_wrapper(
-            partial(_Streams, layer_names, background, every),
+            partial(_Streams, layer_names, background, concepts == APART, every),
             shared_latent,
             on_foundation,
             on_plain,
@@ -270,7 +284,9 @@ def _evaluate_stream(executor, model, conds, x, sigma, model_options, *args, **k
     if stream is None:
         return executor(model, conds, x, sigma, model_options, *args, **kwargs)
 
-    def evaluate(evaluation: Evaluation, patches: Patches, apart: Callable = lambda value: value) -> list[Tensor]:
+    def evaluate(
+        evaluation: Evaluation, patches: Patches, apart: Callable = lambda value: value, x: Tensor = x
+    ) -> list[Tensor]:
         own = copy.copy(executor)
         own.wrappers, options = apart(executor.wrappers), evaluation.options(apart(model_options), patches)
         with _uncompiled():
@@ -326,16 +342,18 @@ class _Streams:
         self,
         layers: tuple[str, ...],
         background: str = FREE,
+        keep_apart: bool = False,
         every: int = 1,
         sigmas: Sequence[float] = (),
         state: bytes | None = None,
     ):
         self._layers = layers
-        self._background = background
+        self._background, self._keep_apart = background, keep_apart
         self._stride = Stride(every, sigmas)
         self._state = state
         self.holding: Holding | None = None
-        self._predicted: dict[tuple[int, ...], list[Tensor]] = {}  # F's, of these pictures of the batch
+        # F's, of these pictures of the batch: the latent, its noise level, and what was predicted of it.
+        self._seen: dict[tuple[int, ...], tuple[Tensor, float, list[Tensor]]] = {}
         self._plain: _Plain | None = None
         self._differs = False  # C from F, so far
         self._acted: dict[tuple[int, ...], tuple[bool, ...]] = {}  # which concepts did, as C was last evaluated
@@ -348,13 +366,15 @@ class _Streams:
         self._seen_at: float | None = None  # the noise level of F's queries
         self._told = False
         self._apart = Apart(_SHARED)
+        self._apart_for: dict[Hashable, Apart] = {}  # for the evaluations of concepts that have one each
         self.foundation_calls, self.customised_calls = _Calls(), _Calls()
 
     def hold(self, model: Any, noise: Tensor) -> bool:
         """Begin to hold the background of a run with this noise, where it is to be held at all."""
         if self._background != FREE:
             attention_of = partial(cross_attention, model.diffusion_model)
-            self.holding = Holding(self._background, attention_of, len(noise), noise.shape[-2:])
+            size = noise.shape[-2:]
+            self.holding = Holding(self._background, attention_of, len(noise), size, self._keep_apart)
         return self.holding is not None
 
     def asking_foundation(self, ask: Callable) -> Callable:
@@ -388,7 +408,7 @@ class _Streams:
             self._parted = self._parted or not in_step
             if in_step and not self._wants_queries:
                 if moves:
-                    return self._held(self._stride.between(sigma, plain.predicted, pictures), pictures)
+                    return self._held(self._between(sigma, plain.predicted, pictures), pictures)
                 if plain.key is not None and torch.equal(x, plain.x):
                     return self._as_foundation(plain)
                 moves = plain.key is not None  # C's sampler has gone another way
@@ -398,8 +418,7 @@ class _Streams:
             own = self._customised(evaluate, model, conds, x, sigma, options)
             self._differs = moves
             if in_step and moves:
-                self._stride.keep(sigma, own, plain.predicted, pictures)
-                self._acted[pictures] = active
+                self._keep(sigma, own, plain.predicted, pictures, active)
             return self._held(own, pictures)
 
         return stream
@@ -417,7 +436,31 @@ class _Streams:
 
     def _due(self, sigma: float, pictures: tuple[int, ...], active: tuple[bool, ...]) -> bool:
         """Whether C is to be evaluated: it is its step, or other concepts act than when it last was."""
-        return self._stride.due(sigma, pictures) or self._acted.get(pictures) != active
+        due = any(self._stride.due(sigma, (pictures, noun)) for noun in self._evaluated_for())
+        return due or self._acted.get(pictures) != active
+
+    def _evaluated_for(self) -> list[Hashable | None]:
+        """The nouns that C is evaluated for one after another; None is all of them at once."""
+        return [None] if self.holding is None else self.holding.nouns()
+
+    def _keep(
+        self,
+        sigma: float,
+        drawn: Mapping[Hashable | None, list[Tensor]],
+        plain: list[Tensor],
+        pictures: tuple[int, ...],
+        active: tuple[bool, ...],
+    ) -> None:
+        """Note what C, as `_customised` has it, differs by from F: of each concept by itself where they are apart."""
+        for noun, own in drawn.items():
+            self._stride.keep(sigma, own, plain, (pictures, noun))
+        self._acted[pictures] = active
+
+    def _between(
+        self, sigma: float, plain: list[Tensor], pictures: tuple[int, ...]
+    ) -> dict[Hashable | None, list[Tensor]]:
+        """What `_customised` would have, where C is not due."""
+        return {noun: self._stride.between(sigma, plain, (pictures, noun)) for noun in self._evaluated_for()}
 
     def _say_if_elsewhere(self, sigma: float) -> None:
         if not self._told and self._seen_at is not None and not math.isclose(self._seen_at, sigma, rel_tol=1e-4):
@@ -445,14 +488,13 @@ class _Streams:
         before = _random_state(x.device)
         plain = self._foundation(lambda *given: evaluate(*given, apart=self._apart), model, conds, x, sigma)
         if acts and not self._due(sigma, pictures, active):
-            return self._stride.between(sigma, plain, pictures)
+            return self._between(sigma, plain, pictures)[None]
         _set_random_state(x.device, before)
         own = [group if moves else None for group, moves in zip(conds, moved, strict=True)]
-        drawn = self._customised(evaluate, model, own, x, sigma, options)
+        drawn = self._customised(evaluate, model, own, x, sigma, options)[None]
         drawn = [one if moves else same for one, same, moves in zip(drawn, plain, moved, strict=True)]
         if acts:
-            self._stride.keep(sigma, drawn, plain, pictures)
-            self._acted[pictures] = active
+            self._keep(sigma, {None: drawn}, plain, pictures, active)
         return drawn
 
     def _moves(self, index: int, group: Sequence[dict] | None, model: Any, x: Tensor) -> bool:
@@ -488,7 +530,7 @@ class _Streams:
             self._queries[place] = rows
         self._turns, self._seen_at = turns_by_name(kept.turns, known), sigma
         predicted = [tensor.to(x.device, copy=True) for tensor in kept.predicted]
-        self._predicted[pictures] = predicted
+        self._seen[pictures] = x, sigma, predicted
         self._plain = _Plain(x, sigma, pictures, predicted, key, wanted, anew)
         return predicted
 
@@ -497,18 +539,21 @@ class _Streams:
         found, places = [], {name: place for place, name in enumerate(names(conds))}
         for index, cond in ((index, cond) for index, group in enumerate(conds) for cond in group or ()):
             name = identity(index, cond)
-            placed = [placement for placement in self._of(index, cond, model, x) if placement.adds()]
-            for number, one in enumerate(placed):
-                noun = Noun((name, number), one.region, cond.get("area"))
-                found.append(((places[name], one.rows, one.context_length), noun))
+            for number, one in enumerate(self._of(index, cond, model, x)):
+                if one.adds():
+                    noun = Noun((name, number), one.region, cond.get("area"))
+                    found.append(((places[name], one.rows, one.context_length), noun))
         return found
 
     def _recall_maps(self, kept: Evaluated, model: Any, conds: Sequence, x: Tensor) -> bool:
-        """Have what a kept evaluation said of this run's nouns; False where it was not asked for one of them."""
+        """Have what a kept evaluation said of this run's nouns; False where it was not asked for one of them.
+
+        Where a noun's region is given, its map is needed for the concepts' shares alone.
+        """
         if self.holding is None or not self._watches:
             return True
         nouns = self._placed(model, conds, x)
-        if any(noun.region is None and of_f not in kept.maps for of_f, noun in nouns):
+        if any((noun.region is None or self._keep_apart) and of_f not in kept.maps for of_f, noun in nouns):
             return False
         known = {noun.key: kept.maps[of_f] for of_f, noun in nouns if of_f in kept.maps}
         self.holding.recall([noun for _, noun in nouns], known, x.device)
@@ -527,8 +572,10 @@ class _Streams:
         if self.holding is not None and watched:
             patches = self.holding.watching_foundation(patches, *self._nouns(model, conds, x, owners))
         predicted = evaluate(evaluation, patches)
+        if self.holding is not None and watched:
+            self.holding.put_in_order([noun.key for _, noun in self._placed(model, conds, x)])
         self._turns = evaluation.turns
-        self._predicted[_pictures(conds, len(x))] = predicted
+        self._seen[_pictures(conds, len(x))] = x, sigma, predicted
         return predicted
 
     def _nouns(self, model: Any, conds: Sequence, x: Tensor, whose: Owners) -> tuple[Callable, Owners, Callable]:
@@ -546,12 +593,36 @@ class _Streams:
 
         return placements_for, whose, where
 
-    def _customised(self, evaluate, model, conds, x, sigma, options):
+    def _customised(self, evaluate, model, conds, x, sigma, options) -> dict[Hashable | None, list[Tensor]]:
+        """C's predictions for each group of conditionings: of each concept apart, by its noun, or of all, by None."""
+        if self.holding is None:
+            return {None: self._drawn(None, evaluate, model, conds, x, sigma, options)}
+        pictures = _pictures(conds, len(x))
+        foundation, level, _ = self._seen.get(pictures, (x, sigma, ()))
+        if not math.isclose(level, sigma, rel_tol=1e-4):
+            foundation = x  # a step cache left it out
+        drawn, nouns = {}, self.holding.nouns()
+        before = _random_state(x.device) if len(nouns) > 1 else None
+        for noun in reversed(nouns):  # copies are made of what the first, which has the originals, has not yet changed
+            own, own_conds = evaluate, conds
+            if noun != nouns[0]:
+                apart = self._apart_for.setdefault(noun, Apart(_SHARED))
+                own = partial(evaluate, apart=apart)
+                own_conds = [group and [_controlled_apart(cond, apart) for cond in group] for group in conds]
+            if before is not None:
+                _set_random_state(x.device, before)
+            seen = self.holding.seen_by(noun, x, foundation, pictures)
+            drawn[noun] = self._drawn(noun, own, model, own_conds, seen, sigma, options)
+        return drawn
+
+    def _drawn(self, noun: Hashable | None, evaluate, model, conds, x, sigma, options) -> list[Tensor]:
+        """C's predictions for each group of conditionings, with all concepts or with the one at this noun."""
         placements = {}
         for index, group in enumerate(conds):
             for cond in group or ():
-                placed = [placement for placement in self._of(index, cond, model, x) if placement.is_active(sigma)]
-                placements[identity(index, cond)] = placed, _size(cond, x)
+                key = identity(index, cond)
+                placed = of_noun(self._of(index, cond, model, x), key, noun)
+                placements[key] = [one for one in placed if one.is_active(sigma)], _size(cond, x)
 
         def placements_for(extra_options: ExtraOptions, owner: tuple) -> list[Placement]:
             found, size = placements[owner[0]]
@@ -562,19 +633,26 @@ class _Streams:
         whose = owners_after(self._turns)
         patches = customised_patches(self._queries, placements_for, whose)
         if self.holding is not None:
-            patches = self.holding.watching_customised(patches, *self._nouns(model, conds, x, whose))
-        predicted = evaluate(evaluation, patches)
+            patches = self.holding.watching_customised(patches, *self._nouns(model, conds, x, whose), noun=noun)
+        predicted = evaluate(evaluation, patches, x=x)
         check_turns(self._turns, evaluation.turns, options)
         return predicted
 
-    def _held(self, predicted: list[Tensor], pictures: tuple[int, ...]) -> list[Tensor]:
-        """C's predictions for each group of conditionings, and thereby what guidance makes of them, with F's around."""
+    def _held(self, drawn: Mapping[Hashable | None, list[Tensor]], pictures: tuple[int, ...]) -> list[Tensor]:
+        """C's predictions for each group of conditionings, of `_customised` put together, and F's around them.
+
+        And thereby what guidance makes of them has F's around.
+        """
         if self.holding is None:
-            return predicted
-        plain = self._predicted.get(pictures, ())
-        if len(plain) != len(predicted):  # a pack that evaluates some groups now and then
-            return predicted
-        return [self.holding.denoised(*both, pictures) for both in zip(predicted, plain, strict=True)]
+            return drawn[None]
+        joined = [
+            self.holding.joined(dict(zip(drawn, of_group, strict=True)), pictures)
+            for of_group in zip(*drawn.values(), strict=True)
+        ]
+        *_, plain = self._seen.get(pictures, ((),))
+        if len(plain) != len(joined):  # a pack that evaluates some groups now and then
+            return joined
+        return [self.holding.denoised(*both, pictures) for both in zip(joined, plain, strict=True)]
 
     def _in_pictures(self, placement: Placement, pictures: tuple[int, ...]) -> Placement:
         """A placement whose region has a mask for each of these pictures of the batch, as a region's masks go round."""

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,6 +122,98 @@ def test_several_concepts_are_held_together(infused):
     assert torch.equal(both[:, 0], torch.maximum(*regions))
 
 
+def two_concepts(infused, change=lambda residual: residual):
+    """Each on its side of the picture: inputs of the first alone, of the second alone, and of both."""
+    left = torch.zeros(1, 64, 64)
+    left[..., :32] = 1
+    first = {"residual": change(infused.residual()), "region": left}
+    second = {"residual": change(infused.residual(noun="grass", seed=6)), "region": left.flip(2)}
+    both = {**first, **{f"{name}_2": value for name, value in second.items()}}
+    return (first, left), (second, left.flip(2)), both
+
+
+def draw_inputs(infused, inputs, background="held", concepts="each apart", model=None, change=lambda x: x, **options):
+    """C's latent with these inputs of the node."""
+    inputs = dict(inputs)
+    model = infused.model if model is None else model
+    patched, positive = infused.patch(inputs.pop("residual"), model, background=background, concepts=concepts, **inputs)
+    return infused.run(patched, change(positive), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"sampler": "euler"}, {"sampler": "dpmpp_2m_sde", "batch": 2}, {"sampler": "uni_pc", "size": (10, 8)}],
+    ids=lambda options: options["sampler"],
+)
+def test_concepts_apart_are_to_the_bit_what_each_is_alone(infused, options):
+    first, second, both = two_concepts(infused)
+    apart = draw_inputs(infused, both, **options)
+    together = draw_inputs(infused, both, concepts="together", **options)
+    plain = infused.run(infused.model, infused.positive, **options)
+    for inputs, mask in (first, second):
+        alone = draw_inputs(infused, inputs, **options)
+        own = torch.nn.functional.adaptive_avg_pool2d(mask[None], plain.shape[-2:]).expand_as(plain) == 1
+        assert torch.equal(apart[own], alone[own]) and not torch.equal(apart[own], plain[own])
+        assert not torch.equal(together[own], alone[own])
+
+
+@pytest.mark.parametrize("background", ["held", "held softly"])
+def test_one_concept_apart_is_as_it_is(infused, background):
+    one = {"residual": infused.residual()}
+    apart, together = (draw_inputs(infused, one, background, how, batch=2) for how in ("each apart", "together"))
+    assert torch.equal(apart, together)
+
+
+@pytest.mark.parametrize("background", ["held", "held softly"])
+def test_concepts_apart_with_nothing_to_add_are_the_plain_picture(infused, background):
+    *_, both = two_concepts(infused, lambda residual: replace(residual, delta=torch.zeros_like(residual.delta)))
+    plain = infused.run(infused.model, infused.positive)
+    assert torch.equal(draw_inputs(infused, both, background), plain)
+
+
+def test_what_draws_random_numbers_draws_the_same_for_each_concept(infused):
+    """And what counts its calls counts those of one stream."""
+    model, calls = infused.model.clone(), []
+
+    class Noisy:
+        def __init__(self):
+            self.scale = 1.0
+
+        def __call__(self, apply, args):
+            self.scale *= 0.5
+            calls.append(self.scale)
+            x = args["input"]
+            return apply(x + 0.1 * self.scale * torch.randn_like(x[:1]), args["timestep"], **args["c"])
+
+    model.set_model_unet_function_wrapper(Noisy())
+    first, second, both = two_concepts(infused)
+    apart = draw_inputs(infused, both, model=model)
+    assert calls.count(0.5) == 3 and len(calls) == 3 * 3  # F, and C for each concept
+    for inputs, mask in (first, second):
+        model.set_model_unet_function_wrapper(Noisy())
+        alone = draw_inputs(infused, inputs, model=model)
+        own = torch.nn.functional.adaptive_avg_pool2d(mask[None], 8).expand_as(apart) == 1
+        assert torch.equal(apart[own], alone[own])
+
+
+def test_concepts_apart_and_found_are_held(infused):
+    """Softly as well, with an area, and beside conditionings that carry no concept."""
+    both = {"residual": infused.residual(), "residual_2": infused.residual(noun="grass", seed=6)}
+    beside = lambda x: in_area(x) + infused.encode("snow")  # noqa: E731
+    plain = infused.run(infused.model, beside(infused.positive))
+    for background in ("held", "held softly"):
+        found = [draw_inputs(infused, both, background, how, change=beside) for how in ("each apart", "together")]
+        assert all(not torch.equal(one, plain) for one in found) and not torch.equal(*found)
+        outside = torch.ones(8, 8, dtype=torch.bool)
+        outside[2:7, 3:7] = False
+        assert background != "held" or torch.equal(found[0][..., outside], plain[..., outside])
+
+
+def test_concepts_cannot_be_kept_apart_on_a_free_background(infused):
+    with pytest.raises(ValueError, match="set background to 'held'"):
+        infused.patch(infused.residual(), concepts="each apart")
+
+
 def in_area(conditioning):
     return [[context, {**extras, "area": (5, 4, 2, 3), "strength": 1.0}] for context, extras in conditioning]
 
@@ -224,22 +317,30 @@ def test_the_region_is_shown_as_a_mask(infused):
 
 
 @pytest.mark.parametrize("background", ["held", "held softly"])
-def test_the_kernel_draws_the_same(infused_toybox, monkeypatch, background):
-    """One formula in both: the two streams, the region and what is held."""
+@pytest.mark.parametrize("concepts", ["together", "each apart"])
+def test_the_kernel_draws_the_same(infused_toybox, monkeypatch, background, concepts):
+    """One formula in both: the two streams, the regions, the concepts' shares of them, and what is held."""
     from profusion import holding
     from profusion.toybox.pipeline import Toybox, seeded
 
     for module in (holding, infused_toybox.pack.profusion.holding):
         monkeypatch.setattr(module.region_of, "__defaults__", (0.35, 1))
-    residual = infused_toybox.residual(1.0)
-    patched, positive = infused_toybox.patch(residual, background=background)
+    residuals = [infused_toybox.residual(1.0)]
+    if concepts == "each apart":
+        residuals.append(infused_toybox.residual(1.0, noun="grass", seed=6))
+    more = {} if concepts == "together" else {"residual_2": residuals[1]}
+    patched, positive = infused_toybox.patch(residuals[0], background=background, concepts=concepts, **more)
     run = {"scheduler": "simple", "steps": 4, "cfg": 3.0, "size": (CELLS, CELLS)}
     theirs = infused_toybox.run(patched, positive, **run)
-    plain, ours = Toybox.load().generate_customised(
-        PROMPT, [residual], seeded(7), 4, 3.0, negative=NEGATIVE, background=background
-    )
+    toybox, given = Toybox.load(), {"negative": NEGATIVE, "background": background}
+    plain, ours = toybox.generate_customised(PROMPT, residuals, seeded(7), 4, 3.0, concepts=concepts, **given)
     theirs = infused_toybox.model.model.process_latent_in(theirs)
-    assert (ours - plain).abs().max() > 1e-2 * plain.abs().max() and (ours == plain).all(dim=1).any()
+    assert (ours - plain).abs().max() > 1e-2 * plain.abs().max()
+    if concepts == "together":
+        assert (ours == plain).all(dim=1).any()
+    else:
+        _, together = toybox.generate_customised(PROMPT, residuals, seeded(7), 4, 3.0, **given)
+        assert (ours - together).abs().max() > 1e-2 * ours.abs().max()
     assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
 
 

@@ -310,6 +310,7 @@ def test_the_schema_is_frozen(infused):
         *[name.format(suffix) for suffix in ("_2", "_3", "_4") for name in concept],
         "conditioning",
         "background",
+        "concepts",
         "every",
     ]
     assert [output.io_type for output in schema.outputs] == ["MODEL", "CONDITIONING"]
