@@ -28,6 +28,7 @@ from profusion.models.attention import attention_map
 from profusion.models.configs import UNetConfig
 from profusion.models.unet import UNet
 from profusion.streams import two_stream_denoiser
+from profusion.stride import Stride
 
 
 @pytest.fixture(scope="module")
@@ -150,19 +151,21 @@ def placements(unet, strength=1.0):
     return [Placement(3 * torch.randn(len(layers), 1, 16, generator=torch.manual_seed(2)), layers, (3,), strength)]
 
 
-def drawn(unet, background, strength=1.0, steps=3, placed=None, apart=False):
+def drawn(unet, background, strength=1.0, steps=3, placed=None, apart=False, stride=None, calls=None):
     """(plain, C) after a few steps of halving noise, and the region."""
     x = torch.randn(2, 4, 8, 8, generator=torch.manual_seed(1)).repeat(2, 1, 1, 1)
     context = torch.randn(1, 7, 16, generator=torch.manual_seed(3)).expand(2, -1, -1)
 
     def evaluate(x, sigma, patches):
+        if calls is not None:
+            calls.append(float(sigma[0]))
         return unet(x, 100 * sigma, context, transformer_options={"patches": patches, "cond_or_uncond": [0]})
 
     holding = None
     if background != FREE:
         holding = Holding(background, partial(cross_attention, unet), 2, (8, 8), apart)
     placed = placements(unet, strength) if placed is None else placed
-    denoise = two_stream_denoiser(evaluate, on_conditional(placed), holding=holding)
+    denoise = two_stream_denoiser(evaluate, on_conditional(placed), holding=holding, stride=stride)
     for step in range(steps):
         denoised = denoise(x, torch.full((4,), float(steps - step)))
         x = denoised + 0.5 * (x - denoised)
@@ -253,3 +256,57 @@ def test_concepts_apart_are_held_as_others_are(unet, narrow, background):
 def test_one_concept_apart_is_as_it_is(unet, narrow, background):
     for mine, other in zip(drawn(unet, background, apart=True), drawn(unet, background), strict=True):
         assert torch.equal(mine, other)
+
+
+def test_with_a_stride_the_concepts_that_are_due_have_an_evaluation_each(unet):
+    """Two at steps that are C's and none between, where what each differs by from F is carried on by itself."""
+    both, calls, steps = two_placements(unet), [], 7
+    levels = [float(steps - step) for step in range(steps)]
+    plain, apart, _ = drawn(unet, HELD, steps=steps, placed=both, apart=True, stride=Stride(3, levels), calls=calls)
+    assert calls == [7.0] * 3 + [6.0, 5.0] + [4.0] * 3 + [3.0, 2.0] + [1.0] * 3
+    for placement in both:
+        _, alone, region = drawn(unet, HELD, steps=steps, placed=[placement], stride=Stride(3, levels))
+        own = (region > 0)[:, None].expand_as(plain)
+        assert torch.equal(apart[own], alone[own]) and not torch.equal(apart[own], plain[own])
+    _, whole, _ = drawn(unet, HELD, steps=steps, placed=both, apart=True)
+    assert not torch.equal(apart, whole)
+
+
+class Shared:
+    """A holding whose cells change from one noun to the other at some evaluation of F."""
+
+    def __init__(self, changes_at):
+        self.evaluations, self.changes_at = 0, changes_at
+
+    def watching_foundation(self, patches, placements_for):
+        self.evaluations += 1
+        return patches
+
+    def watching_customised(self, patches, placements_for, noun):
+        return {**patches, "noun": noun}
+
+    def nouns(self):
+        return [0, 1]
+
+    def seen_by(self, noun, customised, foundation):
+        return customised
+
+    def joined(self, drawn):
+        return drawn[self.evaluations >= self.changes_at]
+
+    def denoised(self, drawn, plain):
+        return drawn
+
+
+def test_a_cell_that_goes_over_to_another_noun_is_carried_on_by_what_that_one_differed_by():
+    growth = (1.0, 10.0)  # of each noun's difference, in a step
+
+    def evaluate(x, sigma, patches):
+        return torch.zeros_like(x) if "noun" not in patches else torch.full_like(x, growth[patches["noun"]] * sigma[0])
+
+    stride = Stride(2, [4.0, 3.0, 2.0, 1.0])
+    denoise = two_stream_denoiser(evaluate, on_conditional([]), holding=Shared(changes_at=2), stride=stride)
+    found = [
+        float(denoise(torch.zeros(2, 4, 8, 8), torch.full((2,), level))[1].mean()) for level in (4.0, 3.0, 2.0, 1.0)
+    ]
+    assert found == [4.0, 4.0, 20.0, 10.0]

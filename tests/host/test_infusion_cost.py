@@ -340,3 +340,108 @@ def test_saved_graphs_without_the_choice_draw_as_before(infused, foundations):
     (entry,) = [entry for entry in infused.node.define_schema().inputs if entry.id == "every"]
     assert entry.optional and entry.default == sys.modules[f"{infused.pack.__name__}.profusion.stride"].EVERY
     assert torch.equal(drawn(infused, foundations), drawn(infused, foundations, every=1))
+
+
+def two_apart(infused, regions="none", **more):
+    """Inputs of two concepts that are kept apart. regions: of none, of both, where they meet, or of one."""
+    left = torch.zeros(1, 64, 64)
+    left[..., :40] = 1
+    given = {"region": left} if regions != "none" else {}
+    given |= {"region_2": left.flip(2)} if regions == "both" else {}
+    other = infused.residual(noun="grass", seed=6)
+    return {"concepts": "each apart", "background": "held", "residual_2": other, **given, **more}
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("background", ["held", "held softly"])
+@pytest.mark.parametrize("regions", ["none", "both", "one"])
+def test_a_kept_run_with_concepts_apart(infused, foundations, rows, every, background, regions):
+    """C alone is evaluated, once for each concept at its steps; the picture is an unkept one's to the bit."""
+    run = {"steps": 6, "batch": 2}
+    given = two_apart(infused, regions, background=background, every=every, run=run)
+    first = {"strength": 0.5, "residual_2": infused.residual(noun="grass", seed=9)}
+    apart = assert_kept(infused, foundations, rows, 2 / every, first=first, **given)
+    together = drawn(infused, foundations, **{**given, "concepts": "together"})
+    assert not torch.equal(apart, together)
+    assert torch.equal(drawn(infused, **given), apart)  # what was kept for them together serves as well
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m_sde", "euler_ancestral", "uni_pc"])
+def test_a_kept_run_with_concepts_apart_with_other_samplers(infused, foundations, rows, sampler):
+    given = two_apart(infused, every=2, run={"sampler": sampler, "steps": 5})
+    assert_kept(infused, foundations, rows, None, first={"strength": 0.5}, **given)
+
+
+def test_concepts_apart_need_the_map_of_a_noun_whose_region_is_given(infused, foundations, rows):
+    """The share of each is found by it; where the run that was kept did not look for the noun, F is evaluated."""
+    left = torch.zeros(1, 64, 64)
+    left[..., :40] = 1
+    given = two_apart(infused, "both", run={"steps": 3})
+    assert_kept(infused, foundations, rows, 3.0, first={"residual_2": None, "region_2": None}, **given)
+    rows.clear()
+    drawn(infused, **{**given, "region_2": left})
+    assert sum(rows) == 2 * 3 * 2  # from then on it is known
+
+
+def test_a_concept_at_strength_0_beside_those_that_are_apart(infused, foundations, rows):
+    """It has no evaluation of its own, nor does it change which of the others is which."""
+    given = two_apart(infused, residual_3=infused.residual(noun="ball", seed=8), strength=0.0)
+    assert_kept(infused, foundations, rows, 2.0, first={"strength_2": 0.5}, **given)
+
+
+def test_two_concepts_of_one_noun_are_the_same_of_a_kept_run(infused, foundations, rows):
+    """Their maps are alike, so that the first one counts: which that is must not depend on what was kept.
+
+    In two prompts, whose rows the host evaluates in an order of its own.
+    """
+
+    def twice(positive):
+        other = infused.patch(infused.residual(seed=8), concepts="each apart", background="held")[1]
+        return positive + other
+
+    given = {"concepts": "each apart", "background": "held", "change": twice, "run": {"steps": 3}}
+    one = assert_kept(infused, foundations, rows, None, first={"strength": 0.5}, **given)
+    assert not torch.equal(one, drawn(infused, **{**given, "change": lambda x: x}))
+
+
+def test_with_a_stride_each_concept_is_what_it_is_alone(infused, foundations, rows):
+    """What each differs by is carried on by itself, and at the steps that are C's alone anything is evaluated."""
+    left = torch.zeros(1, 64, 64)
+    left[..., :32] = 1
+    first = {"residual": infused.residual(), "region": left}
+    second = {"residual": infused.residual(noun="grass", seed=6), "region": left.flip(2)}
+    both = {**first, **{f"{name}_2": value for name, value in second.items()}}
+    given = {"concepts": "each apart", "background": "held", "every": 3, "run": {"steps": 7}}
+    apart = drawn(infused, foundations, **both, **given)
+    assert rows == [2, 2, 2, 2, 2] + [2, 2, 2, 2, 2] + [2, 2, 2]
+    plain = infused.run(infused.model, infused.positive, steps=7)
+    for inputs in (first, second):
+        alone = drawn(infused, foundations, **inputs, **given)
+        own = torch.nn.functional.adaptive_avg_pool2d(inputs["region"][None], 8).expand_as(plain) == 1
+        assert torch.equal(apart[own], alone[own]) and not torch.equal(apart[own], plain[own])
+
+
+@pytest.mark.parametrize("background", ["held", "held softly"])
+def test_a_stride_with_concepts_apart_beside_what_nobody_can_tell(infused, foundations, background):
+    """And where concepts begin and end to act."""
+    window = {"start_percent": 0.2, "end_percent": 0.7}
+    given = two_apart(infused, background=background, every=3, run={"steps": 7, "batch": 2}, **window)
+    known = drawn(infused, foundations, **given)
+    assert torch.equal(drawn(infused, foundations, model=wrapped(infused.model), **given), known)
+
+
+def test_the_kernel_draws_concepts_apart_the_same_with_a_stride(infused_toybox):
+    from profusion.toybox.pipeline import Toybox, seeded
+
+    residuals = [infused_toybox.residual(1.0), infused_toybox.residual(1.0, noun="grass", seed=6)]
+    given = {"background": "held", "concepts": "each apart", "every": 2}
+    patched, positive = infused_toybox.patch(residuals[0], residual_2=residuals[1], **given)
+    run = {"scheduler": "simple", "steps": 5, "cfg": 3.0, "size": (CELLS, CELLS)}
+    theirs = infused_toybox.model.model.process_latent_in(infused_toybox.run(patched, positive, **run))
+    draw = lambda **changed: Toybox.load().generate_customised(  # noqa: E731
+        PROMPT, residuals, seeded(7), 5, 3.0, negative=NEGATIVE, **{**given, **changed}
+    )
+    plain, ours = draw()
+    for other in (plain, draw(every=1)[1], draw(concepts="together")[1]):
+        assert (ours - other).abs().max() > 1e-3 * plain.abs().max()
+    assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
