@@ -385,7 +385,7 @@ def test_concepts_apart_need_the_map_of_a_noun_whose_region_is_given(infused, fo
 
 def test_a_concept_at_strength_0_beside_those_that_are_apart(infused, foundations, rows):
     """It has no evaluation of its own, nor does it change which of the others is which."""
-    given = two_apart(infused, residual_3=infused.residual(noun="ball", seed=8), strength=0.0)
+    given = two_apart(infused, residual_3=infused.residual(noun="photo", seed=8), strength=0.0)
     assert_kept(infused, foundations, rows, 2.0, first={"strength_2": 0.5}, **given)
 
 
