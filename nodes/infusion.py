@@ -79,8 +79,8 @@ class InfusionAttentionPatch(io.ComfyNode):
             description=(
                 "Draws learned concepts at their nouns in a prompt, on the layout and background of the plain picture "
                 "(Infusion, arXiv 2404.14007). Give both outputs to any sampler. However many concepts there are, "
-                "it costs a quarter more than the plain picture, or twice as much where every is 1; kept apart, that "
-                "much more for each."
+                "it costs a quarter more than the plain picture, or as much again where every is 1; kept apart, each "
+                "costs that."
             ),
             inputs=[
                 io.Model.Input(

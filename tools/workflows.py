@@ -162,8 +162,8 @@ def two_concepts(graph: Graph) -> None:
     )
     graph.note(
         "### Two concepts in one prompt\nEach is learned apart, from its own pictures, and drawn at its own noun. "
-        "Apart, each costs an evaluation a step and is what it is alone; *together*, their number costs nothing, and "
-        "a little of each reaches the other.",
+        "Apart, each is what it is alone and costs an evaluation at every so manyth step; *together*, their number "
+        "costs nothing, and a little of each reaches the other.",
         other.below,
         (380, 190),
     )
