@@ -42,6 +42,7 @@ from ...profusion.infusion import (
     foundation_patches,
 )
 from ...profusion.memory import element_bytes
+from ...profusion.patched import names_in
 from ...profusion.queries import KEPT, OWN_MEMORY, WaitingQueries, bytes_on_device, query_numbers
 from ...profusion.rows import (
     PICTURES,
@@ -63,6 +64,7 @@ _NO_MEMORY = ("conds", "original_conds", "model_patcher", "inner_model", "loaded
 KEY = CONCEPTS_KEY  # of the wrappers, and of the stream that is being evaluated in transformer_options
 
 
+_AROUND_GUIDANCE = "sampler_pre_cfg_function", "sampler_cfg_function", "sampler_post_cfg_function"
 _HELD_BACKGROUND = "a held background is of the whole picture", "set background to free"
 
 
@@ -302,7 +304,8 @@ class _Streams:
     def evaluate_both(self, evaluate, model, conds, x, sigma, options):
         """C on a shared latent: F looks at it first, and draws from the global generators what C will draw again.
 
-        Conditionings to which nothing is ever added, as the negative, are the same in both, so that C has F's.
+        Conditionings to which nothing is ever added, as the negative, are the same in both, so that C has F's: unless
+        functions around the guidance may want of C's evaluation what others on the model saw in it, as SAG's does.
         """
         moved = [self._moves(index, group, model, x) for index, group in enumerate(conds)]
         if not any(moved):
@@ -310,6 +313,8 @@ class _Streams:
         before = _random_state(x.device)
         plain = self._foundation(lambda *given: evaluate(*given, apart=self._apart), model, conds, x, sigma)
         _set_random_state(x.device, before)
+        if names_in(options) and any(options.get(name) for name in _AROUND_GUIDANCE):
+            moved = [True] * len(moved)
         own = [group if moves else None for group, moves in zip(conds, moved, strict=True)]
         drawn = self._customised(evaluate, model, own, x, sigma, options)
         return [one if moves else same for one, same, moves in zip(drawn, plain, moved, strict=True)]
