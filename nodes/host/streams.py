@@ -313,7 +313,7 @@ class _Streams:
         before = _random_state(x.device)
         plain = self._foundation(lambda *given: evaluate(*given, apart=self._apart), model, conds, x, sigma)
         _set_random_state(x.device, before)
-        if names_in(options) and any(options.get(name) for name in _AROUND_GUIDANCE):
+        if any(options.get(name) for name in _AROUND_GUIDANCE) and names_in(options):
             moved = [True] * len(moved)
         own = [group if moves else None for group, moves in zip(conds, moved, strict=True)]
         drawn = self._customised(evaluate, model, own, x, sigma, options)

@@ -195,7 +195,6 @@ def _wait_until_shown(browser, kinds, seconds=180):
         assert time.monotonic() < deadline, f"nothing is shown by {sorted(missing)}"
         browser.execute_script(SHOW_ALL)
         time.sleep(1)
-    time.sleep(1)
 
 
 def _settled(browser, seconds=60):
