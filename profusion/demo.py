@@ -41,15 +41,19 @@ class Drawing:
     other_seeds: Tensor
 
 
+def infused(toybox: Toybox, residual: Residual, prompt: str, seeds: Sequence[int], steps: int) -> tuple[Tensor, Tensor]:
+    """Latents of the plain pictures and of Infusion's, from the same seeds. prompt: with {} for the noun."""
+    text = prompt.format(residual.noun)
+    return toybox.generate_customised(text, [residual], seeded(*seeds), steps, CUSTOMISED_GUIDANCE, background=HELD)
+
+
 def draw(
     fused: FusedToybox, residual: Residual, picture: Tensor, prompt: str, seeds: Sequence[int], steps: int
 ) -> Drawing:
     """prompt: with {} for the noun. ProFusion has not been trained on anything: it sees one picture (1, SIZE, SIZE,
     3)."""
     toybox, text = fused.toybox, prompt.format(residual.noun)
-    plain, customised = toybox.generate_customised(
-        text, [residual], seeded(*seeds), steps, CUSTOMISED_GUIDANCE, background=HELD
-    )
+    plain, customised = infused(toybox, residual, prompt, seeds, steps)
     others = seeded(*(seed + 1000 for seed in seeds))
     other = toybox.generate([text] * len(seeds), others, steps, CUSTOMISED_GUIDANCE)
     word = fused.generate(

@@ -30,9 +30,14 @@ Options = Mapping[str, Any]
 
 def names_on(model: Any) -> list[str]:
     """What is on a host's model beside the patches of its weights, as people know it; this pack's own left out."""
-    options = model.model_options
+    injected = {str(key).replace("_", " ") for key in getattr(model, "injections", {})}
+    return sorted(injected | names_in(model.model_options, getattr(model, "wrappers", {})), key=str.lower)
+
+
+def names_in(options: Options, *wrappers: Mapping[str, Mapping[str, Iterable]]) -> set[str]:
+    """As `names_on`, of a host's model options, as a sampling has them, and of these wrappers beside theirs."""
     transformer, found = options.get("transformer_options", {}), []
-    for key, thing in _wrappers(transformer.get("wrappers", {}), getattr(model, "wrappers", {})):
+    for key, thing in _wrappers(transformer.get("wrappers", {}), *wrappers):
         found.append(_CACHES.get(key) or name_of(thing))
     for functions in transformer.get("patches", {}).values():
         found += map(name_of, functions)
@@ -40,10 +45,9 @@ def names_on(model: Any) -> list[str]:
         found += map(name_of, replaced.values())
     single = options.get("model_function_wrapper"), transformer.get("optimized_attention_override")
     found += [name_of(thing) for thing in single if thing is not None]
-    found += [str(key).replace("_", " ") for key in getattr(model, "injections", {})]
     if options.get(_WINDOWS[0]) is not None:
-        found = [name for name in found if name] + [_WINDOWS[1]]
-    return sorted({name for name in found if name}, key=str.lower)
+        found.append(_WINDOWS[1])
+    return {name for name in found if name}
 
 
 def _wrappers(*groups: Mapping[str, Mapping[str, Iterable]]) -> Iterator[tuple[str, Any]]:

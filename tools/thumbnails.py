@@ -19,13 +19,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from profusion import demo
-from profusion.holding import HELD
-from profusion.learning import train
 from profusion.pictures import INK, PAPER, from_image, grid, to_image
 from profusion.toybox import world
 from profusion.toybox.concepts import DEMO_PROMPTS, drawn_concept
 from profusion.toybox.fused import FRESH_NOISE, FUSED_SHARE, GUIDED, FusedToybox, first_levels
-from profusion.toybox.pipeline import CUSTOMISED_GUIDANCE, STEPS, Toybox, seeded
+from profusion.toybox.pipeline import STEPS, Toybox, seeded
 from tests.host.live import Server, to_prompt
 from tools.hosts import needed_host
 
@@ -116,20 +114,14 @@ def make_thumbnails(names: Sequence[str]) -> None:
 def make_infusion_picture() -> None:
     """What the demo learns and draws of Infusion: the demo's own toy, settings, prompts and first seeds."""
     toybox, toy = Toybox.load(), drawn_concept()
-    residual = train(toybox, toy, demo.OPTIONS, print).residual
-    prompts = [prompt.format(toy.noun) for prompt in DEMO_PROMPTS]
+    residual = demo.train(toybox, toy, demo.OPTIONS, print).residual
     rows = [("pictures to learn from", [*toy.pictures])]
     for seed in demo.SEEDS[:2]:
-        drawn = [
-            toybox.generate_customised(
-                prompt, [residual], seeded(seed), demo.SAMPLING_STEPS, CUSTOMISED_GUIDANCE, background=HELD
-            )
-            for prompt in prompts
-        ]
+        drawn = [demo.infused(toybox, residual, prompt, [seed], demo.SAMPLING_STEPS) for prompt in DEMO_PROMPTS]
         for name, latents in zip(("plain", "Infusion, same seed"), zip(*drawn, strict=True), strict=True):
             rows.append((name, [toybox.vae.pictures(latent)[0] for latent in latents]))
     path = ROOT / "docs" / "grid.jpg"
-    image = grid(rows, prompts)
+    image = grid(rows, [prompt.format(toy.noun) for prompt in DEMO_PROMPTS])
     image.thumbnail((1340, 1340), Image.Resampling.LANCZOS)
     image.save(path, quality=90)
     print(path)

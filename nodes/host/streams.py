@@ -64,6 +64,7 @@ from ...profusion.infusion import (
     foundation_patches,
 )
 from ...profusion.memory import element_bytes
+from ...profusion.patched import names_in
 from ...profusion.queries import KEPT, OWN_MEMORY, WaitingQueries, bytes_on_device, query_numbers
 from ...profusion.rows import (
     PICTURES,
@@ -86,6 +87,7 @@ _NO_MEMORY = ("conds", "original_conds", "model_patcher", "inner_model", "loaded
 KEY = CONCEPTS_KEY  # of the wrappers, and of the stream that is being evaluated in transformer_options
 
 
+_AROUND_GUIDANCE = "sampler_pre_cfg_function", "sampler_cfg_function", "sampler_post_cfg_function"
 _HELD_BACKGROUND = "a held background is of the whole picture", "set background to free"
 FOUNDATIONS = Foundations()
 """F's evaluations of the last pictures, for the next ones of the same prompt and seed."""
@@ -396,7 +398,7 @@ class _Streams:
             sigma, pictures = _level(levels), _pictures(conds, len(x))
             active = self._active(model, conds, x, sigma)
             moves = self._differs or any(active)
-            self._watches = self._parted or self._due(sigma, pictures, active)
+            self._watches = self._parted or self._due(sigma, pictures, active, options)
             self._wants_queries = self._parted or (moves and self._watches)
             before = self._plain
             while foundation.waits() and self.foundation_calls.count < self.customised_calls.count:
@@ -434,10 +436,10 @@ class _Streams:
         found = (self._of(index, cond, model, x) for index, group in enumerate(conds) for cond in group or ())
         return tuple(placement.is_active(sigma) and placement.adds() for placed in found for placement in placed)
 
-    def _due(self, sigma: float, pictures: tuple[int, ...], active: tuple[bool, ...]) -> bool:
-        """Whether C is to be evaluated: it is its step, or other concepts act than when it last was."""
+    def _due(self, sigma: float, pictures: tuple[int, ...], active: tuple[bool, ...], options: dict) -> bool:
+        """Whether C is to be evaluated: it is its step, other concepts act than when it last was, or guidance looks."""
         due = any(self._stride.due(sigma, (pictures, noun)) for noun in self._evaluated_for())
-        return due or self._acted.get(pictures) != active
+        return due or self._acted.get(pictures) != active or _guidance_looks(options)
 
     def _evaluated_for(self) -> list[Hashable | None]:
         """The nouns that C is evaluated for one after another; None is all of them at once."""
@@ -476,8 +478,8 @@ class _Streams:
     def evaluate_both(self, evaluate, model, conds, x, levels, options):
         """C on a shared latent: F looks at it first, and draws from the global generators what C will draw again.
 
-        Conditionings to which nothing is ever added, as the negative, are the same in both, so that C has F's; and so
-        are all where nothing is added at this noise level.
+        Conditionings to which nothing is ever added, as the negative, are the same in both, so that C has F's, unless a
+        guidance looks into the model (`_guidance_looks`); and so are all where nothing is added at this noise level.
         """
         sigma, pictures = _level(levels), _pictures(conds, len(x))
         moved = [self._moves(index, group, model, x) for index, group in enumerate(conds)]
@@ -487,9 +489,11 @@ class _Streams:
             return self._foundation(evaluate, model, conds, x, sigma)
         before = _random_state(x.device)
         plain = self._foundation(lambda *given: evaluate(*given, apart=self._apart), model, conds, x, sigma)
-        if acts and not self._due(sigma, pictures, active):
+        if acts and not self._due(sigma, pictures, active, options):
             return self._between(sigma, plain, pictures)[None]
         _set_random_state(x.device, before)
+        if _guidance_looks(options):
+            moved = [True] * len(moved)
         own = [group if moves else None for group, moves in zip(conds, moved, strict=True)]
         drawn = self._customised(evaluate, model, own, x, sigma, options)[None]
         drawn = [one if moves else same for one, same, moves in zip(drawn, plain, moved, strict=True)]
@@ -672,6 +676,11 @@ class _Streams:
             placed = [_resolve(concept, cond, model, x, self._layers) for concept in concepts]
             self._placements[key] = [placement for placement in placed if placement is not None]
         return self._placements[key]
+
+
+def _guidance_looks(options: dict) -> bool:
+    """Whether a function around the guidance may want what another on the model saw as C was evaluated, as SAG's does."""
+    return any(options.get(name) for name in _AROUND_GUIDANCE) and bool(names_in(options))
 
 
 def _level(levels: Tensor) -> float:

@@ -118,7 +118,7 @@ def test_after_a_run_its_nodes_stand_apart_and_show_what_they_say(path, browser,
             run(browser, server)
             assert _types(browser) == types, "the page has put another graph in its place"
             _wait_until_shown(browser, expected)
-            _no_two_overlap(browser.execute_script(BOXES))
+            _no_two_overlap(_settled(browser))
     finally:
         open_page(browser, server, **{NODES_2: False})
 
@@ -195,7 +195,16 @@ def _wait_until_shown(browser, kinds, seconds=180):
         assert time.monotonic() < deadline, f"nothing is shown by {sorted(missing)}"
         browser.execute_script(SHOW_ALL)
         time.sleep(1)
-    time.sleep(1)
+
+
+def _settled(browser, seconds=60):
+    """The nodes' boxes, once they have stayed as they are for three seconds: pictures come one by one, and late."""
+    deadline, boxes, since = time.monotonic() + seconds, None, time.monotonic()
+    while time.monotonic() < min(deadline, since + 3):
+        if (now := browser.execute_script(BOXES)) != boxes:
+            boxes, since = now, time.monotonic()
+        time.sleep(0.5)
+    return boxes
 
 
 def _no_two_overlap(boxes):
@@ -203,7 +212,7 @@ def _no_two_overlap(boxes):
     for index, (a, ax, ay, aw, ah) in enumerate(boxes):
         for b, bx, by, bw, bh in boxes[index + 1 :]:
             apart = ax + aw <= bx or bx + bw <= ax or ay + ah <= by - 30 or by + bh <= ay - 30
-            assert apart, f"nodes {a} and {b} overlap"
+            assert apart, f"nodes {a} and {b} overlap: {[a, ax, ay, aw, ah]}, {[b, bx, by, bw, bh]}"
 
 
 def _groups_hold_whole_nodes(groups, boxes):

@@ -248,7 +248,7 @@ def compute_in_float64(training, host, toybox, options):
 
 
 def test_on_toybox_it_trains_what_the_command_line_trains(host, folders):
-    """The pictures as encoded, the network it starts from, the first gradient, and three steps."""
+    """The pictures as encoded, the network it starts from, the first gradient, and three steps: 1e-5."""
     toybox = host.toybox_pipeline.Toybox.load()
     drawn = torch.stack(list(host.toybox_picture_sets.drawn_pictures(9, 3)))
     options = host.promptnet_training.PromptNetOptions(
@@ -291,10 +291,9 @@ def test_on_toybox_it_trains_what_the_command_line_trains(host, folders):
     with torch.inference_mode():
         made.evaluating(lambda: ours.update(first_step(found)))
     assert theirs.keys() == ours.keys() and all(gradient.any() for gradient in theirs.values())
-    mine, kernel, true = (torch.cat([made[name].flatten() for name in theirs]) for made in (ours, theirs, truth))
-    # Both round, each in its own order: the host's may be as far from the gradient in float64 as the kernel's.
-    rounding = (kernel - true).norm()
-    assert rounding <= 2e-5 * true.norm() and (mine - true).norm() <= 2 * rounding
+    mine, true = (torch.cat([made[name].flatten() for name in theirs]) for made in (ours, truth))
+    # Not against the kernel's own in float32, which is as far from it as this bound: its text encoder rounds so.
+    assert (mine - true).norm() <= 1e-5 * true.norm()
     for _ in expected.steps():
         pass
     with torch.inference_mode():

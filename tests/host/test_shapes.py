@@ -74,12 +74,13 @@ def test_sd15_trains_a_step_and_samples_a_step(pack, tmp_path, monkeypatch):
         network = config.get_model({}, "", torch.device("cpu")).eval()
         fill(network.diffusion_model)
         model = comfy.model_patcher.ModelPatcher(network, torch.device("cpu"), torch.device("cpu"))
-        residual, _, samples = ResidualTrainer.execute(
+        residual, _, samples, masks = ResidualTrainer.execute(
             model, FullClip(), PooledVae(), pictures(1), "cat", 1, 0.02, 1, 0, False, 1.0, 0, "a cat", 1, 1.0
         ).args
     assert residual.architecture == "SD 1.x" and residual.delta.shape == (16, 1, 768)
     assert (residual.delta != 0).any(-1).all()
     assert samples.shape == (2, 64, 64, 3) and samples.isfinite().all()
+    assert masks.shape == (1, 64, 64)
     assert list((tmp_path / "training").glob("cat_1_steps_*.safetensors"))
     del model, network
     gc.collect()
