@@ -679,7 +679,7 @@ class _Streams:
 
 
 def _guidance_looks(options: dict) -> bool:
-    """Whether a function around the guidance may want what another on the model saw as C was evaluated, as SAG's does."""
+    """Whether a function around the guidance may want what others on the model see as C is evaluated, as SAG's does."""
     return any(options.get(name) for name in _AROUND_GUIDANCE) and bool(names_in(options))
 
 
