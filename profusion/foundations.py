@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .infusion import CONCEPTS_KEY
+from .problems import Explained
 from .queries import OWN_MEMORY
 from .rows import PICTURES, identity
 
@@ -37,7 +38,7 @@ _OUTSIDE = "sampler_", "denoise_mask_function", "disable_cfg1_optimization", "to
 _OF_A_RUN = (CONCEPTS_KEY, "wrappers", "callbacks", "sample_sigmas", "sigmas", "cond_or_uncond", "uuids")
 
 
-class UntoldError(Exception):
+class UntoldError(Explained):
     """Something whose effect on an evaluation nobody can tell from what it holds."""
 
 
