@@ -206,7 +206,8 @@ def test_it_is_freed_with_the_model(infused, foundations):
 
     import comfy.model_management
 
-    drawn(infused)
+    patched, positive = infused.patch(infused.residual())  # held: the host unloads in its stead what it was cloned from
+    infused.run(patched, positive)
     assert len(foundations) == 3 and foundations.size > 0
     comfy.model_management.unload_all_models()
     assert len(foundations) == 0
