@@ -6,7 +6,8 @@ has in every cross-attention layer i (Eq. 5-6, and Eq. 9 for several concepts)
     out_C = softmax(Q_F K^T / sqrt(d)) V_bar        the map is F's: "where" is locked
     V_bar = W_V (c + sum_k onehot(noun_k) delta_ki) only the nouns' values move: "what" is free
 
-K comes from the same prompt in both streams. Q is linear in the layer's input n, so giving C's rows F's n locks the
+A residual of a larger capacity adds details, whose values differ by place (`details`). K comes from the same prompt in
+both streams. Q is linear in the layer's input n, so giving C's rows F's n locks the
 map without ever holding one. Symbols: c context (L rows of D numbers), n the normed hidden state (T cells), delta_ki
 the residual of concept k in layer i.
 
@@ -33,6 +34,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from .details import Details, openings
 from .devices import area_means, smoothly_resized
 from .problems import Explained
 
@@ -45,7 +47,8 @@ _KINDS = ("input", "middle", "output")
 _ARCHITECTURES = {(16, 768): "SD 1.x", (16, 1024): "SD 2.x", (70, 2048): "SDXL", (10, 128): "Toybox"}
 
 ExtraOptions = MutableMapping[str, Any]
-_GROWN = "profusion_grown"  # among a layer's options: how many rows it had, and the regions that made them more
+# Among a layer's options: C's own n, and how many rows there were, with the weights of those that were added.
+_OWN, _GROWN = "profusion_own", "profusion_grown"
 Patches = dict[str, list[Callable]]
 QueryStore = MutableMapping[Hashable, Tensor]
 
@@ -56,10 +59,14 @@ class UnsupportedModelError(Explained, ValueError):
 
 @dataclass(frozen=True)
 class Layer:
-    """A cross-attention layer: its name ("input.1.0": block kind, block id, transformer index) and context width."""
+    """A cross-attention layer: its name ("input.1.0": block kind, block id, transformer index) and context width.
+
+    width: C of its hidden state, 0 where that is not known.
+    """
 
     name: str
     context_dim: int
+    width: int = field(default=0, compare=False)
 
 
 def cross_attention_layers(parameters: Mapping[str, Tensor]) -> list[Layer]:
@@ -74,13 +81,15 @@ def cross_attention_layers(parameters: Mapping[str, Tensor]) -> list[Layer]:
             kind, block, index = match[1], int(match[2]), int(match[3])
             # The middle block counts its parts where the others count blocks; at run time it is ("middle", 0).
             block = 0 if kind == "middle" else block
-            found.append((_KINDS.index(kind), block, index, weight.shape[1]))
+            query = parameters.get(name.replace(".to_v.weight", ".to_q.weight"))
+            width = 0 if query is None else query.shape[1]
+            found.append((_KINDS.index(kind), block, index, weight.shape[1], width))
     if not found:
         raise UnsupportedModelError(
             "the model has no cross-attention from picture to text, as SD 1.x, SD 2.x and SDXL have, so there is "
             "nothing in it that a residual could move or that a PromptNet was trained with"
         )
-    return [Layer(f"{_KINDS[kind]}.{block}.{index}", width) for kind, block, index, width in sorted(found)]
+    return [Layer(f"{_KINDS[kind]}.{block}.{index}", *widths) for kind, block, index, *widths in sorted(found)]
 
 
 def architecture_name(layers: Sequence[Layer]) -> str:
@@ -106,8 +115,9 @@ class Placement:
     repeats.
     sigma_start, sigma_end: the residual is added while sigma_end <= sigma <= sigma_start.
     region: (H, W) or (B, H, W) in [0, 1] and of any size, where the concept may appear; None is everywhere.
+    details: what differs from place to place, for the same layers.
 
-    What a layer adds is made once and kept, so neither delta nor region may be written to; a delta that requires grad
+    What a layer adds is made once and kept, so neither delta, region nor details may be written to; what requires grad
     may, since what is made of it is not kept.
     """
 
@@ -119,6 +129,7 @@ class Placement:
     sigma_end: float = 0.0
     context_length: int | None = None
     region: Tensor | None = None
+    details: Details | None = None
     _kept: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -138,6 +149,8 @@ class Placement:
             raise ValueError(f"sigma_start={self.sigma_start} and sigma_end={self.sigma_end} must be numbers")
         if self.region is not None and self.region.ndim not in (2, 3):
             raise ValueError(f"region has shape {tuple(self.region.shape)}; give (H, W) or (B, H, W)")
+        if self.details is not None and len(self.details.values) != len(self.layers):
+            raise ValueError(f"details of {len(self.details.values)} layers for {len(self.layers)}; give as many")
 
     def is_active(self, sigma: float) -> bool:
         return self.sigma_end <= sigma <= self.sigma_start
@@ -145,21 +158,61 @@ class Placement:
     def adds(self) -> bool:
         """Whether there is anything to add."""
         if "adds" not in self._kept:  # asked of the device once
-            self._kept["adds"] = torch.tensor(bool(self.strength and self.delta.any()))
+            self._kept["adds"] = torch.tensor(bool(self.strength and self.delta.any()) or self._has_details())
         return bool(self._kept["adds"])
 
-    def add_to(self, value: Tensor, layer: str) -> Tensor:
-        """V_bar's input in a layer: value (N, L, D) with the residual at the noun, in every repeat of the prompt."""
+    def _has_details(self) -> bool:
+        """Whether a detail changes anything, or is to learn to."""
+        if self.details is None:
+            return False
+        if self.details.values.requires_grad:
+            return True
+        if "details" not in self._kept:
+            self._kept["details"] = torch.tensor(bool(self.strength and self.details.values.any()))
+        return bool(self._kept["details"])
+
+    def apart(self, layer: str) -> Sequence[int]:
+        """What is evaluated in rows of its own in a layer: 0 is the residual, where it has a region, and r > 0 the r-th
+        detail."""
+        details = self.details.count if layer in self.layers and self._has_details() else 0
+        return range(0 if self.region is not None else 1, 1 + details)
+
+    def add_to(self, value: Tensor, layer: str, part: int = 0) -> Tensor:
+        """V_bar's input in a layer: value (N, L, D) with the residual at the noun, in every repeat of the prompt, or
+        with a detail alone; part: see `apart`."""
         if layer not in self.layers:
             return value
-        key = layer, value.shape[-2:], value.dtype, value.device
+        key = layer, part, value.shape[-2:], value.dtype, value.device
         addend = self._kept.get(key)
         if addend is None:
-            residual = self.strength * self.delta[self.layers.index(layer)]
+            index = self.layers.index(layer)
+            residual = self.strength * (self.details.values[index, part - 1 : part] if part else self.delta[index])
             addend = residual_rows(residual, self.rows_in(value), value)
-            if not self.delta.requires_grad:  # not the addend's: it has none where gradients are off
+            if not residual.requires_grad and not self.delta.requires_grad:  # it has none where gradients are off
                 self._kept[key] = addend
         return value + addend
+
+    def weights(self, layer: str, n: Tensor, size: Sequence[int]) -> list[Tensor]:
+        """How much of what is evaluated apart counts, each (N, T, 1).
+
+        n: C's own normed hidden state (N, T, C). size: (height, width) of T.
+        """
+        parts = self.apart(layer)
+        region = None if self.region is None else self.weights_of(len(n), size, n.device)
+        opened = openings(self._gates(layer, n), n).split(1, dim=-1) if parts and parts[-1] else ()
+        if region is None:
+            return list(opened)
+        return [region, *(region.to(one) * one for one in opened)]
+
+    def _gates(self, layer: str, like: Tensor) -> Tensor:
+        """u_r of a layer (n - 1, C), on the device and in the type of another tensor."""
+        key = "gates", layer, like.dtype, like.device
+        if key in self._kept:
+            return self._kept[key]
+        gates = self.details.gates_of(self.layers.index(layer)).to(like)
+        if not self.details.gates.requires_grad:
+            self._kept[key] = gates
+        return gates
 
     def weights_of(self, rows: int, size: Sequence[int], device: torch.device) -> Tensor:
         """`region_weights` of the region on a device, made once."""
@@ -278,6 +331,7 @@ def customised_patches(store: QueryStore, placements_for: PlacementsFor, owners:
             raise RuntimeError(
                 f"the foundation stream left no queries for layer {layer}: was it evaluated before this one?"
             )
+        extra_options[_OWN] = n
         locked = _joined(recorded, n)
         if locked.shape != n.shape:
             raise RuntimeError(
@@ -303,47 +357,55 @@ def _joined(chunks: Sequence[Tensor], like: Tensor) -> Tensor:
 def _residual_patches(placements_for: PlacementsFor, owners: Owners) -> Patches:
     """Add the residuals to each owner's N rows.
 
-    A concept with a region is evaluated in N rows of its own, within the cross-attention only: base + its residual. So
-    that other packs still see equal chunks, all rows grow by as many such sets as those with the most regions.
+    A concept with a region, and each detail, is evaluated in N rows of its own, within the cross-attention only: base +
+    what it adds. So that other packs still see equal chunks, all rows grow by as many such sets as those with the most.
     """
 
-    def all_placements(extra_options: ExtraOptions, rows: int) -> tuple[list[list[Placement]], list[list[Placement]]]:
-        whose = [placements_for(extra_options, owner) for owner in owners(extra_options, rows)]
-        everywhere = [[placement for placement in placements if placement.region is None] for placements in whose]
-        regional = [[placement for placement in placements if placement.region is not None] for placements in whose]
-        return everywhere, regional
-
     def place(n: Tensor, context: Tensor, value: Tensor, extra_options: ExtraOptions):
-        everywhere, regional = all_placements(extra_options, len(n))
-        extra = max(map(len, regional))
+        own, layer = extra_options.pop(_OWN, n), layer_name(extra_options)
+        whose = [placements_for(extra_options, owner) for owner in owners(extra_options, len(n))]
+        apart = [[(one, part) for one in placements for part in one.apart(layer)] for placements in whose]
+        extra = max(map(len, apart))
         if extra:
-            extra_options[_GROWN] = len(n), regional  # for `fold`: one layer's patches have one dict
-        if not any(everywhere) and not extra:
+            size = extra_options["activations_shape"][-2:]
+            weights = [
+                [weight for placement in placements for weight in placement.weights(layer, rows, size)]
+                for placements, rows in zip(whose, own.chunk(len(whose)), strict=True)
+            ]
+            extra_options[_GROWN] = len(n), weights  # for `fold`: one layer's patches have one dict
+        if not any(one.region is None for placements in whose for one in placements) and not extra:
             return n, context, value
-        layer, values = layer_name(extra_options), []
-        for base, for_all, apart in zip(value.chunk(len(everywhere)), everywhere, regional, strict=True):
-            for placement in for_all:
-                base = placement.add_to(base, layer)
-            alone = [placement.add_to(base, layer) for placement in apart]
+        values = []
+        for base, placements, parts in zip(value.chunk(len(whose)), whose, apart, strict=True):
+            for placement in placements:
+                if placement.region is None:
+                    base = placement.add_to(base, layer)
+            alone = [placement.add_to(base, layer, part) for placement, part in parts]
             values += [base, *alone, *[base] * (extra - len(alone))]
-        n, context = (_repeat_chunks(x, len(regional), 1 + extra) for x in (n, context))
+        n, context = (_repeat_chunks(x, len(whose), 1 + extra) for x in (n, context))
         return n, context, torch.cat(values)
 
     def fold(out: Tensor, extra_options: ExtraOptions):
-        rows, regional = extra_options.pop(_GROWN, (len(out), ()))
-        if not regional:
+        rows, weights = extra_options.pop(_GROWN, (len(out), ()))
+        if not weights:
             return out
-        extra = max(map(len, regional))
+        extra = max(map(len, weights))
+        places = next(weight.shape[1] for of_owner in weights for weight in of_owner)
         if len(out) != rows * (1 + extra):
             raise RuntimeError(
                 f"layer {layer_name(extra_options)} has {len(out)} rows where {rows * (1 + extra)} went in, so that "
-                "nothing can be confined to a region: remove the other attention patch, or the region"
+                "nothing can be confined to a region, or to where a detail is: remove the other attention patch, or "
+                "the region, or take a residual whose capacity is 1"
             )
-        size, folded = extra_options["activations_shape"][-2:], []
-        for rows, placements in zip(out.chunk(len(regional)), regional, strict=True):
-            base, *alone = rows.chunk(1 + extra)
-            weights = [placement.weights_of(len(base), size, out.device) for placement in placements]
-            folded.append(fold_regions(base, alone[: len(weights)], weights))
+        if out.shape[1] != places:
+            raise RuntimeError(
+                f"layer {layer_name(extra_options)} has {out.shape[1]} places where {places} went in, so that nobody "
+                "can tell where a region or a detail is: remove what merges tokens from the model"
+            )
+        folded = []
+        for chunk, of_owner in zip(out.chunk(len(weights)), weights, strict=True):
+            base, *alone = chunk.chunk(1 + extra)
+            folded.append(fold_regions(base, alone[: len(of_owner)], of_owner))
         return torch.cat(folded)
 
     return {"attn2_patch": [place], "attn2_output_patch": [fold]}
