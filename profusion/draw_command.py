@@ -248,7 +248,7 @@ class _Drawing:
             "stream": stream,
             "shared_latent": shared,
             "residuals": [
-                {"file": path.name, "noun": one.noun, "strength": strength, "digest": digest(one.delta)}
+                {"file": path.name, "noun": one.noun, "strength": strength, "digest": digest(*one.numbers())}
                 for path, one, strength in placed
             ],
             "profusion": __version__,

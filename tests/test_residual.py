@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import functools
+import hashlib
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 
 from profusion import files
+from profusion.details import Details
 from profusion.infusion import Layer
 from profusion.residual import PRECISIONS, Residual, ResidualError, check_architecture, load_residual, save_residual
 
@@ -49,6 +51,15 @@ def assert_same(a: Residual, b: Residual) -> None:
     for name, tensor in (a.training_state or {}).items():
         assert b.training_state[name].dtype == tensor.dtype
         assert torch.equal(b.training_state[name], tensor)
+
+
+SD15_WIDTHS = (320, 320, 640, 640, 1280, 1280, 1280, 1280, 1280, 1280, 640, 640, 640, 320, 320, 320)
+
+
+def make_details(capacity=4, widths=SD15_WIDTHS, width=768) -> Details:
+    generator = torch.Generator().manual_seed(5)
+    values = torch.randn(len(widths), capacity - 1, width, generator=generator)
+    return Details(values, torch.randn(capacity - 1, sum(widths), generator=generator), widths)
 
 
 def header_of(data: bytes) -> dict:
@@ -217,6 +228,44 @@ def test_the_order_of_a_file_is_that_of_the_data_not_of_the_names():
 # How it is written
 
 
+def test_without_details_the_bytes_are_those_of_older_versions(tmp_path):
+    residual = make_residual(training_state=training_state())
+    data = save_residual(residual, tmp_path / "cat.safetensors", "float32").path.read_bytes()
+    assert hashlib.sha256(data).hexdigest() == "c5c9e93b149e1df4c074b2efa953fd4169518b29d84f0bc03a31c10d24d6f0fd"
+    metadata = header_of(good())["__metadata__"]  # of int6, whose codes another processor may round otherwise
+    assert metadata["format_version"] == "1" and metadata.keys().isdisjoint({"parts", "capacity", "gate_widths"})
+
+
+@pytest.mark.parametrize(
+    "precision, most", [("int6", (0.02, 0.18, 0.09)), ("float16", (5e-4,) * 3), ("float32", (0,) * 3)]
+)
+def test_a_file_gives_back_details(tmp_path, precision, most):
+    original = make_residual(details=make_details(capacity=3))
+    path = save_residual(original, tmp_path / "cat.safetensors", precision).path
+    metadata, loaded = header_of(path.read_bytes())["__metadata__"], load_residual(path)
+    assert (metadata["format_version"], metadata["parts"]) == ("2", "details")  # an older ProFusion refuses 2 by name
+    assert_same(dataclasses.replace(original, delta=loaded.delta), loaded)
+    assert loaded.capacity == 3 and loaded.details.widths == SD15_WIDTHS
+    for found, expected, share in zip(loaded.numbers(), original.numbers(), most, strict=True):
+        assert (found - expected).norm() <= share * expected.norm()
+    again = load_residual(save_residual(loaded, tmp_path / "again.safetensors", precision).path)
+    assert all(map(torch.equal, again.numbers(), loaded.numbers()))
+
+
+def test_a_capacity_of_four_takes_at_most_50000_bytes_on_sd15(tmp_path):
+    texts = {"noun": "n" * 64, "architecture": "a" * 64, "steps": 2**63 - 1, "seed": 2**64 - 1}
+    residual = make_residual(details=make_details(), **texts)
+    assert save_residual(residual, tmp_path / "cat.safetensors").size <= 50_000
+
+
+def test_details_of_another_model_are_refused():
+    layers = [Layer(name, 768, width) for name, width in zip(SD15, SD15_WIDTHS, strict=True)]
+    residual = make_residual(details=make_details())
+    check_architecture(residual, layers)
+    with pytest.raises(ResidualError, match="details for layers of 320, 320, 640.*the model's are of 8, 8, 8"):
+        check_architecture(residual, [Layer(name, 768, 8) for name in SD15])
+
+
 def fail_at_fsync(monkeypatch, problem: BaseException) -> None:
     def fsync(_):
         raise problem
@@ -344,15 +393,16 @@ def a_zip() -> bytes:
 
 
 @functools.cache
-def good(stored_as: str = "int6") -> bytes:
+def good(stored_as: str = "int6", capacity: int = 1) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        original = make_residual(training_state=training_state())
+        details = make_details(capacity) if capacity > 1 else None
+        original = make_residual(training_state=training_state(), details=details)
         return save_residual(original, Path(folder) / "good.safetensors", stored_as).path.read_bytes()
 
 
-def edited(stored_as: str = "int6", tensors=None, **metadata) -> bytes:
+def edited(stored_as: str = "int6", tensors=None, capacity_is=1, **metadata) -> bytes:
     """A residual's file with other tensors or metadata (None removes one), under a checksum that fits them."""
-    contents, fields = files.parse(good(stored_as))
+    contents, fields = files.parse(good(stored_as, capacity_is))
     tensors = files.to_tensors(contents) | (tensors or {})
     fields = {key: value for key, value in (fields | metadata).items() if value is not None and key != files.CHECKSUM}
     return files.tensors_to_bytes({name: tensor for name, tensor in tensors.items() if tensor is not None}, fields)
@@ -397,7 +447,27 @@ BAD_FILES = {
     "metadata that is no text": (lambda: with_header({"__metadata__": {"a": [1]}}), "not a safetensors file at all"),
     "no tensors": (lambda: with_header({}), "something else than a residual .its tensors: none"),
     "a LoRA": (lambda: one_tensor(), "something else than a residual .its tensors: a"),
-    "newer format": (lambda: edited(format_version="2"), "format version 2.*ProFusion needs an update"),
+    "newer format": (lambda: edited(format_version="3"), "format version 3.*ProFusion needs an update"),
+    "version 2 without parts": (lambda: edited(format_version="2"), "the part '', which.*does not know"),
+    "unknown part": (
+        lambda: edited(capacity_is=2, parts="details wings"),
+        "the part 'wings', which this ProFusion does not know: either ProFusion needs an update",
+    ),
+    "details in version 1": (lambda: edited(capacity_is=2, format_version="1"), "do not fit|checksum"),
+    "another capacity": (lambda: edited(capacity_is=2, capacity="3"), "do not fit"),
+    "a capacity that is too large": (lambda: edited(capacity_is=2, capacity="9"), "capacity must be from 2 to 8"),
+    "no capacity": (lambda: edited(capacity_is=2, capacity=None), "lacks the metadata capacity"),
+    "other widths": (lambda: edited(capacity_is=2, gate_widths=" ".join(["320"] * 16)), "do not fit"),
+    "a width too few": (lambda: edited(capacity_is=2, gate_widths="320"), "gate_widths must be 16 whole numbers"),
+    "a width that is none": (
+        lambda: edited(capacity_is=2, gate_widths=" ".join(["x", *["320"] * 15])),
+        "gate_widths must be 16 whole numbers",
+    ),
+    "lost gates": (lambda: edited(capacity_is=2, tensors={"gate_codes": None}), "do not fit"),
+    "NaN in details": (
+        lambda: edited("float32", capacity_is=2, tensors={"details": torch.full((16, 1, 768), float("nan"))}),
+        "details must be finite",
+    ),
     "flipped bit": (lambda: good()[:-100] + bytes([good()[-100] ^ 1]) + good()[-99:], "checksum"),
     "another noun": (lambda: good().replace(b'"noun":"cat"', b'"noun":"dog"'), "checksum"),
     "no checksum": (lambda: good().replace(b'"checksum"', b'"chicksum"'), "checksum"),

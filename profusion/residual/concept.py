@@ -1,7 +1,8 @@
 """A residual: what Infusion (arXiv 2404.14007) learns of a concept.
 
 delta_i, one vector of R^context_dim per cross-attention layer i, is added to the context row of the class noun before
-W_V: V_bar = W_V (c + onehot(noun) * delta_i). Nothing else is trained, so a concept on SD 1.5 is 16 x 768 numbers.
+W_V: V_bar = W_V (c + onehot(noun) * delta_i). Nothing else is trained, so a concept on SD 1.5 is 16 x 768 numbers. With
+a capacity above 1 there are details besides, whose values differ by place (`details`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..details import Details
 from ..files import DTYPES
 from ..infusion import architecture_name
 from ..models.configs import MAX_WIDTH
@@ -40,6 +42,7 @@ class LayerLike(Protocol):
 
     name: str
     context_dim: int
+    width: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +56,7 @@ class Residual:
     steps, seed: how it was trained.
     training_state: the optimizer's tensors by name, copied, where the training may be resumed.
     origin: what it was trained on, where that is known.
+    details: what differs by place, copied likewise; None for a capacity of 1.
     Raises ResidualError, which names the field, where one of them makes no sense.
     """
 
@@ -64,6 +68,7 @@ class Residual:
     seed: int = 0
     training_state: Mapping[str, Tensor] | None = None
     origin: Origin | None = None
+    details: Details | None = None
 
     def __post_init__(self) -> None:
         checked = {
@@ -75,6 +80,7 @@ class Residual:
             "seed": _checked_integer("seed", self.seed, MAX_SEED),
             "training_state": checked_training_state(self.training_state),
         }
+        checked["details"] = checked_details(self.details, checked["delta"])
         for field, value in checked.items():
             object.__setattr__(self, field, value)
 
@@ -83,13 +89,29 @@ class Residual:
         """The width of the context the residual was trained on."""
         return self.delta.shape[2]
 
+    @property
+    def capacity(self) -> int:
+        """How many vectors a layer has."""
+        return 1 if self.details is None else 1 + self.details.count
+
+    def numbers(self) -> tuple[Tensor, ...]:
+        """All that has been learned."""
+        return (self.delta,) if self.details is None else (self.delta, self.details.values, self.details.gates)
+
 
 def check_architecture(residual: Residual, layers: Iterable[LayerLike]) -> None:
     """Raise ResidualError, naming both architectures, unless the model has the layers it was trained on."""
     layers = list(layers)
     names, widths = tuple(layer.name for layer in layers), {layer.context_dim for layer in layers}
     if names == residual.layers and widths == {residual.context_dim}:
-        return
+        own = tuple(layer.width for layer in layers)
+        if residual.details is None or own == residual.details.widths:
+            return
+        raise ResidualError(
+            f"The residual of '{residual.noun}' has details for layers of {some(residual.details.widths)} numbers, and "
+            f"the model's are of {some(own)}. Connect a model of the kind it was trained on, or train a residual on "
+            f"this one."
+        )
     trained_on = f"{residual.architecture}, {len(residual.layers)} cross-attention layers of {residual.context_dim}"
     model = f"{architecture_name(layers)}, {len(layers)} of {some(sorted(widths))}" if layers else "one without any"
     pairs = zip(residual.layers, names, strict=False)
@@ -127,6 +149,23 @@ def checked_delta(delta: Tensor, layers: tuple[str, ...]) -> Tensor:
     if bad:
         raise ResidualError(f"delta must be finite; found NaN or infinity in {some(bad)}")
     return delta
+
+
+def checked_details(details: Details | None, delta: Tensor) -> Details | None:
+    """A copy of details like that of delta; raises ResidualError unless they are finite and of delta's layers."""
+    if details is None:
+        return None
+    for name, tensor in (("details", details.values), ("gates", details.gates)):
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise ResidualError(f"{name} must be finite floating-point numbers")
+    if max(details.widths) > MAX_WIDTH:
+        raise ResidualError(f"the widths of layers must be at most {MAX_WIDTH}; found {max(details.widths)}")
+    if (len(details.values), details.values.shape[2]) != (len(delta), delta.shape[2]):
+        raise ResidualError(
+            f"details must have the shape ({len(delta)}, details, {delta.shape[2]}); found "
+            f"{tuple(details.values.shape)}"
+        )
+    return Details(_copy(details.values, torch.float32), _copy(details.gates, torch.float32), details.widths)
 
 
 def checked_training_state(state: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
