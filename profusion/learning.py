@@ -163,7 +163,7 @@ def _take_steps(training: ResidualTraining, partial: Partial | None, say: Say) -
 def _identity(model: Pipeline, noun: str, training: ResidualTraining, resume: Residual | None) -> str:
     """What must be the same for one training to go on as another: also what the text says, and how it is read."""
     contexts = model.embedded([prompt.format(noun) for prompt in NOUN_PROMPTS], (model.size, model.size))
-    begun = None if resume is None else (resume.steps, resume.delta)
+    begun = None if resume is None else (resume.steps, *resume.numbers())
     return digest(training.identity, dict(model.unet.named_parameters()), contexts, model.prediction, begun)
 
 

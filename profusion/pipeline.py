@@ -169,7 +169,7 @@ class Pipeline:
         rows = places(prompt, [residual.noun for residual in residuals], names)
         strengths = [strength] * len(residuals) if isinstance(strength, (int, float)) else strength
         return [
-            Placement(one.delta, one.layers, where, strength=much, context_length=context_length(prompt))
+            Placement(one.delta, one.layers, where, much, context_length=context_length(prompt), details=one.details)
             for one, where, much in zip(residuals, rows, strengths, strict=True)
         ]
 

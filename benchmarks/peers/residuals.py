@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.base import Peer, moved_values
+from profusion.details import Details
 from profusion.infusion import (
     Patches,
     Placement,
@@ -41,13 +42,16 @@ class WithoutLock(Peer):
         super().__init__(toybox, noun)
         self.layers = cross_attention_layers(dict(toybox.unet.named_parameters()))
         self.delta = torch.zeros(len(self.layers), 1, self.layers[0].context_dim, requires_grad=True)
+        self.details: Details | None = None
 
     def trained(self) -> dict[str, Tensor]:
-        return {"delta": self.delta}
+        if self.details is None:
+            return {"delta": self.delta}
+        return {"delta": self.delta, "details": self.details.values, "gates": self.details.gates}
 
     def residual(self) -> Residual:
         names = tuple(layer.name for layer in self.layers)
-        return Residual(self.delta.detach(), self.noun, names, architecture_name(self.layers))
+        return Residual(self.delta.detach(), self.noun, names, architecture_name(self.layers), details=self.details)
 
     def size(self) -> int:
         """Of the file that the pack itself writes: six bits a number."""
@@ -60,7 +64,7 @@ class WithoutLock(Peer):
             rows = noun_rows(prompt, self.noun)
         except NounError:
             return []
-        return [Placement(self.delta, tuple(layer.name for layer in self.layers), rows)]
+        return [Placement(self.delta, tuple(layer.name for layer in self.layers), rows, details=self.details)]
 
     def patches(self, prompt: str) -> Patches:
         return next((moved_values(placement) for placement in self.placements(prompt)), {})
@@ -76,7 +80,7 @@ class Infusion(WithoutLock):
     def steps(self, concept: Concept, recipe: TrainingOptions) -> Iterator[float]:
         recipe = replace(recipe, preserve=self.preserve)
         training = self.toybox.training(concept.pictures, concept.masks, self.noun, recipe)
-        self.delta = training.delta
+        self.delta, self.details = training.delta, training.details
         return training.steps()
 
     def predict_noise(self, x: Tensor, sigma: Tensor, prompt: str) -> Tensor:

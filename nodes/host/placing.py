@@ -204,6 +204,7 @@ def place_concepts(
         residual, region = concept.residual, concept.region
         if region is not None and not region.any():
             raise ValueError(f"region{concept.slot} is all black: {residual.noun!r} could appear nowhere")
-        placement = Placement(residual.delta, residual.layers, rows, concept.strength, region=region)
+        delta, details = residual.delta, residual.details
+        placement = Placement(delta, residual.layers, rows, concept.strength, region=region, details=details)
         placed.append(PlacedConcept(placement, start_percent, end_percent))
     return placed

@@ -135,7 +135,8 @@ class TrainingRun:
             self._samples.place(residual)
         except NounError as error:
             raise NounError(f"sample_prompt: {error}") from error
-        size = 4 * residual.delta.nbytes  # with the optimizer's two tensors, and the names
+        learned = sum(tensor.nbytes for tensor in residual.numbers())
+        size = 4 * learned  # with the optimizer's two tensors, and the names
         check_writable(RESIDUALS, with_noun(f"{FOLDER}/%noun%", residual.noun), size, ResidualError)
 
     def train(self) -> None:
@@ -258,7 +259,7 @@ def _identity(
     evaluated = id(model.model), str(model.patches_uuid)
     contexts = [context for entries in conditionings for context, _ in entries]
     learned = [(reference.latent, reference.mask) for reference in references]
-    begun = None if resume is None else (resume.steps, resume.delta)
+    begun = None if resume is None else (resume.steps, *resume.numbers())
     return digest(evaluated, contexts, learned, noun, options, begun)
 
 

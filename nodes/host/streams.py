@@ -727,13 +727,14 @@ def _resolve(concept: PlacedConcept, cond: dict, model: Any, x: Tensor, layers: 
         return None  # a zeroed-out conditioning, as made for negatives, has no noun any more
     region = placement.region
     if region is not None:
-        if placement.strength == 0 or not placement.delta.any():
+        if not placement.adds():
             return None  # it would only cost rows, and equality with the plain run
         region = crop_region(region.to(x.device), x.shape[-2:], cond["area"]) if "area" in cond else region.to(x.device)
     sampling = model.model_sampling
     return replace(
         placement,
         delta=placement.delta.to(x.device),
+        details=placement.details and placement.details.to(x.device),
         sigma_start=float(sampling.percent_to_sigma(concept.start_percent)),
         sigma_end=float(sampling.percent_to_sigma(concept.end_percent)),
         context_length=text.shape[1],

@@ -27,6 +27,7 @@ __all__ = [
     "STRANGE",
     "Seen",
     "bounded",
+    "bounding",
     "look",
     "rate",
     "why_ended",
@@ -50,16 +51,23 @@ def rate(step: int) -> float:
 
 
 def bounded(delta: Tensor, row_size: float, strangeness: float | None = None) -> Tensor:
-    """delta (layers, 1, D) whose rows are no longer than BOUND times the noun's own row.
+    """delta (layers, 1, D) whose rows are no longer than BOUND times the noun's own row; see `bounding`."""
+    return delta * bounding(delta.norm(dim=-1, keepdim=True), row_size, delta.shape[-1], strangeness)
 
-    row_size: the root of the mean square of that row. What is longer drowns everything else that the prompt says.
+
+def bounding(lengths: Tensor, row_size: float, width: int, strangeness: float | None = None) -> Tensor:
+    """What a residual has to be multiplied by in each layer, at most 1, so as to move the noun's row, of D = `width`
+    numbers, by no more than BOUND of it.
+
+    lengths (layers, 1, 1): how far it moves it now; with details, wherever it does most (`details.longest`). row_size:
+    the root of the mean square of that row. What is longer drowns everything else that the prompt says.
     strangeness: how many times as much the model misses of the pictures as of its own (see `ResidualTraining`). Beyond
     STRANGE the bound falls with it: what is learned of pictures that the model cannot draw is how to leave its world.
     """
-    longest = BOUND * row_size * math.sqrt(delta.shape[-1])
+    most = BOUND * row_size * math.sqrt(width)
     if strangeness is not None:
-        longest *= min(1.0, STRANGE / max(round(strangeness, 1), 1e-6))  # the same where a device rounds otherwise
-    return delta * (longest / delta.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp(max=1)
+        most *= min(1.0, STRANGE / max(round(strangeness, 1), 1e-6))  # the same where a device rounds otherwise
+    return (most / lengths.clamp_min(1e-12)).clamp(max=1)
 
 
 def why_ended(checks: Sequence[float], step: int | None = None) -> str:

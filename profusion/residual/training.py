@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..details import MAX_CAPACITY, Details, beginning, longest
 from ..diffusion import per_row, training_sigmas
 from ..infusion import (
     Layer,
@@ -27,12 +28,13 @@ from ..infusion import (
     foundation_patches,
 )
 from ..keeping import digest
-from ..loop import MOMENTS, Group, LoopOptions, TrainingError, TrainingLoop, generator_of
+from ..loop import MOMENTS, Group, LoopOptions, TrainingError, TrainingLoop, check_whole, generator_of
 from ..losses import masked_noise_error, relative_noise_error, row_noise_error
 from ..queries import TakenOnce
 from . import automatic
 from .concept import Residual, ResidualError, check_architecture
 
+_DETAILS_STRIDE = -1_000_033  # of the seeds of their gates: no others are among them
 _WITHOUT_GRADIENT = (
     "something on the model computes its attention without one, as SageAttention and other kernels made for inference "
     "do. Connect the model as it was before that"
@@ -52,7 +54,7 @@ class TrainingOptions(LoopOptions):
     share of what the plain model misses, and a bound (see `automatic`). flip: whether the mirrored pictures are used
     too. preserve: how much C is held to F's own prediction outside the concept's mask; 0 is the paper's loss.
     stop_early: end where the loss falls no more. find_object: find masks where all pictures count as a whole. None, for
-    both: where the rate is automatic.
+    both: where the rate is automatic. capacity: n of `details`; 1 is the paper's, one vector for each layer.
     """
 
     steps: int = 300
@@ -63,6 +65,7 @@ class TrainingOptions(LoopOptions):
     preserve: float = 1.0
     stop_early: bool | None = None
     find_object: bool | None = None
+    capacity: int = 1
 
     may_be_automatic: ClassVar[bool] = True
     largest_rate: ClassVar[float] = 10.0
@@ -70,6 +73,11 @@ class TrainingOptions(LoopOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_whole(self, "capacity")
+        if not 1 <= self.capacity <= MAX_CAPACITY:
+            raise ValueError(
+                f"capacity={self.capacity} must lie in [1, {MAX_CAPACITY}]: 1 is the paper's, 4 is more alike"
+            )
         if not 0 <= self.preserve <= 100:
             raise ValueError(
                 f"preserve={self.preserve} must lie in [0, 100]: 1 is usual, 0 leaves what is around the concept free"
@@ -202,18 +210,31 @@ class ResidualTraining(TrainingLoop):
             self._masks = torch.stack([torch.stack([item.mask for item in side]) for side in both]).float().to(device)
             self._sigmas = (training_sigmas() if sigmas is None else sigmas).to("cpu", torch.float32, copy=True)
             self.delta = torch.zeros(len(layers), 1, layers[0].context_dim, device=device)
-        self._placements = [Placement(self.delta, self._names, rows) for rows in prompt_rows]
-        later = {"stop_early": None, "find_object": None}  # what older trainings did not have, as they were
+            self.details = self._first_details(options).to(device) if options.capacity > 1 else None
+        self._placements = [Placement(self.delta, self._names, rows, details=self.details) for rows in prompt_rows]
+        later = {
+            "stop_early": None,
+            "find_object": None,
+            "capacity": 1,
+        }  # what older trainings did not have, as they were
         compared = {
             name: value
             for name, value in asdict(options).items()
             if name != "steps" and (name not in later or value is not later[name])
         }
         self.identity = digest(compared, noun, self._names, prompt_rows, self._latents, self._masks)
-        learned = Group("the residual", {"delta": self.delta}, _WITHOUT_GRADIENT)
+        details = {} if self.details is None else {"details": self.details.values, "gates": self.details.gates}
+        learned = Group("the residual", {"delta": self.delta, **details}, _WITHOUT_GRADIENT)
         super().__init__(options, [learned], self._latents[0, 0].numel())
         if resume is not None:
             self._resume(resume)
+
+    def _first_details(self, options: TrainingOptions) -> Details:
+        widths = [layer.width for layer in self._layers]
+        if not all(widths):
+            raise TrainingError("nobody can tell how wide the model's layers are: set capacity to 1")
+        generator = generator_of(options.seed * _DETAILS_STRIDE - 1)
+        return beginning(options.capacity, len(widths), self._layers[0].context_dim, widths, generator)
 
     def _resume(self, residual: Residual) -> None:
         check_architecture(residual, self._layers)
@@ -231,6 +252,12 @@ class ResidualTraining(TrainingLoop):
                 f"the residual to resume has {residual.steps} steps already, and steps={self.options.steps} counts "
                 "from the first: raise steps to train it further"
             )
+        # what has not been trained yet, as of a PromptNet, starts details of its own
+        if residual.capacity != self.options.capacity and (residual.steps or residual.capacity > 1):
+            raise ResidualError(
+                f"the residual to resume has a capacity of {residual.capacity}, this training of "
+                f"{self.options.capacity}: set capacity to {residual.capacity}"
+            )
         state = dict(residual.training_state or {})
         if residual.steps and set(MOMENTS) - set(state):
             raise ResidualError(
@@ -240,6 +267,9 @@ class ResidualTraining(TrainingLoop):
         moments = {f"{kind}.delta": state.pop(kind, None) for kind in MOMENTS} if residual.steps else {}
         with torch.inference_mode(False), torch.no_grad():
             self.delta.copy_(residual.delta)
+            if residual.details is not None:
+                self.details.values.copy_(residual.details.values)
+                self.details.gates.copy_(residual.details.gates)
         self.restore({**state, **moments, "step": torch.tensor(residual.steps)})
 
     @property
@@ -364,10 +394,20 @@ class ResidualTraining(TrainingLoop):
     def after_step(self) -> None:
         """Keep the residual within its bound, and check the loss now and then."""
         if self.options.automatic:
-            with torch.no_grad():
-                self.delta.copy_(automatic.bounded(self.delta, self.seen.row_size, self.strangeness))
+            self._bound()
         if self._check_batches and self.step % automatic.CHECK_EVERY == 0:
             self._check()
+
+    def _bound(self) -> None:
+        bound = self.seen.row_size, self.strangeness
+        with torch.no_grad():
+            if self.details is None:
+                self.delta.copy_(automatic.bounded(self.delta, *bound))
+                return
+            values = self.details.values
+            share = automatic.bounding(longest(self.delta, values), bound[0], self.delta.shape[-1], bound[1])
+            self.delta.mul_(share)
+            values.mul_(share)
 
     def _check(self) -> None:
         found = self._checked()
@@ -400,9 +440,12 @@ class ResidualTraining(TrainingLoop):
         """What has been learned so far, with the optimizer's state, so that it can be resumed."""
         state = self.state()
         moments = {kind: state[f"{kind}.delta"].clone() for kind in MOMENTS if f"{kind}.delta" in state}
+        of_details = [f"{kind}.{name}" for kind in MOMENTS for name in ("details", "gates")]
+        moments |= {name: state[name].clone() for name in of_details if name in state}
         checks = {"checks": state["checks"]} if "checks" in state else {}
         return Residual(
             delta=self.delta.detach().clone(),
+            details=self.details,
             noun=self._noun,
             layers=self._names,
             architecture=architecture_name(self._layers),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from profusion.details import longest
 from profusion.diffusion import training_sigmas
 from profusion.infusion import (
     Placement,
@@ -16,7 +17,7 @@ from profusion.infusion import (
 )
 from profusion.loop import TrainingError
 from profusion.losses import masked_noise_error
-from profusion.residual import Residual, ResidualError, load_residual, save_residual
+from profusion.residual import Residual, ResidualError, automatic, load_residual, save_residual
 from profusion.residual.training import Reference, TrainingOptions, residual_loss
 from tests.residual.trainings import LENGTH, ROWS, SMALL, predictor, references, same, trained, training
 
@@ -239,6 +240,60 @@ def test_another_model_s_residual_is_refused(unet):
         training(unet, resume=other)
 
 
+# Details
+
+
+def test_a_capacity_of_one_is_what_it_was(unet):
+    """Also the identity, by which an unfinished training is found again."""
+    one = training(unet, TrainingOptions(steps=4, batch_size=2, capacity=1))
+    assert one.details is None and one.identity == training(unet).identity
+    assert one.identity != training(unet, TrainingOptions(steps=4, batch_size=2, capacity=2)).identity
+
+
+def test_details_are_resumed_bit_for_bit_through_a_file(unet, tmp_path):
+    def begun(resume=None):
+        options = TrainingOptions(steps=4, batch_size=2, capacity=3)
+        return training(unet, options, resume=resume)
+
+    whole = begun()
+    losses = list(whole.steps())
+    assert whole.details.values.any(dim=-1).all()
+    partial = begun()
+    some = [next(partial.steps()) for _ in range(2)]
+    save_residual(partial.residual(), tmp_path / "partial.safetensors", "float32")
+    resumed = begun(load_residual(tmp_path / "partial.safetensors"))
+    assert some + list(resumed.steps()) == losses
+    same(resumed.residual(), whole.residual())
+    for one, other in zip(resumed.residual().numbers(), whole.residual().numbers(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_details_stay_within_the_bound_of_the_whole(unet):
+    options = TrainingOptions(steps=6, learning_rate=0.0, batch_size=2, capacity=3, find_object=False)
+    run = training(unet, options)
+    list(run.steps())
+    most = automatic.BOUND * run.seen.row_size * SMALL.context_dim**0.5
+    lengths = longest(run.delta.detach(), run.details.values.detach())
+    assert lengths.max() <= most * 1.0001 and lengths.max() > 0.9 * most  # it is the bound that stops it
+
+
+def test_a_start_without_details_gets_some_of_zero(unet):
+    """As one from a PromptNet: what is drawn before the first step is that."""
+    layers = cross_attention_layers(dict(unet.named_parameters()))
+    delta = torch.randn(len(layers), 1, SMALL.context_dim, generator=torch.Generator().manual_seed(4))
+    start = Residual(delta, "ball", tuple(layer.name for layer in layers), "tiny")
+    run = training(unet, TrainingOptions(steps=2, batch_size=2, capacity=4), resume=start)
+    assert torch.equal(run.delta.cpu(), delta) and not run.details.values.any() and run.details.gates.any()
+    assert len(list(run.steps())) == 2 and run.residual().capacity == 4
+
+
+@pytest.mark.parametrize(("was", "wanted"), [(1, 2), (3, 1), (2, 3)])
+def test_another_capacity_is_another_training(unet, was, wanted):
+    residual = trained(unet, 1, capacity=was)[0].residual()
+    with pytest.raises(ResidualError, match=f"has a capacity of {was}.*set capacity to {was}"):
+        training(unet, TrainingOptions(steps=4, batch_size=2, capacity=wanted), resume=residual)
+
+
 # Precision
 
 
@@ -390,6 +445,9 @@ def test_f_s_queries_are_let_go_as_c_takes_them(unet):
         ({"learning_rate": math.nan}, "learning_rate=nan"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"preserve": -1.0}, "preserve=-1.0"),
+        ({"capacity": 0}, "capacity=0"),
+        ({"capacity": 9}, "capacity=9 must lie in"),
+        ({"capacity": 1.5}, "capacity=1.5 must be a whole number"),
     ],
 )
 def test_options_are_checked(options, message):
