@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache, partial
 from typing import Any
 
 from comfy_api.latest import io
@@ -192,9 +193,12 @@ class InfusionAttentionPatch(io.ComfyNode):
         layers = model_layers(model)
         given = [ConceptInput("", residual, strength, occurrence, region), *_more_concepts(more)]
         pseudo_words = 0 if conditioning is None else _pseudo_words(conditioning, text)
-        placed = place_concepts(clip, text, layers, given, start_percent, end_percent, pseudo_words)
+        encoded = cache(partial(encode_prompt, clip, text, ()))
+        placed = place_concepts(clip, text, layers, given, start_percent, end_percent, pseudo_words, encoded)
         conditioning = (
-            encode_prompt(clip, text, placed) if conditioning is None else placed_in(clip, text, conditioning, placed)
+            encode_prompt(clip, text, placed, encoded)
+            if conditioning is None
+            else placed_in(clip, text, conditioning, placed, encoded)
         )
         check_context_width(conditioning[0][0].shape[-1], layers)
         warn = warn_under(cls)

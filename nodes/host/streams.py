@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from comfy.conds import CONDRegular
+from comfy.conds import CONDCrossAttn, CONDRegular
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.samplers import encode_model_conds
 from torch import Tensor
 
 from ...profusion.apart import Apart
@@ -78,6 +79,7 @@ from ...profusion.rows import (
     owners_after,
 )
 from ...profusion.stride import Stride
+from ...profusion.text_rows import ADAPTED
 from ...profusion.threads import state_of_this_thread
 
 # Packages whose objects are the host's, not a run's memory: its core and whoever runs it, and this pack.
@@ -87,6 +89,7 @@ _NO_MEMORY = ("conds", "original_conds", "model_patcher", "inner_model", "loaded
 KEY = CONCEPTS_KEY  # of the wrappers, and of the stream that is being evaluated in transformer_options
 
 
+_SAME_TEXT = 0.01  # as a share of a context: evaluated twice it differs by rounding, another text's by far more
 _AROUND_GUIDANCE = "sampler_pre_cfg_function", "sampler_cfg_function", "sampler_post_cfg_function"
 _HELD_BACKGROUND = "a held background is of the whole picture", "set background to free"
 FOUNDATIONS = Foundations()
@@ -672,8 +675,9 @@ class _Streams:
     def _of(self, index: int, cond: dict, model: Any, x: Tensor) -> list[Placement]:
         key = identity(index, cond)
         if key not in self._placements:
-            concepts = cond.get(KEY, ()) if _attends_to_own_text(cond) else ()
-            placed = [_resolve(concept, cond, model, x, self._layers) for concept in concepts]
+            first_row = _first_row(cond, model, x) if cond.get(KEY) else None
+            concepts = () if first_row is None else cond[KEY]
+            placed = [_resolve(concept, cond, first_row, model, x, self._layers) for concept in concepts]
             self._placements[key] = [placement for placement in placed if placement is not None]
         return self._placements[key]
 
@@ -703,27 +707,45 @@ def _size(cond: dict, x: Tensor) -> tuple[int, ...]:
     return min(height, size[0] - top), min(width, size[1] - left)
 
 
-def _attends_to_own_text(cond: dict) -> bool:
-    """Whether a cond is evaluated with the text that it was placed in.
+def _first_row(cond: dict, model: Any, x: Tensor) -> int | None:
+    """The row of what a cond attends to at which its own text begins; None where that is not the text it was placed in.
 
-    Where a conditioning has an area, the host copies it, id and all, into the other conditionings, with their text.
+    Where a conditioning has an area, the host copies it, id and all, into the other conditionings, with their text. A
+    transformer may attend to other rows than its conditioning has, and these are its text's all the same: Flux.2 has
+    empty ones before them, and Anima makes its own.
     """
-    own, attended = cond.get("cross_attn"), cond["model_conds"].get("c_crossattn")
-    if own is None or attended is None:
-        return False
-    attended = attended.cond
-    return attended is own or (attended.shape == own.shape and torch.equal(attended.to(own), own))
+    own, entry = cond.get("cross_attn"), cond["model_conds"].get("c_crossattn")
+    if own is None or entry is None:
+        return None
+    attended = entry.cond
+    if attended is own or _alike(attended, own):
+        return 0
+    if isinstance(entry, CONDCrossAttn):  # a UNet's, which attends to what it is given
+        return None
+    (again,) = encode_model_conds(model.extra_conds, [cond], x, x.device, cond.get("prompt_type"))
+    made = again["model_conds"]["c_crossattn"].cond
+    if attended.shape != made.shape or (attended - made.to(attended)).norm() > _SAME_TEXT * attended.norm():
+        return None
+    before = attended.shape[1] - own.shape[1]
+    return before if before > 0 and _alike(attended[:, before:], own) else 0
 
 
-def _resolve(concept: PlacedConcept, cond: dict, model: Any, x: Tensor, layers: tuple[str, ...]) -> Placement | None:
-    """A concept's placement in the run at hand; None where it would do nothing."""
+def _alike(attended: Tensor, own: Tensor) -> bool:
+    return attended.shape == own.shape and torch.equal(attended.to(own), own)
+
+
+def _resolve(
+    concept: PlacedConcept, cond: dict, first_row: int, model: Any, x: Tensor, layers: tuple[str, ...]
+) -> Placement | None:
+    """A concept's placement in the run at hand; None where it would do nothing. first_row: see `_first_row`."""
     placement, text = concept.placement, cond["cross_attn"]
     if placement.layers != layers:
         raise ValueError(
             f"the conditioning's residual has {len(placement.layers)} layers, {placement.layers[0]} to "
             f"{placement.layers[-1]}, and the sampling model has {len(layers)}: their architectures differ"
         )
-    if not text[:, list(placement.rows)].any():
+    placed_on = text if ADAPTED in cond else text[:, list(placement.rows)]
+    if not placed_on.any():
         return None  # a zeroed-out conditioning, as made for negatives, has no noun any more
     region = placement.region
     if region is not None:
@@ -735,9 +757,10 @@ def _resolve(concept: PlacedConcept, cond: dict, model: Any, x: Tensor, layers: 
         placement,
         delta=placement.delta.to(x.device),
         details=placement.details and placement.details.to(x.device),
+        rows=tuple(first_row + row for row in placement.rows),
         sigma_start=float(sampling.percent_to_sigma(concept.start_percent)),
         sigma_end=float(sampling.percent_to_sigma(concept.end_percent)),
-        context_length=text.shape[1],
+        context_length=cond["model_conds"]["c_crossattn"].cond.shape[1],
         region=region,
     )
 

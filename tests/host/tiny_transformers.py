@@ -51,6 +51,14 @@ def flux():
     return {"image_model": "flux", **_flux(), **ends}
 
 
+def flux2():
+    """Its contexts are filled up from the front to 512 rows."""
+    new = {"global_modulation": True, "mlp_silu_act": True, "ops_bias": False, "default_ref_method": "index"}
+    ends = {"in_channels": 128, "out_channels": 128, "vec_in_dim": None, "guidance_embed": True, "txt_ids_dims": [3]}
+    places = {"axes_dim": [16, 16, 16, 16], "patch_size": 1, "qkv_bias": False, "ref_index_scale": 10.0}
+    return {**_flux(), **new, **ends, **places, "image_model": "flux2", "mlp_ratio": 3.0, "theta": 2000}
+
+
 def chroma():
     ends = {"in_channels": 64, "out_channels": 64, "in_dim": 64, "out_dim": WIDTH, "hidden_dim": WIDTH, "n_layers": 2}
     new = {"vec_in_dim": None} if _has("ZImage") else {}
@@ -180,6 +188,7 @@ def pixart():
 FAMILIES = {
     "sd3": ("SD3", sd3, PICTURE),
     "flux": ("Flux", flux, PICTURE),
+    "flux2": ("Flux2", flux2, (128, 4, 4)),
     "chroma": ("Chroma", chroma, PICTURE),
     "qwen": ("QwenImage", qwen, VIDEO),
     "lumina2": ("Lumina2", lumina2, PICTURE),
