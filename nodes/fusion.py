@@ -10,7 +10,7 @@ from ..profusion.fusion import FusionOptions, Guidance
 from . import inputs
 from .host.display import show
 from .host.drawing import Sampling
-from .host.fusion import FusionGuider, FusionSampling, sample_latent
+from .host.fusion import Drawn, FusionGuider, FusionSampling, sample_latent
 
 MORE_TERMS = ("_2", "_3", "_4")
 MODES = ["dependent", "independent"]
@@ -262,8 +262,24 @@ class FusionKSampler(io.ComfyNode):
             FusionOptions(fusion_steps, eta),
             (fusion_start, fusion_end),
         )
-        message = f"{drawn.rows_per_step:.2f} UNet rows a step and picture (plain guidance: 2)"
-        return io.NodeOutput(drawn.latent, ui=show(cls, message))
+        said = _said(drawn, cfg, fusion_cfg, wanted=fusion_steps > 0 and fusion_end > fusion_start)
+        return io.NodeOutput(drawn.latent, ui=show(cls, said))
+
+
+def _said(drawn: Drawn, cfg: float, fusion_cfg: float, wanted: bool) -> str:
+    """What a run cost, and what of it may not be what was meant. wanted: whether a fusion stage was asked for."""
+    lines = [f"{drawn.rows_per_step:.2f} evaluations a step and picture (KSampler: {1 if cfg == 1 else 2})"]
+    if wanted and not drawn.fusion_calls:
+        lines.append(
+            "There was no fusion stage: so few steps have no noise level between fusion_start and fusion_end that one "
+            "could act at. Raise fusion_end, or steps"
+        )
+    if drawn.fusion_calls and cfg == 1 and fusion_cfg != 1:
+        lines.append(
+            f"cfg is 1, and the fusion stage is guided away from the negative, by fusion_cfg {fusion_cfg:g}. A model "
+            "with its guidance built in, as Flux, Turbo, Lightning and LCM have it, wants fusion_cfg 1 too"
+        )
+    return "\n".join(lines)
 
 
 NODES = [FusionGuiderNode, FusionSamplerNode, FusionKSampler]

@@ -37,6 +37,7 @@ Refine = Callable[[Tensor, int, int], Tensor]
 level `first` to level `last`."""
 FreshNoise = Callable[[Tensor], Tensor]
 """`fresh(x) -> z`: unit noise of x's shape, type and device, another at each call."""
+_NOISE_ALONE = 1 - 1e-4  # the level of a flow model
 Combine = Callable[[Tensor, Tensor, float], Tensor]
 """`combine(nothing, mean, scale) -> guided`, as `guide` is."""
 
@@ -305,15 +306,17 @@ def fusion_stage(
     return x
 
 
-def segments(sigmas: Sequence[float], options: FusionOptions) -> list[tuple[int, int, bool]]:
+def segments(sigmas: Sequence[float], options: FusionOptions, flow: bool = False) -> list[tuple[int, int, bool]]:
     """Cut a run into the stretches that the refinement's sampler does in one go: (first step, last step + 1, fused).
 
     The fresh noise of a fusion stage makes earlier predictions stale, so a stretch begins at every level that has one;
-    until the next such level the sampler is left alone, and keeps its memory if it has one.
+    until the next such level the sampler is left alone, and keeps its memory if it has one. A flow model's first level
+    may be noise alone: a stage would draw another seed's there, and nothing else, so it has none.
     """
     cuts: list[tuple[int, int, bool]] = []
     for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
-        fused = options.repeats_at(float(sigma), float(sigma_next)) > 0
+        has_signal = not flow or sigma < _NOISE_ALONE
+        fused = has_signal and options.repeats_at(float(sigma), float(sigma_next)) > 0
         if fused or not cuts:
             cuts.append((step, step + 1, fused))
         else:
@@ -336,7 +339,7 @@ def sample_fusion(
     guidance. refine: called for each stretch of levels, see `segments`. fresh, flow: see `fusion_stage`. Without fusion
     steps this is one call of `refine`, to the bit.
     """
-    for first, last, fused in segments(sigmas.tolist(), options):
+    for first, last, fused in segments(sigmas.tolist(), options, flow):
         if fused:
             x = fusion_stage(model, x, sigmas[first], sigmas[first + 1], options, fresh, flow)
         x = refine(x, first, last)

@@ -275,6 +275,7 @@ def test_a_stretch_begins_at_every_level_with_a_fusion_stage():
     options = FusionOptions(repeats=2, sigma_start=8.0, sigma_end=4.0)
     assert segments(sigmas, options) == [(0, 1, False), (1, 2, True), (2, 3, True), (3, 6, True)]
     assert segments(sigmas, FusionOptions(repeats=0)) == [(0, 6, False)]
+    assert segments([1.0, 0.9, 0.5], FusionOptions(), flow=True) == [(0, 1, False), (1, 2, True)]  # 1 is noise alone
     assert segments([4.0, 4.0, 2.0], FusionOptions()) == [
         (0, 1, False),
         (1, 2, True),

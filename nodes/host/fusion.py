@@ -58,8 +58,8 @@ class Word(Protocol):
 class FusionGuider(comfy.samplers.CFGGuider):
     """e0 + s sum_i w_i (e_i - e0) / sum_i w_i, all terms of a step in one batched call.
 
-    What the plain guider does, for one term and no S*: to the bit. `rows` counts the UNet rows that a run evaluated, a
-    latent under one conditioning each; `calls` the batches.
+    What the plain guider does, for one term and no S*: to the bit. `rows` counts what a run evaluated, a latent under
+    one conditioning each; `calls` the batches, and `fusion_calls` those of the fusion stage.
     """
 
     def set_terms(
@@ -103,6 +103,10 @@ class FusionGuider(comfy.samplers.CFGGuider):
     def calls(self) -> int:
         return self._counted["calls"]
 
+    @property
+    def fusion_calls(self) -> int:
+        return self._counted["fusion"]
+
     def _guidance(self) -> RunGuidance:
         if self._run is None:
             self._run = RunGuidance(replace(self.guidance, cfg=self.cfg))  # others may have set it anew
@@ -135,6 +139,7 @@ class FusionGuider(comfy.samplers.CFGGuider):
             asked = conds if everything else conds[:1]
             self._counted["rows"] += len(x) * sum(len(group) for group in asked if group)
             self._counted["calls"] += 1
+            self._counted[stage] += 1
             return _calc_conds(self.inner_model, asked, x, timestep, model_options)
 
         def hooks(predicted: list[Tensor]) -> list[Tensor]:
@@ -314,10 +319,11 @@ def _under_stage(model: Callable, extra_args: dict) -> Callable[[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Drawn:
-    """A drawn LATENT, and how many UNet rows each of its pictures took a step."""
+    """A drawn LATENT, how often each of its pictures was evaluated a step, and how many calls the fusion stage took."""
 
     latent: dict
     rows_per_step: float
+    fusion_calls: int
 
 
 def sample_latent(
@@ -352,4 +358,5 @@ def sample_latent(
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    return Drawn(drawn_latent(latent, drawn.to(samples.device)), guider.rows / len(samples) / max(1, steps))
+    rows_per_step = guider.rows / len(samples) / max(1, steps)
+    return Drawn(drawn_latent(latent, drawn.to(samples.device)), rows_per_step, guider.fusion_calls)

@@ -183,7 +183,7 @@ def test_all_terms_of_a_step_are_one_batch_and_are_counted(node, counted, texts,
     stages = [stage for _, _, stage in counted.calls]
     assert stages == ["fusion", None] * 3 + [None]  # none before the last step
     assert all((rows, sorted(which)) == (6, [0, 0, 1]) for rows, which, _ in counted.calls)  # packs know no 2
-    assert shown == ["5.25 UNet rows a step and picture (plain guidance: 2)"]  # 7 calls of 3, in 4 steps
+    assert shown == ["5.25 evaluations a step and picture (KSampler: 2)"]  # 7 calls of 3, in 4 steps
 
 
 def test_refresh_saves_rows_where_there_are_several_terms(node, counted, texts):
