@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.results import plus_minus, table
+from profusion.attending import UNET
 from profusion.diffusion import per_row, sampling_sigmas, variance_exploding
-from profusion.holding import BACKGROUNDS, FREE, Holding, cross_attention
+from profusion.holding import BACKGROUNDS, FREE, Holding
 from profusion.infusion import customised_patches, foundation_patches, on_conditional
 from profusion.residual import Residual, load_residual
 from profusion.toybox.concepts import DEMO_PROMPTS, drawn_concept
@@ -37,7 +38,7 @@ def draw(toybox: Toybox, residual: Residual, prompt: str, seeds: Sequence[int], 
     placements = on_conditional(toybox.placements(prompt, [residual]))
     evaluate = toybox.evaluator(toybox.context(prompt).expand(len(seeds), -1, -1), CUSTOMISED_GUIDANCE)
     holdings = {
-        kind: Holding(kind, partial(cross_attention, toybox.unet), len(seeds), noise.shape[-2:])
+        kind: Holding(kind, partial(UNET.looking, toybox.unet), len(seeds), noise.shape[-2:])
         for kind in BACKGROUNDS
         if kind != FREE
     }

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from benchmarks.infusion_background import scores, summary
 from benchmarks.results import plus_minus, table
+from profusion.attending import UNET
 from profusion.diffusion import eps_denoiser, per_row, sampling_sigmas, variance_exploding
-from profusion.holding import HELD, Holding, cross_attention
+from profusion.holding import HELD, Holding
 from profusion.infusion import Patches, customised_patches, foundation_patches, on_conditional
 from profusion.residual import Residual, load_residual
 from profusion.stride import Stride
@@ -66,7 +67,7 @@ def draw(toybox: Toybox, residual: Residual, prompt: str, seeds: Sequence[int], 
     placements = on_conditional(toybox.placements(prompt, [residual]))
     context = toybox.context(prompt).expand(len(seeds), -1, -1)
     away = toybox.context("").expand(len(seeds), -1, -1)
-    holding = Holding(HELD, partial(cross_attention, toybox.unet), len(seeds), noise.shape[-2:])
+    holding = Holding(HELD, partial(UNET.looking, toybox.unet), len(seeds), noise.shape[-2:])
 
     def evaluate(x: Tensor, sigma: Tensor, patches: Patches, rows: Sequence[int]) -> tuple[Tensor, ...]:
         """Denoised, by each of `rows`: 0 with the prompt, 1 with the negative."""

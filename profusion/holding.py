@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .devices import area_means, smoothly_resized
-from .infusion import ExtraOptions, Owners, Patches, Placement, PlacementsFor, chunks_in_order, layer_name
+from .infusion import ExtraOptions, Owners, Patches, Placement, PlacementsFor, chunks_in_order, layer_name, together
 from .models.attention import attention_map
 
 FREE, SOFTLY, HELD = "free", "held softly", "held"
@@ -304,8 +304,13 @@ class Noun:
     area: Sequence[int] | None
 
 
+Looking = Callable[..., Patches]
+"""`looking(maps, placements_for, owners, where, noun=None)`: what `map_patches` makes, of a network that it knows."""
+
+
 class Holding:
-    """How one run of both streams holds the background. background: softly, or to the bit.
+    """How one run of both streams holds the background. background: softly, or to the bit. looking: makes the patches
+    that look for nouns in the network's attention.
 
     Softly, the region is F's and C's own together, by the map of the noun that each one's queries make, and its edge is
     soft: a shape that has to grow beyond F's outline may. Nothing is replaced at the end. apart: whether several
@@ -315,7 +320,7 @@ class Holding:
     def __init__(
         self,
         background: str,
-        attention_of: Callable[[str], Attention],
+        looking: Looking,
         pictures: int,
         size: Sequence[int],
         apart: bool = False,
@@ -323,13 +328,13 @@ class Holding:
         if background not in (SOFTLY, HELD):
             raise ValueError(f"background={background!r}: give {SOFTLY!r} or {HELD!r}")
         self.softly, self._apart = background == SOFTLY, apart
-        self._attention_of = attention_of
+        self._looking = looking
         self._foundation, self._customised = (NounMaps(pictures, tuple(size)) for _ in range(2))
 
     def watching_foundation(self, patches: Patches, placements_for: PlacementsFor, *known) -> Patches:
         """F's patches, and what they leave of its nouns. known: `owners` and `where` of `map_patches`."""
         self._foundation.settle()
-        return self._before(patches, map_patches(self._foundation, self._attention_of, placements_for, *known))
+        return self._before(patches, self._looking(self._foundation, placements_for, *known))
 
     def watching_customised(
         self, patches: Patches, placements_for: PlacementsFor, *known, noun: Hashable | None = None
@@ -338,7 +343,7 @@ class Holding:
         if not self.softly:
             return patches
         self._customised.settle()
-        watching = map_patches(self._customised, self._attention_of, placements_for, *known, noun=noun)
+        watching = self._looking(self._customised, placements_for, *known, noun=noun)
         return self._before(patches, watching)
 
     def latest(self) -> dict[Hashable, tuple[Tensor, Tensor]]:
@@ -363,7 +368,7 @@ class Holding:
 
     @staticmethod
     def _before(patches: Patches, watching: Patches) -> Patches:
-        return {**patches, "attn2_patch": [*watching["attn2_patch"], *patches.get("attn2_patch", ())]}
+        return together(watching, patches)
 
     def region(self) -> Tensor | None:
         """Where C may differ from F: (B, H, W) in [0, 1]; None while nothing is known of the nouns."""

@@ -37,6 +37,7 @@ from torch import Tensor
 from .details import Details, openings
 from .devices import area_means, smoothly_resized
 from .problems import Explained
+from .text_attention import ATTENTION, OVERRIDE, overridden
 
 _TO_VALUE = re.compile(
     r"(input|middle|output)_blocks?\.(\d+)\.(?:\d+\.)?transformer_blocks\.(\d+)\.attn2\.to_v\.weight"
@@ -439,8 +440,13 @@ def check_context_width(width: int, layers: Sequence[Layer]) -> None:
         )
 
 
+def together(*patches: Patches) -> Patches:
+    """All of these patches, in their order."""
+    return {kind: [one for own in patches for one in own.get(kind, ())] for kind in dict.fromkeys(k for own in patches for k in own)}
+
+
 def with_patches(model_options: Mapping[str, Any], patches: Patches) -> dict[str, Any]:
-    """A host's model options with these patches around other packs': before them the rows are the UNet's own still."""
+    """A host's model options with these patches around other packs': before them the rows are the network's own."""
     options = {**model_options, "transformer_options": {**model_options["transformer_options"]}}
     theirs = options["transformer_options"].get("patches", {})
     options["transformer_options"]["patches"] = {
@@ -448,4 +454,8 @@ def with_patches(model_options: Mapping[str, Any], patches: Patches) -> dict[str
         "attn2_patch": [*patches.get("attn2_patch", ()), *theirs.get("attn2_patch", ())],
         "attn2_output_patch": [*theirs.get("attn2_output_patch", ()), *patches.get("attn2_output_patch", ())],
     }
+    attention = patches.get(ATTENTION)
+    if attention:
+        inner = options["transformer_options"]
+        inner[OVERRIDE] = overridden(attention, inner.get(OVERRIDE))
     return options

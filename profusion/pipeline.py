@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .diffusion import Prediction, denoiser, noise_predictor, sample_euler, sampling_sigmas
-from .holding import APART, FREE, NOT_HELD, TOGETHER, Holding, cross_attention
+from .attending import UNET
+from .holding import APART, FREE, NOT_HELD, TOGETHER, Holding
 from .infusion import Patches, Placement, cross_attention_layers, on_conditional
 from .models.chunks import chunks
 from .models.conditioning import of_one_length
@@ -143,8 +144,8 @@ class Pipeline:
         evaluate = self.evaluator(*self._guided([prompt] * len(generators), guidance), negative)
         noise, holding = self._noise(generators), None
         if background != FREE:
-            attention_of, size = partial(cross_attention, self.unet), noise.shape[-2:]
-            holding = Holding(background, attention_of, len(noise), size, concepts == APART)
+            looking, size = partial(UNET.looking, self.unet), noise.shape[-2:]
+            holding = Holding(background, looking, len(noise), size, concepts == APART)
         sigmas = self._sigmas(steps)
         stride = Stride(every, sigmas.tolist())
         denoise = two_stream_denoiser(evaluate, on_conditional(placements), shared_latent, holding, stride)

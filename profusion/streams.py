@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
+from .attending import UNET, Attending
 from .holding import NO_PICTURE, Holding, of_noun
 from .infusion import (
     ExtraOptions,
@@ -14,8 +15,7 @@ from .infusion import (
     Placement,
     PlacementsFor,
     QueryStore,
-    customised_patches,
-    foundation_patches,
+    chunks_in_order,
 )
 from .stride import Stride
 
@@ -29,20 +29,21 @@ def two_stream_denoiser(
     shared_latent: bool = False,
     holding: Holding | None = None,
     stride: Stride | None = None,
+    attending: Attending = UNET,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A denoiser of the stacked streams, (2N, ...): N rows of F, then N of C (arXiv 2404.14007, section 4).
 
     F follows its own trajectory, so that C keeps the plain picture's layout; or, with `shared_latent`, looks at C's.
     holding: what keeps C's background F's, and several concepts apart where it does; it needs F's own trajectory, and
     `Holding.finished` at the end of the run. stride: at which noise levels C is evaluated, and the nouns are looked for
-    in F; None: at all.
+    in F; None: at all. attending: how the streams meet in the network's attention.
     """
     if holding is not None and shared_latent:
         raise ValueError(NO_PICTURE)
     stride = stride or Stride(1)
 
     def look(x: Tensor, sigma: Tensor, queries: QueryStore, due: bool) -> Tensor:
-        patches = foundation_patches(queries)
+        patches = attending.foundation(queries, placements_for, chunks_in_order)
         if holding is not None and due:
             patches = holding.watching_foundation(patches, placements_for)
         return evaluate(x, sigma, patches)
@@ -56,7 +57,7 @@ def two_stream_denoiser(
         def placed(extra_options: ExtraOptions, owner: Hashable) -> Sequence[Placement]:
             return of_noun(placements_for(extra_options, owner), owner, noun)
 
-        patches, seen = customised_patches(queries, placed), customised
+        patches, seen = attending.customised(queries, placed, chunks_in_order), customised
         if holding is not None:
             patches = holding.watching_customised(patches, placements_for, noun=noun)
             seen = holding.seen_by(noun, customised, foundation)

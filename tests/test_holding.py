@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from profusion import holding
+from profusion.attending import UNET
 from profusion.holding import (
     FREE,
     HELD,
@@ -163,7 +164,7 @@ def drawn(unet, background, strength=1.0, steps=3, placed=None, apart=False, str
 
     holding = None
     if background != FREE:
-        holding = Holding(background, partial(cross_attention, unet), 2, (8, 8), apart)
+        holding = Holding(background, partial(UNET.looking, unet), 2, (8, 8), apart)
     placed = placements(unet, strength) if placed is None else placed
     denoise = two_stream_denoiser(evaluate, on_conditional(placed), holding=holding, stride=stride)
     for step in range(steps):
@@ -202,7 +203,7 @@ def test_with_nothing_to_add_both_streams_are_the_plain_run(unet, background):
 
 def test_what_cannot_be_held_is_refused(unet):
     with pytest.raises(ValueError, match="give 'held softly' or 'held'"):
-        Holding(FREE, partial(cross_attention, unet), 1, (8, 8))
+        Holding(FREE, partial(UNET.looking, unet), 1, (8, 8))
     with pytest.raises(ValueError, match="draws no picture of its own"):
         two_stream_denoiser(lambda *_: None, on_conditional([]), True, Holding(HELD, lambda _: None, 1, (8, 8)))
 
