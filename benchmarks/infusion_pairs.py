@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import plus_minus, table, write
-from profusion.diffusion import per_row, sampling_sigmas, variance_exploding
 from profusion.attending import UNET
+from profusion.diffusion import per_row, sampling_sigmas, variance_exploding
 from profusion.holding import APART, FREE, HELD, Holding, NounMaps, cross_attention, map_patches, of_noun
 from profusion.infusion import Placement, customised_patches, foundation_patches, on_conditional
 from profusion.residual import Residual, load_residual
@@ -101,7 +101,9 @@ def draw(
     noise, sigmas = initial_noise(seeded(*seeds)), sampling_sigmas(steps)
     evaluate = toybox.evaluator(toybox.context(prompt).expand(len(seeds), -1, -1), CUSTOMISED_GUIDANCE)
     attention_of, size = partial(cross_attention, toybox.unet), noise.shape[-2:]
-    holdings = {name: Holding(HELD, partial(UNET.looking, toybox.unet), len(seeds), size, name == APART) for name in placed}
+    holdings = {
+        name: Holding(HELD, partial(UNET.looking, toybox.unet), len(seeds), size, name == APART) for name in placed
+    }
     maps = NounMaps(len(seeds), size)
     kinds = [(name, background) for name in ("first", "second", *schemes) for background in backgrounds]
     kinds += [(APART, HELD)] if HELD in backgrounds else []

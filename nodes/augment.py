@@ -12,7 +12,8 @@ from . import inputs
 from .host.augmenting import PLACES, STAY, variants
 from .host.display import show
 from .host.drawing import Sampling
-from .host.encoding import check_connected, native_size
+from .host.encoding import check_connected
+from .host.families import native_size
 
 BACKGROUND_PROMPTS = "\n".join(
     f"a photo of a {NOUN} {place}" for place in ("on grass", "on snow", "on sand", "in a room")

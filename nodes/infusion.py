@@ -10,11 +10,13 @@ from comfy_api.latest import io
 
 from ..profusion.holding import BACKGROUNDS, CONCEPTS, FREE, TOGETHER
 from ..profusion.infusion import check_context_width
+from ..profusion.joint_attention import COLUMN, LOCKS
 from ..profusion.prompt import OCCURRENCES
 from ..profusion.stride import EVERY, MOST
 from . import inputs
 from .host.display import warn_under
-from .host.encoding import check_connected, model_layers
+from .host.encoding import check_connected
+from .host.families import acting_on
 from .host.identity import other_bases
 from .host.placing import MORE_CONCEPTS, ConceptInput, encode_prompt, place_concepts, placed_in
 from .host.streams import add_streams
@@ -24,6 +26,10 @@ OWN_TRAJECTORY, SHARED_LATENT = "own trajectory", "shared latent"
 NO_CONCEPT = (
     "A sampler drew with this model and without a concept: as on the plain model. Connect this node's CONDITIONING "
     "output, unchanged, to that sampler's positive."
+)
+UNET_LOCK = (
+    "lock means nothing for this model: in a UNet's cross-attention the plain picture's map is kept whole, as in the "
+    "paper. It is for transformers."
 )
 
 
@@ -85,7 +91,11 @@ class InfusionAttentionPatch(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="An SD 1.x, SD 2.x, SDXL or Toybox model; LoRAs and other patches may be on it."
+                    "model",
+                    tooltip=(
+                        "An SD 1.x, SD 2.x, SDXL or Toybox model, or one of the transformers that the help page lists; "
+                        "LoRAs and other patches may be on it."
+                    ),
                 ),
                 inputs.clip(),
                 io.String.Input(
@@ -162,6 +172,17 @@ class InfusionAttentionPatch(io.ComfyNode):
                         "plain pictures. 4: for a quarter more than one."
                     ),
                 ),
+                io.Combo.Input(
+                    "lock",
+                    options=list(LOCKS),
+                    default=COLUMN,
+                    optional=True,
+                    tooltip=(
+                        "Of transformers, what of the plain picture's attention is kept. column: where the concept "
+                        "lands. whole: all of it, which holds the layout more, lets less of the concept through and "
+                        "takes much memory. Means nothing for SD 1.x, SD 2.x and SDXL."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model, ready to draw the concepts of the conditioning."),
@@ -187,10 +208,12 @@ class InfusionAttentionPatch(io.ComfyNode):
         background=FREE,
         concepts=TOGETHER,
         every=1,
+        lock=COLUMN,
         **more,
     ) -> io.NodeOutput:
         check_connected(clip=clip)
-        layers = model_layers(model)
+        acting = acting_on(model, lock)
+        layers = acting.layers
         given = [ConceptInput("", residual, strength, occurrence, region), *_more_concepts(more)]
         pseudo_words = 0 if conditioning is None else _pseudo_words(conditioning, text)
         encoded = cache(partial(encode_prompt, clip, text, ()))
@@ -200,8 +223,11 @@ class InfusionAttentionPatch(io.ComfyNode):
             if conditioning is None
             else placed_in(clip, text, conditioning, placed, encoded)
         )
-        check_context_width(conditioning[0][0].shape[-1], layers)
         warn = warn_under(cls)
+        if acting.family is None:
+            check_context_width(conditioning[0][0].shape[-1], layers)
+            if lock != COLUMN:
+                warn(UNET_LOCK)
         others = other_bases([concept.residual for concept in given], model)
         if others:
             warn("\n".join(others))
@@ -213,6 +239,7 @@ class InfusionAttentionPatch(io.ComfyNode):
             background=background,
             concepts=concepts,
             every=every,
+            attending=acting.attending,
         )
         return io.NodeOutput(patched, conditioning)
 

@@ -14,8 +14,9 @@ from ..profusion.promptnet.seed import PROMPT_PAIRS, ResidualSeed, attention_mod
 from ..profusion.references import gather, together
 from . import inputs
 from .host.display import Progress, show
-from .host.encoding import check_connected, encode_references, model_layers, native_size
+from .host.encoding import check_connected, encode_references
 from .host.evaluation import TrainedModel
+from .host.families import model_layers, native_size
 from .host.files import find_promptnet, fingerprint, promptnet_names, why_not_found
 from .host.identity import BaseFile, origin_on
 from .host.placing import encode_training_prompts

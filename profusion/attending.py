@@ -27,7 +27,9 @@ class Attending(Protocol):
 
     def customised(self, store: QueryStore, placements_for: PlacementsFor, owners: Owners) -> Patches: ...
 
-    def looking(self, network: nn.Module, maps: NounMaps, placements_for: PlacementsFor, *known, **named) -> Patches: ...
+    def looking(
+        self, network: nn.Module, maps: NounMaps, placements_for: PlacementsFor, *known, **named
+    ) -> Patches: ...
 
     def noting(self, note: Callable[[], None]) -> Patches: ...
 
@@ -40,15 +42,11 @@ class Attending(Protocol):
 class UNetAttention:
     """The cross-attentions of a UNet, by ComfyUI's `attn2_patch`."""
 
-    def foundation(
-        self, store: QueryStore, placements_for: PlacementsFor, owners: Owners = chunks_in_order
-    ) -> Patches:
+    def foundation(self, store: QueryStore, placements_for: PlacementsFor, owners: Owners = chunks_in_order) -> Patches:
         """F's patches: it stays the plain model, and `store` is left what C needs at these placements."""
         return infusion.foundation_patches(store, owners)
 
-    def customised(
-        self, store: QueryStore, placements_for: PlacementsFor, owners: Owners = chunks_in_order
-    ) -> Patches:
+    def customised(self, store: QueryStore, placements_for: PlacementsFor, owners: Owners = chunks_in_order) -> Patches:
         """C's patches, after F's."""
         return infusion.customised_patches(store, placements_for, owners)
 
@@ -90,14 +88,10 @@ class JointAttention:
     heads: int = 1
     width: int = 1
 
-    def foundation(
-        self, store: QueryStore, placements_for: PlacementsFor, owners: Owners = chunks_in_order
-    ) -> Patches:
+    def foundation(self, store: QueryStore, placements_for: PlacementsFor, owners: Owners = chunks_in_order) -> Patches:
         return joint_attention.foundation_patches(self.layout, self.lock, store, placements_for, owners)
 
-    def customised(
-        self, store: QueryStore, placements_for: PlacementsFor, owners: Owners = chunks_in_order
-    ) -> Patches:
+    def customised(self, store: QueryStore, placements_for: PlacementsFor, owners: Owners = chunks_in_order) -> Patches:
         return joint_attention.customised_patches(self.layout, self.lock, store, placements_for, owners)
 
     def looking(self, network: nn.Module, maps: NounMaps, placements_for: PlacementsFor, *known, **named) -> Patches:

@@ -60,9 +60,11 @@ class UnsupportedModelError(Explained, ValueError):
 
 @dataclass(frozen=True)
 class Layer:
-    """A cross-attention layer: its name ("input.1.0": block kind, block id, transformer index) and context width.
+    """What a residual has a vector for.
 
-    width: C of its hidden state, 0 where that is not known.
+    A UNet's cross-attention: its name ("input.1.0": block kind, block id, transformer index) and the context's width.
+    A transformer's attention with text: "joint.3" or "cross.3", and the width of its values.
+    width: C of a UNet's hidden state there, 0 where that is not known.
     """
 
     name: str
@@ -87,15 +89,19 @@ def cross_attention_layers(parameters: Mapping[str, Tensor]) -> list[Layer]:
             found.append((_KINDS.index(kind), block, index, weight.shape[1], width))
     if not found:
         raise UnsupportedModelError(
-            "the model has no cross-attention from picture to text, as SD 1.x, SD 2.x and SDXL have, so there is "
-            "nothing in it that a residual could move or that a PromptNet was trained with"
+            "the model has none of a UNet's cross-attentions from picture to text, as SD 1.x, SD 2.x and SDXL have "
+            "them, and of no other attention is it known where text stands in it"
         )
     return [Layer(f"{_KINDS[kind]}.{block}.{index}", *widths) for kind, block, index, *widths in sorted(found)]
 
 
 def architecture_name(layers: Sequence[Layer]) -> str:
-    """What people call a UNet with these cross-attention layers."""
-    return name_of_unet(len(layers), max((layer.context_dim for layer in layers), default=0))
+    """What people call a network with these layers."""
+    width = max((layer.context_dim for layer in layers), default=0)
+    kind = next((layer.name.split(".")[0] for layer in layers), "")
+    if kind in ("joint", "cross"):
+        return f"transformer with {len(layers)} {kind} attentions of {width}"
+    return name_of_unet(len(layers), width)
 
 
 def name_of_unet(cross_attentions: int, context_dim: int) -> str:
@@ -442,7 +448,10 @@ def check_context_width(width: int, layers: Sequence[Layer]) -> None:
 
 def together(*patches: Patches) -> Patches:
     """All of these patches, in their order."""
-    return {kind: [one for own in patches for one in own.get(kind, ())] for kind in dict.fromkeys(k for own in patches for k in own)}
+    return {
+        kind: [one for own in patches for one in own.get(kind, ())]
+        for kind in dict.fromkeys(k for own in patches for k in own)
+    }
 
 
 def with_patches(model_options: Mapping[str, Any], patches: Patches) -> dict[str, Any]:

@@ -83,7 +83,9 @@ def customised_patches(
     """Patches for C's evaluation, after F's with the same lock."""
 
     def draw(seen: TextAttention) -> Tensor:
-        parts = [(owner, part, _acting(placements_for(seen.options, owner), seen)) for owner, part in _parts(seen, owners)]
+        parts = [
+            (owner, part, _acting(placements_for(seen.options, owner), seen)) for owner, part in _parts(seen, owners)
+        ]
         if lock == WHOLE:
             output, queries, keys = _whole(layout, seen, store, parts)
         else:
@@ -211,4 +213,3 @@ def _kept(store: QueryStore, kind: Hashable, owner: Hashable, seen: TextAttentio
             f"the foundation stream left nothing for layer {seen.name}: was it evaluated before this one?"
         )
     return found.to(seen.query, non_blocking=found.device.type == "cpu")
-

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from .diffusion import Prediction, denoiser, noise_predictor, sample_euler, sampling_sigmas
 from .attending import UNET
+from .diffusion import Prediction, denoiser, noise_predictor, sample_euler, sampling_sigmas
 from .holding import APART, FREE, NOT_HELD, TOGETHER, Holding
 from .infusion import Patches, Placement, cross_attention_layers, on_conditional
 from .models.chunks import chunks

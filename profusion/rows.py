@@ -21,6 +21,7 @@ from torch import Tensor
 from .infusion import ExtraOptions, Owners, Patches, with_patches
 from .patched import name_of
 from .problems import Explained
+from .text_attention import TEXT, TextCall, check_layers, check_layout
 
 _CUSTOMISED, _APPLY_MODEL = "customised", "apply_model"
 PICTURES = "profusion_pictures"  # in a conditioning: which of the batch it is evaluated for
@@ -110,8 +111,16 @@ class Evaluation:
             in_turn = self._in_turn(whose)
             rows = sum(map(len, pictures))
             noted = Call(in_turn, dict(zip(in_turn, pictures, strict=True)), rows, tuple(x.shape[2:]), options)
-            patched = with_patches({"transformer_options": {**given, ROWS: noted}}, patches)
-            return executor(x, t, c_concat, c_crossattn, control, patched["transformer_options"], **others)
+
+            def evaluate(context: Tensor | None, patches: Patches) -> Tensor:
+                text = TextCall(0 if context is None else context.shape[1], tuple(x.shape[2:]), others)
+                patched = with_patches({"transformer_options": {**given, ROWS: noted, TEXT: text}}, patches)
+                result = executor(x, t, c_concat, context, control, patched["transformer_options"], **others)
+                check_layers(patches, text)
+                return result
+
+            check_layout(patches, c_crossattn, evaluate)
+            return evaluate(c_crossattn, patches)
 
         return call
 
@@ -186,7 +195,7 @@ def check_size(
     why: it matters, and what else to do, in words.
     """
     call = extra_options[ROWS]
-    if matters and call.size != tuple(size):
+    if matters and call.size[-2:] != tuple(size):
         raise UnknownRowsError(
             f"{why[0]}, and the UNet is given parts of it: {why[1]}, or remove {_suspects(call.options)} from the model"
         )

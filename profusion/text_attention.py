@@ -11,9 +11,11 @@ Sizes in shape comments: B rows, L of the sequence, P of the picture, H heads, d
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from math import ceil, prod
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -33,10 +35,12 @@ class UnknownAttentionError(Explained, RuntimeError):
 
 @dataclass(eq=False)
 class TextCall:
-    """One call of a network. text: rows of the prompt in its attention. size: (..., height, width) of the latents."""
+    """One call of a network. text: rows of the prompt's context. size: (..., height, width) of the latents. beside:
+    what else a host gives the network, by name."""
 
     text: int
     size: tuple[int, ...]
+    beside: Mapping[str, Any] = field(default_factory=dict, repr=False)
     layers: int = 0
     """Attentions with text so far."""
     alike: int = field(default=0, repr=False)
@@ -58,7 +62,8 @@ class Layout:
     joint: in one sequence with the picture, which it begins; otherwise it has the keys of a cross-attention.
     layers: attentions with text in a network call. patch: cells of the latent a side of a picture's token.
     multiple: text, and picture, are filled up to a multiple of so many rows. references: whether rows of other pictures
-    may follow the picture's.
+    may follow the picture's. text: tells how many rows the attention has of a prompt, where not as many as its context.
+    name: what people call such a network.
     """
 
     joint: bool
@@ -66,6 +71,8 @@ class Layout:
     patch: int = 2
     multiple: int = 1
     references: bool = True
+    text: Callable[[TextCall], int] = attrgetter("text")
+    name: str = "the model"
 
     def grid(self, call: TextCall) -> tuple[int, ...]:
         """The picture's tokens: (..., rows, columns)."""
@@ -74,7 +81,7 @@ class Layout:
 
     def span(self, call: TextCall, queries: int, keys: int) -> Span | None:
         """Where text and picture are in an attention of so many queries and keys; None if text has no part in it."""
-        picture, text = prod(self.grid(call)), _filled(call.text, self.multiple)
+        picture, text = prod(self.grid(call)), _filled(self.text(call), self.multiple)
         if not self.joint:
             return Span((0, text), (0, queries)) if keys == text and self._crosses(call, queries, keys) else None
         whole = text + _filled(picture, self.multiple)
@@ -82,8 +89,8 @@ class Layout:
             return None
         if queries > whole and not self.references:
             raise UnknownAttentionError(
-                f"the model's attention has {queries} rows where the prompt and the picture are {whole}: leave out the "
-                "reference pictures, with which nobody can tell where the noun is"
+                f"{self.name}'s attention has {queries} rows where the prompt and the picture are {whole}: leave out "
+                "the reference pictures, with which nobody can tell where the noun is"
             )
         return Span((0, text), (text, text + picture))
 
@@ -200,6 +207,10 @@ class TextAttention:
         """The text's rows of an output, a view: (N, T, H, d). A cross-attention has none."""
         return self._output_heads(output)[:, slice(*self.span.text)] if self.layout.joint else None
 
+    def value_rows(self) -> Tensor:
+        """All rows' values: (B, L, kv_heads d)."""
+        return self.value.transpose(1, 2).flatten(2) if self._split else self.value.flatten(2)
+
     def _output_heads(self, output: Tensor) -> Tensor:
         if self._split_output:
             return output.transpose(1, 2)
@@ -235,6 +246,63 @@ class AttentionPatch:
     run: Callable[[TextAttention], Tensor | None]
 
 
+_PROVED: set[Layout] = set()
+
+
+class _Seen(Exception):
+    """Ends an evaluation of which enough was seen."""
+
+
+def check_layout(patches: Mapping[str, Sequence], context: Tensor, evaluate: Callable[[Tensor, Mapping], Any]) -> None:
+    """Prove a host's layout, once for each: that a change in one row of a prompt's context (B, L, D) is one of the
+    values of that row, in the first attention with text. Raises UnknownAttentionError where it is not.
+
+    evaluate: the network with a context and patches. Where layers before the first have mixed the text, other rows of
+    it change too, and less.
+    """
+    layout = next((patch.layout for patch in patches.get(ATTENTION, ())), None)
+    if layout is None or layout in _PROVED:
+        return
+
+    def values(context: Tensor) -> tuple[Tensor, TextAttention]:
+        found: list[tuple[Tensor, TextAttention]] = []
+
+        def look(seen: TextAttention) -> None:
+            found.append((seen.value_rows().detach(), seen))
+            raise _Seen
+
+        with suppress(_Seen):
+            evaluate(context, {ATTENTION: [AttentionPatch(layout, look)]})
+        if not found:
+            raise UnknownAttentionError(f"{layout.name}'s attention with text was not seen: {_CHANGED}")
+        return found[0]
+
+    before, seen = values(context)
+    row = min(layout.text(seen.call), context.shape[1]) // 2
+    other = context.clone()
+    other[:, row] = context[:, row].flip(-1) + 1
+    moved = (values(other)[0] - before).float().abs().amax(dim=(0, 2))
+    first, last = seen.span.text
+    elsewhere = torch.cat([moved[:first], moved[last:]])
+    if int(moved.argmax()) != first + row or (elsewhere > 1e-3 * moved.max()).any():
+        raise UnknownAttentionError(f"{layout.name}'s text is not where it is known to stand: {_CHANGED}")
+    _PROVED.add(layout)
+
+
+_CHANGED = "another pack or this version of ComfyUI has changed its attention, and Infusion cannot act on it"
+
+
+def check_layers(patches: Mapping[str, Sequence], call: TextCall) -> None:
+    """Raise UnknownAttentionError where a network call had some of the attentions with text that its layout says, and
+    not all. A step cache may have left out the network."""
+    for patch in patches.get(ATTENTION, ())[:1]:
+        if call.layers not in (0, patch.layout.layers):
+            raise UnknownAttentionError(
+                f"{patch.layout.name} is known to have {patch.layout.layers} attentions with text, and {call.layers} "
+                "were seen: another pack leaves parts of it out, or this version of ComfyUI has changed it"
+            )
+
+
 def overridden(patches: Sequence[AttentionPatch], theirs: Callable | None) -> Callable:
     """A host's attention override: attentions with text are seen by these patches, of one layout, and all attentions by
     the override that was there. Of the patches' outputs the last one counts.
@@ -253,7 +321,7 @@ def overridden(patches: Sequence[AttentionPatch], theirs: Callable | None) -> Ca
             return function(query, key, value, heads, **named)
         if call.layers >= layout.layers:
             raise UnknownAttentionError(
-                f"the model is known to have {layout.layers} attentions with text, and here are more: another pack "
+                f"{layout.name} is known to have {layout.layers} attentions with text, and here are more: another pack "
                 "evaluates parts of it several times, or this version of ComfyUI has changed it"
             )
         seen = TextAttention(function, layout, call, span, (query, key, value, heads), named)

@@ -79,7 +79,7 @@ def test_a_full_checkpoints_prefix_is_no_matter(unet):
 
 
 def test_a_model_without_cross_attention_is_refused():
-    with pytest.raises(infusion.UnsupportedModelError, match="no cross-attention"):
+    with pytest.raises(infusion.UnsupportedModelError, match="none of a UNet's cross-attentions"):
         infusion.cross_attention_layers({"joint_blocks.0.x_block.attn.qkv.weight": torch.zeros(3, 1)})
 
 

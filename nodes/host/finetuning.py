@@ -23,8 +23,9 @@ from ...profusion.promptnet.unfinished import Unfinished
 from ...profusion.references import Shown, together
 from .budget import ADAMW_BYTES, make_room, plan_training
 from .display import Progress
-from .encoding import encode_references, model_layers, native_size
+from .encoding import encode_references
 from .evaluation import TrainedModel, differentiable, resident_clip
+from .families import model_layers, native_size
 from .files import PATCHES, PROMPTNETS, check_writable, folders, save_numbered
 from .identity import model_digest
 from .words import LoadedPromptNet, WordEncoder, encode_pictures, handed_to_the_host

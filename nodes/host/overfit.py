@@ -19,8 +19,8 @@ from ...profusion.prompt import NounError
 from ...profusion.residual import Residual
 from .display import Progress
 from .drawing import BATCH, Sampling, Tell, draw_seeds
-from .encoding import model_layers
 from .evaluation import noise_levels, noise_predictions
+from .families import model_layers
 from .placing import MORE_CONCEPTS, ConceptInput, encode_prompt, noun_spans, place_concepts
 from .streams import add_streams
 

@@ -35,8 +35,8 @@ from ...profusion.toybox.configs import TOYBOX_PROMPTNET
 from .budget import ADAMW_BYTES, Budget, make_room, plan_training
 from .display import Progress
 from .drawing import Sampling, draw
-from .encoding import model_layers
 from .evaluation import TrainedModel, differentiable, noise_levels, resident, resident_clip
+from .families import model_layers
 from .files import PROMPTNETS, check_writable, folders, listed_name, save_numbered
 from .identity import model_digest
 from .picture_folders import EncodedSet, Source, encoded, set_bytes

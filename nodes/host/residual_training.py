@@ -24,8 +24,9 @@ from ...profusion.residual.training import NOUN_PROMPTS, Reference, ResidualTrai
 from .budget import plan_training
 from .display import Progress
 from .drawing import Sampling, draw, draw_seeds, stop_if_cancelled
-from .encoding import check_connected, encode_references, model_layers, native_size
+from .encoding import check_connected, encode_references
 from .evaluation import TrainedModel
+from .families import model_layers, native_size
 from .files import RESIDUALS, check_writable, save_residual_numbered, with_noun
 from .identity import BaseFile, origin_on
 from .placing import ConceptInput, encode_prompt, encode_training_prompts, place_concepts

@@ -28,6 +28,7 @@ from comfy.samplers import encode_model_conds
 from torch import Tensor
 
 from ...profusion.apart import Apart
+from ...profusion.attending import UNET, Attending
 from ...profusion.coroutine import Coroutine
 from ...profusion.foundations import (
     Evaluated,
@@ -49,7 +50,6 @@ from ...profusion.holding import (
     TOGETHER,
     Holding,
     Noun,
-    cross_attention,
     of_noun,
 )
 from ...profusion.infusion import (
@@ -61,12 +61,11 @@ from ...profusion.infusion import (
     PlacedConcept,
     Placement,
     crop_region,
-    customised_patches,
-    foundation_patches,
+    together,
 )
 from ...profusion.memory import element_bytes
 from ...profusion.patched import names_in
-from ...profusion.queries import KEPT, OWN_MEMORY, WaitingQueries, bytes_on_device, query_numbers
+from ...profusion.queries import KEPT, OWN_MEMORY, WaitingQueries, bytes_on_device
 from ...profusion.rows import (
     PICTURES,
     ROWS,
@@ -136,6 +135,7 @@ def add_streams(
     concepts: str = TOGETHER,
     every: int = 1,
     recall: bool = True,
+    attending: Attending = UNET,
 ) -> ModelPatcher:
     """A clone of MODEL that draws the concepts that conditionings carry; a run without any is the plain run.
 
@@ -144,8 +144,8 @@ def add_streams(
     latent (own trajectory only). `on_plain` is called at each sampling run whose conditionings carry no concept.
     background: see `holding.BACKGROUNDS`; `drawn_region` finds the regions of what was drawn with the clone. concepts:
     see `holding.CONCEPTS`. every: see `stride.Stride`. recall: whether F's evaluations are kept for other runs, and had
-    from them. Raises ValueError where a shared latent leaves nothing to hold it to, or a free background nothing to
-    keep concepts apart by.
+    from them. attending: how they meet in the attention of a model that is no UNet. Raises ValueError where a shared
+    latent leaves nothing to hold it to, or a free background nothing to keep concepts apart by.
     """
     if shared_latent and background != FREE:
         raise ValueError(f"background={background!r} and stream='shared latent': {NO_PICTURE}")
@@ -155,9 +155,9 @@ def add_streams(
     patched = model.clone()
     patched.set_attachments(KEY, regions)
     wrappers = {
-        WrappersMP.PREPARE_SAMPLING: _reserve_memory,
+        WrappersMP.PREPARE_SAMPLING: _memory_wrapper(attending),
         WrappersMP.SAMPLER_SAMPLE: _sampler_wrapper(
-            partial(_Streams, layer_names, background, concepts == APART, every),
+            partial(_Streams, layer_names, attending, background, concepts == APART, every),
             shared_latent,
             on_foundation,
             on_plain,
@@ -203,21 +203,26 @@ def _state_of(patcher: ModelPatcher) -> bytes | None:
         return None
 
 
-def _reserve_memory(executor, model: ModelPatcher, noise_shape: Sequence[int], conds: dict, *args, **kwargs):
-    """PREPARE_SAMPLING: let the host keep memory free for F's queries too.
+def _memory_wrapper(attending: Attending) -> Callable:
+    """PREPARE_SAMPLING: let the host keep memory free for what F leaves too.
 
     It reckons with the latent's size alone, so it is told of a latent that is larger by as
     many lines as need this memory.
     """
-    count = sum(map(len, conds.values()))
-    if any(cond.get(KEY) for group in conds.values() for cond in group):
-        kept = KEPT if model.load_device.type in OWN_MEMORY else math.inf
-        numbers = query_numbers(dict(model.get_model_object("diffusion_model").named_parameters()))
-        cells, element = math.prod(noise_shape[-2:]), element_bytes(model.model)
-        left = noise_shape[0] * bytes_on_device(numbers, cells, count, element, kept)
-        line = model.model.memory_required([*noise_shape[:-2], 1, noise_shape[-1]])
-        noise_shape = [*noise_shape[:-2], noise_shape[-2] + math.ceil(left / line), noise_shape[-1]]
-    return executor(model, noise_shape, conds, *args, **kwargs)
+
+    def reserve(executor, model: ModelPatcher, noise_shape: Sequence[int], conds: dict, *args, **kwargs):
+        conditionings = [cond for group in conds.values() for cond in group]
+        if any(cond.get(KEY) for cond in conditionings):
+            kept = KEPT if model.load_device.type in OWN_MEMORY else math.inf
+            cells, element = math.prod(noise_shape[2:]), element_bytes(model.model)
+            text = max((cond["cross_attn"].shape[1] for cond in conditionings if "cross_attn" in cond), default=0)
+            numbers = attending.numbers_left(model.get_model_object("diffusion_model"), cells, text)
+            left = noise_shape[0] * bytes_on_device(numbers, cells, len(conditionings), element, kept)
+            line = model.model.memory_required([*noise_shape[:-2], 1, noise_shape[-1]])
+            noise_shape = [*noise_shape[:-2], noise_shape[-2] + math.ceil(left / line), noise_shape[-1]]
+        return executor(model, noise_shape, conds, *args, **kwargs)
+
+    return reserve
 
 
 def _sampler_wrapper(
@@ -346,13 +351,14 @@ class _Streams:
     def __init__(
         self,
         layers: tuple[str, ...],
+        attending: Attending = UNET,
         background: str = FREE,
         keep_apart: bool = False,
         every: int = 1,
         sigmas: Sequence[float] = (),
         state: bytes | None = None,
     ):
-        self._layers = layers
+        self._layers, self._attending = layers, attending
         self._background, self._keep_apart = background, keep_apart
         self._stride = Stride(every, sigmas)
         self._state = state
@@ -377,9 +383,9 @@ class _Streams:
     def hold(self, model: Any, noise: Tensor) -> bool:
         """Begin to hold the background of a run with this noise, where it is to be held at all."""
         if self._background != FREE:
-            attention_of = partial(cross_attention, model.diffusion_model)
+            looking = partial(self._attending.looking, model.diffusion_model)
             size = noise.shape[-2:]
-            self.holding = Holding(self._background, attention_of, len(noise), size, self._keep_apart)
+            self.holding = Holding(self._background, looking, len(noise), size, self._keep_apart)
         return self.holding is not None
 
     def asking_foundation(self, ask: Callable) -> Callable:
@@ -514,7 +520,7 @@ class _Streams:
 
     def _known_foundation(self, evaluate, model, conds, x, levels, options) -> list[Tensor]:
         """F's predictions, of a run before this one where it was the same there."""
-        key = None if self._state is None else state_key(self._state, conds, options, x, levels)
+        key = self._key(model, conds, x, levels, options)
         wanted, sigma, pictures = self._wants_queries or key is None, _level(levels), _pictures(conds, len(x))
 
         def anew(queries: bool = True, again: bool = True) -> list[Tensor]:
@@ -540,6 +546,13 @@ class _Streams:
         self._seen[pictures] = x, sigma, predicted
         self._plain = _Plain(x, sigma, pictures, predicted, key, wanted, anew)
         return predicted
+
+    def _key(self, model: Any, conds: Sequence, x: Tensor, levels: Tensor, options: dict) -> bytes | None:
+        """What an evaluation of F, and what it leaves, is known by; None where nobody can tell."""
+        if self._state is None:
+            return None
+        left = self._attending.left_for([of_f for of_f, _ in self._placed(model, conds, x)])
+        return state_key(self._state if left is None else fingerprint(self._state, left), conds, options, x, levels)
 
     def _placed(self, model: Any, conds: Sequence, x: Tensor) -> list[tuple[Hashable, Noun]]:
         """The nouns that F's maps are of: what tells each in any run, and what it is in this one."""
@@ -569,15 +582,16 @@ class _Streams:
     def _foundation(self, evaluate, model, conds, x, sigma, queries: bool = True, watched: bool = True) -> list[Tensor]:
         """Evaluate F. queries: whether C may look at what it leaves. watched: whether it tells where the nouns are."""
 
-        def look(n: Tensor, context: Tensor, value: Tensor, extra_options: ExtraOptions):
-            self._seen_at = sigma  # unless a step cache has what the UNet would say
-            return n, context, value
+        def look() -> None:
+            self._seen_at = sigma  # unless a step cache has what the network would say
 
         evaluation = Evaluation(conds, len(x), CONDRegular)
-        patches: Patches = foundation_patches(self._queries, owners) if queries else {"attn2_patch": []}
-        patches = {**patches, "attn2_patch": [*patches["attn2_patch"], look]}
+        nouns = placements_for, whose, _ = self._nouns(model, conds, x, owners)
+        patches = self._attending.noting(look)
+        if queries:
+            patches = together(self._attending.foundation(self._queries, placements_for, whose), patches)
         if self.holding is not None and watched:
-            patches = self.holding.watching_foundation(patches, *self._nouns(model, conds, x, owners))
+            patches = self.holding.watching_foundation(patches, *nouns)
         predicted = evaluate(evaluation, patches)
         if self.holding is not None and watched:
             self.holding.put_in_order([noun.key for _, noun in self._placed(model, conds, x)])
@@ -638,7 +652,7 @@ class _Streams:
 
         evaluation = Evaluation(customised(conds), len(x), CONDRegular)
         whose = owners_after(self._turns)
-        patches = customised_patches(self._queries, placements_for, whose)
+        patches = self._attending.customised(self._queries, placements_for, whose)
         if self.holding is not None:
             patches = self.holding.watching_customised(patches, *self._nouns(model, conds, x, whose), noun=noun)
         predicted = evaluate(evaluation, patches, x=x)

@@ -29,7 +29,7 @@ MAX_LAYERS = 1024  # SDXL has 70
 MAX_STEPS = 2**63 - 1
 MAX_SEED = 2**64 - 1
 
-_LAYER_NAME = re.compile(r"(input|middle|output)\.[0-9]{1,4}\.[0-9]{1,4}")
+_LAYER_NAME = re.compile(r"((input|middle|output)\.[0-9]{1,4}|joint|cross)\.[0-9]{1,4}")
 _TRAINING_NAME = re.compile(r"[A-Za-z0-9_.]{1,80}")
 
 

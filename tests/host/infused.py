@@ -20,7 +20,7 @@ class Infused:
         self.model = tiny.model() if model is None else model
         self.clip = tiny.clip() if clip is None else clip
         self.positive, self.negative = self.encode(PROMPT), self.encode(NEGATIVE)
-        self.layers = pack.nodes.host.encoding.model_layers(self.model)
+        self.layers = pack.nodes.host.families.model_layers(self.model)
         self.node = pack.nodes.infusion.InfusionAttentionPatch
 
     def encode(self, text):

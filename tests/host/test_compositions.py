@@ -360,7 +360,7 @@ def test_a_clip_that_makes_two_rows_of_a_token(infused, pack, couple):
     looked_at, seen = watched(infused, patched)
     own.run(looked_at, positive)
     assert {call for call in seen.calls if len(call) > 1} == {(PROMPT, NOUN_ROW)}
-    layers = pack.nodes.host.encoding.model_layers(model)
+    layers = pack.nodes.host.families.model_layers(model)
     _, spans = pack.nodes.host.placing.encode_training_prompts(clip, "ball", layers)
     assert all(len(span) == 2 and span[0] % 2 == 0 for span in spans)
 

@@ -162,7 +162,6 @@ def needing_a_unet(host, model, clip, vae, vision, pictures, masks, noun):
     once = {"steps": 1, "batch_size": 1, "seed": 0}
     report = {"class_prompt": "a %noun%", "prompts": "grass", "draws": 1, "seed": 0, "steps": 1, "cfg": 2.0}
     report |= {"sampler_name": "euler", "scheduler": "simple", "latent": {"samples": torch.zeros(2, 4, 8, 8)}}
-    yield "Infusion Attention Patch", lambda: toybox.patch(toybox.residual(), model)
     trained = {**pair, **once, **samples, "noun": noun, "learning_rate": 1e-3, "flip": False, "preserve": 1.0}
     yield "Residual Trainer", lambda: pack.trainer.ResidualTrainer.execute(model=model, **trained)
     seeded = {**pair, "promptnet": promptnet, "clip_vision": vision, "noun": noun}
@@ -175,12 +174,12 @@ def needing_a_unet(host, model, clip, vae, vision, pictures, masks, noun):
 
 
 def test_what_needs_a_unet_refuses_the_mmdit_and_says_where_there_is_one(host):
-    said = r"SD3 \(OpenAISignatureMMDITWrapper\) is not supported: the model has no cross-attention.*base is UNet"
+    said = r"SD3 \(OpenAISignatureMMDITWrapper\) is not supported: SD3 is drawn with by joint attention.*base is UNet"
     with torch.inference_mode():
         for name, run in needing_a_unet(host, *host.load(base="MMDiT")):
             with pytest.raises(ValueError, match=said):
                 run()
                 pytest.fail(f"{name} took it")
         for name, run in needing_a_unet(host, *host.load(base="UNet")):
-            if name in ("Infusion Attention Patch", "Residual from PromptNet"):
+            if name == "Residual from PromptNet":
                 run()  # the same call, where it is possible

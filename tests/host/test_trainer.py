@@ -382,9 +382,9 @@ def test_patches_take_part_and_guidance_does_not(train):
 
 
 def test_a_model_that_has_infusion_on_it_trains_as_without(train, host):
-    streams, encoding = host.pack.nodes.host.streams, host.pack.nodes.host.encoding
+    streams, families = host.pack.nodes.host.streams, host.pack.nodes.host.families
     model = tiny.model()
-    patched = streams.add_streams(model, encoding.model_layers(model), False)
+    patched = streams.add_streams(model, families.model_layers(model), False)
     same(train(patched)[0], train(model)[0])
 
 
@@ -449,7 +449,7 @@ def test_models_that_infusion_cannot_move_are_refused_by_name(train, host):
 
     model = tiny.model()
     model.add_object_patch("diffusion_model", Flux())
-    with pytest.raises(ValueError, match="Flux.* is not supported: the model has no cross-attention"):
+    with pytest.raises(ValueError, match="Flux.* is not supported: the model has none of a UNet's cross-attentions"):
         train(model)
     flow = tiny.model()
     sampling = comfy.model_base.model_sampling(flow.model.model_config, comfy.model_base.ModelType.FLOW)
