@@ -312,6 +312,7 @@ def test_the_schema_is_frozen(infused):
         "background",
         "concepts",
         "every",
+        "lock",
     ]
     assert [output.io_type for output in schema.outputs] == ["MODEL", "CONDITIONING"]
     assert [entry.id for entry in schema.inputs if not entry.optional] == [entry.id for entry in schema.inputs][:9]
