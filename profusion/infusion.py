@@ -43,6 +43,7 @@ _TO_VALUE = re.compile(
     r"(input|middle|output)_blocks?\.(\d+)\.(?:\d+\.)?transformer_blocks\.(\d+)\.attn2\.to_v\.weight"
 )
 _KINDS = ("input", "middle", "output")
+CONTEXT, VALUE = "context", "value"  # what a residual is added to: the rows before W_V, or what W_V makes of them
 # By (cross-attentions, context width): names for people, which saved files have too. Toybox's is a row like the others:
 # were it filled in by Toybox's own module, what a file says would depend on what had been imported before.
 _ARCHITECTURES = {(16, 768): "SD 1.x", (16, 1024): "SD 2.x", (70, 2048): "SDXL", (10, 128): "Toybox"}
@@ -65,11 +66,14 @@ class Layer:
     A UNet's cross-attention: its name ("input.1.0": block kind, block id, transformer index) and the context's width.
     A transformer's attention with text: "joint.3" or "cross.3", and the width of its values.
     width: C of a UNet's hidden state there, 0 where that is not known.
+    network: the family of another network than a UNet, such as "flux". adds_to: see CONTEXT.
     """
 
     name: str
     context_dim: int
     width: int = field(default=0, compare=False)
+    network: str = ""
+    adds_to: str = CONTEXT
 
 
 def cross_attention_layers(parameters: Mapping[str, Tensor]) -> list[Layer]:

@@ -116,6 +116,9 @@ def test_a_residual_made_or_loaded_in_inference_mode_may_be_trained_on(tmp_path)
         ({"layers": tuple(f"input.{i}.0" for i in range(1025))}, "at most 1024"),
         ({"delta": torch.zeros(16, 1, 65537)}, "context_dim must be at most 65536"),
         ({"architecture": ""}, "architecture must be"),
+        ({"network": "Flux 1"}, "network must be a name such as 'flux', or empty for a UNet; found 'Flux 1'"),
+        ({"network": "n" * 41}, "network must be"),
+        ({"adds_to": "key"}, "adds_to must be 'context' or 'value'; found 'key'"),
         ({"steps": -1}, "steps must be"),
         ({"steps": 1.5}, "whole number"),
         ({"seed": 2**64}, "seed must be"),
@@ -250,6 +253,28 @@ def test_a_file_gives_back_details(tmp_path, precision, most):
         assert (found - expected).norm() <= share * expected.norm()
     again = load_residual(save_residual(loaded, tmp_path / "again.safetensors", precision).path)
     assert all(map(torch.equal, again.numbers(), loaded.numbers()))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("details", [False, True])
+def test_a_file_says_of_which_network_it_is(tmp_path, precision, details):
+    changes = {"network": "flux", "adds_to": "value", "details": make_details() if details else None}
+    path = save_residual(make_residual(**changes), tmp_path / "cat.safetensors", precision).path
+    metadata, loaded = header_of(path.read_bytes())["__metadata__"], load_residual(path)
+    assert (metadata["format_version"], metadata["parts"]) == ("2", "details network" if details else "network")
+    assert (loaded.network, loaded.adds_to, loaded.capacity) == ("flux", "value", 4 if details else 1)
+
+
+def test_a_residual_of_another_network_of_the_same_sizes_is_refused():
+    """Flux.1 and Chroma have as many layers as each other, of the same widths."""
+    layers = [Layer(name, 768, network="chroma", adds_to="value") for name in SD15]
+    check_architecture(make_residual(network="chroma", adds_to="value"), layers)
+    with pytest.raises(ResidualError, match="trained on the network 'flux', and the model is the network 'chroma' of"):
+        check_architecture(make_residual(network="flux", adds_to="value"), layers)
+    with pytest.raises(ResidualError, match="trained on a UNet, and the model is the network 'chroma' of the same"):
+        check_architecture(make_residual(), layers)
+    with pytest.raises(ResidualError, match="is added to the context, and on this model Infusion adds to the value"):
+        check_architecture(make_residual(network="chroma"), layers)
 
 
 def test_a_capacity_of_four_takes_at_most_50000_bytes_on_sd15(tmp_path):

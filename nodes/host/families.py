@@ -19,6 +19,7 @@ from torch import nn
 
 from ...profusion.attending import UNET, Attending, JointAttention
 from ...profusion.infusion import (
+    VALUE,
     Layer,
     UnsupportedModelError,
     architecture_name,
@@ -185,7 +186,8 @@ def acting_on(model: ModelPatcher, lock: str = COLUMN) -> Acting:
         ) from error
     kind = "joint" if layout.joint else "cross"
     width = shape.value_heads * shape.numbers
-    layers = [Layer(f"{kind}.{index}", width) for index in range(shape.layers)]
+    network_name = type(model.model).__name__.lower()  # the host's, and known: see `family_of`
+    layers = [Layer(f"{kind}.{index}", width, network=network_name, adds_to=VALUE) for index in range(shape.layers)]
     return Acting(layers, JointAttention(layout, lock, shape.heads, shape.heads * shape.numbers))
 
 

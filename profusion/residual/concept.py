@@ -3,6 +3,10 @@
 delta_i, one vector of R^context_dim per cross-attention layer i, is added to the context row of the class noun before
 W_V: V_bar = W_V (c + onehot(noun) * delta_i). Nothing else is trained, so a concept on SD 1.5 is 16 x 768 numbers. With
 a capacity above 1 there are details besides, whose values differ by place (`details`).
+
+Where text and picture attend to each other there is no context that all layers share, and delta is added after W_V:
+V_bar = W_V c_i + onehot(noun) * delta_i. So a residual says what it is added to, and, of another network than a UNet,
+which: two of them may have layers of the same names and widths.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from torch import Tensor
 
 from ..details import Details
 from ..files import DTYPES
-from ..infusion import architecture_name
+from ..infusion import CONTEXT, VALUE, architecture_name
 from ..models.configs import MAX_WIDTH
 from ..problems import Explained
 from .origin import Origin
@@ -30,6 +34,7 @@ MAX_STEPS = 2**63 - 1
 MAX_SEED = 2**64 - 1
 
 _LAYER_NAME = re.compile(r"((input|middle|output)\.[0-9]{1,4}|joint|cross)\.[0-9]{1,4}")
+_NETWORK = re.compile(r"([a-z0-9][a-z0-9._-]{0,39})?")
 _TRAINING_NAME = re.compile(r"[A-Za-z0-9_.]{1,80}")
 
 
@@ -43,6 +48,8 @@ class LayerLike(Protocol):
     name: str
     context_dim: int
     width: int
+    network: str
+    adds_to: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +64,8 @@ class Residual:
     training_state: the optimizer's tensors by name, copied, where the training may be resumed.
     origin: what it was trained on, where that is known.
     details: what differs by place, copied likewise; None for a capacity of 1.
+    network: the family of another network than a UNet, such as "flux"; empty for a UNet.
+    adds_to: "context", the rows before W_V, or "value", what W_V makes of them.
     Raises ResidualError, which names the field, where one of them makes no sense.
     """
 
@@ -69,6 +78,8 @@ class Residual:
     training_state: Mapping[str, Tensor] | None = None
     origin: Origin | None = None
     details: Details | None = None
+    network: str = ""
+    adds_to: str = CONTEXT
 
     def __post_init__(self) -> None:
         checked = {
@@ -79,6 +90,8 @@ class Residual:
             "steps": _checked_integer("steps", self.steps, MAX_STEPS),
             "seed": _checked_integer("seed", self.seed, MAX_SEED),
             "training_state": checked_training_state(self.training_state),
+            "network": checked_network(self.network),
+            "adds_to": checked_adds_to(self.adds_to),
         }
         checked["details"] = checked_details(self.details, checked["delta"])
         for field, value in checked.items():
@@ -104,6 +117,7 @@ def check_architecture(residual: Residual, layers: Iterable[LayerLike]) -> None:
     layers = list(layers)
     names, widths = tuple(layer.name for layer in layers), {layer.context_dim for layer in layers}
     if names == residual.layers and widths == {residual.context_dim}:
+        _check_network(residual, layers[0])
         own = tuple(layer.width for layer in layers)
         if residual.details is None or own == residual.details.widths:
             return
@@ -120,6 +134,35 @@ def check_architecture(residual: Residual, layers: Iterable[LayerLike]) -> None:
         f"The residual of '{residual.noun}' was trained on {trained_on}, but the model is {model}{differing}. "
         f"Connect a model of the kind it was trained on, or train a residual on this one."
     )
+
+
+def _check_network(residual: Residual, layer: LayerLike) -> None:
+    """Raise ResidualError where layers of the same names and widths are another network's, or take it elsewhere."""
+    if residual.network != layer.network:
+        of = [f"the network {name!r}" if name else "a UNet" for name in (residual.network, layer.network)]
+        raise ResidualError(
+            f"The residual of '{residual.noun}' was trained on {of[0]}, and the model is {of[1]} of the same sizes. "
+            f"Connect a model of the kind it was trained on, or train a residual on this one."
+        )
+    if residual.adds_to != layer.adds_to:
+        raise ResidualError(
+            f"The residual of '{residual.noun}' is added to the {residual.adds_to}, and on this model Infusion adds "
+            f"to the {layer.adds_to}: train a residual on it."
+        )
+
+
+def checked_network(network: str) -> str:
+    """A family's name, or none; raises ResidualError for another text."""
+    if not isinstance(network, str) or not _NETWORK.fullmatch(network):
+        raise ResidualError(f"network must be a name such as 'flux', or empty for a UNet; found {network!r:.80}")
+    return network
+
+
+def checked_adds_to(adds_to: str) -> str:
+    """CONTEXT or VALUE; raises ResidualError for anything else."""
+    if adds_to not in (CONTEXT, VALUE):
+        raise ResidualError(f"adds_to must be {CONTEXT!r} or {VALUE!r}; found {adds_to!r:.80}")
+    return adds_to
 
 
 def checked_layers(layers: Iterable[str]) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ float32 only        training.<name>: the optimizer's tensors, for a resume that 
 That is version 1, and what can be said in it is. Version 2 is the same with parts, which the metadata's `parts` names,
 a space between them. Each has metadata and tensors of its own. A reader refuses a part that it does not know.
 
+network             network, the family of another network than a UNet, and adds_to, "context" or "value": what delta is
+                    added to, the rows before W_V or what it makes of them. No tensors
 details             capacity (n), gate_widths (of each layer). int6: detail_codes and detail_scales (layers * (n - 1),
                     ...) in DETAIL_BITS, gate_codes and gate_scales (n - 1, ...) in GATE_BITS. float16, float32: details
                     (layers, n - 1, width), gates (n - 1, sum of gate_widths)
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from .. import files
 from ..details import MAX_CAPACITY, Details
+from ..infusion import CONTEXT
 from ..kinds import RESIDUAL, another_kind
 from ..problems import why
 from . import packing
@@ -55,8 +58,11 @@ _FORMAT = "profusion.residual"
 _WITHOUT_PARTS, _WITH_PARTS = "1", "2"  # format versions
 _FIELDS = ("format", "format_version", "architecture", "layers", "width", "noun", "steps", "seed", "precision")
 _TRAINING = "training."
-_DETAILS = "details"
-_PARTS = {_DETAILS: ("capacity", "gate_widths")}  # of version 2, and the metadata that each has
+_DETAILS, _NETWORK = "details", "network"
+_PARTS = {
+    _DETAILS: ("capacity", "gate_widths"),
+    _NETWORK: ("network", "adds_to"),
+}  # of version 2, and the metadata that each has
 # What 50,000 bytes on SD 1.5 have room for with a capacity of 4. Of what a residual makes better on two concepts of
 # Toybox, 1.6 and 1.9 % is lost; with 4 and 3 bits 1.5 and 3.3 %, with 5 and 2 3.5 and 13 %, with 6 and 1 8 and 26 %.
 DETAIL_BITS, GATE_BITS = 3, 4
@@ -140,7 +146,9 @@ def _encode(residual: Residual, precision: str, keep_training_state: bool) -> by
         details = checked_details(residual.details, delta)
         tensors |= _encode_details(details, precision)
         widths = " ".join(map(str, details.widths))
-        parts |= {"parts": _DETAILS, "capacity": str(residual.capacity), "gate_widths": widths}
+        parts[_DETAILS] = {"capacity": str(residual.capacity), "gate_widths": widths}
+    if residual.network or residual.adds_to != CONTEXT:
+        parts[_NETWORK] = {"network": residual.network, "adds_to": residual.adds_to}
     if precision == "float32" and keep_training_state:
         state = checked_training_state(residual.training_state) or {}
         tensors |= {_TRAINING + name: tensor for name, tensor in state.items()}
@@ -154,8 +162,11 @@ def _encode(residual: Residual, precision: str, keep_training_state: bool) -> by
         "steps": str(residual.steps),
         "seed": str(residual.seed),
         "precision": precision,
-        **parts,
     }
+    if parts:
+        metadata |= {"parts": " ".join(parts)} | {
+            field: value for part in parts.values() for field, value in part.items()
+        }
     origin = {} if residual.origin is None else residual.origin.as_metadata(residual.noun, residual.architecture)
     data = b"".join(files.tensor_pieces(tensors, metadata, origin))
     if len(data) > MAX_FILE_BYTES:
@@ -226,6 +237,7 @@ def _decode(data: bytes) -> Residual:
         raise ResidualError(
             f"its tensors ({some(found)}) do not fit {len(layers)} layers of {width} as '{precision:.20}'"
         )
+    told = {field: metadata[field] for field in _PARTS[_NETWORK]} if _NETWORK in parts else {}
     return Residual(
         delta=_decode_delta(tensors, precision, width),
         noun=metadata["noun"],
@@ -236,6 +248,7 @@ def _decode(data: bytes) -> Residual:
         training_state=state or None,
         origin=Origin.of_metadata(metadata),
         details=_decode_details(tensors, precision, width, widths) if _DETAILS in parts else None,
+        **told,
     )
 
 

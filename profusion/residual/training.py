@@ -449,6 +449,8 @@ class ResidualTraining(TrainingLoop):
             noun=self._noun,
             layers=self._names,
             architecture=architecture_name(self._layers),
+            network=self._layers[0].network,
+            adds_to=self._layers[0].adds_to,
             steps=self.step,
             seed=self.options.seed,
             training_state={**moments, "loss_scale": state["loss_scale"].float(), **checks} if moments else None,

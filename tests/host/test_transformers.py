@@ -198,7 +198,8 @@ def test_the_node_draws_on_toyboxs_mmdit(pack, toybox, lock):
     assert architecture == f"transformer with {len(layers)} joint attentions of {layers[0].context_dim}"
 
     def drawn(size, **given):
-        residual = pack.profusion.residual.Residual(size * delta, "ball", names, architecture)
+        told = {"network": "sd3", "adds_to": "value"}
+        residual = pack.profusion.residual.Residual(size * delta, "ball", names, architecture, **told)
         node = pack.nodes.infusion.InfusionAttentionPatch
         common = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, "occurrence": "auto"}
         inputs = {**common, "stream": "own trajectory", "lock": lock, **given}
