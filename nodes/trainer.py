@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..profusion.details import MAX_CAPACITY
 from ..profusion.pictures import captioned, from_image
 from ..profusion.residual.training import TrainingOptions
 from . import inputs
@@ -119,6 +120,15 @@ class ResidualTrainer(io.ComfyNode):
                     tooltip="Without masks: learn only what the model itself sees as the noun, not the background. "
                     "auto: if learning_rate is 0.",
                 ),
+                io.Int.Input(
+                    "capacity",
+                    default=1,
+                    min=1,
+                    max=MAX_CAPACITY,
+                    optional=True,
+                    tooltip="Vectors for each layer. 1: the paper's, the same wherever the noun is, about 10 KB for SD "
+                    "1.5. 4: more alike, since parts of the object get their own, in 48 KB.",
+                ),
             ],
             outputs=[
                 io.Custom("RESIDUAL").Output(tooltip="The concept, for Infusion Attention Patch and Residual Saver."),
@@ -158,9 +168,18 @@ class ResidualTrainer(io.ComfyNode):
         gradient_checkpointing="auto",
         stop_early="auto",
         find_object="auto",
+        capacity=1,
     ) -> io.NodeOutput:
         options = TrainingOptions(
-            steps, learning_rate, batch_size, seed, flip, preserve, _CHOICES[stop_early], _CHOICES[find_object]
+            steps,
+            learning_rate,
+            batch_size,
+            seed,
+            flip,
+            preserve,
+            _CHOICES[stop_early],
+            _CHOICES[find_object],
+            capacity,
         )
         samples = Samples(sample_prompt, sample_every, Sampling(sample_steps, sample_cfg))
         noun, remarks = noun.strip(), Remarks(cls)

@@ -26,12 +26,19 @@ class Infused:
     def encode(self, text):
         return tiny.encode(self.clip, text)
 
-    def residual(self, size=3.0, noun="ball", seed=5):
+    def residual(self, size=3.0, noun="ball", seed=5, capacity=1):
         generator = torch.Generator().manual_seed(seed)
         delta = size * torch.randn(len(self.layers), 1, self.layers[0].context_dim, generator=generator)
         names = tuple(layer.name for layer in self.layers)
         architecture = self.pack.profusion.infusion.architecture_name(self.layers)
-        return self.pack.profusion.residual.Residual(delta, noun, names, architecture)
+        details = self._details(capacity, size, generator) if capacity > 1 else None
+        return self.pack.profusion.residual.Residual(delta, noun, names, architecture, details=details)
+
+    def _details(self, capacity, size, generator):
+        kernel, widths = self.pack.profusion.details, tuple(layer.width for layer in self.layers)
+        begun = kernel.beginning(capacity, len(widths), self.layers[0].context_dim, widths, generator)
+        values = size * torch.randn(begun.values.shape, generator=generator)
+        return kernel.Details(values, begun.gates, widths)
 
     def patch(self, residual, model=None, text=PROMPT, **inputs):
         """The node's two outputs."""

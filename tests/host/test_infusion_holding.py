@@ -316,16 +316,24 @@ def test_the_region_is_shown_as_a_mask(infused):
         region.execute(patched, {"samples": latent + 1})
 
 
-@pytest.mark.parametrize("background", ["held", "held softly"])
-@pytest.mark.parametrize("concepts", ["together", "each apart"])
-def test_the_kernel_draws_the_same(infused_toybox, monkeypatch, background, concepts):
+@pytest.mark.parametrize(
+    ("background", "concepts", "capacity"),
+    [
+        ("held", "together", 1),
+        ("held softly", "together", 1),
+        ("held", "each apart", 1),
+        ("held softly", "each apart", 3),
+        ("held", "together", 3),
+    ],
+)
+def test_the_kernel_draws_the_same(infused_toybox, monkeypatch, background, concepts, capacity):
     """One formula in both: the two streams, the regions, the concepts' shares of them, and what is held."""
     from profusion import holding
     from profusion.toybox.pipeline import Toybox, seeded
 
     for module in (holding, infused_toybox.pack.profusion.holding):
         monkeypatch.setattr(module.region_of, "__defaults__", (0.35, 1))
-    residuals = [infused_toybox.residual(1.0)]
+    residuals = [infused_toybox.residual(1.0, capacity=capacity)]
     if concepts == "each apart":
         residuals.append(infused_toybox.residual(1.0, noun="grass", seed=6))
     more = {} if concepts == "together" else {"residual_2": residuals[1]}

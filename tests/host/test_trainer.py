@@ -79,6 +79,7 @@ def defaults():
 
 
 def same(one, other):
+    assert all(map(torch.equal, one.numbers(), other.numbers()))
     assert torch.equal(one.delta, other.delta) and one.steps == other.steps
     assert one.training_state.keys() == other.training_state.keys()
     for name, value in one.training_state.items():
@@ -125,6 +126,7 @@ def test_the_schema_is_frozen_and_explained(host):
         "gradient_checkpointing:COMBO",
         "stop_early:COMBO",
         "find_object:COMBO",
+        "capacity:INT",
     ]
     assert [output.io_type for output in schema.outputs] == ["RESIDUAL", "IMAGE", "IMAGE", "MASK"]
     assert all(entry.tooltip for entry in [*schema.inputs, *schema.outputs]) and schema.description
@@ -220,8 +222,8 @@ def toybox_folder(host, folder):
     return folder
 
 
-@pytest.mark.parametrize("weights", ["random", "shipped"])
-def test_the_kernel_and_the_node_train_the_same_residual(train, host, tmp_path, weights):
+@pytest.mark.parametrize(("weights", "capacity"), [("random", 1), ("random", 3), ("shipped", 1)])
+def test_the_kernel_and_the_node_train_the_same_residual(train, host, tmp_path, weights, capacity):
     pipeline = importlib.import_module(f"{host.pack.__name__}.profusion.toybox.pipeline")
     models = importlib.import_module(f"{host.pack.__name__}.nodes.host.toybox")
     if weights == "shipped" and not all(
@@ -231,16 +233,19 @@ def test_the_kernel_and_the_node_train_the_same_residual(train, host, tmp_path, 
     folder = toybox_folder(host, tmp_path / "toybox") if weights == "random" else pipeline.WEIGHTS
     images, masks = pictures(2, 96, 96), torch.zeros(2, 96, 96)
     masks[0, 20:70, 20:70], masks[1, 40:90, 10:60] = 1, 1
-    options = host.training.TrainingOptions(steps=3, batch_size=2, seed=11)
+    options = host.training.TrainingOptions(steps=3, batch_size=2, seed=11, capacity=capacity)
     kernel = pipeline.Toybox.load(folder).training(images, masks, "ball", options)
     losses = list(kernel.steps())
     with torch.inference_mode():
         networks = {"model": models.load_model(folder), "clip": models.load_clip(None, folder)}
         networks["vae"] = models.load_vae(folder)
-    residual = train(**networks, images=images, masks=masks, steps=3, seed=11)[0]
+    residual = train(**networks, images=images, masks=masks, steps=3, seed=11, capacity=capacity)[0]
     assert residual.layers == kernel.residual().layers and residual.architecture == "Toybox"
     assert all(0.01 < loss < 100 for loss in losses)
     torch.testing.assert_close(residual.delta, kernel.residual().delta, rtol=0, atol=1e-4)
+    # AdamW makes a share of a step out of how a gradient that is all but zero was rounded, and gates have such.
+    for ours, theirs in zip(residual.numbers(), kernel.residual().numbers(), strict=True):
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
 
 # Automatic: learning_rate 0
@@ -259,6 +264,7 @@ def test_a_graph_of_before_trains_as_it_did_and_a_new_node_is_automatic(train, h
     entries = host.trainer.ResidualTrainer.INPUT_TYPES()
     assert entries["required"]["learning_rate"][1]["default"] == 0
     assert [entries["optional"][name][1]["default"] for name in ("stop_early", "find_object")] == ["auto", "auto"]
+    assert entries["optional"]["capacity"][1]["default"] == 1
     same(train(stop_early="auto", find_object="auto")[0], train(stop_early="off", find_object="off")[0])
 
 
@@ -461,12 +467,13 @@ def test_models_that_infusion_cannot_move_are_refused_by_name(train, host):
 # Cancel, errors and resuming
 
 
-def test_a_resumed_training_goes_on_bit_for_bit(train, host, folder):
-    whole = train(steps=4)[0]
-    half = train(steps=2)[0]
+@pytest.mark.parametrize("capacity", [1, 3])
+def test_a_resumed_training_goes_on_bit_for_bit(train, host, folder, capacity):
+    whole = train(steps=4, capacity=capacity)[0]
+    half = train(steps=2, capacity=capacity)[0]
     (path,) = folder.rglob("ball_2_steps*")
     for resume in (half, host.residual.load_residual(path)):
-        same(train(steps=4, resume=resume)[0], whole)
+        same(train(steps=4, capacity=capacity, resume=resume)[0], whole)
 
 
 def test_cancel_stops_within_a_step_keeps_what_was_learned_and_leaves_nothing_behind(train, host, folder):
