@@ -52,6 +52,12 @@ def add_to(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         ),
         ("--batch", int, defaults.batch_size, "rows a step"),
         ("--seed", int, defaults.seed, "of the training"),
+        (
+            "--capacity",
+            int,
+            defaults.capacity,
+            "vectors for each layer: 1 is the paper's, 4 is more alike, in 48 KB for SD 1.5",
+        ),
         ("--preserve", float, defaults.preserve, "how strongly the background is held to the plain model's"),
     )
     for name, kind, default, text in numbers:
@@ -73,6 +79,7 @@ def from_arguments(given: argparse.Namespace) -> Command:
         seed=given.seed,
         flip=not given.no_flip,
         preserve=given.preserve,
+        capacity=given.capacity,
     )
     return Command(given.images, given.noun.strip(), given.out, options, given.precision, given.resume)
 

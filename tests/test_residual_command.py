@@ -62,6 +62,7 @@ def test_every_option_reaches_the_training(tmp_path, images, checkpoint):
     assert run(usual, images, checkpoint) == 0
     delta = load_residual(usual).delta
     options = (("--seed", 1), ("--batch", 2), ("--learning-rate", 0.5), ("--no-flip",), ("--dtype", "bfloat16"))
+    options = (*options, ("--capacity", 2))
     for number, option in enumerate(options):
         out = tmp_path / f"{number}.safetensors"
         assert run(out, images, checkpoint, *option) == 0
