@@ -16,6 +16,7 @@ import torch
 from PIL import Image, features
 
 from profusion import files
+from profusion.details import beginning
 from profusion.models.configs import UNetConfig
 from profusion.pictures import PictureError, read_picture
 from profusion.promptnet.file import (
@@ -83,38 +84,46 @@ def _whole(value: torch.Tensor) -> None:
 # Residuals
 
 
-def _residual(seed: int) -> Residual:
+def _residual(seed: int, capacity: int = 1) -> Residual:
     generator = torch.Generator().manual_seed(seed)
     delta, moment = torch.randn(2, 4, 1, 96, generator=generator)
     state = {"exp_avg": moment, "step": torch.tensor(3), "rng": generator.get_state()}
-    return Residual(delta, f"cat {seed}", LAYERS, "SD 1.x", steps=10 + seed, seed=seed, training_state=state)
+    details = None
+    if capacity > 1:
+        details = beginning(capacity, 4, 96, (32, 64, 64, 32), generator)
+        details.values.normal_(generator=generator)
+    return Residual(delta, f"cat {seed}", LAYERS, "SD 1.x", 10 + seed, seed, state, details=details)
 
 
 def _residuals(folder: Path) -> list[Kind]:
-    def example(seed: int, precision: str) -> bytes:
-        return save_residual(_residual(seed), folder / "example.safetensors", precision).path.read_bytes()
+    def example(seed: int, precision: str, capacity: int) -> bytes:
+        path = folder / "example.safetensors"
+        return save_residual(_residual(seed, capacity), path, precision).path.read_bytes()
 
     def equal(a: Residual, b: Residual) -> bool:
         fields = [(one.noun, one.layers, one.architecture, one.steps, one.seed) for one in (a, b)]
-        return fields[0] == fields[1] and torch.equal(a.delta, b.delta) and _same(a.training_state, b.training_state)
+        alike = a.capacity == b.capacity and all(map(torch.equal, a.numbers(), b.numbers()))
+        return fields[0] == fields[1] and alike and _same(a.training_state, b.training_state)
 
     def check(residual: Residual) -> None:
-        _whole(residual.delta)
+        for numbers in residual.numbers():
+            _whole(numbers)
         assert residual.delta.shape[:2] == (len(residual.layers), 1)
         assert not {"<", ">"} & set(residual.noun + residual.architecture)
         assert equal(load_residual(save_residual(residual, folder / "again.safetensors", "float32").path), residual)
 
     return [
         Kind(
-            f"residual {precision}",
+            f"residual {precision}" + f" of {capacity}" * (capacity > 1),
             ".safetensors",
-            (example(0, precision), example(1, precision)),
+            (example(0, precision, capacity), example(1, precision, capacity)),
             load_residual,
             (ResidualError,),
             check,
             equal,
             forgeries=(lambda random, data, _: forge(random, data),),
         )
+        for capacity in (1, 3)
         for precision in PRECISIONS
     ]
 
