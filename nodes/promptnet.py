@@ -16,7 +16,7 @@ from . import inputs
 from .host.display import Progress, show
 from .host.encoding import check_connected, encode_references
 from .host.evaluation import TrainedModel
-from .host.families import model_layers, native_size
+from .host.families import native_size, promptnet_layers
 from .host.files import find_promptnet, fingerprint, promptnet_names, why_not_found
 from .host.identity import BaseFile, origin_on
 from .host.placing import encode_training_prompts
@@ -167,7 +167,7 @@ class ResidualFromPromptNet(io.ComfyNode):
     @classmethod
     def execute(cls, promptnet, clip, clip_vision, vae, model, images, noun, masks=None) -> io.NodeOutput:
         check_connected(clip=clip, clip_vision=clip_vision, vae=vae)
-        noun, layers, base = noun.strip(), model_layers(model), BaseFile.of_node(cls)
+        noun, layers, base = noun.strip(), promptnet_layers(model), BaseFile.of_node(cls)
         check_fits(promptnet.config, architecture=architecture_name(layers))
         conditionings, rows = encode_training_prompts(clip, noun, layers)
         given = gather(images, masks)

@@ -207,6 +207,20 @@ def model_layers(model: ModelPatcher) -> list[Layer]:
         ) from error
 
 
+def promptnet_layers(model: ModelPatcher) -> list[Layer]:
+    """`model_layers`, for what works with a PromptNet: of others it is said that they have none, and what to do."""
+    try:
+        return model_layers(model)
+    except UnsupportedModelError as error:
+        family = family_of(model)
+        raise UnsupportedModelError(
+            f"{_name_of(model)} is not supported: there is no PromptNet for {family.name if family else 'it'}, since "
+            "one looks at a picture with a UNet's encoder. Show it the picture by what is made for it, such as Redux, "
+            "reference latents or its own IPAdapter, or connect an SD 1.x, SD 2.x or SDXL model, or Toybox Loader's "
+            "whose base is UNet"
+        ) from error
+
+
 def _name_of(model: ModelPatcher) -> str:
     return f"{type(model.model).__name__} ({type(model.get_model_object('diffusion_model')).__name__})"
 

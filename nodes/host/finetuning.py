@@ -25,7 +25,7 @@ from .budget import ADAMW_BYTES, make_room, plan_training
 from .display import Progress
 from .encoding import encode_references
 from .evaluation import TrainedModel, differentiable, resident_clip
-from .families import model_layers, native_size
+from .families import native_size, promptnet_layers
 from .files import PATCHES, PROMPTNETS, check_writable, folders, save_numbered
 from .identity import model_digest
 from .words import LoadedPromptNet, WordEncoder, encode_pictures, handed_to_the_host
@@ -53,7 +53,7 @@ class Finetuning:
         """given: the pictures, of any sizes. only_object: nothing is learned around their objects. checkpointing: see
         `plan_training`. warn: told what takes no part; default the log.
         """
-        layers = model_layers(model)
+        layers = promptnet_layers(model)
         check_fits(promptnet.config, architecture=architecture_name(layers))
         self._model, self._promptnet = model, promptnet
         self._words = WordEncoder(resident_clip(clip), promptnet.config, options.prompts, differentiable)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ...profusion.fusion import FusionOptions, Guidance, RunGuidance, fresh_noise, sample_fusion
 from .drawing import Sampling, drawn_latent, empty_latents
+from .families import promptnet_layers
 from .words import WORD
 
 STAGE = "profusion_stage"
@@ -68,11 +69,14 @@ class FusionGuider(comfy.samplers.CFGGuider):
         """What guides a run. text_in_fusion: whether terms without S* guide the fusion stage too, where others have
         it.
 
-        A term of no weight is left out: the host would copy its areas into the others.
+        A term of no weight is left out: the host would copy its areas into the others. Raises UnsupportedModelError
+        for S* on a model that no PromptNet is for.
         """
         if len(terms) != len(guidance.weights):
             raise ValueError(f"{len(terms)} conditionings and {len(guidance.weights)} weights: give each a weight")
         terms, guidance = _weighing(terms, guidance)
+        if any(WORD in extras for term in terms for _, extras in term):
+            promptnet_layers(self.model_patcher)
         if not text_in_fusion:
             guidance = replace(guidance, fusion_weights=_weights_of_words(terms, guidance.weights))
         self.guidance = guidance

@@ -36,7 +36,7 @@ from .budget import ADAMW_BYTES, Budget, make_room, plan_training
 from .display import Progress
 from .drawing import Sampling, draw
 from .evaluation import TrainedModel, differentiable, noise_levels, resident, resident_clip
-from .families import model_layers
+from .families import promptnet_layers
 from .files import PROMPTNETS, check_writable, folders, listed_name, save_numbered
 from .identity import model_digest
 from .picture_folders import EncodedSet, Source, encoded, set_bytes
@@ -94,7 +94,7 @@ class Pretraining:
 
         What does not fit is refused before the pictures are encoded, which is done here.
         """
-        layers, prompt = model_layers(model), options.prompts[0]
+        layers, prompt = promptnet_layers(model), options.prompts[0]
         noise_levels(model)
         self._model, self._clip, self._clip_vision, self._vae = model, clip, clip_vision, vae
         self._promptnet = promptnet

@@ -75,3 +75,12 @@ def test_few_steps_have_no_stage_in_pure_noise_and_the_node_says_so(draw):
     assert torch.equal(drawn, draw("flux", fusion_steps=0)[0])
     assert "There was no fusion stage: so few steps have no noise level between" in said
     assert "no fusion stage" not in draw("flux", fusion_steps=0)[1]
+
+
+def test_s_on_a_model_that_no_promptnet_is_for_is_refused_by_name(draw, pack):
+    word = [[torch.zeros(1, 8, tiny_transformers.TEXT), {pack.nodes.host.words.WORD: object()}]]
+    for family, name in (("flux", "Flux.1"), ("cosmos2", "Cosmos-Predict2"), ("pixart", "it")):
+        with pytest.raises(
+            ValueError, match=f"there is no PromptNet for {name}, since one looks at a picture with a UN"
+        ):
+            draw(family, positive=word)

@@ -174,10 +174,14 @@ def needing_a_unet(host, model, clip, vae, vision, pictures, masks, noun):
 
 
 def test_what_needs_a_unet_refuses_the_mmdit_and_says_where_there_is_one(host):
-    said = r"SD3 \(OpenAISignatureMMDITWrapper\) is not supported: SD3 is drawn with by joint attention.*base is UNet"
+    drawn = "SD3 is drawn with by joint attention over text and picture, on which .* and this takes a UNet"
+    none = "there is no PromptNet for SD3, since one looks at a picture with a UNet's encoder. Show it the picture by"
     with torch.inference_mode():
         for name, run in needing_a_unet(host, *host.load(base="MMDiT")):
-            with pytest.raises(ValueError, match=said):
+            why = none if "PromptNet" in name else drawn
+            with pytest.raises(
+                ValueError, match=rf"SD3 \(OpenAISignatureMMDITWrapper\) is not supported: {why}.*is UNet"
+            ):
                 run()
                 pytest.fail(f"{name} took it")
         for name, run in needing_a_unet(host, *host.load(base="UNet")):
