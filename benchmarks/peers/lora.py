@@ -83,7 +83,7 @@ class Lora(Peer):
         positive = [
             entry for text in captions for entry in host.clip.encode_from_tokens_scheduled(host.clip.tokenize(text))
         ]
-        training = Coroutine(lambda ask: _train(host, latents, positive, recipe, ask))
+        training = Coroutine(lambda ask: train_lora(host, latents, positive, recipe, ask))
         try:
             while (lora := training.resume()) is not None:
                 self._lora, self._merged = lora, None
@@ -92,7 +92,7 @@ class Lora(Peer):
             training.close()
 
 
-def _train(host: SimpleNamespace, latents: Tensor, positive: list, recipe: TrainingOptions, ask: Callable) -> None:
+def train_lora(host: SimpleNamespace, latents: Tensor, positive: list, recipe: TrainingOptions, ask: Callable) -> None:
     """The host's training, which stops after every optimizer step to `ask` with the LoRA's tensors as they are then."""
 
     def optimizer(parameters, lr: float) -> torch.optim.Optimizer:
