@@ -93,11 +93,22 @@ class Studio:
             seed=1,
         )
 
-    def infusion(self, count: int, stream: str) -> Callable[[], None]:
+    def infusion(self, count: int, **changes: object) -> Callable[[], None]:
+        """A picture with so many concepts, drawn anew: the plain run that was kept of the one before is forgotten."""
+        draw = self.next_infusion(count, **changes)
+
+        def anew() -> None:
+            self.nodes.host.streams.FOUNDATIONS.forget(self.model.model)
+            draw()
+
+        return anew
+
+    def next_infusion(self, count: int, **changes: object) -> Callable[[], None]:
+        """The same, as the next picture of the same prompt and seed. changes: of the node's inputs, as they come."""
+        node = self.nodes.infusion.InfusionAttentionPatch
         more = {f"residual_{index}": residual for index, residual in enumerate(self.residuals[1:count], start=2)}
-        model, positive = self.nodes.infusion.InfusionAttentionPatch.execute(
-            self.model, self.clip, PROMPT, self.residuals[0], 1.0, 0.0, 1.0, "auto", stream, **more
-        ).args
+        given = {"model": self.model, "clip": self.clip, "text": PROMPT, "residual": self.residuals[0], **more}
+        model, positive = node.execute(**{**defaults(node), **given, **changes}).args
         return lambda: self.ksampler(model, positive)
 
     def word(self) -> Callable[[], list]:
@@ -121,10 +132,7 @@ class Studio:
     def fusion(self, positive: list, text: bool, **changes) -> Callable[[], None]:
         """Fusion KSampler with the defaults of its own inputs, except for these."""
         node = self.nodes.fusion.FusionKSampler
-        inputs = {
-            entry.id: entry.default for entry in node.GET_SCHEMA().inputs if getattr(entry, "default", None) is not None
-        }
-        inputs |= {
+        inputs = defaults(node) | {
             "steps": self.steps,
             "cfg": 4.0,
             "positive": positive,
@@ -135,16 +143,27 @@ class Studio:
         return lambda: node.execute(**{**inputs, "latent_image": {"samples": self.latent}, **changes})
 
 
-def measure(studio: Studio, rounds: int) -> dict[str, dict[str, float]]:
-    """Medians of seconds a picture, and ratios to the plain KSampler of the same round."""
+def defaults(node: type) -> dict[str, object]:
+    """The inputs of a new node that have a value of their own."""
+    return {
+        entry.id: entry.default for entry in node.GET_SCHEMA().inputs if getattr(entry, "default", None) is not None
+    }
+
+
+def measure(studio: Studio, rounds: int, only: str = "") -> dict[str, dict[str, float]]:
+    """Medians of seconds a picture, and ratios to the plain KSampler of the same round; `only` those named so."""
     word = studio.word()
     with torch.inference_mode():
         positive = word()
     tasks: dict[str, Callable[[], object]] = {
         "plain KSampler": lambda: studio.ksampler(studio.model, studio.positive),
-        "Infusion, 1 concept": studio.infusion(1, "own trajectory"),
-        "Infusion, 4 concepts": studio.infusion(4, "own trajectory"),
-        "Infusion, 1 concept, shared latent": studio.infusion(1, "shared latent"),
+        "Infusion as it comes, 1 concept": studio.infusion(1),
+        "the next picture of its prompt and seed": studio.next_infusion(1, strength=0.9),
+        "Infusion as it comes, 4 concepts": studio.infusion(4),
+        "Infusion, held, 1 concept": studio.infusion(1, background="held"),
+        "Infusion, held and each apart, 2 concepts": studio.infusion(2, background="held", concepts="each apart"),
+        "Infusion, the paper's scheme, 1 concept": studio.infusion(1, every=1),
+        "Infusion, the paper's scheme, shared latent": studio.infusion(1, every=1, stream="shared latent"),
         "S*: PromptNet and text encoder, for any runs": word,
         "Fusion KSampler, no fusion stage, 1 term": studio.fusion(positive, False, fusion_steps=0),
         "Fusion KSampler, no fusion stage, 2 terms": studio.fusion(positive, True, fusion_steps=0),
@@ -153,8 +172,11 @@ def measure(studio: Studio, rounds: int) -> dict[str, dict[str, float]]:
         "Fusion KSampler as it comes": studio.fusion(positive, True),
     }
     plain = "plain KSampler"
+    tasks = {name: task for name, task in tasks.items() if name == plain or only in name}
     with torch.inference_mode():
         times = interleaved(tasks, rounds)
+    if only not in FINETUNE:
+        return against(times, plain, len(studio.latent))
     beside = interleaved({plain: torch.inference_mode()(tasks[plain]), FINETUNE: studio.finetune}, FINETUNES)
     found = against(times, plain, len(studio.latent))
     return found | {FINETUNE: against(beside, plain, len(studio.latent))[FINETUNE]}
@@ -165,9 +187,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--only", default="", metavar="TEXT", help="time what has this in its name alone")
     parser.add_argument("--json", type=Path, default=None, help="write the figures here")
     given = parser.parse_args()
-    figures = measure(Studio(load_pack(needed_host()), given.steps, given.batch), given.rounds)
+    figures = measure(Studio(load_pack(needed_host()), given.steps, given.batch), given.rounds, given.only)
     rows = [(name, f"{one['seconds']:.3f}", f"{one['times_plain']:.2f}") for name, one in figures.items()]
     recipe = {**vars(given), "threads": torch.get_num_threads()}
     write(

@@ -89,7 +89,8 @@ def measure(rounds: int, steps: int) -> dict[str, dict[str, float | None]]:
         studio = Studio(load_pack(host), steps, 1)
         runs = {HOST_PLAIN: lambda: studio.ksampler(studio.model, studio.positive)}
         runs |= {
-            f"Infusion in ComfyUI, {mode}": studio.infusion(1, mode) for mode in ("own trajectory", "shared latent")
+            f"Infusion in ComfyUI, {mode}": studio.infusion(1, stream=mode, every=1)
+            for mode in ("own trajectory", "shared latent")
         }
         draw |= {name: torch.inference_mode()(run) for name, run in runs.items()}
     train = {name: one.train for name, one in peers.items() if one.training is not None}
