@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.results import table, write
-from benchmarks.timing import against, interleaved
+from benchmarks.timing import CLOCKS, against, interleaved
 from profusion.references import gather
 from profusion.toybox.drawing import SIZE
 from profusion.toybox.pipeline import CELLS, Toybox
@@ -150,7 +150,7 @@ def defaults(node: type) -> dict[str, object]:
     }
 
 
-def measure(studio: Studio, rounds: int, only: str = "") -> dict[str, dict[str, float]]:
+def measure(studio: Studio, rounds: int, only: str = "", clock: str = "wall") -> dict[str, dict[str, float]]:
     """Medians of seconds a picture, and ratios to the plain KSampler of the same round; `only` those named so."""
     word = studio.word()
     with torch.inference_mode():
@@ -174,10 +174,10 @@ def measure(studio: Studio, rounds: int, only: str = "") -> dict[str, dict[str, 
     plain = "plain KSampler"
     tasks = {name: task for name, task in tasks.items() if name == plain or only in name}
     with torch.inference_mode():
-        times = interleaved(tasks, rounds)
+        times = interleaved(tasks, rounds, clock)
     if only not in FINETUNE:
         return against(times, plain, len(studio.latent))
-    beside = interleaved({plain: torch.inference_mode()(tasks[plain]), FINETUNE: studio.finetune}, FINETUNES)
+    beside = interleaved({plain: torch.inference_mode()(tasks[plain]), FINETUNE: studio.finetune}, FINETUNES, clock)
     found = against(times, plain, len(studio.latent))
     return found | {FINETUNE: against(beside, plain, len(studio.latent))[FINETUNE]}
 
@@ -188,9 +188,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--only", default="", metavar="TEXT", help="time what has this in its name alone")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of this process, beside others")
     parser.add_argument("--json", type=Path, default=None, help="write the figures here")
     given = parser.parse_args()
-    figures = measure(Studio(load_pack(needed_host()), given.steps, given.batch), given.rounds, given.only)
+    figures = measure(Studio(load_pack(needed_host()), given.steps, given.batch), given.rounds, given.only, given.clock)
     rows = [(name, f"{one['seconds']:.3f}", f"{one['times_plain']:.2f}") for name, one in figures.items()]
     recipe = {**vars(given), "threads": torch.get_num_threads()}
     write(

@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.host_cost import load_pack
 from benchmarks.peers.lora import host_nodes, train_lora
 from benchmarks.results import table, write
-from benchmarks.timing import interleaved
+from benchmarks.timing import CLOCKS, interleaved
 from profusion.coroutine import Coroutine
 from profusion.models.configs import SD15
 from profusion.pretraining.peak import PeakMemory
@@ -155,11 +155,11 @@ def _asked(run: Callable[[Callable], None], within: AbstractContextManager) -> I
 TRAININGS = {OURS: residual_steps, THEIRS: lora_steps}
 
 
-def measure(task: Task, rounds: int) -> dict[str, dict[str, float]]:
+def measure(task: Task, rounds: int, clock: str = "wall") -> dict[str, dict[str, float]]:
     """Seconds and bytes of a step of each, and what ours is of theirs."""
     peaks = {name: peak_bytes(steps, task) for name, steps in TRAININGS.items()}
     running = {name: steps(task) for name, steps in TRAININGS.items()}
-    times = interleaved({name: partial(next, steps) for name, steps in running.items()}, rounds)
+    times = interleaved({name: partial(next, steps) for name, steps in running.items()}, rounds, clock)
     for steps in running.values():
         steps.close()
     of_theirs = [own / other for own, other in zip(times[OURS], times[THEIRS], strict=True)]
@@ -199,10 +199,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rate", type=float, default=0.0, help="learning rate; 0 is automatic, and 0.01 for the LoRA")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of this process, beside others")
     parser.add_argument("--json", type=Path, default=None, help="write the figures here, and a table beside them")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found = measure(Task(*material(given.model, given.cells), given.batch, given.rate), given.rounds)
+    found = measure(Task(*material(given.model, given.cells), given.batch, given.rate), given.rounds, given.clock)
     rows = [
         [
             name,
