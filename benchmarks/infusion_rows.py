@@ -53,7 +53,7 @@ class Scheme:
 
 
 SCHEMES = (
-    *(Scheme(f"own guidance, every {every}", every) for every in (1, 2, 3, 4, 6)),
+    *(Scheme(f"own guidance, every {every}", every) for every in (1, 2, 3, 4, 5, 6)),
     *(Scheme(f"own guidance, every {every}, kept", every, carried=False) for every in (2, 4)),
     *(Scheme(f"F's guidance, every {every}", every, False) for every in (1, 4)),
 )
