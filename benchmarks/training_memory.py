@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from profusion import queries
 from profusion.checkpointing import checkpointed
+from profusion.details import Details
 from profusion.infusion import Placement, cross_attention_layers, customised_patches, foundation_patches
 from profusion.losses import masked_noise_error
 from profusion.models.configs import SD15, SD21, SDXL
@@ -124,13 +125,15 @@ class Step:
     peak: int
 
 
-def measure(model: str, batch: int, cells: tuple[int, int], checkpointing: bool, finetuning: bool = False) -> Step:
-    """One step of a float16 model on latents of cells (height, width)."""
+def measure(
+    model: str, batch: int, cells: tuple[int, int], checkpointing: bool, finetuning: bool = False, capacity: int = 1
+) -> Step:
+    """One step of a float16 model on latents of cells (height, width); capacity: of the residual."""
     config = MODELS[model]
     with _like_a_card():
         unet = UNet(config).half().requires_grad_(False)
         x, context = torch.zeros(batch, 4, *cells), torch.zeros(batch, TOKENS, config.context_dim, dtype=torch.float16)
-        method = _Finetuning(unet, model) if finetuning else _Residual(unet, checkpointing)
+        method = _Finetuning(unet, model) if finetuning else _Residual(unet, checkpointing, capacity)
         for value in method.learning:
             value.grad = torch.zeros_like(value)
         parts = [part for whole in method.networks for part in whole.modules() if isinstance(part, PARTS)]
@@ -146,12 +149,19 @@ def measure(model: str, batch: int, cells: tuple[int, int], checkpointing: bool,
 class _Residual:
     """As `ResidualTraining.loss`: F without autograd, then C with it."""
 
-    def __init__(self, unet: UNet, checkpointing: bool):
+    def __init__(self, unet: UNet, checkpointing: bool, capacity: int):
         layers = cross_attention_layers(dict(unet.named_parameters()))
-        delta = torch.zeros(len(layers), 1, unet.config.context_dim, requires_grad=True)
-        self._placement = Placement(delta, tuple(layer.name for layer in layers), ROWS)
+        widths = tuple(layer.width for layer in layers)
+        learning = [torch.zeros(len(layers), 1, unet.config.context_dim)]
+        if capacity > 1:
+            learning.append(torch.zeros(len(layers), capacity - 1, unet.config.context_dim))
+            learning.append(torch.zeros(capacity - 1, sum(widths)))
+        for value in learning:
+            value.requires_grad_(True)
+        details = Details(*learning[1:], widths) if capacity > 1 else None
+        self._placement = Placement(learning[0], tuple(layer.name for layer in layers), ROWS, details=details)
         self._unet, self._store = unet, WaitingQueries if checkpointing else TakenOnce
-        self.learning, self.networks, self.running = [delta], [unet], nullcontext
+        self.learning, self.networks, self.running = learning, [unet], nullcontext
 
     def loss(self, x: Tensor, context: Tensor) -> Tensor:
         store = self._store()
@@ -190,9 +200,11 @@ def _predicted(unet: UNet, x: Tensor, context: Tensor, patches: dict) -> Tensor:
     return unet(x.to(context), torch.zeros(len(x)), context, added, options).float()
 
 
-def numbers_a_cell(model: str, checkpointing: bool, finetuning: bool = False, cells: int = 64) -> float:
+def numbers_a_cell(
+    model: str, checkpointing: bool, finetuning: bool = False, cells: int = 64, capacity: int = 1
+) -> float:
     """The most that a step takes beside the weights, in numbers of the model's type for each cell of the latents."""
-    return measure(model, 1, (cells, cells), checkpointing, finetuning).peak / 2 / cells**2
+    return measure(model, 1, (cells, cells), checkpointing, finetuning, capacity).peak / 2 / cells**2
 
 
 def main() -> None:

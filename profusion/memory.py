@@ -8,6 +8,12 @@ from typing import Any
 # The most that a step takes beside the weights, in numbers of the model's type for each cell of the latents, without
 # and with gradient checkpointing. In an attention that keeps its map it would be more.
 _RESIDUAL = {"SD 1.x": (90_800, 30_000), "SD 2.x": (85_800, 25_000), "SDXL": (153_300, 21_500)}
+# What a residual's first detail takes besides, and each further one: rows of their own in every cross-attention.
+_DETAILS = {
+    "SD 1.x": ((14_400, 1_650), (9_100, 1_000)),
+    "SD 2.x": ((14_400, 1_650), (9_100, 1_000)),
+    "SDXL": ((44_900, 1_150), (32_200, 1_050)),
+}
 _FINETUNING = {"SD 1.x": (182_400, 41_500), "SD 2.x": (177_400, 38_700), "SDXL": (364_300, 56_000)}
 
 # Of a text encoder that autograd goes through, which computes in float32: the weights that are cast for it wait for
@@ -17,18 +23,28 @@ _TEXT_BYTES = 0.5
 
 
 def step_bytes(
-    architecture: str, batch: int, cells: int, element: int, checkpointing: bool, finetuning: bool = False
+    architecture: str,
+    batch: int,
+    cells: int,
+    element: int,
+    checkpointing: bool,
+    finetuning: bool = False,
+    capacity: int = 1,
 ) -> float | None:
     """Bytes of a training step beside the model's weights; None for an architecture that was not measured.
 
     architecture: see `infusion.architecture_name`. cells: of each of the latents. element: bytes of a number.
     finetuning: of PromptNet and attention layers, what they learn and the text encoder left out, and not of a
-    residual.
+    residual. capacity: of a residual.
     """
     measured = _FINETUNING if finetuning else _RESIDUAL
     if architecture not in measured:
         return None
-    return measured[architecture][checkpointing] * batch * cells * element
+    numbers = measured[architecture][checkpointing]
+    if capacity > 1 and not finetuning:
+        first, further = (each[checkpointing] for each in _DETAILS[architecture])
+        numbers += first + (capacity - 2) * further
+    return numbers * batch * cells * element
 
 
 def text_bytes(parameters: int, weights: int, batch: int) -> float:

@@ -140,6 +140,15 @@ def test_the_reckoning_is_what_was_measured(model, checkpointing, finetuning):
     assert measured <= reckoned <= 1.1 * measured
 
 
+@pytest.mark.parametrize("model", ["sd15", pytest.param("sd2", marks=SLOW), pytest.param("sdxl", marks=SLOW)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_details_are_reckoned_with(model, checkpointing):
+    architecture = name_of_unet(MODELS[model].cross_attentions, MODELS[model].context_dim)
+    reckoned = step_bytes(architecture, 1, 1, 1, checkpointing, capacity=4)
+    measured = numbers_a_cell(model, checkpointing, capacity=4)
+    assert measured <= reckoned <= 1.1 * measured
+
+
 def test_a_text_encoder_and_an_optimizer_are_reckoned_with():
     assert text_bytes(100, 400, 2) == 100  # float32: nothing is cast
     assert text_bytes(100, 200, 2) == 500

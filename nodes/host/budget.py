@@ -22,6 +22,7 @@ ADAMW_BYTES = 16  # a trained float32 number, its gradient and the optimizer's t
 # What a step of a model that was not measured needs, in multiples of what the host reckons for inference: without and
 # with gradient checkpointing. SD 1.5's are 90,000 and 30,000 numbers a latent cell, where the host reckons 10,500.
 _MULTIPLES = 12, 5
+_OF_A_DETAIL = 0.3  # of that, for each; SDXL's first one takes as much, others less
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,13 @@ def plan_training(
     learned: float = 0,
     finetuning: bool = False,
     any_size: bool = True,
+    capacity: int = 1,
 ) -> Budget:
     """Decide on gradient checkpointing ("auto": where there is no room without) for latents (B, C, H, W) of this shape.
 
     beside: text encoders that must be on the device too. learned: bytes of what is trained, its optimizer included.
     finetuning: whether PromptNet and the attention layers learn, and not a residual. any_size: whether pictures may be
-    smaller. Raises TrainingError, which names
+    smaller. capacity: of a residual. Raises TrainingError, which names
     the input to change, where a step does not fit.
     """
     if checkpointing not in CHECKPOINTING:
@@ -60,7 +62,7 @@ def plan_training(
 
     def step(shape: Sequence[int], twice: bool) -> float:
         texts = sum(text_bytes(*size, shape[0]) for size in sizes[1:]) if finetuning else 0.0
-        there_and_back = _step_bytes(model, shape, twice, finetuning) + texts
+        there_and_back = _step_bytes(model, shape, twice, finetuning, capacity) + texts
         return max(there_and_back, optimizer_bytes(learned)) + learned
 
     def fits(shape: Sequence[int], twice: bool) -> bool:
@@ -100,14 +102,17 @@ def _size_of(model: ModelPatcher) -> tuple[int, int]:
     return count, kept
 
 
-def _step_bytes(model: ModelPatcher, shape: Sequence[int], checkpointing: bool, finetuning: bool) -> float:
+def _step_bytes(
+    model: ModelPatcher, shape: Sequence[int], checkpointing: bool, finetuning: bool, capacity: int
+) -> float:
     network = model.get_model_object("diffusion_model")
     architecture = architecture_name(cross_attention_layers(dict(network.named_parameters())))
     cells, element = math.prod(shape[2:]), element_bytes(model.model)
-    measured = step_bytes(architecture, shape[0], cells, element, checkpointing, finetuning)
+    measured = step_bytes(architecture, shape[0], cells, element, checkpointing, finetuning, capacity)
     if measured is not None:
         return measured
-    return model.memory_required(list(shape)) * _MULTIPLES[checkpointing] * (2 if finetuning else 1)
+    details = 1 + _OF_A_DETAIL * (capacity - 1)
+    return model.memory_required(list(shape)) * _MULTIPLES[checkpointing] * details * (2 if finetuning else 1)
 
 
 def _advice(

@@ -300,7 +300,8 @@ def prepare_training(
     conditionings, rows = encode_training_prompts(clip, noun, layers)
     references = encode_references(model, vae, pictures, weights)
     identity = _identity(model, conditionings, references, noun, options, resume)
-    budget = plan_training(model, (options.batch_size, *references[0].latent.shape), checkpointing)
+    shape = options.batch_size, *references[0].latent.shape
+    budget = plan_training(model, shape, checkpointing, capacity=options.capacity)
     trained = TrainedModel(model, conditionings, memory=budget.step, checkpointing=budget.checkpointing, warn=remark)
     flipped = encode_references(model, vae, pictures.flip(2), weights.flip(2)) if options.flip else ()
     if resume is not None and resume.steps >= options.steps:
