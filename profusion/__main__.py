@@ -60,6 +60,12 @@ def parser() -> argparse.ArgumentParser:
         default=demo.OPTIONS.learning_rate,
         help="AdamW's; 0: automatic, and then masks and an end are found (default: %(default)s)",
     )
+    one.add_argument(
+        "--capacity",
+        type=int,
+        default=demo.OPTIONS.capacity,
+        help="of the residual; 1 is the paper's (default: %(default)s)",
+    )
     one.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
     one.set_defaults(prepare=_demo)
     arguments.add_to(commands).set_defaults(prepare=_promptnet)
@@ -98,7 +104,8 @@ def _model(options: argparse.Namespace) -> Pipeline:
 
 
 def _demo(options: argparse.Namespace) -> Work:
-    training = TrainingOptions(steps=options.steps, learning_rate=options.learning_rate, seed=options.seed)
+    rate, capacity = options.learning_rate, options.capacity
+    training = TrainingOptions(options.steps, rate, seed=options.seed, capacity=capacity)
 
     def work() -> int:
         report = _on_toybox(options, training) if options.checkpoint is None else _on_checkpoint(options, training)

@@ -23,6 +23,14 @@ def failing(monkeypatch, problem):
     return program.main(list(DEMO))
 
 
+@pytest.mark.parametrize(("given", "capacity"), [((), demo.OPTIONS.capacity), (("--capacity", "1"), 1)])
+def test_the_demo_has_a_capacity(monkeypatch, tmp_path, given, capacity):
+    asked = []
+    monkeypatch.setattr(demo, "run", lambda out, concept, training: asked.append(training) or {})
+    assert program.main(["demo", "--out", str(tmp_path), *given]) == 0
+    assert asked[0].capacity == capacity and asked[0].automatic and asked[0].steps == demo.OPTIONS.steps
+
+
 def raising(error):
     def problem():
         raise error
