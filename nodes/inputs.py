@@ -16,6 +16,12 @@ def advanced(one: io.Input) -> io.Input:
     return one
 
 
+def found_by(schema: io.Schema, *aliases: str) -> io.Schema:
+    """The schema, which the node search also finds by these words, where the frontend can do that."""
+    schema.search_aliases = list(aliases)  # older hosts' schemas have no argument for it
+    return schema
+
+
 def clip() -> io.Clip.Input:
     return io.Clip.Input("clip", tooltip="The text encoder that belongs to the model.")
 

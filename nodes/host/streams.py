@@ -299,7 +299,7 @@ def _evaluate_stream(executor, model, conds, x, sigma, model_options, *args, **k
     ) -> list[Tensor]:
         own = copy.copy(executor)
         own.wrappers, options = apart(executor.wrappers), evaluation.options(apart(model_options), patches)
-        with _uncompiled():
+        with uncompiled():
             return own(model, evaluation.conds, x, sigma, options, *args, **kwargs)
 
     return stream(evaluate, model, conds, x, sigma, model_options)
@@ -689,10 +689,7 @@ class _Streams:
     def _of(self, index: int, cond: dict, model: Any, x: Tensor) -> list[Placement]:
         key = identity(index, cond)
         if key not in self._placements:
-            first_row = _first_row(cond, model, x) if cond.get(KEY) else None
-            concepts = () if first_row is None else cond[KEY]
-            placed = [_resolve(concept, cond, first_row, model, x, self._layers) for concept in concepts]
-            self._placements[key] = [placement for placement in placed if placement is not None]
+            self._placements[key] = placements_in(cond, model, x, self._layers)
         return self._placements[key]
 
 
@@ -746,6 +743,14 @@ def _first_row(cond: dict, model: Any, x: Tensor) -> int | None:
 
 def _alike(attended: Tensor, own: Tensor) -> bool:
     return attended.shape == own.shape and torch.equal(attended.to(own), own)
+
+
+def placements_in(cond: dict, model: Any, x: Tensor, layers: tuple[str, ...]) -> list[Placement]:
+    """The concepts that a cond carries, as they are placed in the run at hand."""
+    first_row = _first_row(cond, model, x) if cond.get(KEY) else None
+    concepts = () if first_row is None else cond[KEY]
+    placed = [_resolve(concept, cond, first_row, model, x, layers) for concept in concepts]
+    return [placement for placement in placed if placement is not None]
 
 
 def _resolve(
@@ -908,7 +913,7 @@ def _own_control(control: Any, apart: Apart) -> Any:
 
 
 @contextmanager
-def _uncompiled() -> Iterator[None]:
+def uncompiled() -> Iterator[None]:
     """Evaluate as it is written what somebody has had compiled.
 
     The host compiles a UNet for the patches that its first call has, and F's and C's are not those of a plain run.

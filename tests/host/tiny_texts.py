@@ -17,9 +17,9 @@ from tiny_transformers import POOLED, TEXT
 class Rows(torch.nn.Module):
     """What an encoder does, from tokens to rows (1, L, width): each row is made of its token alone."""
 
-    def __init__(self, width=TEXT, masked=True):
+    def __init__(self, width=TEXT, masked=True, pooled=POOLED):
         super().__init__()
-        self.masked = masked
+        self.masked, self.pooled = masked, pooled
         generator = torch.Generator().manual_seed(3)
         self.table = torch.nn.Parameter(torch.randn(97, width, generator=generator), requires_grad=False)
 
@@ -34,7 +34,7 @@ class Rows(torch.nn.Module):
         rows = self.table[tokens % len(self.table)].clone()
         rows[:, 0] = tokens
         extras = [{"attention_mask": torch.ones(1, len(tokens), dtype=torch.long)}] if self.masked else []
-        return (rows[None], torch.ones(1, POOLED), *extras)
+        return (rows[None], torch.ones(1, self.pooled), *extras)
 
 
 def _stage(module, host_class, **encoders):
@@ -75,7 +75,8 @@ def _sentencepiece():
 
 def _sd3(**missing):
     def encoders():
-        return {"clip_l": Rows(masked=False), "clip_g": Rows(masked=False), "t5xxl": Rows(4096, False), **missing}
+        clips = {name: Rows(masked=False, pooled=POOLED // 2) for name in ("clip_l", "clip_g")}
+        return {**clips, "t5xxl": Rows(4096, False), **missing}
 
     return "sd3_clip", "SD3Tokenizer", "SD3ClipModel", encoders
 
