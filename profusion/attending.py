@@ -17,6 +17,7 @@ from . import holding, infusion, joint_attention
 from .holding import NounMaps
 from .infusion import ExtraOptions, Owners, Patches, PlacementsFor, QueryStore, chunks_in_order
 from .queries import query_numbers
+from .residual import noun_map
 from .text_attention import Layout
 
 
@@ -30,6 +31,8 @@ class Attending(Protocol):
     def looking(
         self, network: nn.Module, maps: NounMaps, placements_for: PlacementsFor, *known, **named
     ) -> Patches: ...
+
+    def showing(self, rows: Sequence[int], see: Callable[[str, Tensor, Tensor], None]) -> Patches: ...
 
     def noting(self, note: Callable[[], None]) -> Patches: ...
 
@@ -54,6 +57,10 @@ class UNetAttention:
         """Patches that add to `maps` where a stream sees its nouns; the rest as in `holding.map_patches`."""
         attention_of = partial(holding.cross_attention, network)
         return holding.map_patches(maps, attention_of, placements_for, *known, **named)
+
+    def showing(self, rows: Sequence[int], see: Callable[[str, Tensor, Tensor], None]) -> Patches:
+        """Patches that show the noun's map at every layer; see `noun_map.map_patches`."""
+        return noun_map.map_patches(rows, see)
 
     def noting(self, note: Callable[[], None]) -> Patches:
         """Patches that call `note` at every attention with text, and change nothing."""
@@ -96,6 +103,9 @@ class JointAttention:
 
     def looking(self, network: nn.Module, maps: NounMaps, placements_for: PlacementsFor, *known, **named) -> Patches:
         return joint_attention.map_patches(self.layout, maps, placements_for, *known, **named)
+
+    def showing(self, rows: Sequence[int], see: Callable[[str, Tensor, Tensor], None]) -> Patches:
+        return joint_attention.showing_patches(self.layout, rows, see)
 
     def noting(self, note: Callable[[], None]) -> Patches:
         return joint_attention.noting(self.layout, note)

@@ -167,7 +167,9 @@ class Placement:
         return self.sigma_end <= sigma <= self.sigma_start
 
     def adds(self) -> bool:
-        """Whether there is anything to add."""
+        """Whether there is anything to add, or something learns what to."""
+        if self.strength and self.delta.requires_grad:
+            return True
         if "adds" not in self._kept:  # asked of the device once
             self._kept["adds"] = torch.tensor(bool(self.strength and self.delta.any()) or self._has_details())
         return bool(self._kept["adds"])

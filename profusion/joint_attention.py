@@ -169,6 +169,22 @@ def map_patches(
     return {ATTENTION: [AttentionPatch(layout, look)]}
 
 
+def showing_patches(layout: Layout, rows: Sequence[int], see: Callable[[str, Tensor, Tensor], None]) -> Patches:
+    """Patches that leave the model as it is and show the noun's map at every layer, as `noun_map.map_patches` do.
+
+    see: told the layer's name, the mean of all heads' A[I, N] (B, h, w), and the noun's own values (B, kv_heads d).
+    """
+
+    def look(seen: TextAttention) -> None:
+        columns = seen.columns(slice(0, seen.rows), [tuple(rows)])
+        *frames, height, width = layout.grid(seen.call)
+        found = columns[..., 0].float().mean(dim=-1).view(seen.rows, prod(frames), height, width).mean(dim=1)
+        own = seen.value_rows()[:, [seen.span.text[0] + row for row in rows]]
+        see(seen.name, found, own.mean(dim=1))
+
+    return {ATTENTION: [AttentionPatch(layout, look)]}
+
+
 def noting(layout: Layout, note: Callable[[], None]) -> Patches:
     """Patches that tell of every attention with text, and change nothing."""
     return {ATTENTION: [AttentionPatch(layout, lambda seen: note())]}

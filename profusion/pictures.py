@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,9 +24,14 @@ MOST_LINES, LONGEST_LINE = 200, 256  # of a caption; a path has at most 4096 let
 INK, PAPER, ACCENT, FAINT = (40, 40, 48), (250, 249, 246), (214, 86, 48), (214, 212, 206)
 
 
-def latent_masks(masks: Tensor, cells: Sequence[int]) -> Tensor:
-    """Object masks (B, H, W) as weights of latent cells (B, h, w): the covered share of each cell."""
-    return area_means(masks[:, None].float(), cells)[:, 0]
+def latent_masks(masks: Tensor, cells: Sequence[int], patch: int = 1) -> Tensor:
+    """Object masks (B, H, W) as weights of latent cells (B, h, w): the covered share of each cell, or of each patch of
+    so many cells a side, where a network takes those as one."""
+    if patch == 1:
+        return area_means(masks[:, None].float(), cells)[:, 0]
+    patches = area_means(masks[:, None].float(), [math.ceil(side / patch) for side in cells])[:, 0]
+    whole = patches.repeat_interleave(patch, dim=-2).repeat_interleave(patch, dim=-1)
+    return whole[..., : cells[0], : cells[1]]
 
 
 def read_pictures(folder: Path, size: int) -> Fitted:

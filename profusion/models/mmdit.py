@@ -6,7 +6,8 @@ Sizes in shape comments: B rows, T picture tokens, L context rows, D width. In a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -111,20 +112,37 @@ class JointBlock(nn.Module):
         self.x_block = Stream(config)
 
     def forward(
-        self, context: Tensor, x: Tensor, moment: Tensor, probe: Callable[[Tensor], None] | None = None
+        self,
+        context: Tensor,
+        x: Tensor,
+        moment: Tensor,
+        probe: Callable[[Tensor], None] | None = None,
+        transformer_options: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor | None, Tensor]:
         rows = context.shape[1]
         from_text, text_rest = self.context_block.before(context, moment)
         from_picture, picture_rest = self.x_block.before(x, moment)
         query, key, value = (torch.cat(pair, dim=1) for pair in zip(from_text, from_picture, strict=True))
         if probe is None:
-            attended = attention(query, key, value, self.heads)
+            attended = _seen(query, key, value, self.heads, transformer_options or {})
         else:
             probabilities = attention_map(query, key, self.heads)
             probe(probabilities[:, :, rows:])
             attended = apply_map(probabilities, value, self.heads)
         context = None if self.last else self.context_block.after(context, attended[:, :rows], text_rest)
         return context, self.x_block.after(x, attended[:, rows:], picture_rest)
+
+
+def _seen(query: Tensor, key: Tensor, value: Tensor, heads: int, options: Mapping[str, Any]) -> Tensor:
+    """`attention`, through the host's override of it, where there is one."""
+    override = options.get("optimized_attention_override")
+    if override is None:
+        return attention(query, key, value, heads)
+
+    def function(query: Tensor, key: Tensor, value: Tensor, heads: int, **_: Any) -> Tensor:
+        return attention(query, key, value, heads)
+
+    return override(function, query, key, value, heads, transformer_options=options)
 
 
 class FinalLayer(nn.Module):
@@ -140,7 +158,8 @@ class FinalLayer(nn.Module):
 class MMDiT(nn.Module):
     """Velocity of a latent (B, C, H, W) at timesteps (B,) in 0..1000 under a context (B, L, D_context).
 
-    H and W must be multiples of the patch size.
+    H and W must be multiples of the patch size. transformer_options: as the host gives them, whose
+    `optimized_attention_override` every attention goes through.
     """
 
     def __init__(self, config: MMDiTConfig):
@@ -152,7 +171,14 @@ class MMDiT(nn.Module):
         self.joint_blocks = nn.ModuleList(JointBlock(config, i == config.blocks - 1) for i in range(config.blocks))
         self.final_layer = FinalLayer(config)
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, probe: Probe | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        probe: Probe | None = None,
+        transformer_options: Mapping[str, Any] | None = None,
+    ) -> Tensor:
         size = self.config.patch_size
         height, width = x.shape[-2] // size, x.shape[-1] // size
         tokens = self.x_embedder(x)
@@ -161,7 +187,7 @@ class MMDiT(nn.Module):
         context = self.context_embedder(context)
         for index, block in enumerate(self.joint_blocks):
             seen = None if probe is None else lambda found, index=index: probe(index, found)
-            context, tokens = block(context, tokens, moment, seen)
+            context, tokens = block(context, tokens, moment, seen, transformer_options)
         patches = self.final_layer(tokens, moment)
         return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, w=width, p=size, q=size)
 

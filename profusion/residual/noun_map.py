@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ..devices import smoothly_resized
-from ..diffusion import per_row
 from ..infusion import ExtraOptions, Patches, layer_name
+from .noising import ADDED, Noising
 
 if TYPE_CHECKING:
     from .training import PredictWithPatches
@@ -75,6 +75,10 @@ def map_patches(rows: Sequence[int], see: Callable[[str, Tensor, Tensor], None])
     return {"attn2_patch": [spread], "attn2_output_patch": [gather]}
 
 
+Showing = Callable[[Sequence[int], Callable[[str, Tensor, Tensor], None]], Patches]
+"""`showing(rows, see)`: what `map_patches` makes of a UNet."""
+
+
 def soft_mask(seen: Tensor) -> tuple[Tensor, bool]:
     """A map (H, W) as a mask in [0, 1]: 0 at the mean of its lower values, 1 at that of its higher ones, between them
     in proportion; and whether the two are far enough apart to say where the object is.
@@ -98,12 +102,16 @@ def look(
     sigmas: Tensor,
     generator: torch.Generator,
     prompt: int = 0,
+    showing: Showing | None = None,
+    noising: Noising = ADDED,
 ) -> Seen:
     """Where the model sees a noun in pictures that are noised to LEVELS: the mean over layers, levels and heads.
 
     latents (N, C, H, W), one after another evaluated; rows: the noun's in the context of the prompt of this index.
-    sigmas: the noise levels of the model's timesteps.
+    sigmas: the noise levels of the model's timesteps. showing: makes the patches that show the map, `map_patches` where
+    it is left out. noising: how the model is asked.
     """
+    showing = showing or map_patches
     maps, sizes = [], []
 
     def see(layer: str, seen: Tensor, noun: Tensor) -> None:
@@ -116,7 +124,7 @@ def look(
             for share in LEVELS:
                 sigma = sigmas[int(share * len(sigmas))][None].to(latent.device)
                 noise = torch.randn(latent.shape, generator=generator).to(latent)
-                predict_noise(latent + per_row(sigma, latent) * noise, sigma, prompt, map_patches(rows, see))
+                predict_noise(noising.noisy(latent, noise, sigma), sigma, prompt, showing(rows, see))
             maps.append(soft_mask(torch.stack(found).mean(0)))
     masks, stand_out = zip(*maps, strict=True)
     return Seen(torch.stack(masks), stand_out, sum(sizes) / len(sizes))

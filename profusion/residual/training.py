@@ -16,16 +16,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..attending import UNET, Attending
 from ..details import MAX_CAPACITY, Details, beginning, longest
-from ..diffusion import per_row, training_sigmas
+from ..diffusion import training_sigmas
 from ..infusion import (
     Layer,
     Patches,
     Placement,
     QueryStore,
     architecture_name,
-    customised_patches,
-    foundation_patches,
+    chunks_in_order,
 )
 from ..keeping import digest
 from ..loop import MOMENTS, Group, LoopOptions, TrainingError, TrainingLoop, check_whole, generator_of
@@ -33,6 +33,7 @@ from ..losses import masked_noise_error, relative_noise_error, row_noise_error
 from ..queries import TakenOnce
 from . import automatic
 from .concept import Residual, ResidualError, check_architecture
+from .noising import ADDED, Noising
 
 _DETAILS_STRIDE = -1_000_033  # of the seeds of their gates: no others are among them
 _WITHOUT_GRADIENT = (
@@ -43,7 +44,7 @@ NOUN_PROMPTS = ("a photo of a {}", "a picture of a {}", "a {}")
 
 PredictWithPatches = Callable[[Tensor, Tensor, int, Patches], Tensor]
 """`predict_noise(x, sigma, prompt, patches) -> eps`: x = x0 + sigma * eps of (B, C, H, W), sigma (B,), the index of the
-prompt whose context all B rows take, and the attention patches to evaluate with."""
+prompt whose context all B rows take, and the attention patches to evaluate with. Of a flow model, the velocity."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,8 @@ def relative_residual_loss(predicted: Tensor, noise: Tensor, plain: Tensor, mask
 
 @dataclass(frozen=True)
 class ResidualBatch:
-    """noisy = clean + sigma * noise and noise (B, C, H, W), sigma (B,), mask (B, H, W), and the prompt of all rows."""
+    """noisy, and noise, which is what the model should say of it (`noising`), the noise or a velocity: (B, C, H, W);
+    sigma (B,), mask (B, H, W), and the prompt of all rows."""
 
     noisy: Tensor
     noise: Tensor
@@ -171,6 +173,7 @@ class ResidualTraining(TrainingLoop):
     prompt that `predict_noise` knows, the noun's rows in its context. resume: a residual of the same model whose
     `training_state` is kept, to go on from bit for bit, or one of no steps, to start from. sigmas: the noise levels of
     the model's timesteps (n,), each as likely to be drawn; default Stable Diffusion's.
+    attending: how F's and C's evaluations meet in the model's attention. noising: what the model is asked.
     queries: where F's queries wait in a step. A model that recomputes C on the way back asks for each twice.
     identity: says whether two trainings of one model from nothing are the same. seen: what was found out of the model
     and the pictures before the first step here, where the options ask for it. checks: the loss as a share of the plain
@@ -191,10 +194,13 @@ class ResidualTraining(TrainingLoop):
         resume: Residual | None = None,
         sigmas: Tensor | None = None,
         queries: Callable[[], QueryStore] = TakenOnce,
+        attending: Attending = UNET,
+        noising: Noising = ADDED,
     ):
         _check_references(references, flipped)
         self._predict_noise, self._layers, self._noun = predict_noise, tuple(layers), noun
         self._queries, self._rows = queries, tuple(prompt_rows)
+        self._attending, self._noising = attending, noising
         self.seen: automatic.Seen | None = None
         self.checks: list[float] = []
         self.own: Tensor | None = None
@@ -293,16 +299,16 @@ class ResidualTraining(TrainingLoop):
         return self._masks[0]
 
     def draw(self, generator: torch.Generator) -> ResidualBatch:
-        """Pictures, mirrored or not, noise of levels that are all as likely, and one prompt for all rows."""
+        """Pictures, mirrored or not, noise of levels as `noising` draws them, and one prompt for all rows."""
         count, device = self.options.batch_size, self._latents.device
         picture = torch.randint(self._latents.shape[1], (count,), generator=generator)
         side = torch.randint(self._latents.shape[0], (count,), generator=generator)
         prompt = int(torch.randint(len(self._placements), (), generator=generator))
-        levels = self._levels()
-        sigma = levels[torch.randint(len(levels), (count,), generator=generator)].to(device)
+        sigma = self._noising.levels(self._levels(), count, generator).to(device)
         clean = self._latents[side, picture]
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        return ResidualBatch(clean + per_row(sigma, clean) * noise, noise, sigma, self._masks[side, picture], prompt)
+        noisy, target = self._noising.noisy(clean, noise, sigma), self._noising.target(clean, noise)
+        return ResidualBatch(noisy, target, sigma, self._masks[side, picture], prompt)
 
     def _levels(self) -> Tensor:
         """The noise levels that are drawn from."""
@@ -315,11 +321,11 @@ class ResidualTraining(TrainingLoop):
         return self._weighed(batch, weighed, self.options.preserve)
 
     def _weighed(self, batch: ResidualBatch, weighed: Callable[..., Tensor], preserve: float) -> Tensor:
-        queries = self._queries()
+        queries, placements = self._queries(), (self._placements[batch.prompt],)
+        common = queries, lambda options, chunk: placements, chunks_in_order
         with torch.no_grad():  # F needs no gradient: its queries are constants of the loss
-            plain = self._predict_noise(batch.noisy, batch.sigma, batch.prompt, foundation_patches(queries))
-        placements = (self._placements[batch.prompt],)
-        patches = customised_patches(queries, lambda options, chunk: placements)
+            plain = self._predict_noise(batch.noisy, batch.sigma, batch.prompt, self._attending.foundation(*common))
+        patches = self._attending.customised(*common)
         predicted = self._predict_noise(batch.noisy, batch.sigma, batch.prompt, patches)
         return weighed(predicted, batch.noise, plain, batch.mask, preserve)
 
@@ -338,7 +344,16 @@ class ResidualTraining(TrainingLoop):
             find = self.without_masks and options.finds_object
             sides = self._latents if find else self._latents[:1]
             looked = [
-                automatic.look(self._predict_noise, side, self._rows[0], self._sigmas, generator) for side in sides
+                automatic.look(
+                    self._predict_noise,
+                    side,
+                    self._rows[0],
+                    self._sigmas,
+                    generator,
+                    showing=self._attending.showing,
+                    noising=self._noising,
+                )
+                for side in sides
             ]
             self.seen = looked[0]
             if find:
@@ -363,8 +378,9 @@ class ResidualTraining(TrainingLoop):
         levels = self._levels()
         level = ((index + 0.5) / len(index) * len(levels)).long()
         sigma, clean, noise = levels[level].to(latents.device), latents[picture], noise.to(latents)
-        noisy, mask, size = clean + per_row(sigma, clean) * noise, masks[picture], self.options.batch_size
-        parts = zip(*(each.split(size) for each in (noisy, noise, sigma, mask)), strict=True)
+        noisy, target = self._noising.noisy(clean, noise, sigma), self._noising.target(clean, noise)
+        parts = (each.split(self.options.batch_size) for each in (noisy, target, sigma, masks[picture]))
+        parts = zip(*parts, strict=True)
         return [ResidualBatch(*part, prompt=0) for part in parts]
 
     def _plain_error(self, batches: Sequence[ResidualBatch]) -> Tensor:
