@@ -33,7 +33,11 @@ class ResidualTrainer(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="An SD 1.x, SD 2.x, SDXL or Toybox model. LoRAs and other patches on it take part."
+                    "model",
+                    tooltip=(
+                        "An SD 1.x, SD 2.x, SDXL or Toybox model, or a transformer of those that Infusion Attention Patch "
+                        "draws on. LoRAs and other patches on it take part."
+                    ),
                 ),
                 inputs.clip(),
                 inputs.vae(),

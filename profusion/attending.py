@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -23,6 +23,8 @@ from .text_attention import Layout
 
 class Attending(Protocol):
     """See `UNetAttention`, which is one."""
+
+    patch: int
 
     def foundation(self, store: QueryStore, placements_for: PlacementsFor, owners: Owners) -> Patches: ...
 
@@ -43,7 +45,9 @@ class Attending(Protocol):
 
 @dataclass(frozen=True)
 class UNetAttention:
-    """The cross-attentions of a UNet, by ComfyUI's `attn2_patch`."""
+    """The cross-attentions of a UNet, by ComfyUI's `attn2_patch`. patch: cells a side that the network takes as one."""
+
+    patch: ClassVar[int] = 1
 
     def foundation(self, store: QueryStore, placements_for: PlacementsFor, owners: Owners = chunks_in_order) -> Patches:
         """F's patches: it stays the plain model, and `store` is left what C needs at these placements."""
@@ -94,6 +98,10 @@ class JointAttention:
     lock: str = joint_attention.COLUMN
     heads: int = 1
     width: int = 1
+
+    @property
+    def patch(self) -> int:
+        return self.layout.patch
 
     def foundation(self, store: QueryStore, placements_for: PlacementsFor, owners: Owners = chunks_in_order) -> Patches:
         return joint_attention.foundation_patches(self.layout, self.lock, store, placements_for, owners)

@@ -111,16 +111,8 @@ class Evaluation:
             in_turn = self._in_turn(whose)
             rows = sum(map(len, pictures))
             noted = Call(in_turn, dict(zip(in_turn, pictures, strict=True)), rows, tuple(x.shape[2:]), options)
-
-            def evaluate(context: Tensor | None, patches: Patches) -> Tensor:
-                text = TextCall(0 if context is None else context.shape[1], tuple(x.shape[2:]), others)
-                patched = with_patches({"transformer_options": {**given, ROWS: noted, TEXT: text}}, patches)
-                result = executor(x, t, c_concat, context, control, patched["transformer_options"], **others)
-                check_layers(patches, text)
-                return result
-
-            check_layout(patches, c_crossattn, evaluate)
-            return evaluate(c_crossattn, patches)
+            seen = patched_network(patches, {ROWS: noted})
+            return seen(executor, x, t, c_concat, c_crossattn, control, given, **others)
 
         return call
 
@@ -156,6 +148,34 @@ class Evaluation:
             found.append((name, self.turns[name]))
             self.turns[name] += 1
         return tuple(found)
+
+
+def patched_network(patches: Patches, told: Mapping[str, Any] | None = None) -> Callable:
+    """A wrapper of a host's network calls, APPLY_MODEL, under which the network has these patches, and its attention
+    is told where the text is, and of what else is given."""
+
+    def call(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **others):
+        given = {**(transformer_options or {}), **(told or {})}
+
+        def evaluate(context: Tensor | None, patches: Patches) -> Tensor:
+            text = TextCall(0 if context is None else context.shape[1], tuple(x.shape[2:]), others)
+            patched = with_patches({"transformer_options": {**given, TEXT: text}}, patches)
+            result = executor(x, t, c_concat, context, control, patched["transformer_options"], **others)
+            check_layers(patches, text)
+            return result
+
+        check_layout(patches, c_crossattn, evaluate)
+        return evaluate(c_crossattn, patches)
+
+    return call
+
+
+def with_network_patches(model_options: Mapping[str, Any], patches: Patches) -> dict[str, Any]:
+    """A host's model options under which every network call has these patches."""
+    inner = model_options["transformer_options"]
+    wrappers = inner.get("wrappers", {})
+    ours = {**wrappers.get(_APPLY_MODEL, {}), ROWS: [patched_network(patches)]}
+    return {**model_options, "transformer_options": {**inner, "wrappers": {**wrappers, _APPLY_MODEL: ours}}}
 
 
 def identity(index: int, cond: Mapping[str, Any]) -> tuple[int, Any]:

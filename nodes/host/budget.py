@@ -11,7 +11,7 @@ import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...profusion.infusion import QueryStore, architecture_name, cross_attention_layers
+from ...profusion.infusion import QueryStore, UnsupportedModelError, architecture_name, cross_attention_layers
 from ...profusion.loop import TrainingError
 from ...profusion.memory import element_bytes, optimizer_bytes, step_bytes, text_bytes
 from ...profusion.queries import TakenOnce, WaitingQueries
@@ -106,7 +106,10 @@ def _step_bytes(
     model: ModelPatcher, shape: Sequence[int], checkpointing: bool, finetuning: bool, capacity: int
 ) -> float:
     network = model.get_model_object("diffusion_model")
-    architecture = architecture_name(cross_attention_layers(dict(network.named_parameters())))
+    try:
+        architecture = architecture_name(cross_attention_layers(dict(network.named_parameters())))
+    except UnsupportedModelError:
+        architecture = ""  # a transformer, of which nothing was measured
     cells, element = math.prod(shape[2:]), element_bytes(model.model)
     measured = step_bytes(architecture, shape[0], cells, element, checkpointing, finetuning, capacity)
     if measured is not None:

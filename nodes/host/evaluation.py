@@ -14,6 +14,7 @@ import comfy.conds
 import comfy.model_management
 import comfy.model_sampling
 import comfy.samplers
+import comfyui_version
 import torch
 from comfy.ldm.modules import attention
 from comfy.ldm.modules.diffusionmodules import openaimodel
@@ -37,6 +38,8 @@ from ...profusion.patched import (
     without_shortcuts,
 )
 from ...profusion.problems import Explained, known, shortage_in, why
+from ...profusion.rows import with_network_patches
+from ...profusion.text_attention import ATTENTION
 
 _LOG = logging.getLogger("ProFusion")
 
@@ -46,10 +49,16 @@ BATCH = 4  # noisy latents at a time where predictions are compared
 _PARTS = (openaimodel.ResBlock, attention.BasicTransformerBlock, ResBlock, BasicTransformerBlock)
 
 
-def noise_levels(model: ModelPatcher) -> Tensor:
-    """sigma at a model's timesteps, rising. A model that predicts no noise is refused by name."""
+def is_flow(model: ModelPatcher) -> bool:
+    """Whether a MODEL predicts a velocity between picture and noise (flow matching)."""
+    return isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
+
+
+def noise_levels(model: ModelPatcher, flow: bool = False) -> Tensor:
+    """sigma at a model's timesteps, rising, as it has shifted them. A model that predicts no noise is refused by name,
+    unless `flow` models will do."""
     sampling = model.get_model_object("model_sampling")
-    if isinstance(sampling, comfy.model_sampling.CONST) or not hasattr(sampling, "sigmas"):
+    if (is_flow(model) and not flow) or not hasattr(sampling, "sigmas"):
         raise UnsupportedModelError(
             f"{type(model.model).__name__} is a flow model, which predicts no noise: this takes models that predict "
             "noise or velocity (v), as SD 1.x, SD 2.x and SDXL do"
@@ -147,8 +156,8 @@ class TrainedModel:
     conditionings: one for each prompt, in the order of their indices. beside: the host's handles of other models that
     the training needs on their devices. memory: bytes that it needs itself. gradients: whether autograd goes through
     it. warn: told what is on the model and takes no part; default the log. any_size: whether pictures may be smaller.
-    `model` is the MODEL that is evaluated,
-    `resident` where it is not so itself.
+    flow: whether it may be a flow model, of which `predict_noise` gives the velocity. `model` is the MODEL that is
+    evaluated, `resident` where it is not so itself.
     """
 
     def __init__(
@@ -162,15 +171,17 @@ class TrainedModel:
         learning: Sequence[nn.Module] = (),
         warn: Callable[[str], None] | None = None,
         any_size: bool = True,
+        flow: bool = False,
     ):
-        self._any_size = any_size
+        self._any_size, self._flow = any_size, flow and is_flow(model)
+        self._video = getattr(model.get_model_object("latent_format"), "latent_dimensions", 2) == 3
         self.model = resident(model) if gradients else model
         self._patched = bool(
             names_on(self.model)
         )  # asked for at every evaluation, and by each part that is computed twice
         self._beside, self._memory, self._gradients = list(beside), memory, gradients
         self._checkpointing, self._learning = checkpointing, list(learning)
-        self.sigmas = noise_levels(model)
+        self.sigmas = noise_levels(model, flow)
         self._conditionings = [
             [[context, {**extras, "additional_models": self._beside}] for context, extras in entries]
             if beside
@@ -182,7 +193,10 @@ class TrainedModel:
         self._evaluate: Callable | None = None
 
     def predict_noise(self, x: Tensor, sigma: Tensor, prompt: int, patches: Patches) -> Tensor:
-        """eps of x = x0 + sigma * eps, (B, C, H, W), whatever the model itself predicts; only while `run` runs."""
+        """eps of x = x0 + sigma * eps, (B, C, H, W), whatever the model itself predicts; only while `run` runs.
+
+        Of a flow model eps - x0, of x = (1 - sigma) x0 + sigma eps. A video model is given one frame.
+        """
         return self._noise(x, sigma, self._prompts[prompt], patches)
 
     def predict_noise_with(self, x: Tensor, sigma: Tensor, prompt: int, context: Tensor) -> Tensor:
@@ -194,11 +208,16 @@ class TrainedModel:
         return self._noise(x, sigma, conds, {})
 
     def _noise(self, x: Tensor, sigma: Tensor, conds: list[dict], patches: Patches) -> Tensor:
-        denoised = self._evaluate(x, sigma, conds, patches)
+        denoised = (
+            self._evaluate(x[:, :, None], sigma, conds, patches)[:, :, 0]
+            if self._video
+            else (self._evaluate(x, sigma, conds, patches))
+        )
         return (x - denoised) / sigma.view(-1, 1, 1, 1)
 
     def run(self, work: Callable[[], None], shape: Sequence[int]) -> None:
         """Do `work()` with the model loaded, for latents (B, C, H, W) of this shape."""
+        shape = [*shape[:2], 1, *shape[2:]] if self._video else shape
         load = comfy.model_management.load_models_gpu
         try:
             needed = self.model.memory_required(list(shape)) if self._memory is None else self._memory
@@ -230,6 +249,12 @@ class TrainedModel:
             return (
                 f"out of memory while training on {shape[0]} pictures of {shape[-1]}x{shape[-2]} latent cells at a "
                 f"time. {advice} batch_size{', or give smaller pictures' * self._any_size}"
+            )
+        if "autograd formula" in str(error) or "derivative for" in str(error):
+            return (
+                f"ComfyUI {comfyui_version.__version__} computes a part of {type(self.model.model).__name__} in a way "
+                f"that has no gradient ({why(error)}), so that nothing can be trained on it there. Draw with residuals "
+                "that were trained in another version of ComfyUI"
             )
         wrapper, names = self._wrapper(), ", ".join(names_on(self.model))
         unexplained = not isinstance(error, Explained) and known(error) is None
@@ -271,7 +296,7 @@ class TrainedModel:
         network = guider.inner_model
 
         def evaluate(x: Tensor, sigma: Tensor, conds: list[dict], patches: Patches) -> Tensor:
-            patched = with_patches(options, patches)
+            patched = with_network_patches(options, patches) if ATTENTION in patches else with_patches(options, patches)
             return comfy.samplers.calc_cond_batch(network, [conds], x, sigma, patched)[0]
 
         self._prompts, self._evaluate = prompts, evaluate
@@ -294,7 +319,9 @@ class TrainedModel:
         if not self._gradients:
             yield
             return
-        with differentiable(network), self._savable():
+        # Flow transformers write over their own tensors, of which autograd has to keep copies.
+        written_over = torch.autograd.graph.allow_mutation_on_saved_tensors() if self._flow else nullcontext()
+        with differentiable(network), self._savable(), written_over:
             yield
 
     def _savable(self) -> AbstractContextManager:

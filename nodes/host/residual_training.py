@@ -15,18 +15,19 @@ from torch import Tensor
 from ...profusion.devices import smoothly_resized
 from ...profusion.infusion import CONCEPTS_KEY
 from ...profusion.keeping import Partial, digest
-from ...profusion.loop import pauses
+from ...profusion.loop import TrainingError, pauses
 from ...profusion.pictures import loss_plot, masked, stacked, tiled, to_image
 from ...profusion.prompt import NounError
 from ...profusion.references import Fitted, concept_pictures
 from ...profusion.residual import Origin, Residual, ResidualError, SavedResidual, save_residual
+from ...profusion.residual.noising import ADDED, FLOW
 from ...profusion.residual.training import NOUN_PROMPTS, Reference, ResidualTraining, TrainingOptions
 from .budget import plan_training
 from .display import Progress
 from .drawing import Sampling, draw, draw_seeds, stop_if_cancelled
 from .encoding import check_connected, encode_references
-from .evaluation import TrainedModel
-from .families import model_layers, native_size
+from .evaluation import TrainedModel, is_flow
+from .families import acting_on, native_size
 from .files import RESIDUALS, check_writable, save_residual_numbered, with_noun
 from .identity import BaseFile, origin_on
 from .placing import ConceptInput, encode_prompt, encode_training_prompts, place_concepts
@@ -61,7 +62,7 @@ class SamplePictures:
         sampling: Sampling,
     ):
         self._clip, self._vae, self._text = clip, vae, text
-        self._model, self._layers = model, model_layers(model)
+        self._model, self._acting = model, acting_on(model)
         self._positive, self._negative = encode_prompt(clip, text, ()), encode_prompt(clip, "", ())
         self._size, self._seed, self._sampling = tuple(size), seed, sampling
         self.plain: Tensor | None = None
@@ -69,14 +70,16 @@ class SamplePictures:
     def place(self, residual: Residual) -> list:
         """The prompt's CONDITIONING with the concept. Raises NounError where the prompt lacks its noun."""
         placed = place_concepts(
-            self._clip, self._text, self._layers, [ConceptInput("", residual, 1.0, "auto")], 0.0, 1.0
+            self._clip, self._text, self._acting.layers, [ConceptInput("", residual, 1.0, "auto")], 0.0, 1.0
         )
         return [[context, {**extras, CONCEPTS_KEY: tuple(placed)}] for context, extras in self._positive]
 
     def draw(self, residual: Residual) -> Tensor:
         """One picture (1, H, W, 3)."""
         latent, foundations = torch.zeros(1, *self._size), []
-        model = add_streams(self._model, self._layers, shared_latent=False, on_foundation=foundations.append)
+        model = add_streams(
+            self._model, self._acting.layers, False, foundations.append, attending=self._acting.attending
+        )
         samples = draw(model, self.place(residual), self._negative, latent, self._seed, self._sampling)
         if self.plain is None:
             self.plain = self._decode(self._model.model.process_latent_out(foundations[0].float()))
@@ -86,10 +89,11 @@ class SamplePictures:
         """Latents (OWN, C, H, W), as the model takes them, of pictures that it draws of a noun by itself."""
         positive = encode_prompt(self._clip, NOUN_PROMPTS[0].format(noun), ())
         sampling = replace(self._sampling, steps=OWN_STEPS)
-        return draw_seeds(self._model, positive, self._negative, self._size, self._seed, OWN, sampling, tell)
+        drawn = draw_seeds(self._model, positive, self._negative, self._size, self._seed, OWN, sampling, tell)
+        return drawn[:, :, 0] if drawn.ndim == 5 else drawn
 
     def _decode(self, latents: Tensor) -> Tensor:
-        return self._vae.decode(latents).float().cpu()
+        return self._vae.decode(latents).float().cpu().flatten(0, -4)
 
 
 class TrainingRun:
@@ -293,17 +297,25 @@ def prepare_training(
     checkpointing: see `plan_training`. warn: see `TrainingRun`. remark: told what takes no part. base: the
     model's file.
     """
-    layers = model_layers(model)
+    acting = acting_on(model)
+    layers, patch = acting.layers, acting.attending.patch
     check_connected(clip=clip, vae=vae)
     fitted = concept_pictures(images, masks, vae.spacial_compression_encode(), native_size(model))
     pictures, weights, _ = fitted
     conditionings, rows = encode_training_prompts(clip, noun, layers)
-    references = encode_references(model, vae, pictures, weights)
+    references = encode_references(model, vae, pictures, weights, patch)
     identity = _identity(model, conditionings, references, noun, options, resume)
     shape = options.batch_size, *references[0].latent.shape
     budget = plan_training(model, shape, checkpointing, capacity=options.capacity)
-    trained = TrainedModel(model, conditionings, memory=budget.step, checkpointing=budget.checkpointing, warn=remark)
-    flipped = encode_references(model, vae, pictures.flip(2), weights.flip(2)) if options.flip else ()
+    if acting.family is not None and budget.checkpointing:
+        raise TrainingError(
+            f"gradient_checkpointing is not there for {acting.family}: set it to off, and give smaller pictures or a "
+            "smaller batch_size where memory is short"
+        )
+    trained = TrainedModel(
+        model, conditionings, memory=budget.step, checkpointing=budget.checkpointing, warn=remark, flow=True
+    )
+    flipped = encode_references(model, vae, pictures.flip(2), weights.flip(2), patch) if options.flip else ()
     if resume is not None and resume.steps >= options.steps:
         raise ResidualError(
             f"the residual to resume has {resume.steps} steps already, and steps={options.steps} counts from the "
@@ -311,7 +323,18 @@ def prepare_training(
         )
     resume = _unsaved.get(identity, resume)
     training = ResidualTraining(
-        trained.predict_noise, references, rows, layers, noun, options, flipped, resume, trained.sigmas, budget.queries
+        trained.predict_noise,
+        references,
+        rows,
+        layers,
+        noun,
+        options,
+        flipped,
+        resume,
+        trained.sigmas,
+        budget.queries,
+        acting.attending,
+        FLOW if is_flow(model) else ADDED,
     )
     text = samples.prompt.replace("%noun%", noun)
     drawn = SamplePictures(model, clip, vae, text, training.latent_size, options.seed, samples.sampling)

@@ -157,13 +157,10 @@ def needing_a_unet(host, model, clip, vae, vision, pictures, masks, noun):
     network = tiny.randomise(PromptNet(TOYBOX_PROMPTNET), 5).eval()
     promptnet = pack.host.words.handed_to_the_host(network, "random")
     pair = {"clip": clip, "vae": vae, "images": pictures}
-    samples = {"sample_every": 0, "sample_prompt": "", "sample_steps": 1, "sample_cfg": 2.0}
     rates = {"learning_rate": 1e-3, "attention_learning_rate": 1e-3, "rank": 2}
     once = {"steps": 1, "batch_size": 1, "seed": 0}
     report = {"class_prompt": "a %noun%", "prompts": "grass", "draws": 1, "seed": 0, "steps": 1, "cfg": 2.0}
     report |= {"sampler_name": "euler", "scheduler": "simple", "latent": {"samples": torch.zeros(2, 4, 8, 8)}}
-    trained = {**pair, **once, **samples, "noun": noun, "learning_rate": 1e-3, "flip": False, "preserve": 1.0}
-    yield "Residual Trainer", lambda: pack.trainer.ResidualTrainer.execute(model=model, **trained)
     seeded = {**pair, "promptnet": promptnet, "clip_vision": vision, "noun": noun}
     yield "Residual from PromptNet", lambda: pack.promptnet.ResidualFromPromptNet.execute(model=model, **seeded)
     tuned = {**pair, **once, **rates, "clip_vision": vision, "promptnet": promptnet, "train_attention": True}

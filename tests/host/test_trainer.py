@@ -457,11 +457,6 @@ def test_models_that_infusion_cannot_move_are_refused_by_name(train, host):
     model.add_object_patch("diffusion_model", Flux())
     with pytest.raises(ValueError, match="Flux.* is not supported: the model has none of a UNet's cross-attentions"):
         train(model)
-    flow = tiny.model()
-    sampling = comfy.model_base.model_sampling(flow.model.model_config, comfy.model_base.ModelType.FLOW)
-    flow.add_object_patch("model_sampling", sampling)
-    with pytest.raises(ValueError, match="is a flow model"):
-        train(flow)
 
 
 # Cancel, errors and resuming

@@ -1,0 +1,106 @@
+"""A residual's training on transformers of the host's own classes: its gradient is the slope of its loss."""
+
+import pytest
+
+pytest.importorskip("comfy.samplers", reason="needs ComfyUI")
+
+import comfyui_version
+import tiny_transformers as transformers
+import torch
+
+ROWS = (7, 8)
+WITHOUT_GRADIENT = {"anima", "cosmos2"}  # on hosts whose kernel for their own attention has none
+NEW = not comfyui_version.__version__.startswith("0.3.")
+
+
+class Trained:
+    """A training on a small model, evaluated as the node does it."""
+
+    def __init__(self, pack, family):
+        kernel, host = pack.profusion, pack.nodes.host
+        self.model, acting = transformers.shared(family), host.families.acting_on(transformers.shared(family))
+        conditioning = transformers.conditioning(family)
+        with torch.inference_mode():
+            self.trained = host.evaluation.TrainedModel(self.model, [conditioning], flow=True)
+        shape = transformers.FAMILIES[family][2]
+        generator = torch.Generator().manual_seed(2)
+        mask = torch.zeros(shape[-2:])
+        mask[:4, 2:] = 1
+        training, noising = kernel.residual.training, kernel.residual.noising
+        latents = torch.randn(2, shape[0], *shape[-2:], generator=generator)
+        references = [training.Reference(latent, mask) for latent in latents]
+        options = training.TrainingOptions(steps=3, batch_size=2, learning_rate=0.05, flip=False)
+        flow = noising.FLOW if host.evaluation.is_flow(self.model) else noising.ADDED
+        self.training = training.ResidualTraining(
+            self.trained.predict_noise,
+            references,
+            [(488 + 7, 488 + 8) if family == "flux2" else ROWS],
+            acting.layers,
+            "cat",
+            options,
+            sigmas=self.trained.sigmas,
+            attending=acting.attending,
+            noising=flow,
+        )
+
+    def run(self, work):
+        with torch.inference_mode():
+            self.trained.run(work, (2, *self.training.latent_size))
+
+
+@pytest.mark.parametrize("family", [name for name in transformers.FAMILIES if name != "pixart"])
+def test_the_gradient_is_the_slope_of_the_loss(pack, family):
+    run, found = Trained(pack, family), []
+    training = run.training
+
+    def work():
+        with torch.inference_mode(False), torch.enable_grad():
+            batch, delta = training.batch(), training.delta
+            some, size = torch.randn(delta.shape, generator=torch.Generator().manual_seed(3)), 0.02
+            with torch.no_grad():
+                delta.add_(0.3 * some.flip(0))
+            training.loss(batch).backward()
+            way = delta.grad.sign() * some.abs()  # steep: the loss is only known to six digits
+            with torch.no_grad():
+                delta.add_(size * way)
+                ahead = training.loss(batch).double()
+                delta.sub_(2 * size * way)
+                slope = (ahead - training.loss(batch)) / (2 * size)
+            found.extend([float((delta.grad * way).sum()), float(slope), bool((delta.grad != 0).any(-1).all())])
+
+    if NEW and family in WITHOUT_GRADIENT:
+        with pytest.raises(Exception, match=f"ComfyUI {comfyui_version.__version__} computes a part of .* no gradient"):
+            run.run(work)
+        return
+    run.run(work)
+    gradient, slope, everywhere = found
+    assert gradient == pytest.approx(slope, rel=2e-3) and everywhere
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen"])
+def test_steps_lower_the_loss_and_are_the_same_twice(pack, family):
+    def learned():
+        run = Trained(pack, family)
+        losses = []
+        run.run(lambda: losses.extend(run.training.steps()))
+        return run.training.delta.clone(), losses
+
+    (delta, losses), (again, _) = learned(), learned()
+    assert torch.equal(delta, again) and delta.any() and len(losses) == 3
+
+
+def test_the_node_trains_on_toyboxs_mmdit(pack, tmp_path, monkeypatch):
+    import folder_paths
+
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "profusion_residuals", ([str(tmp_path)], {".safetensors"}))
+    toybox, trainer = pack.nodes.host.toybox, pack.nodes.trainer.ResidualTrainer
+    concept = pack.profusion.toybox.concepts.drawn_concept("teal and coral ball", 2, 0)
+    model, clip, vae = toybox.load_mmdit(), toybox.load_clip(), toybox.load_vae()
+    inputs = {"images": concept.pictures, "masks": concept.masks, "noun": "ball", "steps": 2, "learning_rate": 0.0}
+    inputs |= {"batch_size": 2, "seed": 0, "flip": False, "preserve": 1.0, "sample_every": 0}
+    inputs |= {"sample_prompt": "a %noun% on grass", "sample_steps": 2, "sample_cfg": 3.0}
+    with torch.inference_mode():
+        residual = trainer.execute(model=model, clip=clip, vae=vae, **inputs).args[0]
+    assert residual.layers[0] == "joint.0" and residual.delta.any() and residual.steps == 2
+    (file,) = tmp_path.rglob("*.safetensors")
+    assert pack.profusion.residual.load_residual(file).layers == residual.layers
