@@ -35,8 +35,8 @@ class ResidualTrainer(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     tooltip=(
-                        "An SD 1.x, SD 2.x, SDXL or Toybox model, or a transformer of those that Infusion Attention Patch "
-                        "draws on. LoRAs and other patches on it take part."
+                        "An SD 1.x, SD 2.x, SDXL or Toybox model, or one of the transformers that the help page "
+                        "lists. LoRAs and other patches on it take part."
                     ),
                 ),
                 inputs.clip(),

@@ -17,7 +17,7 @@ from . import holding, infusion, joint_attention
 from .holding import NounMaps
 from .infusion import ExtraOptions, Owners, Patches, PlacementsFor, QueryStore, chunks_in_order
 from .queries import query_numbers
-from .residual import noun_map
+from .showing import map_patches
 from .text_attention import Layout
 
 
@@ -63,8 +63,8 @@ class UNetAttention:
         return holding.map_patches(maps, attention_of, placements_for, *known, **named)
 
     def showing(self, rows: Sequence[int], see: Callable[[str, Tensor, Tensor], None]) -> Patches:
-        """Patches that show the noun's map at every layer; see `noun_map.map_patches`."""
-        return noun_map.map_patches(rows, see)
+        """Patches that show the noun's map at every layer; see `showing.map_patches`."""
+        return map_patches(rows, see)
 
     def noting(self, note: Callable[[], None]) -> Patches:
         """Patches that call `note` at every attention with text, and change nothing."""

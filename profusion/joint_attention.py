@@ -170,7 +170,7 @@ def map_patches(
 
 
 def showing_patches(layout: Layout, rows: Sequence[int], see: Callable[[str, Tensor, Tensor], None]) -> Patches:
-    """Patches that leave the model as it is and show the noun's map at every layer, as `noun_map.map_patches` do.
+    """Patches that leave the model as it is and show the noun's map at every layer, as `showing.map_patches` do.
 
     see: told the layer's name, the mean of all heads' A[I, N] (B, h, w), and the noun's own values (B, kv_heads d).
     """

@@ -17,6 +17,7 @@ HOST = {
     "comfy_api",
     "comfy_extras",
     "comfy_execution",
+    "comfyui_version",
     "folder_paths",
     "execution",
     "server",
