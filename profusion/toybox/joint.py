@@ -18,7 +18,7 @@ from ..attending import JointAttention
 from ..diffusion import Denoiser, euler
 from ..flow import TIMESTEPS, flow_sigmas, velocity_denoiser
 from ..holding import FREE, Holding
-from ..infusion import Layer, Patches, Placement, on_conditional, with_patches
+from ..infusion import VALUE, Layer, Patches, Placement, on_conditional, with_patches
 from ..joint_attention import COLUMN
 from ..models.conditioning import encode_prompts
 from ..models.mmdit import MMDiT
@@ -68,7 +68,8 @@ class JointToybox:
     @property
     def layers(self) -> list[Layer]:
         """What a residual has a vector for."""
-        return [Layer(f"joint.{index}", self.mmdit.config.width) for index in range(self.mmdit.config.blocks)]
+        config = self.mmdit.config
+        return [Layer(f"joint.{index}", config.width, network="sd3", adds_to=VALUE) for index in range(config.blocks)]
 
     def attending(self, lock: str = COLUMN) -> JointAttention:
         """How the streams of Infusion meet in its attention; lock: see `joint_attention`."""

@@ -102,5 +102,6 @@ def test_the_node_trains_on_toyboxs_mmdit(pack, tmp_path, monkeypatch):
     with torch.inference_mode():
         residual = trainer.execute(model=model, clip=clip, vae=vae, **inputs).args[0]
     assert residual.layers[0] == "joint.0" and residual.delta.any() and residual.steps == 2
+    assert residual.network == "sd3"
     (file,) = tmp_path.rglob("*.safetensors")
     assert pack.profusion.residual.load_residual(file).layers == residual.layers

@@ -49,6 +49,7 @@ def test_the_loss_falls_on_the_same_noise(toybox, trained):
 def test_what_was_learned_is_drawn_beside_the_plain_picture(toybox, trained, lock):
     residual = trained[0].residual()
     assert residual.layers == tuple(f"joint.{index}" for index in range(toybox.mmdit.config.blocks))
+    assert residual.network == "sd3"  # as the host has it, whose trainer's residuals are drawn here too
     prompt, steps = "a photo of a ball on grass", 6
     alone = toybox.generate([prompt] * 2, seeded(1, 2), steps)
     nothing = replace(residual, delta=torch.zeros_like(residual.delta))
