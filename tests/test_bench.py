@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import charts, infusion_pairs, judging, mixtures, report, results, run
+from benchmarks import charts, infusion_capacity, infusion_pairs, judging, mixtures, report, results, run
 from benchmarks.jobs import Job, Runner
 from benchmarks.peers import OURS, PEERS
 from profusion.diffusion import eps_denoiser, sample_euler, sampling_sigmas, training_sigmas
@@ -274,3 +274,22 @@ def test_a_ratio_of_what_goes_together_has_no_interval():
     assert infusion_pairs.ratio(0.9 * of, of) == pytest.approx([0.9, 0.0], abs=1e-6)
     share, half = infusion_pairs.ratio(of + torch.tensor([0.1, -0.1, 0.0]), of)
     assert share == pytest.approx(1.0) and half > 0.1
+
+
+def test_capacities_are_compared_with_their_intervals(monkeypatch):
+    one = infusion_capacity.Gathered()
+    one.add({"way": torch.tensor([0.2, 0.4])}, {"bytes": 1000.0})
+    one.add({"way": torch.tensor([0.6, 0.8])}, {"bytes": 3000.0})
+    way, half = one.figures()["way"]
+    assert way == pytest.approx(0.5) and half == pytest.approx(1.96 * torch.tensor([0.2, 0.4, 0.6, 0.8]).std() / 2)
+    shown = infusion_capacity.report({"Infusion, capacity 4": one}, 2, 4, 100)
+    assert "| Infusion, capacity 4 | 0.500 ± 0.253 |  |  |  | 2,000 |  |" in shown
+    monkeypatch.setattr(infusion_capacity.Lora, "why_unavailable", lambda: "no host")
+    found = list(infusion_capacity.ways((1, 4), (0.01,), 100))
+    assert [(name, recipe.capacity) for name, _, recipe in found] == [
+        ("Infusion, capacity 1", 1),
+        ("Infusion, capacity 4", 4),
+    ]
+    monkeypatch.setattr(infusion_capacity.Lora, "why_unavailable", lambda: "")
+    name, kind, recipe = list(infusion_capacity.ways((), (0.01,), 100))[0]
+    assert (name, kind, recipe.learning_rate) == ("LoRA at 0.01", infusion_capacity.Lora, 0.01)

@@ -238,3 +238,16 @@ def test_where_tokens_are_merged_nothing_is_guessed(unet, randn):
         patches = {**patches, "attn2_output_patch": [*merge, *patches["attn2_output_patch"]]}
         with pytest.raises(RuntimeError, match=r"layer input\.1\.0 has 24 places where 48 went in"):
             unet(*batch, transformer_options=options(patches))
+
+
+def test_a_prompt_without_the_noun_is_left_alone_to_the_bit(unet, randn):
+    """Whatever has been learned: the Fisher divergence there is 0."""
+    one, batch, store = placement(randn, details=some_details(randn)), inputs(randn, rows=4), {}
+    with torch.no_grad():
+        plain = unet(*batch, transformer_options=options(foundation_patches(store), (1, 1)))
+        patches = customised_patches(store, on_conditional([one]))
+        assert torch.equal(unet(*batch, transformer_options=options(patches, (1, 1))), plain)
+        patches = customised_patches(store, on_conditional([one]))
+        moved = unet(*batch, transformer_options=options(patches, (0, 1)))
+    torch.testing.assert_close(moved[2:], plain[2:], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(moved[:2], plain[:2], atol=1e-3)
