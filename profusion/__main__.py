@@ -1,4 +1,4 @@
-"""The command line: `python -m profusion` with demo, residual train, draw, promptnet train or score."""
+"""The command line: `python -m profusion` with demo, residual train, draw, probe, promptnet train or score."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from . import checkpoint_demo, demo
 from . import draw_command as draw
+from . import probe_command as probe
 from . import residual_command as residual
 from .learning import Report, own_concept
 from .pipeline import Pipeline
@@ -69,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
     one.set_defaults(prepare=_demo)
     arguments.add_to(commands).set_defaults(prepare=_promptnet)
-    for command, prepare in ((residual, _residual), (draw, _draw)):
+    for command, prepare in ((residual, _residual), (draw, _draw), (probe, _probe)):
         one = command.add_to(commands)
         _add_model(one)
         one.set_defaults(prepare=prepare)
@@ -147,6 +148,15 @@ def _draw(options: argparse.Namespace) -> Work:
     def work() -> int:
         residuals = draw.check(command)
         draw.run(command, _model(options), residuals)
+        return 0
+
+    return work
+
+
+def _probe(options: argparse.Namespace) -> Work:
+    def work() -> int:
+        probe.check(options)
+        print(probe.run(options, _model(options)))
         return 0
 
     return work

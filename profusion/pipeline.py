@@ -20,6 +20,7 @@ from .models.tokenizer import id_to_text
 from .models.unet import UNet
 from .models.vae import VAE
 from .pictures import latent_masks
+from .probing import NounShares
 from .prompt import NounError, Span, Wanted, find_noun, rows_of
 from .residual import Residual, check_architecture
 from .residual.training import NOUN_PROMPTS, PredictWithPatches, Reference, ResidualTraining, TrainingOptions
@@ -151,6 +152,28 @@ class Pipeline:
         denoise = two_stream_denoiser(evaluate, on_conditional(placements), shared_latent, holding, stride)
         plain, customised = sample_euler(denoise, torch.cat([noise, noise]), sigmas, callback).chunk(2)
         return plain, customised if holding is None else holding.finished(customised, plain)
+
+    @torch.no_grad()
+    def probe(
+        self,
+        prompt: str,
+        noun: str,
+        generators: Sequence[torch.Generator],
+        steps: int = STEPS,
+        guidance: float | None = None,
+    ) -> NounShares:
+        """What the model's attention has of a noun, while it draws the plain pictures of a prompt, one a generator.
+
+        Raises NounError where the prompt does not have it.
+        """
+        names = tuple(layer.name for layer in cross_attention_layers(dict(self.unet.named_parameters())))
+        # Nothing is added anywhere; it only says which rows are looked at.
+        rows, shares = places(prompt, [noun], ["noun"])[0], NounShares(names)
+        looked_at = Placement(torch.ones(len(names), 1, 1), names, rows, context_length=context_length(prompt))
+        patches = UNET.looking(self.unet, shares, on_conditional([looked_at]))
+        evaluate = self.evaluator(*self._guided([prompt] * len(generators), guidance))
+        sample_euler(lambda x, sigma: evaluate(x, sigma, patches), self._noise(generators), self._sigmas(steps))
+        return shares
 
     def placements(
         self,
