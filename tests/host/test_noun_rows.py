@@ -151,3 +151,27 @@ def test_a_concept_acts_where_the_model_has_its_text(host, kernel, family, first
     assert (placed.rows, placed.context_length) == ((first + 2,), attended.shape[1])
     zeroed = {**cond, "cross_attn": torch.zeros_like(cond["cross_attn"])}
     assert host.streams._resolve(concept, zeroed, first, model, latent, ("any",)) is None
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "zimage", "anima", "wan"])
+def test_the_node_draws_at_the_noun_of_the_models_own_tokenizer(host, kernel, pack, family):
+    """From text to picture: without a residual the plain picture to the bit, with one another."""
+    model, clip = tiny_transformers.shared(family), tiny_texts.clip(family)
+    layers = host.families.acting_on(model).layers
+    names, told = [layer.name for layer in layers], {"network": layers[0].network, "adds_to": layers[0].adds_to}
+    delta = torch.randn(len(layers), 1, layers[0].context_dim, generator=torch.Generator().manual_seed(5))
+    plain, negative = (host.placing.encode_prompt(clip, text, ()) for text in (TEXT, ""))
+
+    def drawn(size, noun="cat"):
+        residual = kernel.residual.Residual(size * delta, noun, names, "a transformer", **told)
+        common = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, "occurrence": "second"}
+        node = pack.nodes.infusion.InfusionAttentionPatch
+        patched, positive = node.execute(model, clip, TEXT, residual, stream="own trajectory", **common).args
+        return tiny_transformers.sample(family, patched, positive, negative, steps=2)
+
+    expected = tiny_transformers.sample(family, model, plain, negative, steps=2)
+    assert torch.equal(drawn(0.0), expected)
+    customised = drawn(3.0)
+    assert customised.isfinite().all() and not torch.equal(customised, expected)
+    with pytest.raises(ValueError, match="'dog', which is not a word of the prompt"):
+        drawn(1.0, "dog")
