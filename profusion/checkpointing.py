@@ -3,13 +3,17 @@ inputs waits for the way back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.utils.checkpoint import checkpoint
+
+from .text_attention import TEXT
 
 
 @contextmanager
@@ -45,6 +49,69 @@ def _twice(forward: Callable, again: Callable[[], AbstractContextManager]) -> Ca
         )
 
     return evaluate
+
+
+@contextmanager
+def blocks_checkpointed(
+    blocks: Iterable[nn.Module], again: Callable[[], AbstractContextManager] = nullcontext
+) -> Iterator[None]:
+    """The same for a transformer's blocks, which write over what they are given and count their attentions with text.
+
+    A block's tensors must be its arguments or constants; what it has in a closure and learns has its gradient too.
+    Backward, each is computed once more from copies, at the place among the attentions that it had (`TextCall`).
+    """
+    with ExitStack() as undo:
+        for block in blocks:
+            undo.callback(_restore, block, vars(block).get("forward"))
+            block.forward = _from_copies(block.forward, again)
+        yield
+
+
+def _from_copies(forward: Callable, again: Callable[[], AbstractContextManager]) -> Callable:
+    def evaluate(*inputs: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*inputs, **named)
+        given = {**dict(enumerate(inputs)), **named}
+        names = [name for name, value in given.items() if isinstance(value, Tensor)]
+        calls = {
+            name: replace(value[TEXT]) for name, value in given.items() if isinstance(value, dict) and TEXT in value
+        }
+
+        def run(tensors: Sequence[Tensor], once_more: bool) -> Any:
+            own = {**given, **dict(zip(names, tensors, strict=True))}
+            for name, call in calls.items() if once_more else ():
+                own[name] = {**given[name], TEXT: replace(call)}
+            return forward(*(own[index] for index in range(len(inputs))), **{name: own[name] for name in named})
+
+        learns = torch.zeros((), requires_grad=True)  # else nothing would where no input has a gradient
+        return _Block.apply(run, again, learns, *(given[name] for name in names))
+
+    return evaluate
+
+
+class _Block(torch.autograd.Function):
+    """Computes without a graph, and once more with one on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable, again: Callable, learns: Tensor, *tensors: Tensor) -> Any:
+        ctx.run, ctx.again = run, again
+        ctx.save_for_backward(*tensors)
+        return run([tensor.clone() for tensor in tensors], False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
+        needed = zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True)
+        inputs = [tensor.detach().requires_grad_(need) for tensor, need in needed]
+        with torch.enable_grad(), allow_mutation_on_saved_tensors(), ctx.again():
+            outputs = ctx.run([tensor.clone() for tensor in inputs], True)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            wanted = [
+                (output, gradient)
+                for output, gradient in zip(outputs, gradients, strict=True)
+                if gradient is not None and output.requires_grad
+            ]
+            torch.autograd.backward(*map(list, zip(*wanted, strict=True)))
+        return None, None, None, *(tensor.grad for tensor in inputs)
 
 
 def _as_it_is(value: Any) -> Any:

@@ -22,7 +22,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from torch import Tensor, nn
 
-from ...profusion.checkpointing import checkpointed
+from ...profusion.checkpointing import blocks_checkpointed, checkpointed
 from ...profusion.infusion import Patches, UnsupportedModelError, with_patches
 from ...profusion.loop import NoGradientError, TrainingError
 from ...profusion.metrics import predictions
@@ -156,8 +156,8 @@ class TrainedModel:
     conditionings: one for each prompt, in the order of their indices. beside: the host's handles of other models that
     the training needs on their devices. memory: bytes that it needs itself. gradients: whether autograd goes through
     it. warn: told what is on the model and takes no part; default the log. any_size: whether pictures may be smaller.
-    flow: whether it may be a flow model, of which `predict_noise` gives the velocity. `model` is the MODEL that is
-    evaluated, `resident` where it is not so itself.
+    blocks_of: a transformer's blocks, for gradient checkpointing. flow: whether it may be a flow model, of which
+    `predict_noise` gives the velocity. `model` is the MODEL that is evaluated, `resident` where it is not so itself.
     """
 
     def __init__(
@@ -172,7 +172,9 @@ class TrainedModel:
         warn: Callable[[str], None] | None = None,
         any_size: bool = True,
         flow: bool = False,
+        blocks_of: Callable[[nn.Module], Sequence[nn.Module]] | None = None,
     ):
+        self._blocks_of = blocks_of
         self._any_size, self._flow = any_size, flow and is_flow(model)
         self._video = getattr(model.get_model_object("latent_format"), "latent_dimensions", 2) == 3
         self.model = resident(model) if gradients else model
@@ -320,7 +322,9 @@ class TrainedModel:
             yield
             return
         # Flow transformers write over their own tensors, of which autograd has to keep copies.
-        written_over = torch.autograd.graph.allow_mutation_on_saved_tensors() if self._flow else nullcontext()
+        written_over = nullcontext()
+        if self._flow and not (self._checkpointing and self._blocks_of):  # which see to it themselves
+            written_over = torch.autograd.graph.allow_mutation_on_saved_tensors()
         with differentiable(network), self._savable(), written_over:
             yield
 
@@ -329,6 +333,8 @@ class TrainedModel:
         return SavableWeights() if self._patched else nullcontext()
 
     def _computed_twice(self, network: nn.Module) -> AbstractContextManager:
+        if self._checkpointing and self._blocks_of is not None:
+            return blocks_checkpointed(self._blocks_of(network.diffusion_model), self._savable)
         wholes = (network, *self._learning) if self._checkpointing else ()
         parts = (part for whole in wholes for part in whole.modules() if isinstance(part, _PARTS))
         return checkpointed(parts, self._savable)

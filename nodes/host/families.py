@@ -157,6 +157,7 @@ class Acting:
 
     layers: list[Layer]
     attending: Attending = UNET
+    blocks_of: Callable[[nn.Module], list[nn.Module]] | None = None
 
     @property
     def family(self) -> str | None:
@@ -188,7 +189,15 @@ def acting_on(model: ModelPatcher, lock: str = COLUMN) -> Acting:
     width = shape.value_heads * shape.numbers
     network_name = type(model.model).__name__.lower()  # the host's, and known: see `family_of`
     layers = [Layer(f"{kind}.{index}", width, network=network_name, adds_to=VALUE) for index in range(shape.layers)]
-    return Acting(layers, JointAttention(layout, lock, shape.heads, shape.heads * shape.numbers))
+    return Acting(layers, JointAttention(layout, lock, shape.heads, shape.heads * shape.numbers), blocks_of)
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """A transformer's blocks, which have one attention with text each, in forward order."""
+    return [block for name in _BLOCKS for block in getattr(network, name, ())]
+
+
+_BLOCKS = "double_blocks", "single_blocks", "joint_blocks", "transformer_blocks", "layers", "blocks"
 
 
 def _is_unet(network: nn.Module) -> bool:

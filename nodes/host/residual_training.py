@@ -15,7 +15,7 @@ from torch import Tensor
 from ...profusion.devices import smoothly_resized
 from ...profusion.infusion import CONCEPTS_KEY
 from ...profusion.keeping import Partial, digest
-from ...profusion.loop import TrainingError, pauses
+from ...profusion.loop import pauses
 from ...profusion.pictures import loss_plot, masked, stacked, tiled, to_image
 from ...profusion.prompt import NounError
 from ...profusion.references import Fitted, concept_pictures
@@ -307,13 +307,14 @@ def prepare_training(
     identity = _identity(model, conditionings, references, noun, options, resume)
     shape = options.batch_size, *references[0].latent.shape
     budget = plan_training(model, shape, checkpointing, capacity=options.capacity)
-    if acting.family is not None and budget.checkpointing:
-        raise TrainingError(
-            f"gradient_checkpointing is not there for {acting.family}: set it to off, and give smaller pictures or a "
-            "smaller batch_size where memory is short"
-        )
     trained = TrainedModel(
-        model, conditionings, memory=budget.step, checkpointing=budget.checkpointing, warn=remark, flow=True
+        model,
+        conditionings,
+        memory=budget.step,
+        checkpointing=budget.checkpointing,
+        warn=remark,
+        flow=True,
+        blocks_of=acting.blocks_of,
     )
     flipped = encode_references(model, vae, pictures.flip(2), weights.flip(2), patch) if options.flip else ()
     if resume is not None and resume.steps >= options.steps:

@@ -16,12 +16,13 @@ NEW = not comfyui_version.__version__.startswith("0.3.")
 class Trained:
     """A training on a small model, evaluated as the node does it."""
 
-    def __init__(self, pack, family):
+    def __init__(self, pack, family, checkpointing=False):
         kernel, host = pack.profusion, pack.nodes.host
         self.model, acting = transformers.shared(family), host.families.acting_on(transformers.shared(family))
         conditioning = transformers.conditioning(family)
         with torch.inference_mode():
-            self.trained = host.evaluation.TrainedModel(self.model, [conditioning], flow=True)
+            told = {"flow": True, "checkpointing": checkpointing, "blocks_of": acting.blocks_of}
+            self.trained = host.evaluation.TrainedModel(self.model, [conditioning], **told)
         shape = transformers.FAMILIES[family][2]
         generator = torch.Generator().manual_seed(2)
         mask = torch.zeros(shape[-2:])
@@ -41,6 +42,7 @@ class Trained:
             sigmas=self.trained.sigmas,
             attending=acting.attending,
             noising=flow,
+            **({"queries": kernel.queries.WaitingQueries} if checkpointing else {}),
         )
 
     def run(self, work):
@@ -75,6 +77,36 @@ def test_the_gradient_is_the_slope_of_the_loss(pack, family):
     run.run(work)
     gradient, slope, everywhere = found
     assert gradient == pytest.approx(slope, rel=2e-3) and everywhere
+
+
+@pytest.mark.parametrize("family", [name for name in transformers.FAMILIES if name != "pixart"])
+def test_checkpointing_leaves_the_gradient_what_it_is(pack, family, monkeypatch):
+    if NEW and family in WITHOUT_GRADIENT:
+        pytest.skip("this ComfyUI has no gradient there, as another test has it")
+    found, calls, evaluation = [], [], pack.nodes.host.evaluation
+
+    def counted(*given, own=evaluation._differentiable_attention, **named):
+        calls[-1] += 1
+        return own(*given, **named)
+
+    monkeypatch.setattr(evaluation, "_differentiable_attention", counted)
+    for checkpointing in (False, True):
+        run = Trained(pack, family, checkpointing)
+        calls.append(0)
+
+        def work(training=run.training):
+            with torch.inference_mode(False), torch.enable_grad():
+                some = torch.randn(training.delta.shape, generator=torch.Generator().manual_seed(3))
+                with torch.no_grad():
+                    training.delta.add_(0.3 * some)
+                training.loss(training.batch()).backward()
+
+        run.run(work)
+        found.append(run.training.delta.grad)
+    blocks = pack.nodes.host.families.blocks_of(run.model.model.diffusion_model)
+    assert (found[1] - found[0]).norm() <= 1e-5 * found[0].norm()
+    assert calls[1] >= calls[0] + len(blocks)
+    assert not any("forward" in vars(part) for part in run.model.model.diffusion_model.modules())
 
 
 @pytest.mark.parametrize("family", ["flux", "qwen"])
