@@ -130,8 +130,12 @@ class TrainingRun:
         return replace(self.training.residual(), origin=origin)
 
     def _save_partial(self) -> Path:
-        """Write what has been learned so far where there is room."""
-        return _save(self.residual(), f"partial_{self.training.step}_steps", everywhere=True).path
+        """Write what has been learned so far where there is room.
+
+        In the middle of a step's bookkeeping, which counts the versions of tensors: those of inference have none.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            return _save(self.residual(), f"partial_{self.training.step}_steps", everywhere=True).path
 
     def check(self) -> None:
         """Find out before the training, not after it, what would make it worthless."""

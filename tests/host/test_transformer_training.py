@@ -121,9 +121,11 @@ def test_steps_lower_the_loss_and_are_the_same_twice(pack, family):
     assert torch.equal(delta, again) and delta.any() and len(losses) == 3
 
 
-def test_the_node_trains_on_toyboxs_mmdit(pack, tmp_path, monkeypatch):
+def test_the_node_trains_on_toyboxs_mmdit_and_writes_what_it_has_so_far(pack, tmp_path, monkeypatch, caplog):
     import folder_paths
 
+    monkeypatch.setattr(pack.profusion.keeping, "SECONDS", 0.0)
+    monkeypatch.setattr(pack.profusion.keeping, "SHARE", 1e6)
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "profusion_residuals", ([str(tmp_path)], {".safetensors"}))
     toybox, trainer = pack.nodes.host.toybox, pack.nodes.trainer.ResidualTrainer
     concept = pack.profusion.toybox.concepts.drawn_concept("teal and coral ball", 2, 0)
@@ -135,5 +137,6 @@ def test_the_node_trains_on_toyboxs_mmdit(pack, tmp_path, monkeypatch):
         residual = trainer.execute(model=model, clip=clip, vae=vae, **inputs).args[0]
     assert residual.layers[0] == "joint.0" and residual.delta.any() and residual.steps == 2
     assert residual.network == "sd3"
+    assert not [record.message for record in caplog.records if "cannot be written" in record.message]
     (file,) = tmp_path.rglob("*.safetensors")
     assert pack.profusion.residual.load_residual(file).layers == residual.layers
