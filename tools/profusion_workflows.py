@@ -51,8 +51,8 @@ def encode(
     )
 
 
-def residual_trainer(graph: Graph, at: At, base: Node) -> Node:
-    """Infusion's training on the loader's pictures."""
+def residual_trainer(graph: Graph, at: At, base: Node, capacity: int) -> Node:
+    """Infusion's training on the loader's pictures; capacity: 1 is the paper's, 4 is more alike."""
     return graph.add(
         "ProFusion_ResidualTrainer",
         at,
@@ -66,6 +66,7 @@ def residual_trainer(graph: Graph, at: At, base: Node) -> Node:
         steps=150,
         learning_rate=0.0,
         sample_cfg=2.0,
+        capacity=capacity,
     )
 
 
@@ -347,7 +348,7 @@ def with_infusion(graph: Graph) -> None:
         (380, 380),
     )
     with graph.group("2. Infusion: train a residual"):
-        trainer = residual_trainer(graph, (440, 0), base)
+        trainer = residual_trainer(graph, (440, 0), base, 4)
         loss = preview(graph, trainer.below, "Loss", trainer["loss_plot"], 340)
         saver = graph.add(
             "ProFusion_ResidualSaver", loss.below, wide=340, residual=trainer["RESIDUAL"], preview=trainer["samples"]

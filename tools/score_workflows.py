@@ -43,7 +43,7 @@ def overfitting(graph: Graph) -> None:
         (380, 400),
     )
     with graph.group("2. Learn it as a residual"):
-        residual = residual_trainer(graph, (440, 0), base)
+        residual = residual_trainer(graph, (440, 0), base, 1)
     with graph.group("3. Learn it by tuning attention layers"):
         tuned = finetuner(graph, (440, residual.below[1] + NEXT_GROUP), base, promptnet["PROMPTNET"], base["pictures"])
         text = graph.add("PrimitiveStringMultiline", tuned.below, "The concept", wide=340, value=CLASS)

@@ -42,8 +42,11 @@ class Thumbnail:
 
 THUMBNAILS = {
     "infusion_train_and_generate": Thumbnail("infusion_train_and_generate", "learn it, draw it anywhere"),
+    "infusion_transformer": Thumbnail("infusion_transformer", "the same on a transformer"),
     "infusion_two_concepts": Thumbnail("infusion_two_concepts", "two concepts, one prompt"),
-    "infusion_sd15": Thumbnail("infusion_train_and_generate", "the same, on SD 1.5"),
+    "infusion_sd15": Thumbnail("infusion_train_and_generate", "for SD 1.5; the picture is Toybox's"),
+    "infusion_flux": Thumbnail("infusion_transformer", "for Flux.1; the picture is Toybox's"),
+    "infusion_z_image": Thumbnail("infusion_transformer", "for Z-Image; the picture is Toybox's"),
     "profusion_one_image": Thumbnail("profusion_one_image", "one picture, no training"),
     "profusion_finetune": Thumbnail("profusion_finetune", "one picture, 50 steps"),
     "profusion_pretrain": Thumbnail("profusion_pretrain", "a PromptNet of your own"),

@@ -18,6 +18,17 @@ from tools import thumbnails
 pytestmark = pytest.mark.xdist_group("workflows")  # one server for all
 
 WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
+ON_TOYBOX = [path for path in WORKFLOWS if '"ProFusion_ToyboxLoader"' in path.read_text()]
+FOR_FILES = [path for path in WORKFLOWS if path not in ON_TOYBOX]
+READING = {  # a file that is the user's
+    "CheckpointLoaderSimple",
+    "CLIPLoader",
+    "DualCLIPLoader",
+    "LoadImage",
+    "ProFusion_ResidualLoader",
+    "UNETLoader",
+    "VAELoader",
+}
 SHORTER = {"steps": 3, "draws": 2}  # the same graphs, shorter trainings and runs: what they make is measured elsewhere
 FILES = {
     "ProFusion_ResidualSaver": ("profusion_residuals",),
@@ -97,12 +108,29 @@ def test_a_picture_stands_beside_a_control_of_its_seed(path, object_info):
     loaders = [
         number
         for number, node in prompt.items()
-        if node["class_type"] in ("ProFusion_ToyboxLoader", "CheckpointLoaderSimple")
+        if node["class_type"] in ("ProFusion_ToyboxLoader", "CheckpointLoaderSimple", "UNETLoader")
     ]
     assert any(node["class_type"] == "KSampler" and node["inputs"]["model"][0] in loaders for node in prompt.values())
 
 
-@pytest.mark.parametrize("path", [p for p in WORKFLOWS if "sd15" not in p.stem], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FOR_FILES, ids=lambda path: path.stem)
+def test_a_workflow_for_real_models_lacks_nothing_but_their_files(path, server, object_info):
+    """The host validates every node before it runs any, and says of each value that it does not have."""
+    workflow = json.loads(path.read_text())
+    prompt = to_prompt(workflow, object_info)
+    with pytest.raises(AssertionError, match="/prompt: 400") as refused:
+        server.post("/prompt", {"prompt": prompt})
+    faulty = json.loads(str(refused.value).partition(": 400 ")[2])["node_errors"]
+    assert {node["class_type"] for node in faulty.values()} == {
+        node["class_type"] for node in prompt.values() if node["class_type"] in READING
+    }
+    errors = [error for node in faulty.values() for error in node["errors"]]
+    assert {error["type"] for error in errors} <= {"value_not_in_list", "custom_validation_failed"}
+    missing = {error["extra_info"].get("received_value") for error in errors}
+    assert {file["name"] for node in workflow["nodes"] for file in node["properties"].get("models", [])} <= missing
+
+
+@pytest.mark.parametrize("path", ON_TOYBOX, ids=lambda path: path.stem)
 def test_a_toybox_workflow_finishes(path, server, object_info):
     prompt = to_prompt(json.loads(path.read_text()), object_info)
     for node in prompt.values():
