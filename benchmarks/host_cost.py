@@ -60,7 +60,7 @@ class Studio:
         self.model, self.clip = pack.nodes.host.toybox.load_model(), pack.nodes.host.toybox.load_clip()
         self.positive, self.negative = self.encode(PROMPT), self.encode("")
         self.latent = torch.zeros(batch, 4, CELLS, CELLS)
-        layers = pack.nodes.host.encoding.model_layers(self.model)
+        layers = pack.nodes.host.families.model_layers(self.model)
         names = tuple(layer.name for layer in layers)
         generator = torch.Generator().manual_seed(0)
         residual = pack.profusion.residual.Residual

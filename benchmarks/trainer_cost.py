@@ -106,7 +106,7 @@ def residual_steps(task: Task) -> Iterator:
     """Residual Trainer's own training, an optimizer's step at a time."""
     pack, latents, prompts = load_pack(needed_host()), task.latents, task.prompts
     host, training = pack.nodes.host, pack.profusion.residual.training
-    layers = host.encoding.model_layers(task.model)
+    layers = host.families.model_layers(task.model)
     masks = torch.zeros(latents.shape[0], *latents.shape[2:])
     masks[:, 2:-2, 2:-2] = 1.0
     references = [training.Reference(latent, mask) for latent, mask in zip(latents, masks, strict=True)]
