@@ -1,5 +1,4 @@
-"""Gradient checkpointing: evaluate parts of a network twice, so that nothing but their
-inputs waits for the way back."""
+"""Gradient checkpointing: evaluate parts of a network twice, so that nothing but their inputs waits for the way back."""
 
 from __future__ import annotations
 
@@ -73,14 +72,12 @@ def _from_copies(forward: Callable, again: Callable[[], AbstractContextManager])
             return forward(*inputs, **named)
         given = {**dict(enumerate(inputs)), **named}
         names = [name for name, value in given.items() if isinstance(value, Tensor)]
-        calls = {
-            name: replace(value[TEXT]) for name, value in given.items() if isinstance(value, dict) and TEXT in value
-        }
+        told = {name: _told(value) for name, value in given.items() if isinstance(value, dict)}
 
         def run(tensors: Sequence[Tensor], once_more: bool) -> Any:
             own = {**given, **dict(zip(names, tensors, strict=True))}
-            for name, call in calls.items() if once_more else ():
-                own[name] = {**given[name], TEXT: replace(call)}
+            if once_more:  # the model's own dict has gone on
+                own |= {name: _told(value) for name, value in told.items()}
             return forward(*(own[index] for index in range(len(inputs))), **{name: own[name] for name in named})
 
         learns = torch.zeros((), requires_grad=True)  # else nothing would where no input has a gradient
@@ -110,8 +107,14 @@ class _Block(torch.autograd.Function):
                 for output, gradient in zip(outputs, gradients, strict=True)
                 if gradient is not None and output.requires_grad
             ]
-            torch.autograd.backward(*map(list, zip(*wanted, strict=True)))
+            if wanted:
+                torch.autograd.backward(*map(list, zip(*wanted, strict=True)))
         return None, None, None, *(tensor.grad for tensor in inputs)
+
+
+def _told(options: dict) -> dict:
+    """A copy of what a block is told, with the attentions that have been counted."""
+    return {**options, TEXT: replace(options[TEXT])} if TEXT in options else dict(options)
 
 
 def _as_it_is(value: Any) -> Any:

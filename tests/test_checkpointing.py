@@ -4,15 +4,17 @@ and is as before afterwards."""
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from benchmarks.training_memory import MODELS, numbers_a_cell
-from profusion.checkpointing import checkpointed
+from profusion.checkpointing import blocks_checkpointed, checkpointed
 from profusion.infusion import cross_attention_layers, name_of_unet
 from profusion.memory import optimizer_bytes, step_bytes, text_bytes
 from profusion.models.configs import UNetConfig
 from profusion.models.unet import BasicTransformerBlock, ResBlock, UNet
 from profusion.queries import TakenOnce, WaitingQueries
 from profusion.residual.training import Reference, ResidualTraining, TrainingOptions
+from profusion.text_attention import TEXT, TextCall
 
 SLOW = pytest.mark.slow
 TINY = UNetConfig(32, (1, 2), 1, (2, 1), 2, 16, num_heads=2)
@@ -91,6 +93,35 @@ def test_what_is_computed_again_is_where_it_was(unet):
         forward = list(seen)
         out.sum().backward()
     assert sorted(seen[len(forward) :]) == sorted(forward) and len(set(forward)) == len(forward)
+
+
+class Block(nn.Module):
+    """Of a transformer: writes over what it is given, and does what the dict of options tells it."""
+
+    def __init__(self, learned):
+        super().__init__()
+        self.learned = learned
+
+    def forward(self, x, options):
+        options[TEXT].layers += 1
+        x.mul_(1 + options["block"])
+        return x if self.learned is None else x * self.learned
+
+
+def test_a_transformers_blocks_are_computed_again_as_they_were():
+    """Their model goes on in one dict too; and what nothing is learned of needs no gradient."""
+    found = []
+    for twice in (False, True):
+        learned, options = torch.tensor([2.0, 3.0], requires_grad=True), {TEXT: TextCall(1, (1, 1))}
+        blocks = [Block(None), Block(learned), Block(learned)]
+        with blocks_checkpointed(blocks) if twice else allow_mutation_on_saved_tensors():
+            x = torch.tensor([1.0, 4.0])
+            for options["block"], block in enumerate(blocks):
+                x = block(x, options)
+            x.sum().backward()
+        assert options[TEXT].layers == 3
+        found.append(learned.grad)
+    assert torch.equal(*found)
 
 
 def test_taking_queries_once_is_told_apart(unet):
