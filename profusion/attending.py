@@ -122,9 +122,12 @@ class JointAttention:
         return self.lock, *nouns
 
     def numbers_left(self, network: nn.Module, cells: int, text: int) -> list[float]:
-        rows = cells / self.layout.patch**2
-        of_row = self.heads if self.lock == joint_attention.COLUMN else self.width * (1 + self.layout.joint)
-        return [(of_row * rows + self.layout.joint * text * self.width) / cells] * self.layout.layers
+        rows, joint = cells / self.layout.patch**2, self.layout.joint
+        if self.lock == joint_attention.COLUMN:
+            left = self.heads * rows  # of a noun
+        else:
+            left = self.width * (1 + joint) * (rows + joint * text)  # Q, and K
+        return [(left + joint * text * self.width) / cells] * self.layout.layers
 
 
 UNET = UNetAttention()

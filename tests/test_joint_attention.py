@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from profusion.attending import JointAttention
 from profusion.holding import NounMaps
 from profusion.infusion import Placement, on_conditional, with_patches
 from profusion.joint_attention import COLUMN, WHOLE, customised_patches, foundation_patches, map_patches
@@ -123,6 +124,19 @@ def test_a_region_confines_a_concept_and_two_concepts_add_up(lock):
     _, other = streams(layout, lock, [two], given, given)
     _, both = streams(layout, lock, [one, two], given, given)
     torch.testing.assert_close(both - plain, (alone - plain) + (other - plain))
+
+
+@pytest.mark.parametrize("lock", [COLUMN, WHOLE])
+@pytest.mark.parametrize("joint", [True, False])
+def test_the_room_that_is_asked_for_is_what_a_concept_needs(joint, lock):
+    layout, store = Layout(joint, 1), {}
+    evaluated(
+        layout, tensors(joint, "split"), foundation_patches(layout, lock, store, on_conditional([placement(joint)] * 2))
+    )
+    of_positive = sum(left[0].numel() for (_, owner), left in store.items() if owner == 0)
+    cells = 4 * PICTURE
+    (told,) = JointAttention(layout, lock, HEADS, HEADS * D).numbers_left(None, cells, WORDS)
+    assert told * cells == pytest.approx(of_positive)
 
 
 def test_a_residual_of_several_tokens_has_one_for_each_row():
