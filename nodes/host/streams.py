@@ -735,7 +735,10 @@ def _first_row(cond: dict, model: Any, x: Tensor) -> int | None:
         return None
     (again,) = encode_model_conds(model.extra_conds, [cond], x, x.device, cond.get("prompt_type"))
     made = again["model_conds"]["c_crossattn"].cond
-    if attended.shape != made.shape or (attended - made.to(attended)).norm() > _SAME_TEXT * attended.norm():
+    if attended.shape != made.shape:
+        return None
+    seen = attended.float()  # a norm may be more than half precision holds
+    if (seen - made.to(seen)).norm() > _SAME_TEXT * seen.norm():
         return None
     before = attended.shape[1] - own.shape[1]
     return before if before > 0 and _alike(attended[:, before:], own) else 0

@@ -1,12 +1,14 @@
 """A noun's rows in the context of today's models, as the host's own tokenizers and text encoders make it."""
 
 import re
+import types
 
 import pytest
 import torch
 
 pytest.importorskip("comfy.samplers", reason="ComfyUI was not found: set COMFYUI_PATH")
 
+import comfy.conds  # noqa: E402
 import comfy.sampler_helpers  # noqa: E402
 import comfy.samplers  # noqa: E402
 import tiny_texts  # noqa: E402
@@ -151,6 +153,15 @@ def test_a_concept_acts_where_the_model_has_its_text(host, kernel, family, first
     assert (placed.rows, placed.context_length) == ((first + 2,), attended.shape[1])
     zeroed = {**cond, "cross_attn": torch.zeros_like(cond["cross_attn"])}
     assert host.streams._resolve(concept, zeroed, first, model, latent, ("any",)) is None
+
+
+def test_another_text_is_told_in_half_precision_however_large_its_numbers_are(host):
+    own, other = 1000 * torch.randn(2, 1, 64, 256, generator=torch.Generator().manual_seed(1)).half()
+    entries = [comfy.conds.CONDRegular(one) for one in (own + 0, other)]
+    model = types.SimpleNamespace(extra_conds=lambda **_: {"c_crossattn": entries[0]})
+    x = torch.zeros(1, 4, 8, 8)
+    conds = [{"cross_attn": 2 * own, "model_conds": {"c_crossattn": entry}} for entry in entries]
+    assert [host.streams._first_row(cond, model, x) for cond in conds] == [0, None]
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "zimage", "anima", "wan"])
