@@ -223,11 +223,10 @@ class InfusionAttentionPatch(io.ComfyNode):
             if conditioning is None
             else placed_in(clip, text, conditioning, placed, encoded)
         )
+        check_context_width(conditioning[0][0].shape[-1], layers)
         warn = warn_under(cls)
-        if acting.family is None:
-            check_context_width(conditioning[0][0].shape[-1], layers)
-            if lock != COLUMN:
-                warn(UNET_LOCK)
+        if acting.family is None and lock != COLUMN:
+            warn(UNET_LOCK)
         others = other_bases([concept.residual for concept in given], model)
         if others:
             warn("\n".join(others))

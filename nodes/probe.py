@@ -73,6 +73,8 @@ class AttentionProbe(io.ComfyNode):
         object=None,  # noqa: A002 (what the input is called)
     ) -> io.NodeOutput:
         check_connected(clip=clip)
+        if object is not None and not object.any():
+            raise ValueError("object is all black: make it white where the object is, or leave it unconnected")
         samples = empty_latents(model, latent_image)
         sampling = Sampling(steps, cfg, sampler_name, scheduler)
         shares, drawn = probe(model, clip, text, noun.strip(), negative, samples, seed, sampling)

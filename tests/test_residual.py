@@ -275,6 +275,8 @@ def test_a_residual_of_another_network_of_the_same_sizes_is_refused():
         check_architecture(make_residual(), layers)
     with pytest.raises(ResidualError, match="is added to the context, and on this model Infusion adds to the value"):
         check_architecture(make_residual(network="chroma"), layers)
+    with pytest.raises(ResidualError, match=r"trained on SD 1\.x, 16 layers of 768, but the model is .*, 15 of 768"):
+        check_architecture(make_residual(network="chroma", adds_to="value"), layers[1:])
 
 
 def test_a_capacity_of_four_takes_at_most_50000_bytes_on_sd15(tmp_path):

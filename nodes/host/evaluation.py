@@ -210,11 +210,10 @@ class TrainedModel:
         return self._noise(x, sigma, conds, {})
 
     def _noise(self, x: Tensor, sigma: Tensor, conds: list[dict], patches: Patches) -> Tensor:
-        denoised = (
-            self._evaluate(x[:, :, None], sigma, conds, patches)[:, :, 0]
-            if self._video
-            else (self._evaluate(x, sigma, conds, patches))
-        )
+        if self._video:
+            denoised = self._evaluate(x[:, :, None], sigma, conds, patches)[:, :, 0]
+        else:
+            denoised = self._evaluate(x, sigma, conds, patches)
         return (x - denoised) / sigma.view(-1, 1, 1, 1)
 
     def run(self, work: Callable[[], None], shape: Sequence[int]) -> None:

@@ -43,7 +43,7 @@ class ResidualError(Explained, ValueError):
 
 
 class LayerLike(Protocol):
-    """What is needed of a cross-attention layer here: `profusion.infusion.Layer` has it."""
+    """What is needed of a layer here: `profusion.infusion.Layer` has it."""
 
     name: str
     context_dim: int
@@ -57,7 +57,7 @@ class Residual:
     """A learned concept.
 
     delta: (layers, 1, context_dim), a copy in float32 on the CPU; one row per layer.
-    noun: the class noun whose context row the delta is added to, as it stands in a prompt.
+    noun: the class noun at whose rows the delta is added, as it stands in a prompt.
     layers: the layers' names in forward order, such as "input.1.0".
     architecture: the base model's, in words, such as "SD 1.x".
     steps, seed: how it was trained.
@@ -99,7 +99,7 @@ class Residual:
 
     @property
     def context_dim(self) -> int:
-        """The width of the context the residual was trained on."""
+        """The width of a layer's vector: that of the context, or of the values, that it is added to."""
         return self.delta.shape[2]
 
     @property
@@ -126,7 +126,8 @@ def check_architecture(residual: Residual, layers: Iterable[LayerLike]) -> None:
             f"the model's are of {some(own)}. Connect a model of the kind it was trained on, or train a residual on "
             f"this one."
         )
-    trained_on = f"{residual.architecture}, {len(residual.layers)} cross-attention layers of {residual.context_dim}"
+    kind = "layers" if residual.network else "cross-attention layers"
+    trained_on = f"{residual.architecture}, {len(residual.layers)} {kind} of {residual.context_dim}"
     model = f"{architecture_name(layers)}, {len(layers)} of {some(sorted(widths))}" if layers else "one without any"
     pairs = zip(residual.layers, names, strict=False)
     differing = next((f" ({there} there is {here} here)" for there, here in pairs if there != here), "")

@@ -59,10 +59,8 @@ _WITHOUT_PARTS, _WITH_PARTS = "1", "2"  # format versions
 _FIELDS = ("format", "format_version", "architecture", "layers", "width", "noun", "steps", "seed", "precision")
 _TRAINING = "training."
 _DETAILS, _NETWORK = "details", "network"
-_PARTS = {
-    _DETAILS: ("capacity", "gate_widths"),
-    _NETWORK: ("network", "adds_to"),
-}  # of version 2, and the metadata that each has
+# Of version 2, and the metadata that each has.
+_PARTS = {_DETAILS: ("capacity", "gate_widths"), _NETWORK: ("network", "adds_to")}
 # What 50,000 bytes on SD 1.5 have room for with a capacity of 4. Of what a residual makes better on two concepts of
 # Toybox, 1.6 and 1.9 % is lost; with 4 and 3 bits 1.5 and 3.3 %, with 5 and 2 3.5 and 13 %, with 6 and 1 8 and 26 %.
 DETAIL_BITS, GATE_BITS = 3, 4

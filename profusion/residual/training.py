@@ -218,11 +218,8 @@ class ResidualTraining(TrainingLoop):
             self.delta = torch.zeros(len(layers), 1, layers[0].context_dim, device=device)
             self.details = self._first_details(options).to(device) if options.capacity > 1 else None
         self._placements = [Placement(self.delta, self._names, rows, details=self.details) for rows in prompt_rows]
-        later = {
-            "stop_early": None,
-            "find_object": None,
-            "capacity": 1,
-        }  # what older trainings did not have, as they were
+        # what older trainings did not have, as they were
+        later = {"stop_early": None, "find_object": None, "capacity": 1}
         compared = {
             name: value
             for name, value in asdict(options).items()

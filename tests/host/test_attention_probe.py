@@ -69,6 +69,11 @@ def test_the_object_may_be_told(probe):
     assert [(name, outside, inside) for name, inside, outside in rows(told)] == rows(other)
 
 
+def test_an_object_that_is_nowhere_is_refused(probe):
+    with pytest.raises(ValueError, match="object is all black: make it white where the object is"):
+        probe(tiny.model(), tiny.clip(), torch.zeros(1, 4, 8, 8), object=torch.zeros(1, 64, 64))
+
+
 def test_a_noun_that_is_not_there_and_a_model_with_streams(infused, probe):
     """Infusion on the model is left out: the probe is of the plain one."""
     with pytest.raises(ValueError, match="noun is of the noun 'dog', which is not a word of the prompt"):
