@@ -1,4 +1,5 @@
-"""Gradient checkpointing: evaluate parts of a network twice, so that nothing but their inputs waits for the way back."""
+"""Gradient checkpointing: evaluate parts of a network twice, so that nothing but their inputs waits for the way
+back."""
 
 from __future__ import annotations
 
