@@ -75,14 +75,15 @@ def draw_seeds(
     sampling: Sampling,
     tell: Tell,
 ) -> Tensor:
-    """`count` pictures, each from a seed of its own: latents (count, C, H, W) as the model takes them, float32.
+    """`count` pictures, each from a seed of its own: latents (count, C, H, W) as the model takes them, float32. A video
+    model's have a frame, (count, C, 1, H, W).
 
     size: (C, H, W) of a latent. seed: the first picture's; the next has the next.
     """
     drawn = []
     for first in range(0, count, BATCH):
         seeds = [(seed + index) % SEEDS for index in range(first, min(first + BATCH, count))]
-        empty = torch.zeros(len(seeds), *size)
+        empty = empty_latents(model, {"samples": torch.zeros(len(seeds), *size)})
         noise = torch.cat([comfy.sample.prepare_noise(empty[:1], one) for one in seeds])
         samples = draw(
             model, positive, negative, empty, seeds[0], sampling, lambda *_, rows=empty: tell(len(rows)), noise

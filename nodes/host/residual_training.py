@@ -24,7 +24,7 @@ from ...profusion.residual.noising import ADDED, FLOW
 from ...profusion.residual.training import NOUN_PROMPTS, Reference, ResidualTraining, TrainingOptions
 from .budget import plan_training
 from .display import Progress
-from .drawing import Sampling, draw, draw_seeds, stop_if_cancelled
+from .drawing import Sampling, draw, draw_seeds, empty_latents, stop_if_cancelled
 from .encoding import check_connected, encode_references
 from .evaluation import TrainedModel, is_flow
 from .families import acting_on, native_size
@@ -76,7 +76,7 @@ class SamplePictures:
 
     def draw(self, residual: Residual) -> Tensor:
         """One picture (1, H, W, 3)."""
-        latent, foundations = torch.zeros(1, *self._size), []
+        latent, foundations = empty_latents(self._model, {"samples": torch.zeros(1, *self._size)}), []
         model = add_streams(
             self._model, self._acting.layers, False, foundations.append, attending=self._acting.attending
         )

@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("comfy.samplers", reason="needs ComfyUI")
 
 import comfyui_version
+import tiny_texts
 import tiny_transformers as transformers
 import torch
 
@@ -120,6 +121,34 @@ def test_steps_lower_the_loss_and_are_the_same_twice(pack, family):
 
     (delta, losses), (again, _) = learned(), learned()
     assert torch.equal(delta, again) and delta.any() and len(losses) == 3
+
+
+class Decoder:
+    """(B, C, h, w) to (B, H, W, 3); of a video model, (B, C, T, h, w) to (B, T, H, W, 3)."""
+
+    @staticmethod
+    def decode(latents):
+        return latents[:, :3].movedim(1, -1)
+
+
+@pytest.mark.parametrize("family", ["qwen", "wan"])
+def test_samples_are_drawn_of_what_was_learned(pack, family):
+    training, kernel = pack.nodes.host.residual_training, pack.profusion
+    model, clip = transformers.shared(family), tiny_texts.clip(family)
+    shape = transformers.FAMILIES[family][2]
+    size = (shape[0], *shape[-2:])
+    layers = pack.nodes.host.families.acting_on(model).layers
+    told = {"network": layers[0].network, "adds_to": "value"}
+    delta = 0.1 * torch.ones(len(layers), 1, layers[0].context_dim)
+    residual = kernel.residual.Residual(delta, "cat", tuple(layer.name for layer in layers), "tiny", **told)
+    with torch.inference_mode():
+        drawing = training.SamplePictures(
+            model, clip, Decoder(), "a photo of a cat", size, 1, training.Sampling(2, 3.0)
+        )
+        picture = drawing.draw(residual)
+        own = drawing.own("cat", lambda rows: None)
+    assert picture.shape == drawing.plain.shape == (1, *size[1:], 3) and own.shape == (2, *size)
+    assert not torch.equal(picture, drawing.plain)
 
 
 def test_the_node_trains_on_toyboxs_mmdit_and_writes_what_it_has_so_far(pack, tmp_path, monkeypatch, caplog):
