@@ -36,6 +36,7 @@ from .concept import Residual, ResidualError, check_architecture
 from .noising import ADDED, Noising
 
 _DETAILS_STRIDE = -1_000_033  # of the seeds of their gates: no others are among them
+_OF_DETAILS = tuple(f"{kind}.{name}" for kind in MOMENTS for name in ("details", "gates"))
 _WITHOUT_GRADIENT = (
     "something on the model computes its attention without one, as SageAttention and other kernels made for inference "
     "do. Connect the model as it was before that"
@@ -262,7 +263,8 @@ class ResidualTraining(TrainingLoop):
                 f"{self.options.capacity}: set capacity to {residual.capacity}"
             )
         state = dict(residual.training_state or {})
-        if residual.steps and set(MOMENTS) - set(state):
+        kept = [*MOMENTS, *(_OF_DETAILS if residual.details is not None else ())]
+        if residual.steps and set(kept) - set(state):
             raise ResidualError(
                 "the residual to resume was saved without its training state; save it in float32 with the training "
                 "state to go on later"
@@ -453,8 +455,7 @@ class ResidualTraining(TrainingLoop):
         """What has been learned so far, with the optimizer's state, so that it can be resumed."""
         state = self.state()
         moments = {kind: state[f"{kind}.delta"].clone() for kind in MOMENTS if f"{kind}.delta" in state}
-        of_details = [f"{kind}.{name}" for kind in MOMENTS for name in ("details", "gates")]
-        moments |= {name: state[name].clone() for name in of_details if name in state}
+        moments |= {name: state[name].clone() for name in _OF_DETAILS if name in state}
         checks = {"checks": state["checks"]} if "checks" in state else {}
         return Residual(
             delta=self.delta.detach().clone(),

@@ -1,6 +1,7 @@
 """The residual trainer: what it learns, how it resumes, what it refuses, and what it costs."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -266,6 +267,9 @@ def test_details_are_resumed_bit_for_bit_through_a_file(unet, tmp_path):
     same(resumed.residual(), whole.residual())
     for one, other in zip(resumed.residual().numbers(), whole.residual().numbers(), strict=True):
         assert torch.equal(one, other)
+    half = {name: value for name, value in partial.residual().training_state.items() if name != "exp_avg_sq.gates"}
+    with pytest.raises(ResidualError, match="was saved without its training state"):
+        begun(replace(partial.residual(), training_state=half))
 
 
 def test_details_stay_within_the_bound_of_the_whole(unet):
