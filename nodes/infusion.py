@@ -86,7 +86,7 @@ class InfusionAttentionPatch(io.ComfyNode):
             description=(
                 "Draws learned concepts at their nouns in a prompt, on the layout and background of the plain picture "
                 "(Infusion, arXiv 2404.14007). Give both outputs to any sampler. However many concepts there are, "
-                "it costs a quarter more than the plain picture, or as much again where every is 1; kept apart, each "
+                "it costs a fifth more than the plain picture, or as much again where every is 1; kept apart, each "
                 "costs that."
             ),
             inputs=[
@@ -167,9 +167,9 @@ class InfusionAttentionPatch(io.ComfyNode):
                     max=MOST,
                     optional=True,
                     tooltip=(
-                        "At each so manyth step the concepts are drawn anew; between them what they differ by from the "
-                        "plain picture is carried on. 1: at each step, as in the paper, for the price of two "
-                        "plain pictures. 4: for a quarter more than one."
+                        "At one step in so many, and at two at least, the concepts are drawn anew; between them what "
+                        "they differ by from the plain picture is carried on. 1: at each step, as in the paper, for "
+                        "the price of two plain pictures. 5: for a fifth more than one."
                     ),
                 ),
                 io.Combo.Input(

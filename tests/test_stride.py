@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from profusion.stride import Stride, between, step_of
+from profusion.stride import Stride, between, evaluated_at, step_of
 
 SIGMAS = [16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.0]
 
@@ -12,6 +12,29 @@ def test_a_step_is_a_noise_level():
     assert [step_of(sigma, SIGMAS) for sigma in SIGMAS] == list(range(8))
     assert step_of(17.0, SIGMAS) == 0 and step_of(8.0 * (1 + 1e-6), SIGMAS) == step_of(8.0 * (1 - 1e-6), SIGMAS) == 1
     assert step_of(7.0, SIGMAS) == 1 and step_of(0.1, SIGMAS) == 6
+
+
+@pytest.mark.parametrize(
+    "steps, every, expected",
+    [
+        (20, 5, [0, 6, 12, 18]),
+        (20, 4, [0, 4, 9, 14, 18]),
+        (25, 5, [0, 6, 12, 17, 23]),
+        (8, 5, [0, 6]),
+        (4, 8, [0, 2]),
+        (2, 8, [0, 1]),
+        (1, 3, [0]),
+        (5, 1, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_evaluations_are_spread_from_the_first_step_to_the_last_but_one(steps, every, expected):
+    assert evaluated_at(steps, every) == expected
+
+
+def test_more_evaluations_are_never_fewer():
+    for steps in range(1, 60):
+        counts = [len(evaluated_at(steps, every)) for every in range(1, 9)]
+        assert counts == sorted(counts, reverse=True) and counts[0] == steps
 
 
 def due_at(every, calls):
@@ -25,15 +48,15 @@ def due_at(every, calls):
 
 def test_one_call_a_step():
     assert due_at(1, SIGMAS[:-1]) == [True] * 7
-    assert due_at(3, SIGMAS[:-1]) == [True, False, False, True, False, False, True]
+    assert due_at(3, SIGMAS[:-1]) == [True, False, True, False, False, True, False]
 
 
 def test_several_calls_a_step():
     """Heun's: at a step's begin and at its end, which is the next one's begin."""
     calls = [SIGMAS[0], *(level for level in SIGMAS[1:-1] for _ in range(2))]
-    assert due_at(3, calls) == [True, *[False] * 4, True, True, *[False] * 4, True, True]
+    assert due_at(3, calls) == [True, False, False, True, True, *[False] * 4, True, True, False, False]
     middles = [level for first in SIGMAS[:-2] for level in (first, first * 0.8)]
-    assert due_at(3, middles) == [True, True, *[False] * 4] * 2
+    assert due_at(3, middles) == [True, True, False, False, True, True, *[False] * 4, True, True]
 
 
 def test_a_sampler_that_leaves_levels_out_or_goes_back():

@@ -254,7 +254,8 @@ def test_every_sampler_with_c_at_every_third_step(infused, foundations, rows, sa
     assert cheap.isfinite().all() and not torch.equal(cheap, plain)
     if sampler == "dpm_adaptive":
         return
-    assert cost < sum(rows) <= 1.6 * cost
+    # dpm_fast has noise levels of its own, several of them in one of the run's steps.
+    assert cost < sum(rows) <= (1.75 if sampler == "dpm_fast" else 1.6) * cost
     rows.clear()
     assert torch.equal(drawn(infused, residual=infused.residual(0.3), every=3, run=run), cheap)
     assert sum(rows) <= 0.6 * cost
@@ -311,7 +312,7 @@ def test_a_stride_beside_a_step_cache(infused, kind):
 def test_a_shared_latent_with_a_stride(infused, foundations, rows):
     given = {"stream": "shared latent", "run": {"steps": 7}}
     drawn(infused, every=3, **given)
-    assert rows == [2, 1, 2, 2, 2, 1, 2, 2, 2, 1]
+    assert rows == [2, 1, 2, 2, 1, 2, 2, 2, 1, 2]
     rows.clear()
     drawn(infused, start_percent=0.2, end_percent=0.6, **given)
     plain = infused.run(infused.model, infused.positive, steps=7)
@@ -326,10 +327,10 @@ def test_the_kernel_draws_the_same(infused_toybox, every, background):
 
     residual = infused_toybox.residual(1.0)
     patched, positive = infused_toybox.patch(residual, background=background, every=every)
-    run = {"scheduler": "simple", "steps": 5, "cfg": 3.0, "size": (CELLS, CELLS)}
+    run = {"scheduler": "simple", "steps": 6, "cfg": 3.0, "size": (CELLS, CELLS)}
     theirs = infused_toybox.run(patched, positive, **run)
     plain, ours = Toybox.load().generate_customised(
-        PROMPT, [residual], seeded(7), 5, 3.0, negative=NEGATIVE, background=background, every=every
+        PROMPT, [residual], seeded(7), 6, 3.0, negative=NEGATIVE, background=background, every=every
     )
     theirs = infused_toybox.model.model.process_latent_in(theirs)
     assert (ours - plain).abs().max() > 1e-2 * plain.abs().max()
@@ -437,10 +438,10 @@ def test_the_kernel_draws_concepts_apart_the_same_with_a_stride(infused_toybox):
     residuals = [infused_toybox.residual(1.0), infused_toybox.residual(1.0, noun="grass", seed=6)]
     given = {"background": "held", "concepts": "each apart", "every": 2}
     patched, positive = infused_toybox.patch(residuals[0], residual_2=residuals[1], **given)
-    run = {"scheduler": "simple", "steps": 5, "cfg": 3.0, "size": (CELLS, CELLS)}
+    run = {"scheduler": "simple", "steps": 6, "cfg": 3.0, "size": (CELLS, CELLS)}
     theirs = infused_toybox.model.model.process_latent_in(infused_toybox.run(patched, positive, **run))
     draw = lambda **changed: Toybox.load().generate_customised(  # noqa: E731
-        PROMPT, residuals, seeded(7), 5, 3.0, negative=NEGATIVE, **{**given, **changed}
+        PROMPT, residuals, seeded(7), 6, 3.0, negative=NEGATIVE, **{**given, **changed}
     )
     plain, ours = draw()
     for other in (plain, draw(every=1)[1], draw(concepts="together")[1]):
