@@ -367,7 +367,7 @@ class _Streams:
         self._seen: dict[tuple[int, ...], tuple[Tensor, float, list[Tensor]]] = {}
         self._plain: _Plain | None = None
         self._differs = False  # C from F, so far
-        self._acted: dict[tuple[int, ...], tuple[bool, ...]] = {}  # which concepts did, as C was last evaluated
+        self._acted: dict[Hashable, tuple[bool, ...]] = {}  # which concepts did, as C was last evaluated
         self._parted = False  # whether C was evaluated where F was not
         self._wants_queries = self._watches = True  # of F's next evaluation: its queries, and where its nouns are
         self._queries = WaitingQueries()
@@ -407,7 +407,8 @@ class _Streams:
             sigma, pictures = _level(levels), _pictures(conds, len(x))
             active = self._active(model, conds, x, sigma)
             moves = self._differs or any(active)
-            self._watches = self._parted or self._due(sigma, pictures, active, options)
+            asked = pictures, _asked(conds)
+            self._watches = self._parted or self._due(sigma, asked, active, options)
             self._wants_queries = self._parted or (moves and self._watches)
             before = self._plain
             while foundation.waits() and self.foundation_calls.count < self.customised_calls.count:
@@ -419,7 +420,7 @@ class _Streams:
             self._parted = self._parted or not in_step
             if in_step and not self._wants_queries:
                 if moves:
-                    return self._held(self._between(sigma, plain.predicted, pictures), pictures)
+                    return self._held(self._between(sigma, plain.predicted, asked), pictures)
                 if plain.key is not None and torch.equal(x, plain.x):
                     return self._as_foundation(plain)
                 moves = plain.key is not None  # C's sampler has gone another way
@@ -429,7 +430,7 @@ class _Streams:
             own = self._customised(evaluate, model, conds, x, sigma, options)
             self._differs = moves
             if in_step and moves:
-                self._keep(sigma, own, plain.predicted, pictures, active)
+                self._keep(sigma, own, plain.predicted, asked, active)
             return self._held(own, pictures)
 
         return stream
@@ -445,10 +446,10 @@ class _Streams:
         found = (self._of(index, cond, model, x) for index, group in enumerate(conds) for cond in group or ())
         return tuple(placement.is_active(sigma) and placement.adds() for placed in found for placement in placed)
 
-    def _due(self, sigma: float, pictures: tuple[int, ...], active: tuple[bool, ...], options: dict) -> bool:
+    def _due(self, sigma: float, asked: Hashable, active: tuple[bool, ...], options: dict) -> bool:
         """Whether C is to be evaluated: it is its step, other concepts act than when it last was, or guidance looks."""
-        due = any(self._stride.due(sigma, (pictures, noun)) for noun in self._evaluated_for())
-        return due or self._acted.get(pictures) != active or _guidance_looks(options)
+        due = any(self._stride.due(sigma, (asked, noun)) for noun in self._evaluated_for())
+        return due or self._acted.get(asked) != active or _guidance_looks(options)
 
     def _evaluated_for(self) -> list[Hashable | None]:
         """The nouns that C is evaluated for one after another; None is all of them at once."""
@@ -459,19 +460,17 @@ class _Streams:
         sigma: float,
         drawn: Mapping[Hashable | None, list[Tensor]],
         plain: list[Tensor],
-        pictures: tuple[int, ...],
+        asked: Hashable,
         active: tuple[bool, ...],
     ) -> None:
         """Note what C, as `_customised` has it, differs by from F: of each concept by itself where they are apart."""
         for noun, own in drawn.items():
-            self._stride.keep(sigma, own, plain, (pictures, noun))
-        self._acted[pictures] = active
+            self._stride.keep(sigma, own, plain, (asked, noun))
+        self._acted[asked] = active
 
-    def _between(
-        self, sigma: float, plain: list[Tensor], pictures: tuple[int, ...]
-    ) -> dict[Hashable | None, list[Tensor]]:
+    def _between(self, sigma: float, plain: list[Tensor], asked: Hashable) -> dict[Hashable | None, list[Tensor]]:
         """What `_customised` would have, where C is not due."""
-        return {noun: self._stride.between(sigma, plain, (pictures, noun)) for noun in self._evaluated_for()}
+        return {noun: self._stride.between(sigma, plain, (asked, noun)) for noun in self._evaluated_for()}
 
     def _say_if_elsewhere(self, sigma: float) -> None:
         if not self._told and self._seen_at is not None and not math.isclose(self._seen_at, sigma, rel_tol=1e-4):
@@ -490,7 +489,7 @@ class _Streams:
         Conditionings to which nothing is ever added, as the negative, are the same in both, so that C has F's, unless a
         guidance looks into the model (`_guidance_looks`); and so are all where nothing is added at this noise level.
         """
-        sigma, pictures = _level(levels), _pictures(conds, len(x))
+        sigma, asked = _level(levels), (_pictures(conds, len(x)), _asked(conds))
         moved = [self._moves(index, group, model, x) for index, group in enumerate(conds)]
         active = self._active(model, conds, x, sigma)
         acts = any(active)
@@ -498,8 +497,8 @@ class _Streams:
             return self._foundation(evaluate, model, conds, x, sigma)
         before = _random_state(x.device)
         plain = self._foundation(lambda *given: evaluate(*given, apart=self._apart), model, conds, x, sigma)
-        if acts and not self._due(sigma, pictures, active, options):
-            return self._between(sigma, plain, pictures)[None]
+        if acts and not self._due(sigma, asked, active, options):
+            return self._between(sigma, plain, asked)[None]
         _set_random_state(x.device, before)
         if _guidance_looks(options):
             moved = [True] * len(moved)
@@ -507,7 +506,7 @@ class _Streams:
         drawn = self._customised(evaluate, model, own, x, sigma, options)[None]
         drawn = [one if moves else same for one, same, moves in zip(drawn, plain, moved, strict=True)]
         if acts:
-            self._keep(sigma, {None: drawn}, plain, pictures, active)
+            self._keep(sigma, {None: drawn}, plain, asked, active)
         return drawn
 
     def _moves(self, index: int, group: Sequence[dict] | None, model: Any, x: Tensor) -> bool:
@@ -701,6 +700,12 @@ def _guidance_looks(options: dict) -> bool:
 def _level(levels: Tensor) -> float:
     """The noise level of an evaluation, which is that of all its pictures."""
     return float(levels.flatten()[0])
+
+
+def _asked(conds: Sequence) -> Hashable:
+    """Which conditionings an evaluation is of: Fusion Sampling asks for the first alone between two refreshes, and what
+    the streams differ by in one is not what they differ by in another."""
+    return tuple(tuple(cond.get("uuid") for cond in group or ()) for group in conds)
 
 
 def _pictures(conds: Sequence[Sequence[dict] | None], count: int) -> tuple[int, ...]:

@@ -135,6 +135,8 @@ def test_a_toybox_workflow_finishes(path, server, object_info):
     prompt = to_prompt(json.loads(path.read_text()), object_info)
     for node in prompt.values():
         node["inputs"].update({name: value for name, value in SHORTER.items() if name in node["inputs"]})
+        if node["class_type"] == "ProFusion_FusionKSampler" and "with_infusion" in path.stem:
+            node["inputs"]["steps"] = 25  # as many as it takes for both to leave evaluations out, each in its own turn
     entry = server.run(prompt)
     pictures = [item for output in entry["outputs"].values() for item in output.get("images", [])]
     assert pictures
