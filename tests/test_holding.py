@@ -262,9 +262,9 @@ def test_one_concept_apart_is_as_it_is(unet, narrow, background):
 def test_with_a_stride_the_concepts_that_are_due_have_an_evaluation_each(unet):
     """Two at steps that are C's and none between, where what each differs by from F is carried on by itself."""
     both, calls, steps = two_placements(unet), [], 7
-    levels = [float(steps - step) for step in range(steps)]
+    levels = [float(steps - step) for step in range(steps + 1)]
     plain, apart, _ = drawn(unet, HELD, steps=steps, placed=both, apart=True, stride=Stride(3, levels), calls=calls)
-    assert calls == [7.0] * 3 + [6.0, 5.0] + [4.0] * 3 + [3.0, 2.0] + [1.0] * 3
+    assert calls == [7.0] * 3 + [6.0] + [5.0] * 3 + [4.0, 3.0] + [2.0] * 3 + [1.0]
     for placement in both:
         _, alone, region = drawn(unet, HELD, steps=steps, placed=[placement], stride=Stride(3, levels))
         own = (region > 0)[:, None].expand_as(plain)
@@ -305,7 +305,7 @@ def test_a_cell_that_goes_over_to_another_noun_is_carried_on_by_what_that_one_di
     def evaluate(x, sigma, patches):
         return torch.zeros_like(x) if "noun" not in patches else torch.full_like(x, growth[patches["noun"]] * sigma[0])
 
-    stride = Stride(2, [4.0, 3.0, 2.0, 1.0])
+    stride = Stride(2, [4.0, 3.0, 2.0, 1.0, 0.0])
     denoise = two_stream_denoiser(evaluate, on_conditional([]), holding=Shared(changes_at=2), stride=stride)
     found = [
         float(denoise(torch.zeros(2, 4, 8, 8), torch.full((2,), level))[1].mean()) for level in (4.0, 3.0, 2.0, 1.0)
