@@ -162,7 +162,7 @@ def test_it_says_why_it_ended_before_its_last_step(model, concept, monkeypatch):
 
 
 def test_a_training_of_before_is_told_apart_as_before():
-    """By what its unfinished file is called. Of fixed numbers: another processor encodes pictures to other last bits."""
+    """By what its unfinished file is called. Of fixed numbers, since processors encode pictures to other last bits."""
     references = [Reference(torch.arange(16.0).view(4, 2, 2) / 16, torch.ones(2, 2))]
     layers = [Layer("input.1.0", 4), Layer("middle.1.0", 4)]
 
