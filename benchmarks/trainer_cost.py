@@ -42,27 +42,7 @@ def sd15() -> object:
     import comfy.model_patcher
     import comfy.supported_models
 
-    config = comfy.supported_models.SD15(
-        {
-            "image_size": 32,
-            "in_channels": 4,
-            "out_channels": 4,
-            "model_channels": 320,
-            "num_res_blocks": [2, 2, 2, 2],
-            "channel_mult": (1, 2, 4, 4),
-            "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-            "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-            "transformer_depth_middle": 1,
-            "context_dim": SD15.context_dim,
-            "num_heads": 8,
-            "num_head_channels": -1,
-            "use_spatial_transformer": True,
-            "use_linear_in_transformer": False,
-            "legacy": False,
-            "adm_in_channels": None,
-            "use_temporal_attention": False,
-        }
-    )
+    config = comfy.supported_models.SD15(load_pack(needed_host()).nodes.host.toybox.unet_config(SD15))
     config.set_inference_dtype(torch.float32, None)
     network, generator = config.get_model({}, "", torch.device("cpu")).eval(), torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -126,7 +106,7 @@ def residual_steps(task: Task) -> Iterator:
     def run(ask: Callable) -> None:
         trained.run(lambda: [ask(loss) for loss in one.steps()], task.shape)
 
-    yield from _asked(run, task.within)
+    return _asked(run, task.within)
 
 
 def lora_steps(task: Task) -> Iterator:
@@ -134,7 +114,7 @@ def lora_steps(task: Task) -> Iterator:
     nodes = SimpleNamespace(trainer=host_nodes().trainer, load_model=task.model.clone)
     positive = [task.prompts[index % len(task.prompts)][0] for index in range(len(task.latents))]
     recipe = TrainingOptions(STEPS, task.rate or 0.01, task.batch)
-    yield from _asked(lambda ask: train_lora(nodes, task.latents, positive, recipe, ask), task.within)
+    return _asked(lambda ask: train_lora(nodes, task.latents, positive, recipe, ask), task.within)
 
 
 def _asked(run: Callable[[Callable], None], within: AbstractContextManager) -> Iterator:
@@ -144,12 +124,7 @@ def _asked(run: Callable[[Callable], None], within: AbstractContextManager) -> I
         with within:
             run(ask)
 
-    training = Coroutine(entered)
-    try:
-        while (step := training.resume()) is not None:
-            yield step
-    finally:
-        training.close()
+    return Coroutine(entered).questions()
 
 
 TRAININGS = {OURS: residual_steps, THEIRS: lora_steps}

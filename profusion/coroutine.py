@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -50,6 +50,14 @@ class Coroutine:
             raise content
         self.result = content
         return None
+
+    def questions(self) -> Iterator[Any]:
+        """Each question in turn, answered by None once the next one is wanted; closed when no more are."""
+        try:
+            while (question := self.resume()) is not None:
+                yield question
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Unwind the function if it is still waiting for an answer."""

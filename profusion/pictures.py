@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,11 @@ from .references import INVERT_ALPHA, Fitted, Shown, check_not_inverted, framed,
 MOST_NAMES = 20  # of files, in a message
 MOST_LINES, LONGEST_LINE = 200, 256  # of a caption; a path has at most 4096 letters
 INK, PAPER, ACCENT, FAINT = (40, 40, 48), (250, 249, 246), (214, 86, 48), (214, 212, 206)
+
+
+def have_frames(latent_format: Any) -> bool:
+    """Whether latents of a host's format are (B, C, frames, H, W), as those of video models are."""
+    return getattr(latent_format, "latent_dimensions", 2) == 3
 
 
 def latent_masks(masks: Tensor, cells: Sequence[int], patch: int = 1) -> Tensor:

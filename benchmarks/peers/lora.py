@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import lru_cache
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -84,12 +85,10 @@ class Lora(Peer):
             entry for text in captions for entry in host.clip.encode_from_tokens_scheduled(host.clip.tokenize(text))
         ]
         training = Coroutine(lambda ask: train_lora(host, latents, positive, recipe, ask))
-        try:
-            while (lora := training.resume()) is not None:
+        with closing(training.questions()) as learned:
+            for lora in learned:
                 self._lora, self._merged = lora, None
                 yield math.nan  # the host keeps its losses to itself until the end
-        finally:
-            training.close()
 
 
 def train_lora(host: SimpleNamespace, latents: Tensor, positive: list, recipe: TrainingOptions, ask: Callable) -> None:

@@ -9,7 +9,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 from torch import Tensor
 
-from ...profusion.pictures import latent_masks
+from ...profusion.pictures import have_frames, latent_masks
 from ...profusion.residual.training import Reference
 
 _PARTS = {"clip": "text encoder", "vae": "VAE", "clip_vision": "image encoder"}
@@ -30,7 +30,7 @@ def encode_references(
     patch: cells of the latent a side that the model takes as one. A video model's latents are those of one frame.
     """
     latent_format = model.get_model_object("latent_format")
-    if getattr(latent_format, "latent_dimensions", 2) == 3:  # each is a video of its own
+    if have_frames(latent_format):  # each is a video of its own
         latents = torch.cat([vae.encode(picture) for picture in pictures.split(1)])
         latents = latents[:, :, 0] if latents.ndim == 5 else latents
     else:
@@ -47,6 +47,6 @@ def encode_references(
 
 def scaled_latents(latent_format: Any, latents: Tensor) -> Tensor:
     """Latents (M, C, H, W) as the model takes them; what a video model's format is given has frames."""
-    if getattr(latent_format, "latent_dimensions", 2) == 3:
+    if have_frames(latent_format):
         return latent_format.process_in(latents[:, :, None])[:, :, 0]
     return latent_format.process_in(latents)

@@ -37,6 +37,7 @@ from ...profusion.patched import (
     same_memory,
     without_shortcuts,
 )
+from ...profusion.pictures import have_frames
 from ...profusion.problems import Explained, known, shortage_in, why
 from ...profusion.rows import with_network_patches
 from ...profusion.text_attention import ATTENTION
@@ -176,7 +177,7 @@ class TrainedModel:
     ):
         self._blocks_of = blocks_of
         self._any_size, self._flow = any_size, flow and is_flow(model)
-        self._video = getattr(model.get_model_object("latent_format"), "latent_dimensions", 2) == 3
+        self._video = have_frames(model.get_model_object("latent_format"))
         self.model = resident(model) if gradients else model
         self._patched = bool(
             names_on(self.model)

@@ -17,6 +17,7 @@ import comfy.supported_models_base
 import folder_paths
 import torch
 
+from ...profusion.models.configs import UNetConfig
 from ...profusion.toybox.configs import TOYBOX, TOYBOX_MMDIT, TOYBOX_TEXT, TOYBOX_VAE
 from ...profusion.toybox.drawing import SIZE
 from ...profusion.toybox.pipeline import WEIGHTS, load_network
@@ -40,22 +41,23 @@ class ToyboxMMDiT(comfy.supported_models.SD3):
     sampling_settings = {"shift": 1.0}
 
 
-def _unet_config() -> dict[str, Any]:
-    blocks = [depth for depth in TOYBOX.transformer_depth for _ in range(TOYBOX.num_res_blocks)]
-    outputs = [depth for depth in TOYBOX.transformer_depth for _ in range(TOYBOX.num_res_blocks + 1)]
+def unet_config(config: UNetConfig = TOYBOX) -> dict[str, Any]:
+    """A UNet of the kernel's as the host's classes are told of it."""
+    blocks = [depth for depth in config.transformer_depth for _ in range(config.num_res_blocks)]
+    outputs = [depth for depth in config.transformer_depth for _ in range(config.num_res_blocks + 1)]
     return {
         "image_size": 32,
-        "in_channels": TOYBOX.in_channels,
-        "out_channels": TOYBOX.out_channels,
-        "model_channels": TOYBOX.model_channels,
-        "channel_mult": list(TOYBOX.channel_mult),
-        "num_res_blocks": [TOYBOX.num_res_blocks] * len(TOYBOX.channel_mult),
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "model_channels": config.model_channels,
+        "channel_mult": list(config.channel_mult),
+        "num_res_blocks": [config.num_res_blocks] * len(config.channel_mult),
         "transformer_depth": blocks,
         "transformer_depth_output": outputs,
-        "transformer_depth_middle": TOYBOX.middle_depth,
-        "context_dim": TOYBOX.context_dim,
+        "transformer_depth_middle": config.middle_depth,
+        "context_dim": config.context_dim,
         "use_spatial_transformer": True,
-        "use_linear_in_transformer": TOYBOX.use_linear,
+        "use_linear_in_transformer": config.use_linear,
         "adm_in_channels": None,
         "legacy": False,
         "dtype": torch.float32,
@@ -83,7 +85,7 @@ def _mmdit_config() -> dict[str, Any]:
 
 def load_model(folder: Path | None = None, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     """The UNet as a MODEL. Its weights never come and go: disable_dynamic, which newer hosts pass, is ignored."""
-    return _patcher(Toybox(_unet_config()), "unet", load_model, folder)
+    return _patcher(Toybox(unet_config()), "unet", load_model, folder)
 
 
 def load_mmdit(folder: Path | None = None, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
